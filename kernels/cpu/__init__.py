@@ -1,0 +1,1 @@
+"""GEMM for CPU, in Numba."""

@@ -1,0 +1,137 @@
+"""Which tile and which blocks: pure functions of the CPU, the dtype and the problem. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SIZES = {"float32": 4, "float64": 8}
+ISAS = ("avx512", "avx2", "neon", "generic")
+
+# The k-order is part of the numerical contract: an element of C is the sum, in order, of one fused
+# multiply-add chain a k-block, and the blocks follow from k and the dtype alone (`k_block`). A different KC
+# gives different bits, so no cache size enters here. Cut on Zen 4 (L2 1 MiB): 768 beat 384 and 512 by 1-5 %
+# for n = 768-2048, in fewer passes through C; a longer chain would lose accuracy against torch.
+KC = {"float32": 384, "float64": 384}
+
+# Register tiles (mr, vectors a row, bytes a vector). 6 × 4 zmm: 24 accumulators, 4 columns of B and one
+# broadcast fill 29 of 32 registers; on Zen 4 it beat 12 × 2, 14 × 2 and 8 × 3 by 2-5 % as a whole GEMM.
+TILES = {"avx512": (6, 4, 64), "avx2": (6, 2, 32), "neon": (6, 4, 16), "generic": (4, 2, 16)}
+
+A_SHARE = 0.3  # of L2, for a packed block of A: the rest is for the panel of B that it meets, and for C
+B_SHARE = 0.3  # of L3, for a packed panel of B; half of it at most, by contract
+A_LIMIT = 6 << 20  # bytes a thread
+WORKSPACE_SLOTS = 16  # calls at a time that find a kept set of buffers
+PAD = 16  # elements that keep the packed rows of A off one common cache set
+
+# Below these, an operand is read in place: each element is used too rarely to repay a copy.
+DIRECT_ROWS = 4  # row tiles of C that share an element of B
+DIRECT_PANELS = 2  # column panels of C that share an element of A
+
+# Multiply-adds that one more thread must find to repay waking it (about 2 µs, Zen 4).
+THREAD_GRAIN = 1 << 18
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """What ``choose`` must know of a CPU: instruction set, and bytes of L2 (one core) and L3 (all)."""
+
+    isa: str
+    l2: int = 1 << 20
+    l3: int = 32 << 20
+    fused: bool = True
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """One compiled GEMM: lanes, register tile mr × nr, and the blocks mc, kc, nc (elements)."""
+
+    dtype: str
+    isa: str
+    fused: bool
+    lanes: int
+    mr: int
+    nr: int
+    mc: int
+    kc: int
+    nc: int
+
+    @property
+    def name(self) -> str:
+        """What a profiler shows: ``sgemm_avx512_6x64``."""
+        return f"{'sd'[self.dtype == 'float64']}gemm_{self.isa}_{self.mr}x{self.nr}"
+
+    @property
+    def vectors(self) -> int:
+        """Vectors in a row of the register tile."""
+        return self.nr // self.lanes
+
+    @property
+    def a_bytes(self) -> int:
+        """The packed block of A, of which each thread has one, in either order of packing."""
+        wide = max(
+            self.mc * (up(self.kc, self.lanes) + PAD), self.kc * (up(self.mc, self.lanes) + PAD)
+        )
+        return wide * SIZES[self.dtype]
+
+    @property
+    def b_bytes(self) -> int:
+        """The packed panel of B, shared by all threads."""
+        return self.kc * self.nc * SIZES[self.dtype]
+
+
+def up(value: int, step: int) -> int:
+    """``value`` rounded up to a multiple of ``step``."""
+    return -(-value // step) * step
+
+
+def choose(dtype: str, cpu: Cpu) -> BlockConfig:
+    """The configuration for ``dtype`` on ``cpu``: pure, so that it can be asked about any CPU anywhere.
+
+    >>> choose("float32", Cpu("avx512", l2=1 << 20, l3=32 << 20)).name
+    'sgemm_avx512_6x64'
+    """
+    if dtype not in SIZES:
+        raise ValueError(f"dtype must be one of {', '.join(SIZES)}, got {dtype}")
+    if cpu.isa not in TILES:
+        raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {cpu.isa}")
+    size, kc = SIZES[dtype], KC[dtype]
+    mr, vectors, width = TILES[cpu.isa]
+    lanes = width // size
+    nr = vectors * lanes
+    mc = max(mr, int(min(A_SHARE * cpu.l2, A_LIMIT / 2) / (kc * size)) // mr * mr)
+    nc = max(nr, int(min(B_SHARE, 0.5) * cpu.l3 / (kc * size)) // nr * nr)
+    return BlockConfig(dtype, cpu.isa, cpu.fused, lanes, mr, nr, mc, kc, nc)
+
+
+def k_block(k: int, kc: int) -> int:
+    """Length of the k-blocks (the last may be shorter): the fewest blocks, equal but for rounding up to 8.
+
+    >>> k_block(1024, 768), k_block(100, 768), k_block(0, 768)
+    (512, 104, 0)
+    """
+    blocks = (k + kc - 1) // kc
+    if blocks == 0:
+        return 0
+    return ((k + blocks - 1) // blocks + 7) // 8 * 8
+
+
+def split_threads(row_tiles: int, panels: int, threads: int) -> tuple[int, int]:
+    """How many parts to cut the rows and the columns of C into, so that the slowest thread has least to do.
+
+    k is never cut. Of equal plans the one with more row parts wins, since its threads share packed B.
+
+    >>> split_threads(row_tiles=171, panels=16, threads=2), split_threads(1, 16, 4)
+    ((2, 1), (1, 4))
+    """
+    best_rows, best_columns, best = 1, 1, row_tiles * panels
+    for rows in range(threads, 0, -1):
+        columns = threads // rows
+        work = ((row_tiles + rows - 1) // rows) * ((panels + columns - 1) // columns)
+        if work < best:
+            best_rows, best_columns, best = rows, columns, work
+    return best_rows, best_columns
+
+
+def useful_threads(m: int, n: int, k: int, threads: int) -> int:
+    """Threads that m·n·k multiply-adds can occupy, at most ``threads``."""
+    return max(1, min(threads, m * n * k // THREAD_GRAIN))

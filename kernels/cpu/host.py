@@ -1,0 +1,68 @@
+"""The CPU at hand: instruction set, caches, and what to generate code for."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from pathlib import Path
+
+import llvmlite.binding as llvm
+
+from .build import Machine
+from .config import ISAS, Cpu
+
+# Features that a forced, narrower instruction set must not use although the host has them.
+WITHOUT = {"avx512": (), "neon": (), "avx2": ("avx512",), "generic": ("avx", "fma", "f16c")}
+
+
+@functools.cache
+def host_features() -> dict[str, bool]:
+    return dict(llvm.get_host_cpu_features())
+
+
+def host_isas() -> tuple[str, ...]:
+    """Instruction sets that this CPU can run, best first."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return ("neon", "generic")
+    features = host_features()
+    isas = []
+    if all(features.get(name) for name in ("avx512f", "avx512vl", "avx512dq", "avx512bw")):
+        isas.append("avx512")
+    if features.get("avx2") and features.get("fma"):
+        isas.append("avx2")
+    return (*isas, "generic")
+
+
+def cpu(isa: str | None = None) -> Cpu:
+    """This machine, on ``isa``, else ``$MATMUL_GRAD_ISA``, else its widest instruction set."""
+    available = host_isas()
+    wanted = isa or os.environ.get("MATMUL_GRAD_ISA") or available[0]
+    if wanted not in ISAS:
+        raise ValueError(f"the instruction set must be one of {', '.join(ISAS)}, got {wanted}")
+    if wanted not in available:
+        raise RuntimeError(f"{wanted} was asked for, but this CPU has only {', '.join(available)}")
+    fused = wanted != "generic" or "neon" in available
+    return Cpu(wanted, _cache_bytes(2, 1 << 20), _cache_bytes(3, 8 << 20), fused)
+
+
+def machine(isa: str) -> Machine:
+    """Code generation for this host, held to what ``isa`` has."""
+    features = {
+        name: has and not name.startswith(WITHOUT[isa] or ("\0",)) for name, has in host_features().items()
+    }
+    text = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(features.items()))
+    return Machine(llvm.get_process_triple(), llvm.get_host_cpu_name(), text)
+
+
+@functools.cache
+def _cache_bytes(level: int, default: int) -> int:
+    """Size of the cache of ``level`` as Linux reports it for the first core, else ``default``."""
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            if int((index / "level").read_text()) == level:
+                size = (index / "size").read_text().strip()
+                return int(size[:-1]) << {"K": 10, "M": 20}[size[-1]]
+        except (OSError, ValueError, KeyError):
+            continue
+    return default

@@ -1,0 +1,91 @@
+"""Raw memory for Numba code: addresses are int64, and each intrinsic here is one load, store or call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .simd import I64, POINTER, Vector
+
+INT64 = types.int64
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
+    return builder.gep(builder.inttoptr(address, POINTER), [index], source_etype=element)
+
+
+@intrinsic
+def get(typingctx, address, index):
+    """The int64 at ``address[index]``."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(_pointer(builder, *args, I64), typ=I64)
+
+    return INT64(INT64, INT64), codegen
+
+
+@intrinsic
+def put(typingctx, address, index, value):
+    """``address[index] = value``, int64."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[2], _pointer(builder, args[0], args[1], I64))
+        return context.get_dummy_value()
+
+    return types.void(INT64, INT64, INT64), codegen
+
+
+@intrinsic
+def claim(typingctx, address):
+    """Atomically turn the int64 at ``address`` from 0 to 1; True for the one caller who did."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], POINTER)
+        answer = builder.cmpxchg(pointer, I64(0), I64(1), "acq_rel", "monotonic")
+        return builder.extract_value(answer, 1)
+
+    return types.boolean(INT64), codegen
+
+
+@intrinsic
+def release(typingctx, address):
+    """Atomically set the int64 at ``address`` back to 0."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], POINTER)
+        builder.atomic_rmw("xchg", pointer, I64(0), "release")
+        return context.get_dummy_value()
+
+    return types.void(INT64), codegen
+
+
+def stack_words(count: int) -> Callable[[], int]:
+    """Intrinsic ``()``: the address of ``count`` int64 on the caller's stack."""
+
+    @intrinsic
+    def words(typingctx):
+        def codegen(context, builder, signature, args):
+            block = cgutils.alloca_once(builder, ir.ArrayType(I64, count))
+            return builder.ptrtoint(block, I64)
+
+        return INT64(), codegen
+
+    return words
+
+
+def symbol(name: str) -> Callable[[], int]:
+    """Intrinsic ``()``: the address that the linker gives to ``name``."""
+
+    @intrinsic
+    def address(typingctx):
+        def codegen(context, builder, signature, args):
+            kind = ir.IntType(8)
+            known = builder.module.globals.get(name)
+            return builder.ptrtoint(known or ir.GlobalVariable(builder.module, kind, name), I64)
+
+        return INT64(), codegen
+
+    return address

@@ -1,0 +1,137 @@
+"""Vector instructions as LLVM IR: one builder per instruction, each named beside the assembly it becomes.
+
+Numba has no vector types, so the inner loops are written here as IR over ``<lanes x float>`` and reach Numba
+code as intrinsics. An address travels through Numba as an int64 and turns into a pointer only here.
+
+| builder         | AVX-512                     | AVX2                       | NEON      |
+|-----------------|-----------------------------|----------------------------|-----------|
+| load / store    | vmovups zmm                 | vmovups ymm                | ldr / str |
+| broadcast       | vbroadcastss or {1to16}     | vbroadcastss ymm           | ld1r      |
+| fma             | vfmadd231ps zmm             | vfmadd231ps ymm            | fmla      |
+| masked load     | vmovups zmm {k}{z}          | vmaskmovps                 | (scalars) |
+| transpose       | vunpcklps, vshuff, vpermt2  | vunpcklps, vperm2f128      | zip, trn  |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+POINTER = ir.PointerType()
+SCALARS = {"float32": (ir.FloatType(), 4, "f32"), "float64": (ir.DoubleType(), 8, "f64")}
+
+
+@dataclass(frozen=True)
+class Vector:
+    """``lanes`` elements of ``dtype`` in one register; ``fused`` says whether the CPU has a fused multiply-add."""
+
+    dtype: str
+    lanes: int
+    fused: bool = True
+
+    @property
+    def scalar(self) -> ir.Type:
+        return SCALARS[self.dtype][0]
+
+    @property
+    def size(self) -> int:
+        """Bytes of one element."""
+        return SCALARS[self.dtype][1]
+
+    @property
+    def type(self) -> ir.VectorType:
+        return ir.VectorType(self.scalar, self.lanes)
+
+    @property
+    def suffix(self) -> str:
+        return f"v{self.lanes}{SCALARS[self.dtype][2]}"
+
+    def zero(self) -> ir.Constant:
+        return ir.Constant(self.type, [ir.Constant(self.scalar, 0.0)] * self.lanes)
+
+    def at(self, builder: ir.IRBuilder, address: ir.Value, index: ir.Value | int = 0) -> ir.Value:
+        """Pointer to element ``index`` behind ``address`` (an int64)."""
+        pointer = builder.inttoptr(address, POINTER) if address.type == I64 else address
+        offset = I64(index) if isinstance(index, int) else index
+        return builder.gep(pointer, [offset], source_etype=self.scalar)
+
+    def load(self, builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
+        """``vmovups zmm, [pointer]``"""
+        return builder.load(pointer, typ=self.type, align=self.size)
+
+    def store(self, builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
+        """``vmovups [pointer], zmm``"""
+        builder.store(value, pointer, align=self.size)
+
+    def broadcast(self, builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
+        """``vbroadcastss zmm, [pointer]``, or folded into the fma as ``{1to16}``"""
+        scalar = builder.load(pointer, typ=self.scalar, align=self.size)
+        first = builder.insert_element(ir.Constant(self.type, ir.Undefined), scalar, I32(0))
+        every = ir.Constant(ir.VectorType(I32, self.lanes), [I32(0)] * self.lanes)
+        return builder.shuffle_vector(first, ir.Constant(self.type, ir.Undefined), every)
+
+    def fma(self, builder: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        """``vfmadd231ps``: x·y + z with one rounding (two where the CPU has no such instruction)."""
+        name = f"llvm.{'fma' if self.fused else 'fmuladd'}.{self.suffix}"
+        return builder.call(self._declare(builder, name, self.type, [self.type] * 3), [x, y, z])
+
+    def mask(self, builder: ir.IRBuilder, count: ir.Value, skipped: int = 0) -> ir.Value:
+        """``<lanes x i1>``: lane i is on where skipped + i < count."""
+        wide = ir.VectorType(I64, self.lanes)
+        lanes = ir.Constant(wide, [I64(skipped + i) for i in range(self.lanes)])
+        first = builder.insert_element(ir.Constant(wide, ir.Undefined), count, I32(0))
+        every = ir.Constant(ir.VectorType(I32, self.lanes), [I32(0)] * self.lanes)
+        return builder.icmp_signed(
+            "<", lanes, builder.shuffle_vector(first, ir.Constant(wide, ir.Undefined), every)
+        )
+
+    def masked_load(self, builder: ir.IRBuilder, pointer: ir.Value, mask: ir.Value) -> ir.Value:
+        """``vmovups zmm {k}{z}, [pointer]``: lanes that are off read nothing and give 0."""
+        name = f"llvm.masked.load.{self.suffix}.p0"
+        callee = self._declare(builder, name, self.type, [POINTER, I32, mask.type, self.type])
+        return builder.call(callee, [pointer, I32(self.size), mask, self.zero()])
+
+    def masked_store(self, builder: ir.IRBuilder, value: ir.Value, pointer: ir.Value, mask: ir.Value) -> None:
+        """``vmovups [pointer] {k}, zmm``: lanes that are off write nothing."""
+        name = f"llvm.masked.store.{self.suffix}.p0"
+        callee = self._declare(builder, name, ir.VoidType(), [self.type, POINTER, I32, mask.type])
+        builder.call(callee, [value, pointer, I32(self.size), mask])
+
+    def prefetch(self, builder: ir.IRBuilder, pointer: ir.Value) -> None:
+        """``prefetcht0 [pointer]``"""
+        callee = self._declare(builder, "llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32])
+        builder.call(callee, [pointer, I32(0), I32(3), I32(1)])
+
+    def transpose(self, builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+        """``lanes`` rows of ``lanes`` become columns, in log2(lanes) rounds of two-register shuffles.
+
+        Round d swaps bit d of the row number with bit d of the lane number, so that after the last round
+        element (i, j) has become (j, i).
+        """
+        distance = 1
+        while distance < self.lanes:
+            low = [
+                lane + (self.lanes - distance if lane & distance else 0) for lane in range(self.lanes)
+            ]
+            high = [lane + (self.lanes if lane & distance else distance) for lane in range(self.lanes)]
+            swapped = list(rows)
+            for i in range(self.lanes):
+                if not i & distance:
+                    x, y = rows[i], rows[i | distance]
+                    swapped[i] = self._shuffle(builder, x, y, low)
+                    swapped[i | distance] = self._shuffle(builder, x, y, high)
+            rows = swapped
+            distance *= 2
+        return rows
+
+    def _shuffle(self, builder: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: list[int]) -> ir.Value:
+        mask = ir.Constant(ir.VectorType(I32, self.lanes), [I32(lane) for lane in lanes])
+        return builder.shuffle_vector(x, y, mask)
+
+    @staticmethod
+    def _declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
+        return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
