@@ -13,12 +13,14 @@ import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import llvmlite.binding as llvm
+
+LIBC = ("malloc", "free", "memset", "memcpy", "snprintf")
 
 _UNLINKED = ctypes.c_int64()
 
@@ -38,9 +40,9 @@ class Machine:
         llvm.initialize_all_targets()
         llvm.initialize_all_asmprinters()
         target = llvm.Target.from_triple(self.triple)
-        # "jitdefault": code and the torch functions it calls may lie further apart than 2 GiB.
+        # "large": the code may lie more than 2 GiB from the torch functions and the tables that it uses.
         return target.create_target_machine(
-            cpu=self.cpu, features=self.features, opt=3, reloc="default", codemodel="jitdefault", jit=True
+            cpu=self.cpu, features=self.features, opt=3, reloc="default", codemodel="large", jit=True
         )
 
 
@@ -62,52 +64,55 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matmul_grad"
 
 
-def object_path(name: str, machine: Machine) -> Path:
+def object_path(key: str, name: str, machine: Machine) -> Path:
     versions = [metadata.version(package) for package in ("numba", "llvmlite")]
     key = "\n".join(
-        [sources_digest(), *versions, platform.python_version(), machine.triple, machine.cpu, machine.features]
+        [key, sources_digest(), *versions, platform.python_version(), machine.triple, machine.cpu, machine.features]
     )
     return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
 
 
-def to_ir(kernels: Kernels) -> str:
-    """Optimised LLVM IR of all ``kernels`` in one module, each under its C name."""
+def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llvm.ModuleRef:
+    """One module with ``kernels`` under their C names; all else in it is inlined or private.
+
+    Numba's C wrapper reports exceptions through the interpreter. Kernels raise none: once everything but the
+    entry points is internal, LLVM proves it and drops that code, so that the object needs no Numba at run time.
+    """
     from numba import cfunc
 
-    llvm_module = None
     for name in kernels:
         # Numba links each function when it compiles it; those of this set find each other only in the object.
         llvm.add_symbol(name, ctypes.addressof(_UNLINKED))
+    module = llvm.parse_assembly("")
     for name, (function, signature) in kernels.items():
         compiled = cfunc(signature, error_model="numpy")(function)
-        text = compiled.inspect_llvm().replace(compiled.native_name, name)
-        module = llvm.parse_assembly(text)
-        if llvm_module is None:
-            llvm_module = module
-        else:
-            llvm_module.link_in(module)
-    return str(llvm_module)
-
-
-def to_assembly(kernels: Kernels, machine: Machine) -> str:
-    """Assembly text of ``kernels``, for tests that count instructions."""
-    return machine.llvm().emit_assembly(llvm.parse_assembly(to_ir(kernels)))
-
-
-def to_object(kernels: Kernels, machine: Machine) -> bytes:
-    return machine.llvm().emit_object(llvm.parse_assembly(to_ir(kernels)))
+        module.link_in(llvm.parse_assembly(compiled.inspect_llvm().replace(compiled.native_name, name)))
+    for value in (*module.functions, *module.global_variables):
+        if not value.is_declaration and value.name not in kernels:
+            value.linkage = "internal"
+    target = machine.llvm()
+    module.triple, module.data_layout = machine.triple, str(target.target_data)
+    builder = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(module, builder)
+    missing = {
+        function.name for function in module.functions
+        if function.is_declaration and not function.name.startswith("llvm.")
+    } - {*symbols, *LIBC}  # fmt: skip
+    if missing:
+        raise RuntimeError(f"the kernels {', '.join(kernels)} refer to {', '.join(sorted(missing))}")
+    return module
 
 
 def load(
-    name: str, kernels: Callable[[], Kernels], machine: Machine, symbols: Mapping[str, int]
+    key: str, name: str, kernels: Callable[[], Kernels], machine: Machine, symbols: Mapping[str, int]
 ) -> Loaded:
     """The compiled set ``name``, from the cache where it is there, with ``symbols`` bound to addresses."""
     for symbol, address in symbols.items():
         llvm.add_symbol(symbol, address)
-    path = object_path(name, machine)
+    path = object_path(key, name, machine)
     code = _read(path)
     if code is None:
-        code = to_object(kernels(), machine)
+        code = machine.llvm().emit_object(to_module(kernels(), machine, symbols))
         _write(path, code)
     return Loaded(code, machine)
 
@@ -116,8 +121,9 @@ class Loaded:
     """Machine code in memory for the rest of the process; ``address(name)`` finds a function in it."""
 
     def __init__(self, code: bytes, machine: Machine) -> None:
+        self._code = code  # LLVM reads the object from here and keeps no copy
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine.llvm())
-        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(self._code))
         self._engine.finalize_object()
 
     def address(self, name: str) -> int:

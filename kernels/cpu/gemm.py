@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from numba import njit
 from numba.core import types
 
 from .config import DIRECT_PANELS, DIRECT_ROWS, PAD, BlockConfig, k_block, split_threads, useful_threads
-from .memory import get, put, stack_words, symbol
+from .memory import get, jit, put, stack_words, symbol
 from .microkernel import make_microkernel
 from .pack import make_pack
 from .simd import Vector
@@ -36,9 +35,9 @@ parallel_for = types.ExternalFunction(
 )
 memset = types.ExternalFunction("memset", types.int64(types.int64, types.int32, types.int64))
 
-plan_k = njit(k_block)
-plan_parts = njit(split_threads)
-plan_threads = njit(useful_threads)
+plan_k = jit(k_block)
+plan_parts = jit(split_threads)
+plan_threads = jit(useful_threads)
 
 GEMM_SIGNATURE = types.int64(*[types.int64] * 12)
 TASK_SIGNATURE = types.void(types.int64, types.int64, types.int64)
@@ -67,7 +66,7 @@ def make_gemm(config: BlockConfig) -> tuple[Callable, Callable]:
     mr, nr, kc_max, nc_max, size = config.mr, config.nr, config.kc, config.nc, vector.size
     a_bytes, b_bytes = config.a_bytes, config.b_bytes
 
-    @njit
+    @jit
     def task(begin, end, job):
         for part in range(begin, end):
             if get(job, PHASE) == PACKING:
@@ -75,7 +74,7 @@ def make_gemm(config: BlockConfig) -> tuple[Callable, Callable]:
             else:
                 multiply_part(job, part)
 
-    @njit
+    @jit
     def run(job, phase):
         put(job, PHASE, phase)
         if get(job, PARTS) == 1:
@@ -83,14 +82,15 @@ def make_gemm(config: BlockConfig) -> tuple[Callable, Callable]:
         else:
             parallel_for(0, get(job, PARTS), 1, task_address(), job)
 
-    @njit
+    @jit
     def loops_5_to_4(job):
         n, k = get(job, N), get(job, K)
         step = plan_k(k, kc_max)
         for jc in range(0, n, nc_max):
             put(job, JC, jc)
             put(job, NC, min(nc_max, n - jc))
-            for pc in range(0, k, step):
+            for block in range((k + step - 1) // step):
+                pc = block * step
                 put(job, PC, pc)
                 put(job, KC, min(step, k - pc))
                 run(job, PACKING)
@@ -135,7 +135,7 @@ def make_gemm(config: BlockConfig) -> tuple[Callable, Callable]:
     return gemm, task
 
 
-@njit
+@jit
 def share(total, parts, part):
     """``[begin, end)`` of one of ``parts`` nearly equal shares of ``total``."""
     return total * part // parts, total * (part + 1) // parts
@@ -146,7 +146,7 @@ def make_pack_part(config: BlockConfig, vector: Vector) -> Callable:
     nr, size = config.nr, vector.size
     pack = make_pack(vector)
 
-    @njit
+    @jit
     def pack_part(job, part):
         nc, kc = get(job, NC), get(job, KC)
         b_rs, b_cs = get(job, B_RS), get(job, B_CS)
@@ -167,7 +167,7 @@ def make_multiply_part(config: BlockConfig, vector: Vector) -> Callable:
     pack = make_pack(vector)
     microkernel = make_microkernel(vector, mr, config.vectors)
 
-    @njit
+    @jit
     def pack_a(job, target, i, rows):
         """Rows i … i+rows of A, contiguous along the dimension that A has contiguous: (row stride, k stride)."""
         a_rs, a_cs, kc = get(job, A_RS), get(job, A_CS), get(job, KC)
@@ -182,7 +182,7 @@ def make_multiply_part(config: BlockConfig, vector: Vector) -> Callable:
         pack(target, rows, wide, stride, source, a_rs, a_cs, kc)
         return stride, 1
 
-    @njit
+    @jit
     def loops_2_to_1(job, i, rows, a, a_rs, a_ks, first_panel, last_panel):
         nc, kc, b_rs = get(job, NC), get(job, KC), get(job, B_RS)
         c_rs, first = get(job, C_RS), get(job, PC) == 0
@@ -199,7 +199,7 @@ def make_multiply_part(config: BlockConfig, vector: Vector) -> Callable:
                     c + ir * c_rs * size, c_rs, min(mr, rows - ir), columns, first,
                 )  # fmt: skip
 
-    @njit
+    @jit
     def multiply_part(job, part):
         m, columns = get(job, M), get(job, COLUMN_PARTS)
         first_tile, last_tile = share((m + mr - 1) // mr, get(job, ROW_PARTS), part // columns)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llvmlite import ir
+from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .simd import I64, POINTER, Vector
+from .simd import I8, I32, I64, POINTER
 
 INT64 = types.int64
+
+
+def jit(function: Callable) -> Callable:
+    """Compile ``function`` as part of a kernel; no division or index of it may raise."""
+    return njit(function, error_model="numpy")
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
@@ -89,3 +95,53 @@ def symbol(name: str) -> Callable[[], int]:
         return INT64(), codegen
 
     return address
+
+
+def text(message: str) -> Callable[[], int]:
+    """Intrinsic ``()``: the address of ``message`` as a C string."""
+    data = bytearray(message.encode() + b"\0")
+
+    @intrinsic
+    def address(typingctx):
+        def codegen(context, builder, signature, args):
+            kind = ir.ArrayType(I8, len(data))
+            constant = ir.GlobalVariable(
+                builder.module, kind, builder.module.get_unique_name("text")
+            )
+            constant.linkage, constant.global_constant = "private", True
+            constant.initializer = ir.Constant(kind, data)
+            return builder.ptrtoint(constant, I64)
+
+        return INT64(), codegen
+
+    return address
+
+
+@intrinsic
+def print_four(typingctx, target, size, pattern, w, x, y, z):
+    """``snprintf(target, size, pattern, w, x, y, z)`` of four int64."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(I32, [POINTER, I64, POINTER], var_arg=True)
+        callee = cgutils.get_or_insert_function(builder.module, kind, "snprintf")
+        target, size, pattern, *numbers = args
+        pointers = builder.inttoptr(target, POINTER), size, builder.inttoptr(pattern, POINTER)
+        builder.call(callee, [*pointers, *numbers])
+        return context.get_dummy_value()
+
+    return types.void(*[INT64] * 7), codegen
+
+
+def call_address(arguments: int) -> Callable:
+    """Intrinsic ``(address, x0, …)``: calls the function at ``address``, int64 throughout."""
+
+    @intrinsic
+    def call(typingctx, address, *values):
+        def codegen(context, builder, signature, args):
+            kind = ir.FunctionType(I64, [I64] * arguments)
+            values = cgutils.unpack_tuple(builder, args[1], arguments)
+            return builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+
+        return INT64(INT64, types.StarArgTuple([INT64] * arguments)), codegen
+
+    return call

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
+from .memory import jit
 from .simd import Vector
 
 INT64 = types.int64
@@ -35,7 +35,7 @@ def make_pack(vector: Vector) -> Callable:
     lanes, size = vector.lanes, vector.size
     copy, copy_edge, transpose, copy_element = _copiers(vector)
 
-    @njit
+    @jit
     def pack(target, depth, width, stride, source, depth_stride, width_stride, exist):
         if width_stride == 1:
             for p in range(depth):

@@ -8,11 +8,10 @@ The table behind the symbol ``matmul_grad_workspace`` belongs to the process tha
 
 from __future__ import annotations
 
-from numba import njit
 from numba.core import types
 
 from .config import WORKSPACE_SLOTS
-from .memory import claim, get, put, release, symbol
+from .memory import claim, get, jit, put, release, symbol
 
 malloc = types.ExternalFunction("malloc", types.int64(types.int64))
 free = types.ExternalFunction("free", types.void(types.int64))
@@ -25,13 +24,13 @@ PAGE = 4096
 BORROWED = 2  # in BUSY: a buffer beyond the table, freed when its call ends
 
 
-@njit
+@jit
 def forked():
     """Whether this process is a forked child: there the pool's threads are gone and waking them would hang."""
     return get(table(), 0) != 0
 
 
-@njit
+@jit
 def acquire(bytes_needed):
     """Address of a slot that this call owns until ``give_back``; 0 when memory ran out."""
     for i in range(WORKSPACE_SLOTS):
@@ -53,13 +52,13 @@ def acquire(bytes_needed):
     return slot
 
 
-@njit
+@jit
 def buffers(slot):
     """First byte of the slot's memory, at the start of a page."""
     return (get(slot, ADDRESS) + PAGE - 1) // PAGE * PAGE
 
 
-@njit
+@jit
 def give_back(slot):
     if get(slot, BUSY) == BORROWED:
         free(slot)

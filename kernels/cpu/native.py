@@ -1,0 +1,183 @@
+"""Load the compiled kernels and put them under torch's dispatcher, or say that it cannot be done.
+
+``gemm_address(dtype)`` gives a driver to call by hand; ``register()`` makes the dispatcher call the entry points
+of ``torch_abi.py`` for dense CPU tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable
+
+import torch
+
+from . import build, host
+from .config import WORKSPACE_SLOTS, BlockConfig, choose
+from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_LOADED
+from .state import words as state
+
+# Entry points of torch's stable C ABI that torch_abi.py calls.
+SHIMS = (
+    "aoti_torch_get_dim", "aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_dtype",
+    "aoti_torch_get_data_ptr", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object",
+    "aoti_torch_is_defined", "aoti_torch_grad_mode_is_enabled", "torch_get_num_threads", "torch_call_dispatcher",
+    "torch_library_impl", "aoti_torch_library_init_impl", "torch_parallel_for",
+)  # fmt: skip
+# Functions of c10 by their mangled names: not promised by anyone, so each is looked up and may be missing.
+MANGLED = {
+    "matmul_grad_check_fail": "_ZN3c106detail14torchCheckFailEPKcS2_jS2_",
+    "matmul_grad_autograd_meta": "_ZNK3c1010TensorImpl13autograd_metaEv",
+    "matmul_grad_requires_grad": "_ZNK3c1010TensorImpl13requires_gradEv",
+    "matmul_grad_forward_grad": "_ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE",
+    "matmul_grad_exclude_key": "_ZN3c104impl29tls_set_dispatch_key_excludedENS_11DispatchKeyEb",
+}
+workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
+_lock = threading.RLock()
+_kept: list[object] = []  # what native code points at, for the life of the process
+
+
+class Unavailable(RuntimeError):
+    """Nothing can be registered natively here; the message says why."""
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(torch._C.__file__)
+
+
+def _address(name: str) -> int:
+    try:
+        return ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value or 0
+    except AttributeError:
+        return 0
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 5)
+def _parallel_for_unavailable(begin, end, grain, function, context):
+    task = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(function)
+    task(begin, end, context)
+    return 0
+
+
+def _gemm_symbols() -> dict[str, int]:
+    fallback = ctypes.cast(_parallel_for_unavailable, ctypes.c_void_p).value or 0
+    return {
+        "matmul_grad_parallel_for": _address("torch_parallel_for") or fallback,
+        "matmul_grad_workspace": ctypes.addressof(workspace),
+    }
+
+
+@functools.cache
+def config(dtype: str, isa: str | None = None) -> BlockConfig:
+    return choose(dtype, host.cpu(isa))
+
+
+def gemm_address(block: BlockConfig) -> int:
+    """Address of the driver for ``block``, compiled or loaded at the first call."""
+    with _lock:
+        return _gemm_address(block)
+
+
+@functools.cache
+def _gemm_address(block: BlockConfig) -> int:
+    def kernels() -> build.Kernels:
+        from .gemm import GEMM_SIGNATURE, TASK_SIGNATURE, make_gemm
+
+        gemm, task = make_gemm(block)
+        return {block.name: (gemm, GEMM_SIGNATURE), f"{block.name}_task": (task, TASK_SIGNATURE)}
+
+    loaded = build.load(repr(block), block.name, kernels, host.machine(block.isa), _gemm_symbols())
+    _kept.append(loaded)
+    return loaded.address(block.name)
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
+def _load_gemm(code):
+    """Called by the native entry at the first product of a dtype; 0 makes it hand over to torch."""
+    try:
+        dtype = next(name for name, known in DTYPE_CODES.items() if known == code)
+        state[GEMMS + code] = gemm_address(config(dtype))
+        return state[GEMMS + code]
+    except Exception as error:
+        print(f"matmul_grad: the CPU kernels cannot be compiled: {error}", file=sys.stderr)
+        return 0
+
+
+def _last_error_fallback() -> int:
+    message = ctypes.create_string_buffer(b"matmul_grad: a torch operator failed")
+    callback = ctypes.CFUNCTYPE(ctypes.c_int64)(lambda: ctypes.addressof(message))
+    _kept.extend((message, callback))
+    return ctypes.cast(callback, ctypes.c_void_p).value or 0
+
+
+def register() -> None:
+    """Put the compiled entries under ``matmul_grad::mm`` for the keys CPU and AutogradCPU.
+
+    Raises Unavailable where torch's C ABI, or one of the few c10 functions beside it, is missing.
+    """
+    with _lock:
+        symbols = {name: _address(name) for name in SHIMS} | {
+            name: _address(mangled) for name, mangled in MANGLED.items()
+        }
+        missing = sorted(name for name, address in symbols.items() if address == 0)
+        if missing:
+            raise Unavailable(f"torch {torch.__version__} has no {', '.join(missing)}")
+        symbols["matmul_grad_last_error"] = (
+            _address("torch_exception_get_what_without_backtrace") or _last_error_fallback()
+        )
+        symbols["matmul_grad_load_gemm"] = ctypes.cast(_load_gemm, ctypes.c_void_p).value or 0
+        symbols["matmul_grad_state"] = ctypes.addressof(state)
+        _fill_state()
+        loaded = build.load("torch_abi", "torch_abi", _entries, host.machine(host.cpu().isa), symbols)
+        _kept.append(loaded)
+        for key, entry in (("CPU", "matmul_grad_mm"), ("AutogradCPU", "matmul_grad_mm_autograd")):
+            _implement("mm", key, loaded.address(entry))
+        os.register_at_fork(after_in_child=_forked)
+
+
+def _entries() -> build.Kernels:
+    from .torch_abi import KERNELS
+
+    return KERNELS
+
+
+def _fill_state() -> None:
+    major, minor, patch = (int(part) for part in torch.__version__.split("+")[0].split(".")[:3])
+    state[ABI_VERSION] = major << 56 | minor << 48 | patch << 40
+    state[AUTOGRAD_KEY] = int(torch._C.DispatchKey.AutogradFunctionality)
+    for code in DTYPE_CODES.values():
+        state[GEMMS + code] = NOT_LOADED
+
+
+def _implement(name: str, key: str, entry: int) -> None:
+    library = ctypes.c_void_p()
+    functions = _library()
+    init: Callable = functions.aoti_torch_library_init_impl
+    strings = b"matmul_grad", key.encode(), b"matmul_grad", name.encode()
+    _kept.extend(strings)
+    failed = init(strings[0], strings[1], strings[2], 0, ctypes.byref(library))
+    version = ctypes.c_uint64(state[ABI_VERSION])
+    failed = failed or functions.torch_library_impl(library, strings[3], ctypes.c_void_p(entry), version)
+    if failed:
+        raise Unavailable(f"torch {torch.__version__} did not take the {key} kernel of {name}")
+    _kept.append(library)
+
+
+def _forked() -> None:
+    workspace[0] = 1
+
+
+def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The driver called from Python, for platforms without the C ABI: dense float32 or float64 (m, k) · (k, n)."""
+    block = config(str(a.dtype).removeprefix("torch."))
+    (m, k), n = a.shape, b.shape[1]
+    out = torch.empty((m, n), dtype=a.dtype)
+    driver = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 12)(gemm_address(block))
+    threads = torch.get_num_threads() if _address("torch_parallel_for") else 1
+    if driver(m, n, k, a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), max(n, 1), threads):
+        raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
+    return out

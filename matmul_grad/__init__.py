@@ -1,0 +1,7 @@
+"""Matrix multiplication and its two gradients as native PyTorch operators, from kernels that people can read."""
+
+from .api import mm, mm_backward
+from .strictness import strict
+
+__version__ = "0.1.0"
+__all__ = ["mm", "mm_backward", "strict"]

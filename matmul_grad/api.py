@@ -1,0 +1,60 @@
+"""The public functions, with torch's own argument names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops, strictness
+
+
+def mm(input: Tensor, mat2: Tensor) -> Tensor:
+    """Matrix product of two matrices, differentiable to any order.
+
+    C = A · B,  dA = dC · Bᵀ,  dB = Aᵀ · dC
+
+    shapes      input (m, k), mat2 (k, n) → (m, n); every size ≥ 0
+    strides     any, read as they are; the result is contiguous
+    dtypes      float32, float64 on CPU; float16, bfloat16, float32, float64 on CUDA; the rest is torch.mm
+    aliasing    the result is new memory
+    rounding    accumulated in float32 (float64 for float64), rounded once at the store
+    errors      torch.mm's: RuntimeError for ranks, shapes, dtypes and devices, TypeError for what is no tensor
+    determinism on CPU the same bits for any m, n, strides and number of threads
+    source      docs/derivation.md; kernels/cpu/gemm.py, kernels/gpu/gemm.py
+
+    >>> import torch, matmul_grad
+    >>> a = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    >>> b = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    >>> c = matmul_grad.mm(a, b)
+    >>> c.sum().backward()
+    >>> c.tolist(), a.grad.tolist()
+    ([[1.0, 4.0], [3.0, 8.0]], [[1.0, 2.0], [1.0, 2.0]])
+    """
+    return torch.ops.matmul_grad.mm(input, mat2)
+
+
+def mm_backward(
+    grad: Tensor, input: Tensor, mat2: Tensor, output_mask: tuple[bool, bool] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both gradients of ``mm`` from the gradient of its result; differentiable in turn.
+
+    dA = grad · Bᵀ,  dB = Aᵀ · grad
+
+    shapes      grad (m, n), input (m, k), mat2 (k, n) → (m, k), (k, n)
+    strides     any (an expanded gradient too); the results are contiguous
+    dtypes      as ``mm``
+    aliasing    the results are new memory
+    rounding    as ``mm``
+    errors      as ``mm``
+    determinism as ``mm``
+    source      docs/derivation.md
+
+    ``output_mask`` leaves out a product: None stands in its place.
+
+    >>> import torch, matmul_grad
+    >>> grad, a, b = torch.ones(2, 1), torch.ones(2, 3), torch.full((3, 1), 2.0)
+    >>> da, db = matmul_grad.mm_backward(grad, a, b)
+    >>> da.tolist(), db.tolist()
+    ([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]], [[2.0], [2.0], [2.0]])
+    """
+    return torch.ops.matmul_grad.mm_backward(grad, input, mat2, list(output_mask))

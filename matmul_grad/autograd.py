@@ -1,0 +1,73 @@
+"""Which product, which operand is saved, and which is skipped.
+
+    C  = A · B        saves B where A needs a gradient, A where B does
+    dA = dC · Bᵀ      dgrad, only where A needs it
+    dB = Aᵀ · dC      wgrad, only where B needs it
+
+The backward calls the differentiable operator, so that every further derivative comes from the same three lines.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+
+def product(self: Tensor, mat2: Tensor) -> Tensor:
+    """The differentiable operator."""
+    return torch.ops.matmul_grad.mm.default(self, mat2)
+
+
+def forward_only(self: Tensor, mat2: Tensor) -> Tensor:
+    """The operator below autograd: no graph is recorded."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.matmul_grad.mm.default(self, mat2)
+
+
+def gradients(
+    grad: Tensor, self: Tensor | None, mat2: Tensor | None, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dgrad, wgrad), None for what ``needs`` leaves out; an operand that only that one uses may be None."""
+    dgrad = product(grad, mat2.t()) if needs[0] and mat2 is not None else None
+    wgrad = product(self.t(), grad) if needs[1] and self is not None else None
+    return dgrad, wgrad
+
+
+class Mm(torch.autograd.Function):
+    """``mm`` as a node of the graph. One call makes output and context, which costs least in eager mode."""
+
+    @staticmethod
+    def forward(ctx: Any, self: Tensor, mat2: Tensor) -> Tensor:
+        needs_self, needs_mat2 = ctx.needs_input_grad
+        ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(self, mat2)
+        return forward_only(self, mat2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        self, mat2 = ctx.saved_tensors
+        return gradients(grad, self, mat2, ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, dself: Tensor | None, dmat2: Tensor | None) -> Tensor:
+        """dC = dA · B + A · dB"""
+        self, mat2 = ctx.saved_tensors
+        terms = [product(dself, mat2)] if dself is not None else []
+        if dmat2 is not None:
+            terms.append(product(self, dmat2))
+        return sum(terms[1:], terms[0])
+
+
+def mm_with_graph(self: Tensor, mat2: Tensor) -> Tensor:
+    """The product, recorded for backward and forward mode.
+
+    This runs inside the dispatcher, at autograd's turn of one functorch level, where torch's own formulas run
+    too. ``Function.apply`` would start over from the outermost level; its base class records at this one.
+    """
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, Mm).apply(self, mat2)

@@ -1,0 +1,138 @@
+"""The operators ``torch.ops.matmul_grad.*``: schemas, kernels, shapes for tracing, vmap rule, FLOP counts.
+
+    key                          kernel                              from
+    AutogradCPU                  mm_autograd, compiled               the first CPU call on
+    CPU                          mm, compiled                        the first CPU call on
+    Autograd                     Python, for every other device      import
+    CompositeExplicitAutograd    Python, for every other device      import
+
+The compiled kernels are more specific than those in Python, so nothing is overridden. Where torch's C ABI is not
+to be had the Python kernels stay and call the same drivers.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import mm_flop, register_flop_formula
+
+from . import autograd, strictness
+
+NAMESPACE = "matmul_grad"
+library = torch.library.Library(NAMESPACE, "DEF")
+CPU_DTYPES = (torch.float32, torch.float64)
+CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_lock = threading.Lock()
+_native: str | None = None  # None: not tried; "": registered; else why not
+
+
+def native_status() -> str:
+    """Register the compiled CPU kernels if that was not tried yet; "" when they are, else why they are not."""
+    global _native
+    if _native is None:
+        with _lock:
+            if _native is None:
+                from .kernels.cpu import native
+
+                try:
+                    native.register()
+                    _native = ""
+                except native.Unavailable as reason:
+                    _native = str(reason)
+    return _native
+
+
+def accelerated(self: Tensor, mat2: Tensor) -> bool:
+    """Whether these kernels take the product: dense matrices of one dtype that has a kernel, on one device."""
+    kinds = {"cpu": CPU_DTYPES, "cuda": CUDA_DTYPES}.get(self.device.type, ())
+    return (
+        self.dtype in kinds
+        and self.dtype == mat2.dtype
+        and self.device == mat2.device
+        and self.dim() == mat2.dim() == 2
+        and self.layout == mat2.layout == torch.strided
+    )
+
+
+def _mm_python(self: Tensor, mat2: Tensor) -> Tensor:
+    """Every backend without a compiled kernel of its own."""
+    if not accelerated(self, mat2) or self.shape[1] != mat2.shape[0]:
+        strictness.hand_over(self, mat2)
+        return torch.ops.aten.mm.default(self, mat2)
+    self, mat2 = self.resolve_neg(), mat2.resolve_neg()
+    if self.is_cuda:
+        from .kernels.gpu import launch
+
+        return launch.mm(self, mat2)
+    from .kernels.cpu import native
+
+    return native.mm(self, mat2)
+
+
+def _mm_autograd_python(self: Tensor, mat2: Tensor) -> Tensor:
+    if self.device.type == "cpu":
+        native_status()
+    recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
+    if recorded or torch.autograd.forward_ad._current_level >= 0:
+        return autograd.mm_with_graph(self, mat2)
+    return autograd.forward_only(self, mat2)
+
+
+def _mm_fake(self: Tensor, mat2: Tensor) -> Tensor:
+    torch._check(self.dim() == 2, lambda: "self must be a matrix")
+    torch._check(mat2.dim() == 2, lambda: "mat2 must be a matrix")
+    (m, k), (k2, n) = self.shape, mat2.shape
+    torch._check(k == k2, lambda: f"mat1 and mat2 shapes cannot be multiplied ({m}x{k} and {k2}x{n})")
+    torch._check(
+        self.dtype == mat2.dtype,
+        lambda: f"expected m1 and m2 to have the same dtype, but got: {_c_name(self)} != {_c_name(mat2)}",
+    )
+    return self.new_empty((m, n))
+
+
+def _c_name(tensor: Tensor) -> str:
+    names = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "c10::BFloat16"}
+    return names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+
+
+def _mm_backward(
+    grad: Tensor, self: Tensor, mat2: Tensor, output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    return autograd.gradients(grad, self, mat2, (output_mask[0], output_mask[1]))
+
+
+def _mm_vmap(info: Any, in_dims: tuple[int | None, int | None], self: Tensor, mat2: Tensor) -> tuple[Tensor, int]:
+    """One product where one operand is batched (its batch joins m or n); a product an item where both are."""
+    self_dim, mat2_dim = in_dims
+    if mat2_dim is None:
+        items = self.movedim(self_dim, 0)
+        return autograd.product(items.reshape(-1, items.shape[2]), mat2).unflatten(0, items.shape[:2]), 0
+    if self_dim is None:
+        columns = mat2.movedim(mat2_dim, 1)
+        product = autograd.product(self, columns.reshape(columns.shape[0], -1))
+        return product.unflatten(1, columns.shape[1:]), 1
+    pairs = zip(self.unbind(self_dim), mat2.unbind(mat2_dim), strict=True)
+    return torch.stack([autograd.product(x, y) for x, y in pairs]), 0
+
+
+def _register() -> None:
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    library.define("mm(Tensor self, Tensor mat2) -> Tensor", tags=tags)
+    library.define("_mm_grad(Tensor self, Tensor mat2) -> Tensor", tags=tags)
+    library.define(
+        "mm_backward(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)", tags=tags
+    )
+    library.impl("mm", _mm_python, "CompositeExplicitAutograd")
+    library.impl("mm", _mm_autograd_python, "Autograd")
+    library.impl("_mm_grad", autograd.mm_with_graph, "CompositeImplicitAutograd")
+    library.impl("mm_backward", _mm_backward, "CompositeImplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::mm", _mm_fake, lib=library)
+    torch.library.register_vmap(f"{NAMESPACE}::mm", _mm_vmap, lib=library)
+    register_flop_formula(torch.ops.matmul_grad.mm)(mm_flop)
+
+
+_register()

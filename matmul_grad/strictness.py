@@ -1,0 +1,55 @@
+"""``strict()``: a product that these kernels do not take is an error instead of torch's."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from torch import Tensor
+
+SUPPORTED = (
+    "these kernels take two matrices of one dtype: float32 or float64 on CPU, float16, bfloat16, float32 or "
+    "float64 on CUDA"
+)
+
+_lock = threading.Lock()
+_open = 0
+
+
+def _change(by: int) -> None:
+    from .kernels.cpu import state
+
+    global _open
+    with _lock:
+        _open += by
+        state.words[state.STRICT] = _open
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Raise RuntimeError where a product would go to torch's own kernel. A context manager and a decorator.
+
+    Holds for all threads of the process, since autograd may run a backward in a thread of its own.
+
+    >>> import torch, matmul_grad
+    >>> a = torch.ones(2, 2, dtype=torch.int64)
+    >>> with matmul_grad.strict():
+    ...     matmul_grad.mm(a, a)
+    Traceback (most recent call last):
+    RuntimeError: matmul_grad.strict(): torch's own kernel would compute int64 (2, 2) @ int64 (2, 2) on cpu; ...
+    """
+    _change(1)
+    try:
+        yield
+    finally:
+        _change(-1)
+
+
+def hand_over(self: Tensor, mat2: Tensor) -> None:
+    """Called before a product goes to torch: raises in a ``strict()`` block."""
+    if _open:
+        shapes = " @ ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (self, mat2))
+        raise RuntimeError(
+            f"matmul_grad.strict(): torch's own kernel would compute {shapes} on {self.device}; {SUPPORTED}"
+        )
