@@ -9,6 +9,8 @@ The backward calls the differentiable operator, so that every further derivative
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +28,13 @@ def forward_only(self: Tensor, mat2: Tensor) -> Tensor:
     """The operator below autograd: no graph is recorded."""
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.matmul_grad.mm.default(self, mat2)
+
+
+@contextlib.contextmanager
+def outer_levels_record() -> Iterator[None]:
+    """A Function's forward and jvp run with recording off; the functorch levels around its own still record."""
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
 
 
 def gradients(
@@ -46,7 +55,10 @@ class Mm(torch.autograd.Function):
         ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(self, mat2)
-        return forward_only(self, mat2)
+        if not torch._C._are_functorch_transforms_active():
+            return forward_only(self, mat2)
+        with outer_levels_record():
+            return product(self, mat2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -57,10 +69,12 @@ class Mm(torch.autograd.Function):
     def jvp(ctx: Any, dself: Tensor | None, dmat2: Tensor | None) -> Tensor:
         """dC = dA · B + A · dB"""
         self, mat2 = ctx.saved_tensors
-        terms = [product(dself, mat2)] if dself is not None else []
-        if dmat2 is not None:
-            terms.append(product(self, dmat2))
-        return sum(terms[1:], terms[0])
+        functorch = torch._C._are_functorch_transforms_active()
+        with outer_levels_record() if functorch else contextlib.nullcontext():
+            terms = [product(dself, mat2)] if dself is not None else []
+            if dmat2 is not None:
+                terms.append(product(self, dmat2))
+            return sum(terms[1:], terms[0])
 
 
 def mm_with_graph(self: Tensor, mat2: Tensor) -> Tensor:

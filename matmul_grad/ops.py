@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import mm_flop, register_flop_formula
+from torch.utils.flop_counter import register_flop_formula
 
 from . import autograd, strictness
 
@@ -119,6 +119,10 @@ def _mm_vmap(info: Any, in_dims: tuple[int | None, int | None], self: Tensor, ma
     return torch.stack([autograd.product(x, y) for x, y in pairs]), 0
 
 
+def _mm_flops(self: torch.Size, mat2: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return 2 * self[0] * self[1] * mat2[1]
+
+
 def _register() -> None:
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
     library.define("mm(Tensor self, Tensor mat2) -> Tensor", tags=tags)
@@ -132,7 +136,7 @@ def _register() -> None:
     library.impl("mm_backward", _mm_backward, "CompositeImplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::mm", _mm_fake, lib=library)
     torch.library.register_vmap(f"{NAMESPACE}::mm", _mm_vmap, lib=library)
-    register_flop_formula(torch.ops.matmul_grad.mm)(mm_flop)
+    register_flop_formula(torch.ops.matmul_grad.mm)(_mm_flops)
 
 
 _register()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -37,6 +38,7 @@ MANGLED = {
 }
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
 _lock = threading.RLock()
+_messages = threading.local()
 _kept: list[object] = []  # what native code points at, for the life of the process
 
 
@@ -107,11 +109,20 @@ def _load_gemm(code):
         return 0
 
 
-def _last_error_fallback() -> int:
-    message = ctypes.create_string_buffer(b"matmul_grad: a torch operator failed")
-    callback = ctypes.CFUNCTYPE(ctypes.c_int64)(lambda: ctypes.addressof(message))
-    _kept.extend((message, callback))
-    return ctypes.cast(callback, ctypes.c_void_p).value or 0
+@ctypes.CFUNCTYPE(ctypes.c_int64)
+def _last_error():
+    """Message of the error that torch's C ABI just swallowed in this thread, as torch would have worded it.
+
+    An error that passed through Python reads ``RuntimeError: message`` and then where it happened.
+    """
+    what = getattr(_library(), "torch_exception_get_what_without_backtrace", None)
+    message = "matmul_grad: a torch operator failed"  # torch < 2.13 does not tell
+    if what is not None:
+        what.restype = ctypes.c_char_p
+        message = (what() or b"").decode(errors="replace") or message
+    message = re.sub(r"\A\w+(Error|Exception): ", "", message).split("\n\nAt:\n")[0]
+    _messages.kept = ctypes.create_string_buffer(message.encode())
+    return ctypes.addressof(_messages.kept)
 
 
 def register() -> None:
@@ -126,9 +137,7 @@ def register() -> None:
         missing = sorted(name for name, address in symbols.items() if address == 0)
         if missing:
             raise Unavailable(f"torch {torch.__version__} has no {', '.join(missing)}")
-        symbols["matmul_grad_last_error"] = (
-            _address("torch_exception_get_what_without_backtrace") or _last_error_fallback()
-        )
+        symbols["matmul_grad_last_error"] = ctypes.cast(_last_error, ctypes.c_void_p).value or 0
         symbols["matmul_grad_load_gemm"] = ctypes.cast(_load_gemm, ctypes.c_void_p).value or 0
         symbols["matmul_grad_state"] = ctypes.addressof(state)
         _fill_state()

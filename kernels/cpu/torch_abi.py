@@ -193,12 +193,10 @@ def mm_autograd(stack, inputs, outputs):
     """The Autograd key: differentiable work goes to Python's autograd.Function, the rest below autograd.
 
     It dispatches again rather than computing, because keys below autograd (Python modes and subclasses,
-    functionalisation, negation) must have their turn.
+    functionalisation, negation) must have their turn. Nor does it look at sizes, which would make a tracer
+    take symbolic ones for constants.
     """
-    a, b, at = get(stack, 0), get(stack, 1), scratch()
-    if describe(a, b, at):
-        validate(a, b, at)
-    if needs_gradient(a, b, at):
+    if needs_gradient(get(stack, 0), get(stack, 1), scratch()):
         forward_to(stack, grad_name())
         return
     key = get(state(), AUTOGRAD_KEY)
