@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops, strictness
+from . import autograd as _autograd  # noqa: F401 (registers the operators)
+from . import strictness
 
 
 def mm(input: Tensor, mat2: Tensor) -> Tensor:
@@ -30,7 +31,22 @@ def mm(input: Tensor, mat2: Tensor) -> Tensor:
     >>> c.tolist(), a.grad.tolist()
     ([[1.0, 4.0], [3.0, 8.0]], [[1.0, 2.0], [1.0, 2.0]])
     """
-    return torch.ops.matmul_grad.mm(input, mat2)
+    try:
+        return torch.ops.matmul_grad.mm(input, mat2)
+    except RuntimeError as error:
+        _raise_as_torch(error, input, mat2)
+        raise
+
+
+def _raise_as_torch(error: RuntimeError, input: Tensor, mat2: Tensor) -> None:
+    """Raise torch.mm's own error for these operands, of its own type; return where torch.mm has none."""
+    if strictness.is_on():
+        raise error
+    with torch.no_grad():
+        try:
+            torch.mm(input, mat2)
+        except Exception as torchs:
+            raise torchs from None
 
 
 def mm_backward(

@@ -18,10 +18,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-
-def product(self: Tensor, mat2: Tensor) -> Tensor:
-    """The differentiable operator."""
-    return torch.ops.matmul_grad.mm.default(self, mat2)
+from .ops import library, native_status, product
 
 
 def forward_only(self: Tensor, mat2: Tensor) -> Tensor:
@@ -85,3 +82,25 @@ def mm_with_graph(self: Tensor, mat2: Tensor) -> Tensor:
     """
     with enable_single_level_autograd_function():
         return super(torch.autograd.Function, Mm).apply(self, mat2)
+
+
+def mm_autograd(self: Tensor, mat2: Tensor) -> Tensor:
+    """The Autograd key of every device, until the compiled one takes the CPU's place."""
+    if self.device.type == "cpu":
+        native_status()
+    recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
+    if recorded or forward_ad._current_level >= 0:
+        return mm_with_graph(self, mat2)
+    return forward_only(self, mat2)
+
+
+def mm_backward(
+    grad: Tensor, self: Tensor, mat2: Tensor, output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both gradients, composed of differentiable products."""
+    return gradients(grad, self, mat2, (output_mask[0], output_mask[1]))
+
+
+library.impl("mm", mm_autograd, "Autograd")
+library.impl("_mm_grad", mm_with_graph, "CompositeImplicitAutograd")
+library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")

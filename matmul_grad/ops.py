@@ -1,10 +1,10 @@
 """The operators ``torch.ops.matmul_grad.*``: schemas, kernels, shapes for tracing, vmap rule, FLOP counts.
 
-    key                          kernel                              from
-    AutogradCPU                  mm_autograd, compiled               the first CPU call on
-    CPU                          mm, compiled                        the first CPU call on
-    Autograd                     Python, for every other device      import
-    CompositeExplicitAutograd    Python, for every other device      import
+    key                          kernel                                        from
+    AutogradCPU                  mm_autograd, compiled                         the first CPU call on
+    CPU                          mm, compiled                                  the first CPU call on
+    Autograd                     Python, in autograd.py: every other device    import
+    CompositeExplicitAutograd    Python, here: every other device              import
 
 The compiled kernels are more specific than those in Python, so nothing is overridden. Where torch's C ABI is not
 to be had the Python kernels stay and call the same drivers.
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from . import autograd, strictness
+from . import strictness
+from .flops import count_flops
 
 NAMESPACE = "matmul_grad"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -44,6 +44,11 @@ def native_status() -> str:
                 except native.Unavailable as reason:
                     _native = str(reason)
     return _native
+
+
+def product(self: Tensor, mat2: Tensor) -> Tensor:
+    """The differentiable operator."""
+    return torch.ops.matmul_grad.mm.default(self, mat2)
 
 
 def accelerated(self: Tensor, mat2: Tensor) -> bool:
@@ -73,15 +78,6 @@ def _mm_python(self: Tensor, mat2: Tensor) -> Tensor:
     return native.mm(self, mat2)
 
 
-def _mm_autograd_python(self: Tensor, mat2: Tensor) -> Tensor:
-    if self.device.type == "cpu":
-        native_status()
-    recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
-    if recorded or torch.autograd.forward_ad._current_level >= 0:
-        return autograd.mm_with_graph(self, mat2)
-    return autograd.forward_only(self, mat2)
-
-
 def _mm_fake(self: Tensor, mat2: Tensor) -> Tensor:
     torch._check(self.dim() == 2, lambda: "self must be a matrix")
     torch._check(mat2.dim() == 2, lambda: "mat2 must be a matrix")
@@ -99,28 +95,20 @@ def _c_name(tensor: Tensor) -> str:
     return names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
-def _mm_backward(
-    grad: Tensor, self: Tensor, mat2: Tensor, output_mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    return autograd.gradients(grad, self, mat2, (output_mask[0], output_mask[1]))
-
-
-def _mm_vmap(info: Any, in_dims: tuple[int | None, int | None], self: Tensor, mat2: Tensor) -> tuple[Tensor, int]:
+def _mm_vmap(
+    info: Any, in_dims: tuple[int | None, int | None], self: Tensor, mat2: Tensor
+) -> tuple[Tensor, int]:
     """One product where one operand is batched (its batch joins m or n); a product an item where both are."""
     self_dim, mat2_dim = in_dims
     if mat2_dim is None:
         items = self.movedim(self_dim, 0)
-        return autograd.product(items.reshape(-1, items.shape[2]), mat2).unflatten(0, items.shape[:2]), 0
+        return product(items.reshape(-1, items.shape[2]), mat2).unflatten(0, items.shape[:2]), 0
     if self_dim is None:
         columns = mat2.movedim(mat2_dim, 1)
-        product = autograd.product(self, columns.reshape(columns.shape[0], -1))
-        return product.unflatten(1, columns.shape[1:]), 1
+        wide = product(self, columns.reshape(columns.shape[0], -1))
+        return wide.unflatten(1, columns.shape[1:]), 1
     pairs = zip(self.unbind(self_dim), mat2.unbind(mat2_dim), strict=True)
-    return torch.stack([autograd.product(x, y) for x, y in pairs]), 0
-
-
-def _mm_flops(self: torch.Size, mat2: torch.Size, *args: Any, **kwargs: Any) -> int:
-    return 2 * self[0] * self[1] * mat2[1]
+    return torch.stack([product(x, y) for x, y in pairs]), 0
 
 
 def _register() -> None:
@@ -128,15 +116,13 @@ def _register() -> None:
     library.define("mm(Tensor self, Tensor mat2) -> Tensor", tags=tags)
     library.define("_mm_grad(Tensor self, Tensor mat2) -> Tensor", tags=tags)
     library.define(
-        "mm_backward(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)", tags=tags
+        "mm_backward(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)",
+        tags=tags,
     )
     library.impl("mm", _mm_python, "CompositeExplicitAutograd")
-    library.impl("mm", _mm_autograd_python, "Autograd")
-    library.impl("_mm_grad", autograd.mm_with_graph, "CompositeImplicitAutograd")
-    library.impl("mm_backward", _mm_backward, "CompositeImplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::mm", _mm_fake, lib=library)
     torch.library.register_vmap(f"{NAMESPACE}::mm", _mm_vmap, lib=library)
-    register_flop_formula(torch.ops.matmul_grad.mm)(_mm_flops)
+    count_flops(torch.ops.matmul_grad.mm, lambda self, mat2: 2 * self[0] * self[1] * mat2[1])
 
 
 _register()

@@ -46,9 +46,14 @@ def strict() -> Iterator[None]:
         _change(-1)
 
 
+def is_on() -> bool:
+    """Whether any ``strict()`` block is open."""
+    return _open > 0
+
+
 def hand_over(self: Tensor, mat2: Tensor) -> None:
     """Called before a product goes to torch: raises in a ``strict()`` block."""
-    if _open:
+    if is_on():
         shapes = " @ ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (self, mat2))
         raise RuntimeError(
             f"matmul_grad.strict(): torch's own kernel would compute {shapes} on {self.device}; {SUPPORTED}"

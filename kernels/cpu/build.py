@@ -67,7 +67,15 @@ def cache_folder() -> Path:
 def object_path(key: str, name: str, machine: Machine) -> Path:
     versions = [metadata.version(package) for package in ("numba", "llvmlite")]
     key = "\n".join(
-        [key, sources_digest(), *versions, platform.python_version(), machine.triple, machine.cpu, machine.features]
+        [
+            key,
+            sources_digest(),
+            *versions,
+            platform.python_version(),
+            machine.triple,
+            machine.cpu,
+            machine.features,
+        ]
     )
     return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
 

@@ -68,9 +68,7 @@ class BlockConfig:
     @property
     def a_bytes(self) -> int:
         """The packed block of A, of which each thread has one, in either order of packing."""
-        wide = max(
-            self.mc * (up(self.kc, self.lanes) + PAD), self.kc * (up(self.mc, self.lanes) + PAD)
-        )
+        wide = max(self.mc * (up(self.kc, self.lanes) + PAD), self.kc * (up(self.mc, self.lanes) + PAD))
         return wide * SIZES[self.dtype]
 
     @property

@@ -66,7 +66,6 @@ def make_gemm(config: BlockConfig) -> tuple[Callable, Callable]:
     mr, nr, kc_max, nc_max, size = config.mr, config.nr, config.kc, config.nc, vector.size
     a_bytes, b_bytes = config.a_bytes, config.b_bytes
 
-    @jit
     def task(begin, end, job):
         for part in range(begin, end):
             if get(job, PHASE) == PACKING:
@@ -74,11 +73,14 @@ def make_gemm(config: BlockConfig) -> tuple[Callable, Callable]:
             else:
                 multiply_part(job, part)
 
+    # By name, so that the loops below are compiled once: in the task that the pool's threads call too.
+    linked_task = types.ExternalFunction(f"{config.name}_task", TASK_SIGNATURE)
+
     @jit
     def run(job, phase):
         put(job, PHASE, phase)
         if get(job, PARTS) == 1:
-            task(0, 1, job)
+            linked_task(0, 1, job)
         else:
             parallel_for(0, get(job, PARTS), 1, task_address(), job)
 

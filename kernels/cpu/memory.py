@@ -105,9 +105,7 @@ def text(message: str) -> Callable[[], int]:
     def address(typingctx):
         def codegen(context, builder, signature, args):
             kind = ir.ArrayType(I8, len(data))
-            constant = ir.GlobalVariable(
-                builder.module, kind, builder.module.get_unique_name("text")
-            )
+            constant = ir.GlobalVariable(builder.module, kind, builder.module.get_unique_name("text"))
             constant.linkage, constant.global_constant = "private", True
             constant.initializer = ir.Constant(kind, data)
             return builder.ptrtoint(constant, I64)

@@ -187,6 +187,8 @@ def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     out = torch.empty((m, n), dtype=a.dtype)
     driver = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 12)(gemm_address(block))
     threads = torch.get_num_threads() if _address("torch_parallel_for") else 1
-    if driver(m, n, k, a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), max(n, 1), threads):
+    if driver(
+        m, n, k, a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), max(n, 1), threads
+    ):
         raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
     return out

@@ -70,7 +70,9 @@ def _copiers(vector: Vector) -> tuple[Callable, Callable, Callable, Callable]:
     @intrinsic
     def copy(typingctx, target, source):
         def emit(builder, target, source):
-            vector.store(builder, vector.load(builder, vector.at(builder, source)), vector.at(builder, target))
+            vector.store(
+                builder, vector.load(builder, vector.at(builder, source)), vector.at(builder, target)
+            )
 
         return define(types.void(INT64, INT64), emit)
 

@@ -114,9 +114,7 @@ class Vector:
         """
         distance = 1
         while distance < self.lanes:
-            low = [
-                lane + (self.lanes - distance if lane & distance else 0) for lane in range(self.lanes)
-            ]
+            low = [lane + (self.lanes - distance if lane & distance else 0) for lane in range(self.lanes)]
             high = [lane + (self.lanes if lane & distance else distance) for lane in range(self.lanes)]
             swapped = list(rows)
             for i in range(self.lanes):

@@ -1,9 +1,9 @@
 """Words that Python and the compiled entry points share, behind the symbol ``matmul_grad_state``.
 
-    STRICT        how many strict() blocks are open, in the process
-    ABI_VERSION   torch's version as its C ABI takes it
-    AUTOGRAD_KEY  the dispatch key to exclude below autograd
-    GEMMS + code  by dtype code: a driver's address, NOT_LOADED, or NOT_ACCELERATED
+STRICT        how many strict() blocks are open, in the process
+ABI_VERSION   torch's version as its C ABI takes it
+AUTOGRAD_KEY  the dispatch key to exclude below autograd
+GEMMS + code  by dtype code: a driver's address, NOT_LOADED, or NOT_ACCELERATED
 """
 
 from __future__ import annotations

@@ -1,0 +1,252 @@
+"""What is built and installed, what importing it costs, and which way its imports point."""
+
+import ast
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "matmul_grad"
+KERNELS = f"{PACKAGE}.kernels"
+TORCH_SIDE = ["ops", "autograd", "api"]  # each may import those before it
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def sources() -> dict[str, Path]:
+    """Each module of the package by its installed name, read off the checkout."""
+    files = {
+        **{f.relative_to(ROOT): f for f in (ROOT / PACKAGE).rglob("*.py")},
+        **{PACKAGE / f.relative_to(ROOT): f for f in (ROOT / "kernels").rglob("*.py")},
+    }
+    return {".".join(p.with_suffix("").parts).removesuffix(".__init__"): f for p, f in files.items()}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """direct/: a wheel of a copy of the checkout. sdist/: its sdist, and a wheel built from that alone."""
+    folder = tmp_path_factory.mktemp("built")
+    generated = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "copy", ignore=generated)
+    build = (sys.executable, "-m", "build", "--no-isolation")
+    run(*build, "--wheel", "--outdir", folder / "direct", cwd=folder / "copy")
+    run(*build, "--outdir", folder / "sdist", cwd=folder / "copy")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["direct", "sdist"])
+def wheel(request: pytest.FixtureRequest, built: Path) -> Path:
+    (path,) = (built / request.param).glob("*.whl")
+    return path
+
+
+def contents(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def test_wheel_holds_one_top_level_name(wheel: Path) -> None:
+    assert {name.split("/")[0] for name in contents(wheel)} == {PACKAGE}
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+    modules = {
+        name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
+        for name, path in sources().items()
+    }
+    assert {f"{PACKAGE}/kernels/{device}/__init__.py" for device in ("cpu", "gpu")} < modules
+    assert contents(wheel) == modules | {f"{PACKAGE}/py.typed"}
+
+
+def test_wheel_states_what_it_needs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name.split("/", 1)[1]: name for name in archive.namelist() if ".dist-info/" in name}
+        metadata = archive.read(files["METADATA"]).decode()
+        scripts = archive.read(files["entry_points.txt"]).decode()
+    assert "licenses/LICENSE" in files
+    for need in ("torch>=2.11", "numba>=", "triton>=3.6; platform_system"):
+        assert f"Requires-Dist: {need}" in metadata
+    assert "matmul-grad = matmul_grad.cli:main" in scripts
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel installed beside a package that owns the name `kernels`."""
+    target = tmp_path_factory.mktemp("installed")
+    (target / "kernels").mkdir()
+    (target / "kernels" / "__init__.py").write_text("owner = 'somebody else'\n")
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
+    run(*pip, "--target", target, wheel, cwd=target)
+    return target
+
+
+def test_lives_beside_the_package_named_kernels(installed: Path, tmp_path: Path) -> None:
+    code = """
+import json, kernels, matmul_grad, matmul_grad.kernels.cpu, matmul_grad.kernels.gpu
+modules = matmul_grad, matmul_grad.kernels.cpu, matmul_grad.kernels.gpu, kernels
+print(json.dumps([kernels.owner, [module.__file__ for module in modules]]))
+"""
+    output = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
+    owner, files = json.loads(output)
+    assert owner == "somebody else"
+    assert [Path(file) for file in files] == [
+        installed / PACKAGE / "__init__.py",
+        installed / PACKAGE / "kernels/cpu/__init__.py",
+        installed / PACKAGE / "kernels/gpu/__init__.py",
+        installed / "kernels" / "__init__.py",
+    ]
+
+
+def test_checkout_does_not_shadow_the_package_named_kernels(installed: Path) -> None:
+    code = "import kernels; print(kernels.owner)"
+    assert run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(installed)) == "somebody else\n"
+
+
+def test_import_brings_in_no_compiler(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import matmul_grad
+print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+"""
+    new = set(run(sys.executable, "-c", code, cwd=tmp_path).split())
+    assert PACKAGE in new
+    assert not new & {"numba", "llvmlite", "triton"}
+
+
+@pytest.mark.slow
+def test_import_costs_at_most_50_ms_over_torch(tmp_path: Path) -> None:
+    code = """
+import time, torch
+start = time.perf_counter()
+import matmul_grad
+print(time.perf_counter() - start)
+"""
+
+    def median() -> float:
+        return statistics.median(
+            float(run(sys.executable, "-c", code, cwd=tmp_path)) * 1000 for _ in range(5)
+        )
+
+    # Medians are taken again on a busy machine: a slow import is slow each time.
+    medians: list[float] = []
+    while not medians or (medians[-1] > 50 and len(medians) < 3):
+        medians.append(median())
+    print(f"import {PACKAGE} after torch: {min(medians):.1f} ms")
+    assert min(medians) <= 50, f"import {PACKAGE} took {medians} ms (medians of five fresh processes)"
+
+
+def imported(module: str, source: str, package: bool) -> Iterator[str]:
+    """The absolute names that a module's source imports, wherever in it the import stands."""
+    inside = module if package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                ".".join(inside.split(".")[: len(inside.split(".")) - node.level + 1]) if node.level else ""
+            )
+            origin = ".".join(filter(None, [base, node.module]))
+            yield from (f"{origin}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "import_module":
+            (name, *rest) = node.args
+            assert not rest and isinstance(name, ast.Constant), (
+                f"{module}: {ast.unparse(node)}: use one literal"
+            )
+            yield name.value
+
+
+def graph() -> dict[str, set[str]]:
+    """Each module of the package with the modules of the package that it names in an import."""
+    known = sources()
+
+    def resolved(name: str) -> str:
+        return name if name in known else name.rpartition(".")[0]
+
+    edges: dict[str, set[str]] = {}
+    for module, path in known.items():
+        names = imported(module, path.read_text(encoding="utf-8"), path.name == "__init__.py")
+        edges[module] = {resolved(name) for name in names if name.split(".")[0] == PACKAGE} - {module}
+    unknown = {name for names in edges.values() for name in names} - set(known)
+    assert not unknown, f"imported, but there is no such module: {unknown}"
+    return edges
+
+
+def reached(start: str) -> set[str]:
+    edges, found, ahead = graph(), set[str](), [start]
+    while ahead:
+        for name in edges[ahead.pop()] - found:
+            found.add(name)
+            ahead.append(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "source", "names"),
+    [
+        ("matmul_grad.api", False, "from . import ops", ["matmul_grad.ops"]),
+        ("matmul_grad.api", False, "from .kernels.cpu import gemm", ["matmul_grad.kernels.cpu.gemm"]),
+        ("matmul_grad.kernels.cpu.gemm", False, "from ...ops import mm", ["matmul_grad.ops.mm"]),
+        ("matmul_grad.kernels.cpu", True, "from ..gpu import gemm", ["matmul_grad.kernels.gpu.gemm"]),
+        (
+            "matmul_grad.kernels.cpu",
+            True,
+            "from .gemm import x, y",
+            [f"{KERNELS}.cpu.gemm.{x}" for x in "xy"],
+        ),
+        ("matmul_grad.ops", False, "def f():\n    import matmul_grad.api as api", ["matmul_grad.api"]),
+        ("matmul_grad.ops", False, "importlib.import_module('matmul_grad.api')", ["matmul_grad.api"]),
+    ],
+)
+def test_imports_are_seen(module: str, package: bool, source: str, names: list[str]) -> None:
+    assert list(imported(module, source, package)) == names
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_kernels_import_only_their_own_package(device: str) -> None:
+    home = f"{KERNELS}.{device}"
+    for module, names in graph().items():
+        if module.startswith(home):
+            strays = {name for name in names if name != home and not name.startswith(f"{home}.")}
+            assert not strays, f"{module} imports {strays}"
+
+
+@pytest.mark.parametrize("layer", TORCH_SIDE)
+def test_torch_side_never_reaches_up(layer: str) -> None:
+    assert f"{PACKAGE}.{layer}" in sources()
+    above = {f"{PACKAGE}.{name}" for name in TORCH_SIDE[TORCH_SIDE.index(layer) + 1 :]}
+    up = reached(f"{PACKAGE}.{layer}") & (above | {PACKAGE})
+    assert not up, f"{layer} imports, through others or not, {up}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert not [module for module in graph() if module in reached(module)]
+
+
+def test_only_ops_reaches_into_the_kernels() -> None:
+    """api and autograd say which product; ops alone says on which kernel."""
+    for layer in ("api", "autograd"):
+        strays = {name for name in graph()[f"{PACKAGE}.{layer}"] if name.startswith(f"{KERNELS}.")}
+        assert not strays, f"{layer} imports {strays}"
+
+
+def test_nothing_imports_the_name_kernels() -> None:
+    others = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    files = sources() | {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in others}
+    for module, path in files.items():
+        names = imported(module, path.read_text(encoding="utf-8"), path.name == "__init__.py")
+        assert "kernels" not in {name.split(".")[0] for name in names}, path
