@@ -88,8 +88,8 @@ def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llv
     """
     from numba import cfunc
 
-    for name in kernels:
-        # Numba links each function when it compiles it; those of this set find each other only in the object.
+    for name in (*kernels, *symbols):
+        # Numba links what it compiles, never to be run; the names get their meaning in `Loaded`.
         llvm.add_symbol(name, ctypes.addressof(_UNLINKED))
     module = llvm.parse_assembly("")
     for name, (function, signature) in kernels.items():
@@ -115,20 +115,20 @@ def load(
     key: str, name: str, kernels: Callable[[], Kernels], machine: Machine, symbols: Mapping[str, int]
 ) -> Loaded:
     """The compiled set ``name``, from the cache where it is there, with ``symbols`` bound to addresses."""
-    for symbol, address in symbols.items():
-        llvm.add_symbol(symbol, address)
     path = object_path(key, name, machine)
     code = _read(path)
     if code is None:
         code = machine.llvm().emit_object(to_module(kernels(), machine, symbols))
         _write(path, code)
-    return Loaded(code, machine)
+    return Loaded(code, machine, symbols)
 
 
 class Loaded:
     """Machine code in memory for the rest of the process; ``address(name)`` finds a function in it."""
 
-    def __init__(self, code: bytes, machine: Machine) -> None:
+    def __init__(self, code: bytes, machine: Machine, symbols: Mapping[str, int]) -> None:
+        for symbol, address in symbols.items():
+            llvm.add_symbol(symbol, address)
         self._code = code  # LLVM reads the object from here and keeps no copy
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine.llvm())
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(self._code))

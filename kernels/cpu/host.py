@@ -12,8 +12,8 @@ import llvmlite.binding as llvm
 from .build import Machine
 from .config import ISAS, Cpu
 
-# Features that a forced, narrower instruction set must not use although the host has them.
-WITHOUT = {"avx512": (), "neon": (), "avx2": ("avx512",), "generic": ("avx", "fma", "f16c")}
+# What a narrower instruction set than the host's own is compiled for, so that forcing it means something.
+BASELINES = {"avx2": "x86-64-v3", "generic": "x86-64"}
 
 
 @functools.cache
@@ -21,9 +21,13 @@ def host_features() -> dict[str, bool]:
     return dict(llvm.get_host_cpu_features())
 
 
+def is_arm() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64")
+
+
 def host_isas() -> tuple[str, ...]:
     """Instruction sets that this CPU can run, best first."""
-    if platform.machine().lower() in ("aarch64", "arm64"):
+    if is_arm():
         return ("neon", "generic")
     features = host_features()
     isas = []
@@ -48,11 +52,11 @@ def cpu(isa: str | None = None) -> Cpu:
 
 def machine(isa: str) -> Machine:
     """Code generation for this host, held to what ``isa`` has."""
-    features = {
-        name: has and not name.startswith(WITHOUT[isa] or ("\0",)) for name, has in host_features().items()
-    }
-    text = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(features.items()))
-    return Machine(llvm.get_process_triple(), llvm.get_host_cpu_name(), text)
+    triple = llvm.get_process_triple()
+    if isa == host_isas()[0]:
+        features = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(host_features().items()))
+        return Machine(triple, llvm.get_host_cpu_name(), features)
+    return Machine(triple, "generic" if is_arm() else BASELINES[isa], "")
 
 
 @functools.cache

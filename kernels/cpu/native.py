@@ -180,15 +180,23 @@ def _forked() -> None:
     workspace[0] = 1
 
 
-def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The driver called from Python, for platforms without the C ABI: dense float32 or float64 (m, k) · (k, n)."""
-    block = config(str(a.dtype).removeprefix("torch."))
+def multiply(
+    block: BlockConfig, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, threads: int = 1
+) -> torch.Tensor:
+    """out = a · b by the driver for ``block``, called from Python: for tests, and where the C ABI is not to be had.
+
+    Dense (m, k) and (k, n) of ``block.dtype`` and any strides; out (m, n) with its columns together.
+    """
     (m, k), n = a.shape, b.shape[1]
-    out = torch.empty((m, n), dtype=a.dtype)
     driver = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 12)(gemm_address(block))
-    threads = torch.get_num_threads() if _address("torch_parallel_for") else 1
-    if driver(
-        m, n, k, a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), max(n, 1), threads
-    ):
+    operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), out.stride(0)
+    if driver(m, n, k, *operands, threads):
         raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
     return out
+
+
+def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The product of two matrices as the Python registration computes it; threads where torch lends its pool."""
+    block = config(str(a.dtype).removeprefix("torch."))
+    threads = torch.get_num_threads() if _address("torch_parallel_for") else 1
+    return multiply(block, a, b, a.new_empty((a.shape[0], b.shape[1])), threads)

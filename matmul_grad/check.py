@@ -1,0 +1,75 @@
+"""`matmul-grad check`: this package against torch, from one worked example to a network, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+from rich.console import Console
+
+from . import check_products, check_timing, check_training, machine, strictness, timing, warmup
+from .console import facts, heading, track
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to check, where, on which values."""
+
+    train: bool = True
+    time: bool = True
+    device: str = "cpu"
+    seed: int = 0
+    threads: int | None = None
+
+
+def run(options: Options, console: Console) -> int:
+    """Every part under ``strict()``, so that no product is torch's unnoticed. 0: all agree; 1: something does not."""
+    start = perf_counter()
+    found: list[str] = []
+    device, seed = options.device, options.seed
+    with strictness.strict(), timing.threads(options.threads):
+        what_it_runs_on(console)
+        heading(console, "The worked example: A 2×4, B 4×3, L = mean(A·B)")
+        found += check_products.example(console, device)
+        heading(console, "Sizes, layouts and dtypes")
+        found += check_products.table_of_products(console, device, seed)
+        if options.train:
+            heading(console, "A classifier of handwritten digits, trained twice")
+            found += check_training.run(console, device, seed)
+    if options.time:
+        count = options.threads or 1
+        heading(console, f"Time against torch.mm, {count} thread{'s' * (count > 1)}")
+        with strictness.strict(), timing.threads(count):
+            found += check_timing.run(console, device, seed)
+    return verdict(console, found, perf_counter() - start)
+
+
+def what_it_runs_on(console: Console) -> None:
+    compile_kernels(console)
+    heading(console, "This machine")
+    facts(console, machine.describe())
+
+
+def compile_kernels(console: Console) -> list[tuple[str, float]]:
+    """Every CPU kernel compiled or loaded, one after the other, with the seconds that each took."""
+    return [
+        (name, seconds_of(compile_one))
+        for name, compile_one in track(console, "compiling or loading kernels", warmup.steps())
+    ]
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def verdict(console: Console, found: list[str], seconds: float) -> int:
+    """The last line: all agree, or what does not."""
+    if not found:
+        console.print(f"\nall agree, in {seconds:.1f} s", style="bold green")
+        return 0
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    console.print(f"\nDISAGREES: {found[0]}{more}", style="bold red", soft_wrap=True)
+    return 1

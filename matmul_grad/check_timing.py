@@ -1,0 +1,68 @@
+"""The part of `check` that takes times: forward, dgrad and wgrad beside torch.mm, right before fast."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from rich.console import Console
+
+from . import rivals, testing, timing
+from .check_products import disagreement
+from .console import table, track
+
+SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096)}
+DTYPES = {"cpu": ("f32", "f64"), "cuda": ("bf16", "f32")}
+SECONDS = 0.2  # a comparison
+
+
+def run(console: Console, device: str, seed: int) -> list[str]:
+    """The table of times. A result that is wrong is not timed."""
+    found: list[str] = []
+    rows: list[list[str]] = []
+    for dtype, n in track(console, "timing", list(itertools.product(DTYPES[device], SIZES[device]))):
+        found_here = disagreement(
+            f"timing {dtype} {n}",
+            lambda n=n, dtype=dtype: rivals.assert_right(
+                rivals.RIVALS[rivals.OURS], n, n, n, testing.DTYPES[dtype], seed=seed, device=device
+            ),
+        )
+        found += found_here
+        if not found_here:
+            rows += time_products(n, dtype, device, seed)
+    columns = [
+        "",
+        "dtype",
+        "m = n = k",
+        "torch ms",
+        "[quartiles]",
+        "ours ms",
+        "[quartiles]",
+        "GFLOP/s",
+        "ratio",
+    ]
+    table(console, columns, rows, left=2)
+    console.print(f"{timing.PROTOCOL}.\nratio = torch's time / ours: above 1, this package is faster.")
+    return found
+
+
+def time_products(n: int, dtype: str, device: str, seed: int) -> list[list[str]]:
+    """A row for each product at one size."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    operands = rivals.draw(n, n, n, testing.DTYPES[dtype], seed=seed, device=device)
+    rows = []
+    for product in testing.PRODUCTS:
+        work = {name: rivals.work(mm, product, operands) for name, mm in rivals.RIVALS.items()}
+        times = timing.interleaved(work, SECONDS, wait)
+        theirs, ours = times[rivals.THEIRS], times[rivals.OURS]
+        rate = rivals.flops(n, n, n, product) / timing.quartiles(ours).median / 1e9
+        rows.append(
+            [product, dtype, f"{n}", *cells(theirs), *cells(ours), f"{rate:.0f}"]
+            + [f"{timing.ratio(theirs, ours):.2f}"]
+        )
+    return rows
+
+
+def cells(times: list[float]) -> tuple[str, str]:
+    low, median, high = (1e3 * seconds for seconds in timing.quartiles(times))
+    return f"{median:.3g}", f"[{low:.3g} {high:.3g}]"

@@ -1,0 +1,145 @@
+"""The command `matmul-grad`: check, info, warmup, bench.
+
+Exit codes: 0 all is well, 1 something disagrees, 2 it was asked for what cannot be done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import __version__, machine
+
+DISAGREES, UNUSABLE, INTERRUPTED = 1, 2, 130
+
+
+class Unusable(Exception):
+    """What was asked for cannot be done here; the message is the one line that says why."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the console script."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ᵀ gets a question mark
+    command, rest = parse(arguments)
+    try:
+        if command.name == "bench":
+            return bench(rest)
+        return {"check": check, "info": info, "warmup": warm_up}[command.name](command)
+    except Unusable as reason:
+        print(f"matmul-grad: {reason}", file=sys.stderr)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        print("matmul-grad: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command, and what is left for pytest after `bench`."""
+    parser = argparse.ArgumentParser(
+        prog="matmul-grad", description="matmul and both gradients, checked and timed"
+    )
+    parser.add_argument("--version", action="version", version=f"matmul_grad {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="command")
+    check = commands.add_parser(
+        "check", help="compare with torch: numbers, a training, times; exit 1 on disagreement"
+    )
+    check.add_argument("--no-train", dest="train", action="store_false", help="leave out the training")
+    check.add_argument("--no-time", dest="time", action="store_false", help="leave out the times")
+    check.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    check.add_argument("--seed", type=seed, default=0, metavar="N", help="of all random values; default: 0")
+    check.add_argument(
+        "--threads", type=positive, metavar="N", help="default: torch's own number, and 1 for the times"
+    )
+    commands.add_parser("info", help="say what products run on here")
+    commands.add_parser("warmup", help="compile every CPU kernel now")
+    commands.add_parser("bench", help="run the benchmarks of a checkout; further arguments go to pytest")
+    command, rest = parser.parse_known_args(arguments)
+    if rest and command.name != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return command, rest
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 31:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2^31, got {value}")
+    return value
+
+
+def require(module: str, package: str, extra: str = "check") -> None:
+    """Unusable where ``module`` is not installed."""
+    if module in sys.modules:
+        found = sys.modules[module] is not None
+    else:
+        found = importlib.util.find_spec(module) is not None
+    if not found:
+        raise Unusable(f"{package} is missing: pip install 'matmul-grad[{extra}]'")
+
+
+def usable_machine() -> dict[str, str]:
+    """The machine's facts; Unusable where $MATMUL_GRAD_ISA asks for what this CPU has not."""
+    from .kernels.cpu import host
+
+    try:
+        host.cpu()
+    except (ValueError, RuntimeError) as reason:
+        raise Unusable(str(reason)) from reason
+    return machine.describe()
+
+
+def check(command: argparse.Namespace) -> int:
+    require("rich", "rich")
+    if command.train:
+        require("sklearn", "scikit-learn")
+    if command.device == "cuda" and not torch.cuda.is_available():
+        raise Unusable(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
+    usable_machine()
+    from .check import Options, run
+    from .console import make_console
+
+    options = Options(command.train, command.time, command.device, command.seed, command.threads)
+    return run(options, make_console())
+
+
+def info(command: argparse.Namespace) -> int:
+    facts = usable_machine() | {"cache": machine.describe_cache()}
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+    return 0
+
+
+def warm_up(command: argparse.Namespace) -> int:
+    require("rich", "rich")
+    usable_machine()
+    from .check import compile_kernels
+    from .console import make_console
+
+    for name, seconds in compile_kernels(make_console()):
+        print(f"{name:20}  {seconds:6.2f} s")
+    print(f"cache: {machine.describe_cache()}")
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    checkout = Path(__file__).parents[1]
+    if not (checkout / "bench" / "test_mm.py").is_file():
+        raise Unusable(
+            "the benchmarks are not part of the wheel: run `make bench` in a checkout of the sources"
+        )
+    require("pytest_benchmark", "pytest-benchmark", "bench")
+    return subprocess.call([sys.executable, "-m", "pytest", "bench", *arguments], cwd=checkout)

@@ -1,0 +1,65 @@
+"""How `matmul-grad` talks: headings, tables, progress, curves. Bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+T = TypeVar("T")
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def make_console() -> Console:
+    return Console(markup=False, highlight=False, emoji=False, soft_wrap=False)
+
+
+def heading(console: Console, text: str) -> None:
+    console.print(f"\n{text}", style="bold cyan")
+
+
+def facts(console: Console, pairs: Mapping[str, str]) -> None:
+    """Name and value in two columns."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in pairs.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """A ruled table; the first ``left`` columns are words, the others figures."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def track(console: Console, doing: str, items: Sequence[T]) -> Iterator[T]:
+    """The items, while what is done with them shows."""
+    if not console.is_terminal:
+        console.print(f"{doing}: {len(items)} …")
+        yield from items
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield from progress.track(items, description=doing)
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """The curve in one line, each character the mean of its part, between the curve's own ends.
+
+    >>> sparkline([3.0, 2.0, 1.0, 0.0], width=4)
+    '█▅▃▁'
+    """
+    width = min(width, len(values))
+    edges = [len(values) * i // width for i in range(width + 1)]
+    means = [sum(values[i:j]) / (j - i) for i, j in zip(edges, edges[1:])]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low or 1.0)
+    return "".join(BARS[round((mean - low) * scale)] for mean in means)

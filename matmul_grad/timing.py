@@ -1,0 +1,108 @@
+"""Interleaved timing: rivals take turns, so that whatever slows the machine slows all of them.
+
+One round gives every rival one batch of calls, and the order turns by one from round to round. A batch lasts at
+least a millisecond. What is reported of a rival is the median and the quartiles of its batches, a call; what
+is reported of two is the ratio of medians. Nothing is dropped, and no minimum is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["PROTOCOL", "Quartiles", "interleaved", "quartiles", "ratio", "threads"]
+
+BATCH = 1e-3  # seconds: a thousand times what reading the clock costs
+ROUNDS = (7, 199)
+PROTOCOL = "interleaved rounds of ≥ 1 ms in turning order; median [quartiles] of a call; ratio of medians"
+
+
+class Quartiles(NamedTuple):
+    """Seconds a call: a quarter of the rounds took at most ``low``, half ``median``, three quarters ``high``."""
+
+    low: float
+    median: float
+    high: float
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """torch's threads set to ``count`` inside, put back after; None leaves them.
+
+    >>> with threads(1):
+    ...     torch.get_num_threads()
+    1
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleaved(
+    rivals: Mapping[str, Callable[[], object]],
+    seconds: float = 0.25,
+    wait: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds a call for each rival and round, over ``seconds`` in all, but 7 rounds at least and 199 at most.
+
+    ``wait`` is called before the clock is read: torch.cuda.synchronize where calls return early.
+
+    >>> times = interleaved({"nothing": lambda: None, "something": lambda: sum(range(9999))}, seconds=0.01)
+    >>> quartiles(times["nothing"]).median < quartiles(times["something"]).median
+    True
+    """
+    calls = {name: calls_in_batch(call, wait) for name, call in rivals.items()}
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    order, end = list(rivals), perf_counter() + seconds
+    for done in range(ROUNDS[1]):
+        if done >= ROUNDS[0] and perf_counter() >= end:
+            break
+        for name in order:
+            times[name].append(batch(rivals[name], calls[name], wait))
+        order.append(order.pop(0))
+    return times
+
+
+def calls_in_batch(call: Callable[[], object], wait: Callable[[], object]) -> int:
+    """How many calls last a batch, from growing trials that are the warm-up too."""
+    calls = 1
+    batch(call, calls, wait)
+    while (elapsed := batch(call, calls, wait) * calls) < BATCH:
+        calls = max(2 * calls, min(100 * calls, int(calls * BATCH / max(elapsed, 1e-9))))
+    return calls
+
+
+def batch(call: Callable[[], object], calls: int, wait: Callable[[], object]) -> float:
+    """Seconds a call, over ``calls`` of them."""
+    wait()
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    wait()
+    return (perf_counter() - start) / calls
+
+
+def quartiles(times: list[float]) -> Quartiles:
+    """The quartiles of one rival's rounds.
+
+    >>> quartiles([3.0, 1.0, 2.0, 5.0, 4.0])
+    Quartiles(low=2.0, median=3.0, high=4.0)
+    """
+    return Quartiles(*statistics.quantiles(times, n=4, method="inclusive"))
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """Their median over ours: above 1, we are faster.
+
+    >>> ratio([2.0, 3.0, 4.0], [1.0, 1.5, 9.0])
+    2.0
+    """
+    return quartiles(theirs).median / quartiles(ours).median

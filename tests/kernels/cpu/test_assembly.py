@@ -1,0 +1,68 @@
+"""The machine code of the microkernels: the instruction that each tile is built on, and nothing spilled around it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from matmul_grad.kernels.cpu import build, host
+from matmul_grad.kernels.cpu.config import BlockConfig, choose
+from matmul_grad.kernels.cpu.gemm import GEMM_SIGNATURE, TASK_SIGNATURE, make_gemm
+from matmul_grad.kernels.cpu.microkernel import UNROLL
+
+X86 = [isa for isa in host.host_isas() if isa != "neon"]
+REGISTER = {"avx512": "zmm", "avx2": "ymm", "generic": "xmm"}
+
+
+def assembly(block: BlockConfig) -> str:
+    gemm, task = make_gemm(block)
+    kernels = {block.name: (gemm, GEMM_SIGNATURE), f"{block.name}_task": (task, TASK_SIGNATURE)}
+    machine = host.machine(block.isa)
+    module = build.to_module(kernels, machine, ("matmul_grad_parallel_for", "matmul_grad_workspace"))
+    return machine.llvm().emit_assembly(module)
+
+
+def basic_blocks(text: str) -> list[list[str]]:
+    """Instructions between labels and branches."""
+    blocks: list[list[str]] = [[]]
+    for line in text.splitlines():
+        line = line.strip()
+        if re.match(r"^[.\w$]+:", line):
+            blocks.append([])
+        elif line and not line.startswith((".", "#")):
+            blocks[-1].append(line)
+            if re.match(r"j\w+\s", line):
+                blocks.append([])
+    return blocks
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("isa", X86)
+def test_the_k_loop_is_multiply_adds_without_spills(isa: str, dtype: str) -> None:
+    block = choose(dtype, host.cpu(isa))
+    arithmetic = r"vfn?madd\d+p[sd]" if block.fused else r"v?mulp[sd]"
+    text = assembly(block)
+    loops = [
+        body for body in basic_blocks(text) if sum(bool(re.match(arithmetic, line)) for line in body) >= block.mr
+    ]
+    expected = block.mr * block.vectors
+    counts = [sum(bool(re.match(arithmetic, line)) for line in body) for body in loops]
+    assert expected * UNROLL in counts, f"no unrolled k-loop of {expected} × {UNROLL} among {counts}"
+    for body, count in zip(loops, counts, strict=True):
+        if count != expected * UNROLL:
+            continue
+        # The portable tile may reload an address: 16 registers do not hold every row's, and it costs it little.
+        vectors_only = r"mm\d.*" if isa == "generic" else ""
+        stack = rf"{vectors_only}(%rsp|-\d+\(%rbp\))|(%rsp|-\d+\(%rbp\)).*{vectors_only}"
+        spilled = [line for line in body if re.search(stack, line)]
+        assert not spilled, f"{block.name} spills in the k-loop: {spilled[:4]}"
+        accumulating = [line for line in body if re.match(arithmetic, line)]
+        assert all(REGISTER[isa] in line for line in accumulating)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in X86 if isa != "avx512"])
+def test_a_narrower_set_uses_no_wider_register(isa: str) -> None:
+    text = assembly(choose("float32", host.cpu(isa)))
+    forbidden = {"avx2": r"%zmm|%k[1-7]|%[xy]mm(1[6-9]|2\d|3[01])", "generic": r"%ymm|%zmm|\bvfmadd"}[isa]
+    assert not re.search(forbidden, text)

@@ -1,0 +1,87 @@
+"""The choices of kernels/cpu/config.py as functions: asked about CPUs that are not here."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from matmul_grad.kernels.cpu.config import (
+    KC,
+    SIZES,
+    TILES,
+    Cpu,
+    choose,
+    k_block,
+    split_threads,
+    up,
+    useful_threads,
+)
+
+REGISTERS = {"avx512": 32, "avx2": 16, "neon": 32, "generic": 16}
+CACHES = [(256 << 10, 2 << 20), (512 << 10, 8 << 20), (1 << 20, 32 << 20), (2 << 20, 105 << 20), (64 << 10, 0)]
+CASES = list(itertools.product(SIZES, TILES, CACHES))
+
+
+@pytest.mark.parametrize(("dtype", "isa", "caches"), CASES)
+def test_choose_fits_the_machine(dtype: str, isa: str, caches: tuple[int, int]) -> None:
+    l2, l3 = caches
+    block = choose(dtype, Cpu(isa, l2, l3))
+    accumulators = block.mr * block.vectors
+    assert accumulators + block.vectors + 1 <= REGISTERS[isa]
+    assert block.nr == block.vectors * block.lanes
+    assert block.mc % block.mr == 0 and block.nc % block.nr == 0 and min(block.mc, block.nc) > 0
+    assert block.a_bytes <= 6 << 20
+    assert block.b_bytes <= max(l3 // 2, block.kc * block.nr * SIZES[dtype])
+    assert block.mc * block.kc * SIZES[dtype] <= max(l2 // 2, block.mr * block.kc * SIZES[dtype])
+
+
+@pytest.mark.parametrize("dtype", SIZES)
+def test_the_order_of_k_is_the_same_on_every_cpu(dtype: str) -> None:
+    blocks = {choose(dtype, Cpu(isa, *caches)).kc for _, isa, caches in CASES}
+    assert blocks == {KC[dtype]}
+
+
+def test_choose_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        choose("int8", Cpu("avx2"))
+    with pytest.raises(ValueError, match="isa must be one of"):
+        choose("float32", Cpu("mmx"))
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 8, 9, 383, 384, 385, 768, 769, 1000, 4096, 30_000_000])
+def test_k_blocks_cover_k_in_the_fewest_equal_blocks(k: int) -> None:
+    kc = 384
+    step = k_block(k, kc)
+    if k == 0:
+        assert step == 0
+        return
+    count = -(-k // step)
+    assert step <= kc and step % 8 == 0
+    assert count == -(-k // kc)
+    assert k - (count - 1) * step > 0
+
+
+THREADS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("size", [1024, 1536, 2048, 4096, 8192])
+def test_threads_share_large_products_within_ten_percent(size: int, threads: int) -> None:
+    row_tiles, panels = up(size, 6) // 6, up(size, 64) // 64
+    rows, columns = split_threads(row_tiles, panels, threads)
+    assert rows * columns <= threads
+    slowest = -(-row_tiles // rows) * -(-panels // columns)
+    assert slowest * threads <= 1.1 * row_tiles * panels
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_few_rows_split_the_columns(threads: int) -> None:
+    assert split_threads(1, 64, threads) == (1, threads)
+    assert split_threads(1, 1, threads) == (1, 1)
+
+
+def test_small_products_stay_on_one_thread() -> None:
+    assert useful_threads(8, 8, 8, 64) == 1
+    assert useful_threads(4096, 4096, 4096, 64) == 64
+    assert useful_threads(1 << 20, 1 << 20, 1 << 20, 2) == 2

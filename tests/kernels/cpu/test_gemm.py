@@ -1,0 +1,157 @@
+"""The compiled GEMM itself, on every instruction set of this machine and with blocks small enough to meet all loops.
+
+Exact integers: the expected result is bitwise. Operands lie between NaN, or against a page that cannot be touched,
+so that one element read or written outside is a failure or a crash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import mmap
+
+import pytest
+import torch
+from torch import Tensor
+
+from matmul_grad import testing
+from matmul_grad.kernels.cpu import host, native
+from matmul_grad.kernels.cpu.config import BlockConfig, choose
+
+PAGE = mmap.PAGESIZE
+DTYPES = ("float32", "float64")
+
+
+def small(block: BlockConfig) -> BlockConfig:
+    """The same tile in blocks of a few tiles, so that every loop turns more than once on small matrices."""
+    return dataclasses.replace(block, mc=2 * block.mr, kc=24, nc=2 * block.nr)
+
+
+def blocks() -> list[BlockConfig]:
+    chosen = [choose(dtype, host.cpu(isa)) for isa in host.host_isas() for dtype in DTYPES]
+    return [*chosen, small(native.config("float32")), small(native.config("float64"))]
+
+
+BLOCKS = [pytest.param(block, id=f"{block.name}-{block.mc}x{block.kc}x{block.nc}") for block in blocks()]
+every_block = pytest.mark.parametrize("block", BLOCKS)
+
+
+def dtype_of(block: BlockConfig) -> torch.dtype:
+    return getattr(torch, block.dtype)
+
+
+def shapes(block: BlockConfig) -> list[tuple[int, int, int]]:
+    """The common table, and sizes around this tile and these blocks."""
+    mr, nr = block.mr, block.nr
+    around = [(mr + i, nr + j, 25) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    return [*testing.SHAPES, *around, (3 * mr + 1, 2 * nr + 3, 49), (5 * mr, 5 * nr, 50)]
+
+
+def in_canary(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(the same matrix with NaN on every side, the whole buffer)."""
+    m, n = values.shape
+    whole = values.new_full((m + 4, n + 70), float("nan"))
+    view = whole[2 : m + 2, 65 : n + 65]
+    view.copy_(values)
+    return view, whole
+
+
+def assert_untouched(whole: Tensor, m: int, n: int, what: str) -> None:
+    inside = torch.zeros_like(whole, dtype=torch.bool)
+    inside[2 : m + 2, 65 : n + 65] = True
+    assert whole[~inside].isnan().all(), f"{what}: written outside of C"
+
+
+@every_block
+def test_integers_between_canaries(block: BlockConfig) -> None:
+    dtype = dtype_of(block)
+    for layout in testing.LAYOUTS:
+        for m, n, k in shapes(block):
+            what = f"{block.name} {layout} {m}x{n}x{k}"
+            a = testing.integers(m, k, dtype, seed=1)
+            b = testing.integers(k, n, dtype, seed=2)
+            expected = testing.exact_product(a, b)
+            a = in_canary(a.t())[0].t() if layout[0] == "T" else in_canary(a)[0]
+            b = in_canary(b.t())[0].t() if layout[1] == "T" else in_canary(b)[0]
+            out, whole = in_canary(torch.full((m, n), float("nan"), dtype=dtype))
+            for threads in (1, 2, 3):
+                out.fill_(float("nan"))
+                native.multiply(block, a, b, out, threads)
+                testing.assert_same_bits(out, expected, f"{what} threads {threads}")
+                assert_untouched(whole, m, n, what)
+
+
+@every_block
+@pytest.mark.parametrize("a_striding", testing.STRIDINGS)
+@pytest.mark.parametrize("b_striding", testing.STRIDINGS)
+def test_integers_of_any_strides(block: BlockConfig, a_striding: str, b_striding: str) -> None:
+    dtype = dtype_of(block)
+    for m, n, k in ((13, 70, 31), (1, 9, 50), (40, 1, 7)):
+        a = testing.lay_out(testing.integers(m, k, dtype, seed=1), a_striding)
+        b = testing.lay_out(testing.integers(k, n, dtype, seed=2), b_striding)
+        out = a.new_empty(m, n)
+        native.multiply(block, a, b, out, 2)
+        testing.assert_same_bits(out, testing.exact_product(a, b), f"{a_striding} {b_striding} {m}x{n}x{k}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_instruction_sets_agree_in_bits(dtype: str) -> None:
+    """The order of k is fixed by k and the dtype, so tiles of other shapes give the same bits."""
+    sets = [choose(dtype, cpu) for isa in host.host_isas() if (cpu := host.cpu(isa)).fused]
+    for m, n, k in ((7, 70, 1000), (61, 130, 257)):
+        a, b = (testing.normal(*shape, getattr(torch, dtype)) for shape in ((m, k), (k, n)))
+        first, *others = [native.multiply(block, a, b, a.new_empty(m, n)) for block in sets]
+        for other in others:
+            testing.assert_same_bits(other, first)
+
+
+class Guarded:
+    """``rows × columns`` elements that end where an unreadable page begins, or begin where one ends."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, at_end: bool) -> None:
+        size = rows * columns * dtype.itemsize
+        pages = -(-max(size, 1) // PAGE)
+        self.memory = mmap.mmap(-1, (pages + 2) * PAGE)
+        self.base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.protect(0)
+        offset = PAGE + pages * PAGE - size if at_end else PAGE
+        flat = torch.frombuffer(self.memory, dtype=dtype, count=rows * columns, offset=offset)
+        self.matrix = flat.view(rows, columns)
+        self.pages = pages
+
+    def protect(self, rights: int) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        last = self.base + len(self.memory) - PAGE
+        for page in (self.base, last):
+            assert libc.mprotect(ctypes.c_void_p(page), ctypes.c_size_t(PAGE), rights) == 0
+
+
+@every_block
+@pytest.mark.parametrize("at_end", [True, False], ids=["page-after", "page-before"])
+@pytest.mark.parametrize("layout", testing.LAYOUTS)
+def test_nothing_is_read_beyond_the_operands(block: BlockConfig, layout: str, at_end: bool) -> None:
+    dtype = dtype_of(block)
+    mr, nr, lanes = block.mr, block.nr, block.lanes
+    for m, n, k in ((mr, nr, 24), (mr + 1, nr + 1, 25), (1, 1, 1), (2 * mr - 1, nr + lanes - 1, 9), (1, nr + 5, 31)):
+        stored_a = Guarded(*((k, m) if layout[0] == "T" else (m, k)), dtype, at_end)
+        stored_b = Guarded(*((n, k) if layout[1] == "T" else (k, n)), dtype, at_end)
+        stored_c = Guarded(m, n, dtype, at_end)
+        a = stored_a.matrix.t() if layout[0] == "T" else stored_a.matrix
+        b = stored_b.matrix.t() if layout[1] == "T" else stored_b.matrix
+        a.copy_(testing.integers(m, k, dtype, seed=1))
+        b.copy_(testing.integers(k, n, dtype, seed=2))
+        native.multiply(block, a, b, stored_c.matrix)
+        testing.assert_same_bits(stored_c.matrix, testing.exact_product(a, b), f"{layout} {m}x{n}x{k}")
+
+
+def test_a_forced_instruction_set_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa in host.host_isas():
+        monkeypatch.setenv("MATMUL_GRAD_ISA", isa)
+        assert host.cpu().isa == isa
+    monkeypatch.setenv("MATMUL_GRAD_ISA", "avx9")
+    with pytest.raises(ValueError, match="must be one of avx512, avx2, neon, generic"):
+        host.cpu()
+    absent = next(isa for isa in ("neon", "avx512", "avx2") if isa not in host.host_isas())
+    monkeypatch.setenv("MATMUL_GRAD_ISA", absent)
+    with pytest.raises(RuntimeError, match=f"{absent} was asked for, but this CPU has only"):
+        host.cpu()
