@@ -46,8 +46,8 @@ def make_pack(vector: Vector) -> Callable:
                     else:
                         copy_edge(to + j * size, at + j * size, exist - j)
         elif depth_stride == 1:
-            for p in range(0, depth, lanes):
-                for j in range(0, width, lanes):
+            for j in range(0, width, lanes):
+                for p in range(0, depth, lanes):
                     to, at = target + (p * stride + j) * size, source + (p + j * width_stride) * size
                     transpose(to, stride, at, width_stride, exist - j, depth - p)
         else:
