@@ -24,8 +24,8 @@ LIBC = ("malloc", "free", "memset", "memcpy", "snprintf")
 
 _UNLINKED = ctypes.c_int64()
 
-# One kernel: C name → (Python function, Numba signature).
-Kernels = Mapping[str, tuple[Callable, object]]
+# Kernels by C name: (Python function, Numba signature) for Numba to compile, or IR text that is ready.
+Kernels = Mapping[str, "str | tuple[Callable, object]"]
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,14 @@ def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llv
         # Numba links what it compiles, never to be run; the names get their meaning in `Loaded`.
         llvm.add_symbol(name, ctypes.addressof(_UNLINKED))
     module = llvm.parse_assembly("")
-    for name, (function, signature) in kernels.items():
-        compiled = cfunc(signature, error_model="numpy")(function)
-        module.link_in(llvm.parse_assembly(compiled.inspect_llvm().replace(compiled.native_name, name)))
+    for name, kernel in kernels.items():
+        if isinstance(kernel, str):
+            text = kernel
+        else:
+            function, signature = kernel
+            compiled = cfunc(signature, error_model="numpy")(function)
+            text = compiled.inspect_llvm().replace(compiled.native_name, name)
+        module.link_in(llvm.parse_assembly(text))
     for value in (*module.functions, *module.global_variables):
         if not value.is_declaration and value.name not in kernels:
             value.linkage = "internal"

@@ -15,7 +15,7 @@ KC = {"float32": 384, "float64": 384}
 
 # Register tiles (mr, vectors a row, bytes a vector). 6 × 4 zmm: 24 accumulators, 4 columns of B and one
 # broadcast fill 29 of 32 registers; on Zen 4 it beat 12 × 2, 14 × 2 and 8 × 3 by 2-5 % as a whole GEMM.
-TILES = {"avx512": (6, 4, 64), "avx2": (6, 2, 32), "neon": (6, 4, 16), "generic": (4, 2, 16)}
+TILES = {"avx512": (6, 4, 64), "avx2": (6, 2, 32), "neon": (6, 4, 16), "generic": (3, 2, 16)}
 
 A_SHARE = 0.3  # of L2, for a packed block of A: the rest is for the panel of B that it meets, and for C
 B_SHARE = 0.3  # of L3, for a packed panel of B; half of it at most, by contract
@@ -99,6 +99,16 @@ def choose(dtype: str, cpu: Cpu) -> BlockConfig:
     mc = max(mr, int(min(A_SHARE * cpu.l2, A_LIMIT / 2) / (kc * size)) // mr * mr)
     nc = max(nr, int(min(B_SHARE, 0.5) * cpu.l3 / (kc * size)) // nr * nr)
     return BlockConfig(dtype, cpu.isa, cpu.fused, lanes, mr, nr, mc, kc, nc)
+
+
+def steps(most: int) -> tuple[int, ...]:
+    """Tile sizes that cover any number of rows, or of vectors: ``most``, then powers of two down to 1.
+
+    >>> steps(6), steps(4), steps(1)
+    ((6, 4, 2, 1), (4, 2, 1), (1,))
+    """
+    powers = (1 << bit for bit in range(most.bit_length(), -1, -1))
+    return (most, *(power for power in powers if power < most))
 
 
 def k_block(k: int, kc: int) -> int:

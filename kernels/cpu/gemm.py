@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 from numba.core import types
 
-from .config import DIRECT_PANELS, DIRECT_ROWS, PAD, BlockConfig, k_block, split_threads, useful_threads
+from .config import DIRECT_PANELS, DIRECT_ROWS, PAD, BlockConfig, k_block, split_threads, steps, useful_threads
 from .memory import get, jit, put, stack_words, symbol
-from .microkernel import make_microkernel
+from .microkernel import ARGUMENTS, microkernel_ir
 from .pack import make_pack
 from .simd import Vector
 from .workspace import acquire, buffers, forked, give_back
@@ -43,8 +43,20 @@ GEMM_SIGNATURE = types.int64(*[types.int64] * 12)
 TASK_SIGNATURE = types.void(types.int64, types.int64, types.int64)
 
 
+def make_kernels(config: BlockConfig) -> dict[str, str | tuple[Callable, types.Type]]:
+    """All that one configuration is compiled from: the driver, the task of its threads, the microkernels."""
+    vector = Vector(config.dtype, config.lanes, config.fused)
+    gemm, task = make_gemm(config)
+    microkernel = f"{config.name}_microkernel"
+    return {
+        config.name: (gemm, GEMM_SIGNATURE),
+        f"{config.name}_task": (task, TASK_SIGNATURE),
+        microkernel: microkernel_ir(microkernel, vector, steps(config.mr), steps(config.vectors)),
+    }
+
+
 def make_gemm(config: BlockConfig) -> tuple[Callable, Callable]:
-    """``(gemm, task)``, to be compiled together as ``{config.name}`` and ``{config.name}_task``.
+    """``(gemm, task)``: the driver, and what each thread of the pool runs.
 
     gemm(m, n, k, a, a_rs, a_cs, b, b_rs, b_cs, c, c_rs, threads) → 0, or 1 when memory ran out
 
@@ -138,6 +150,24 @@ def make_gemm(config: BlockConfig) -> tuple[Callable, Callable]:
 
 
 @jit
+def largest(choices, room):
+    """Index of the largest of ``choices`` (descending to 1) that fits in ``room``."""
+    for index in range(len(choices)):
+        if choices[index] <= room:
+            return index
+    return len(choices) - 1
+
+
+@jit
+def smallest(choices, need):
+    """Index of the smallest of ``choices`` (descending) that holds ``need``."""
+    for index in range(len(choices) - 1, 0, -1):
+        if choices[index] >= need:
+            return index
+    return 0
+
+
+@jit
 def share(total, parts, part):
     """``[begin, end)`` of one of ``parts`` nearly equal shares of ``total``."""
     return total * part // parts, total * (part + 1) // parts
@@ -167,7 +197,10 @@ def make_multiply_part(config: BlockConfig, vector: Vector) -> Callable:
     mr, nr, mc_max, lanes, size = config.mr, config.nr, config.mc, config.lanes, vector.size
     a_bytes = config.a_bytes
     pack = make_pack(vector)
-    microkernel = make_microkernel(vector, mr, config.vectors)
+    row_steps, vector_steps = steps(config.mr), steps(config.vectors)
+    microkernel = types.ExternalFunction(
+        f"{config.name}_microkernel", types.void(*[types.int64] * ARGUMENTS)
+    )
 
     @jit
     def pack_a(job, target, i, rows):
@@ -195,11 +228,15 @@ def make_multiply_part(config: BlockConfig, vector: Vector) -> Callable:
             if get(job, B_DIRECT) and columns == nr:
                 b, b_ks = get(job, B) + (get(job, PC) * b_rs + get(job, JC) + j) * size, b_rs
             c = get(job, C) + (i * c_rs + get(job, JC) + j) * size
-            for ir in range(0, rows, mr):
+            vector_step = smallest(vector_steps, (columns + lanes - 1) // lanes)
+            ir = 0
+            while ir < rows:
+                row_step = largest(row_steps, rows - ir)
                 microkernel(
-                    kc, a + ir * a_rs * size, a_rs, a_ks, b, b_ks,
-                    c + ir * c_rs * size, c_rs, min(mr, rows - ir), columns, first,
+                    row_step, vector_step, kc, a + ir * a_rs * size, a_rs, a_ks, b, b_ks,
+                    c + ir * c_rs * size, c_rs, columns, first,
                 )  # fmt: skip
+                ir += row_steps[row_step]
 
     @jit
     def multiply_part(job, part):
@@ -210,13 +247,12 @@ def make_multiply_part(config: BlockConfig, vector: Vector) -> Callable:
         target = get(job, WORK_A) + part * a_bytes
         a_rs, a_cs = get(job, A_RS), get(job, A_CS)
         if get(job, A_DIRECT):
-            whole = begin + (end - begin) // mr * mr
             a = get(job, A) + (begin * a_rs + get(job, PC) * a_cs) * size
-            loops_2_to_1(job, begin, whole - begin, a, a_rs, a_cs, first_panel, last_panel)
-            begin = whole
-        for i in range(begin, end, mc_max):
-            rows = min(mc_max, end - i)
-            row_stride, k_stride = pack_a(job, target, i, rows)
-            loops_2_to_1(job, i, rows, target, row_stride, k_stride, first_panel, last_panel)
+            loops_2_to_1(job, begin, end - begin, a, a_rs, a_cs, first_panel, last_panel)
+        else:
+            for i in range(begin, end, mc_max):
+                rows = min(mc_max, end - i)
+                row_stride, k_stride = pack_a(job, target, i, rows)
+                loops_2_to_1(job, i, rows, target, row_stride, k_stride, first_panel, last_panel)
 
     return multiply_part

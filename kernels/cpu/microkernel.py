@@ -1,57 +1,63 @@
-"""The microkernel: an mr × nr tile of C held in vector registers through one k-loop."""
+"""The microkernels: a tile of C held in vector registers through one k-loop, in a few sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 
 from .simd import I64, POINTER, Vector
 
+ARGUMENTS = 12
 UNROLL = 4  # k-steps a turn: enough to hide the loop's own instructions, little enough for the op cache
 
 
-def make_microkernel(vector: Vector, mr: int, nv: int) -> Callable:
-    """Intrinsic ``(kc, a, a_rs, a_ks, b, b_ks, c, c_rs, rows, cols, first)``, all int64.
+def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tuple[int, ...]) -> str:
+    """IR of ``void name(row_step, vector_step, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first)``, all int64.
 
-    C[i, j] (+)= Σ_p A[i, p]·B[p, j]   for i < rows ≤ mr, j < cols ≤ nv·lanes
+    C[i, j] (+)= Σ_p A[i, p]·B[p, j]   for i < mr = rows[row_step], j < cols ≤ nv·lanes, nv = vectors[vector_step]
 
-    Strides count elements. Every element is one chain of fused multiply-adds from 0 in the order of p,
-    whatever rows and cols are; ``first`` stores it, otherwise it is added to C with one more rounding. mr rows
-    of A and nv·lanes columns of B must be readable (packed panels are); C is touched inside rows × cols alone.
+    Strides count elements. Every element is one chain of fused multiply-adds from 0 in the order of p, in
+    whichever tile it lies; ``first`` stores it, otherwise it is added to C with one more rounding. nv·lanes
+    columns of B must be readable (packed panels are); A and C are touched inside mr × kc and mr × cols alone.
 
               B[p]   |  v0 lanes  |  v1 lanes  |         per k-step: nv loads, mr broadcasts,
         A[0, p] ──▶  |  acc[0,0]  |  acc[0,1]  |         mr·nv fused multiply-adds
         A[1, p] ──▶  |  acc[1,0]  |  acc[1,1]  |
+
+    It is a function of its own, not an intrinsic, so that LLVM compiles it once and a profiler sees its name.
     """
+    module = ir.Module(name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * ARGUMENTS), name)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    row_step, vector_step, *operands = function.args
+    tile = builder.add(builder.mul(row_step, I64(len(vectors))), vector_step)
+    done = builder.append_basic_block("done")
+    choice = builder.switch(tile, done)
+    for index, (mr, nv) in enumerate(itertools.product(rows, vectors)):
+        block = builder.append_basic_block(f"tile.{mr}x{nv}")
+        choice.add_case(I64(index), block)
+        builder.position_at_end(block)
+        _tile(builder, vector, mr, nv, *operands)
+        builder.branch(done)
+    builder.position_at_end(done)
+    builder.ret_void()
+    return str(module)
 
-    def emit(builder: ir.IRBuilder, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, rows, cols, first) -> None:
-        c_rows = [vector.at(builder, c, builder.mul(c_rs, I64(i))) for i in range(mr)]
-        for row in c_rows:
-            for v in range(nv):
-                vector.prefetch(builder, vector.at(builder, row, v * vector.lanes))
-        acc = _k_loop(builder, vector, mr, nv, kc, a, a_rs, a_ks, b, b_ks)
-        full = builder.and_(
-            builder.icmp_signed("==", rows, I64(mr)), builder.icmp_signed("==", cols, I64(nv * vector.lanes))
-        )
-        keep = builder.icmp_signed("==", first, I64(0))
-        with builder.if_else(full, likely=True) as (whole, edge):
-            with whole:
-                _store_full(builder, vector, acc, c_rows, keep)
-            with edge:
-                _store_edge(builder, vector, acc, c_rows, keep, rows, cols)
 
-    @intrinsic
-    def microkernel(typingctx, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, rows, cols, first):
-        def codegen(context, builder, signature, args):
-            emit(builder, *args)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 11), codegen
-
-    return microkernel
+def _tile(builder, vector, mr, nv, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first):
+    c_rows = [vector.at(builder, c, builder.mul(c_rs, I64(i))) for i in range(mr)]
+    for row in c_rows:
+        for v in range(nv):
+            vector.prefetch(builder, vector.at(builder, row, v * vector.lanes))
+    acc = _k_loop(builder, vector, mr, nv, kc, a, a_rs, a_ks, b, b_ks)
+    full = builder.icmp_signed("==", cols, I64(nv * vector.lanes))
+    keep = builder.icmp_signed("==", first, I64(0))
+    with builder.if_else(full, likely=True) as (whole, edge):
+        with whole:
+            _store_full(builder, vector, acc, c_rows, keep)
+        with edge:
+            _store_edge(builder, vector, acc, c_rows, keep, cols)
 
 
 def _k_loop(builder, vector, mr, nv, kc, a, a_rs, a_ks, b, b_ks):
@@ -109,12 +115,11 @@ def _store_full(builder, vector, acc, c_rows, keep):
                     vector.store(builder, value, vector.at(builder, pointer, v * vector.lanes))
 
 
-def _store_edge(builder, vector, acc, c_rows, keep, rows, cols):
+def _store_edge(builder, vector, acc, c_rows, keep, cols):
     masks = [vector.mask(builder, cols, v * vector.lanes) for v in range(len(acc[0]))]
-    for i, (row, pointer) in enumerate(zip(acc, c_rows)):
-        with builder.if_then(builder.icmp_signed("<", I64(i), rows)):
-            for v, value in enumerate(row):
-                at = vector.at(builder, pointer, v * vector.lanes)
-                old = vector.masked_load(builder, at, masks[v])
-                value = builder.select(keep, builder.fadd(old, value), value)
-                vector.masked_store(builder, value, at, masks[v])
+    for row, pointer in zip(acc, c_rows, strict=True):
+        for v, value in enumerate(row):
+            at = vector.at(builder, pointer, v * vector.lanes)
+            old = vector.masked_load(builder, at, masks[v])
+            value = builder.select(keep, builder.fadd(old, value), value)
+            vector.masked_store(builder, value, at, masks[v])

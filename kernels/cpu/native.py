@@ -87,10 +87,9 @@ def gemm_address(block: BlockConfig) -> int:
 @functools.cache
 def _gemm_address(block: BlockConfig) -> int:
     def kernels() -> build.Kernels:
-        from .gemm import GEMM_SIGNATURE, TASK_SIGNATURE, make_gemm
+        from .gemm import make_kernels
 
-        gemm, task = make_gemm(block)
-        return {block.name: (gemm, GEMM_SIGNATURE), f"{block.name}_task": (task, TASK_SIGNATURE)}
+        return make_kernels(block)
 
     loaded = build.load(repr(block), block.name, kernels, host.machine(block.isa), _gemm_symbols())
     _kept.append(loaded)

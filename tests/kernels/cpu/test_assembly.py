@@ -8,7 +8,7 @@ import pytest
 
 from matmul_grad.kernels.cpu import build, host
 from matmul_grad.kernels.cpu.config import BlockConfig, choose
-from matmul_grad.kernels.cpu.gemm import GEMM_SIGNATURE, TASK_SIGNATURE, make_gemm
+from matmul_grad.kernels.cpu.gemm import make_kernels
 from matmul_grad.kernels.cpu.microkernel import UNROLL
 
 X86 = [isa for isa in host.host_isas() if isa != "neon"]
@@ -16,10 +16,8 @@ REGISTER = {"avx512": "zmm", "avx2": "ymm", "generic": "xmm"}
 
 
 def assembly(block: BlockConfig) -> str:
-    gemm, task = make_gemm(block)
-    kernels = {block.name: (gemm, GEMM_SIGNATURE), f"{block.name}_task": (task, TASK_SIGNATURE)}
     machine = host.machine(block.isa)
-    module = build.to_module(kernels, machine, ("matmul_grad_parallel_for", "matmul_grad_workspace"))
+    module = build.to_module(make_kernels(block), machine, ("matmul_grad_parallel_for", "matmul_grad_workspace"))
     return machine.llvm().emit_assembly(module)
 
 
