@@ -9,7 +9,7 @@ from time import perf_counter
 from rich.console import Console
 
 from . import check_products, check_timing, check_training, machine, strictness, timing, warmup
-from .console import facts, heading, track
+from .console import heading, track
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Options:
 
 
 def run(options: Options, console: Console) -> int:
-    """Every part under ``strict()``, so that no product is torch's unnoticed. 0: all agree; 1: something does not."""
+    """0: all agree; 1: something does not. Under ``strict()``, so that no product is torch's unnoticed."""
     start = perf_counter()
     found: list[str] = []
     device, seed = options.device, options.seed
@@ -48,7 +48,7 @@ def run(options: Options, console: Console) -> int:
 def what_it_runs_on(console: Console) -> None:
     compile_kernels(console)
     heading(console, "This machine")
-    facts(console, machine.describe())
+    console.print(*machine.lines(machine.describe()), sep="\n", soft_wrap=True)
 
 
 def compile_kernels(console: Console) -> list[tuple[str, float]]:

@@ -30,19 +30,9 @@ def run(console: Console, device: str, seed: int) -> list[str]:
         found += found_here
         if not found_here:
             rows += time_products(n, dtype, device, seed)
-    columns = [
-        "",
-        "dtype",
-        "m = n = k",
-        "torch ms",
-        "[quartiles]",
-        "ours ms",
-        "[quartiles]",
-        "GFLOP/s",
-        "ratio",
-    ]
-    table(console, columns, rows, left=2)
-    console.print(f"{timing.PROTOCOL}.\nratio = torch's time / ours: above 1, this package is faster.")
+    columns = ["product", "torch ms", "quartiles", "ours ms", "quartiles", "GFLOP/s", "ratio"]
+    table(console, columns, rows)
+    console.print(f"{timing.PROTOCOL};\nratio = torch's median / ours: above 1, this package is faster")
     return found
 
 
@@ -56,13 +46,11 @@ def time_products(n: int, dtype: str, device: str, seed: int) -> list[list[str]]
         times = timing.interleaved(work, SECONDS, wait)
         theirs, ours = times[rivals.THEIRS], times[rivals.OURS]
         rate = rivals.flops(n, n, n, product) / timing.quartiles(ours).median / 1e9
-        rows.append(
-            [product, dtype, f"{n}", *cells(theirs), *cells(ours), f"{rate:.0f}"]
-            + [f"{timing.ratio(theirs, ours):.2f}"]
-        )
+        figures = f"{rate:.0f}", f"{timing.ratio(theirs, ours):.2f}"
+        rows.append([f"{product}-{dtype}-{n}", *cells(theirs), *cells(ours), *figures])
     return rows
 
 
 def cells(times: list[float]) -> tuple[str, str]:
     low, median, high = (1e3 * seconds for seconds in timing.quartiles(times))
-    return f"{median:.3g}", f"[{low:.3g} {high:.3g}]"
+    return f"{median:.3g}", f"{low:.3g}–{high:.3g}"

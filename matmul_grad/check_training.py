@@ -1,4 +1,4 @@
-"""The part of `check` that trains: one network, one seed, the same batches, with torch's linear and with ours."""
+"""The part of `check` that trains: one network, seed and order, with torch's linear and with ours."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def show(console: Console, torchs: Curve, ours: Curve, data: Digits) -> None:
         apart = gap(torchs.losses[part], ours.losses[part])
         accuracies = [f"{curve.accuracies[epoch]:.2%}" for curve in (torchs, ours)]
         rows.append([f"{epoch + 1}", *(f"{loss:.5f}" for loss in losses), f"{apart:.1e}", *accuracies])
-    heads = ["epoch", "loss torch", "loss ours", "furthest apart", "accuracy torch", "accuracy ours"]
+    heads = ["epoch", "loss: torch", "ours", "apart by", "accuracy: torch", "ours"]
     table(console, heads, rows)
     console.print(
         f"loss, torch        {sparkline(torchs.losses)}\nloss, matmul_grad  {sparkline(ours.losses)}"

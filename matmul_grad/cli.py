@@ -90,15 +90,14 @@ def require(module: str, package: str, extra: str = "check") -> None:
         raise Unusable(f"{package} is missing: pip install 'matmul-grad[{extra}]'")
 
 
-def usable_machine() -> dict[str, str]:
-    """The machine's facts; Unusable where $MATMUL_GRAD_ISA asks for what this CPU has not."""
+def require_isa() -> None:
+    """Unusable where $MATMUL_GRAD_ISA asks for what this CPU has not."""
     from .kernels.cpu import host
 
     try:
         host.cpu()
     except (ValueError, RuntimeError) as reason:
         raise Unusable(str(reason)) from reason
-    return machine.describe()
 
 
 def check(command: argparse.Namespace) -> int:
@@ -107,7 +106,7 @@ def check(command: argparse.Namespace) -> int:
         require("sklearn", "scikit-learn")
     if command.device == "cuda" and not torch.cuda.is_available():
         raise Unusable(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
-    usable_machine()
+    require_isa()
     from .check import Options, run
     from .console import make_console
 
@@ -116,16 +115,15 @@ def check(command: argparse.Namespace) -> int:
 
 
 def info(command: argparse.Namespace) -> int:
-    facts = usable_machine() | {"cache": machine.describe_cache()}
-    width = max(len(name) for name in facts)
-    for name, value in facts.items():
-        print(f"{name:{width}}  {value}")
+    require_isa()
+    facts = machine.describe() | {"cache": machine.describe_cache()}
+    print(*machine.lines(facts), sep="\n")
     return 0
 
 
 def warm_up(command: argparse.Namespace) -> int:
     require("rich", "rich")
-    usable_machine()
+    require_isa()
     from .check import compile_kernels
     from .console import make_console
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from rich import box
@@ -22,17 +23,9 @@ def heading(console: Console, text: str) -> None:
     console.print(f"\n{text}", style="bold cyan")
 
 
-def facts(console: Console, pairs: Mapping[str, str]) -> None:
-    """Name and value in two columns."""
-    table = Table.grid(padding=(0, 2))
-    for name, value in pairs.items():
-        table.add_row(name, value)
-    console.print(table)
-
-
 def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """A ruled table; the first ``left`` columns are words, the others figures."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
         shown.add_column(column, justify="left" if i < left else "right", no_wrap=True)
     for row in rows:
@@ -59,7 +52,7 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     """
     width = min(width, len(values))
     edges = [len(values) * i // width for i in range(width + 1)]
-    means = [sum(values[i:j]) / (j - i) for i, j in zip(edges, edges[1:])]
+    means = [sum(values[i:j]) / (j - i) for i, j in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low or 1.0)
     return "".join(BARS[round((mean - low) * scale)] for mean in means)

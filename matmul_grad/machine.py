@@ -1,4 +1,4 @@
-"""What products run on here: processor, kernels, versions, threads. For `check`, `info` and the bench's stamp."""
+"""What products run on here: processor, kernels, threads, versions. For `check`, `info` and the bench."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from . import __version__, ops
 
-__all__ = ["describe", "describe_cache", "processor", "version"]
+__all__ = ["describe", "describe_cache", "lines", "processor", "version"]
 
 
 def describe() -> dict[str, str]:
@@ -38,6 +38,17 @@ def describe() -> dict[str, str]:
             + [f"{package} {version(package)}" for package in packages]
         ),
     }
+
+
+def lines(facts: dict[str, str]) -> list[str]:
+    """Name and value in two columns.
+
+    >>> print(*lines({"CPU": "fast", "threads": "2"}), sep="\\n")
+    CPU      fast
+    threads  2
+    """
+    width = max(len(name) for name in facts)
+    return [f"{name:{width}}  {value}" for name, value in facts.items()]
 
 
 def processor() -> str:

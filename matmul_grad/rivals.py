@@ -1,4 +1,4 @@
-"""This package and torch on the same operands: what `check` and the bench time, checked before it is timed."""
+"""This package and torch on the same operands: what `check` and the bench time, and check before."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ __all__ = ["OURS", "RIVALS", "STEP", "THEIRS", "Operands", "assert_right", "draw
 Mm = Callable[[Tensor, Tensor], Tensor]
 THEIRS, OURS = "torch", "matmul_grad"
 STEP = "step"  # forward and both gradients through autograd
-ROWS = 8  # of the result, judged against the error budget; all of it is judged on integers
+# An error is at most this many roundings of ‖row‖·‖column‖: for independent values of mean zero that holds
+# for any length and order of the sum. Zen 4, n = 8-2048: 2.9 at most here, 2.0 in torch.
+ROUNDINGS = 8
+ROWS = 8  # of a float64 result are judged so: its oracle is slow
 
 # Looked up at each call, so that what is timed is what the package does now.
 RIVALS: Mapping[str, Mm] = {THEIRS: lambda a, b: torch.mm(a, b), OURS: lambda a, b: api.mm(a, b)}
@@ -69,7 +72,10 @@ def work(mm: Mm, product: str, operands: Operands) -> Callable[[], object]:
 def assert_right(
     mm: Mm, m: int, n: int, k: int, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu"
 ) -> None:
-    """Forward, dgrad and wgrad: every bit on integers, the error budget on some rows of normal operands.
+    """Forward, dgrad and wgrad: every bit on integers, the size of the error on normal operands.
+
+    The error is not held against torch's own here: at n = 256 torch may sum in several lanes, whose error is
+    half of one chain's, and a check must not hang on that. `check` shows both errors.
 
     >>> assert_right(torch.mm, 5, 6, 7, torch.float32)
     """
@@ -80,9 +86,24 @@ def assert_right(
         x, y = whole.of(product)
         testing.assert_same_bits(mm(x, y), reference.forward(x, y).to(dtype), f"{what}, integers")
         x, y = normal.of(product)
-        result = mm(x, y)
-        rows = torch.linspace(0, max(0, len(x) - 1), min(ROWS, len(x)), device=x.device).long()
-        testing.assert_within_budget(result[rows].cpu(), x[rows].cpu(), y.cpu(), what)
+        assert_small_error(mm(x, y), x, y, what)
+
+
+def assert_small_error(result: Tensor, x: Tensor, y: Tensor, what: str = "") -> None:
+    """The worst error is within ROUNDINGS of ‖row‖·‖column‖; for operands of mean zero that do not repeat.
+
+    >>> operands = draw(5, 6, 7, torch.float32)
+    >>> assert_small_error(torch.mm(operands.a, operands.b), operands.a, operands.b)
+    """
+    if result.numel() == 0:
+        return
+    if result.dtype == torch.float64:
+        rows = torch.linspace(0, len(x) - 1, min(ROWS, len(x)), device=x.device).long()
+        x, result = x[rows], result[rows]
+    result, x, y = result.cpu(), x.cpu(), y.cpu()
+    norms = float(x.double().norm(dim=1).max() * y.double().norm(dim=0).max())
+    error, limit = testing.worst_error(result, x, y), ROUNDINGS * torch.finfo(result.dtype).eps / 2 * norms
+    assert error <= limit, f"{what}: error {error:.3e} > {ROUNDINGS} roundings of ‖row‖·‖column‖, {limit:.3e}"
 
 
 def flops(m: int, n: int, k: int, product: str) -> int:

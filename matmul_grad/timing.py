@@ -1,8 +1,8 @@
 """Interleaved timing: rivals take turns, so that whatever slows the machine slows all of them.
 
-One round gives every rival one batch of calls, and the order turns by one from round to round. A batch lasts at
-least a millisecond. What is reported of a rival is the median and the quartiles of its batches, a call; what
-is reported of two is the ratio of medians. Nothing is dropped, and no minimum is taken.
+One round gives every rival one batch of calls, and the order turns by one from round to round. A batch lasts
+at least a millisecond. What is reported of a rival is the median and the quartiles of its batches, a call;
+what is reported of two is the ratio of medians. Nothing is dropped, and no minimum is taken.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["PROTOCOL", "Quartiles", "interleaved", "quartiles", "ratio", "thread
 
 BATCH = 1e-3  # seconds: a thousand times what reading the clock costs
 ROUNDS = (7, 199)
-PROTOCOL = "interleaved rounds of ≥ 1 ms in turning order; median [quartiles] of a call; ratio of medians"
+PROTOCOL = "interleaved rounds of ≥ 1 ms in turning order; medians and quartiles of a call"
 
 
 class Quartiles(NamedTuple):
-    """Seconds a call: a quarter of the rounds took at most ``low``, half ``median``, three quarters ``high``."""
+    """Seconds a call, by rounds: the first quartile, the median and the third."""
 
     low: float
     median: float
@@ -51,7 +51,7 @@ def interleaved(
     seconds: float = 0.25,
     wait: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds a call for each rival and round, over ``seconds`` in all, but 7 rounds at least and 199 at most.
+    """Seconds a call, for each rival and round: ``seconds`` in all, but 7 rounds at least and 199 at most.
 
     ``wait`` is called before the clock is read: torch.cuda.synchronize where calls return early.
 

@@ -25,6 +25,7 @@ PAD = 16  # elements that keep the packed rows of A off one common cache set
 
 # Below these, an operand is read in place: each element is used too rarely to repay a copy.
 DIRECT_ROWS = 4  # row tiles of C that share an element of B
+TRANSPOSED_ROWS = 12  # rows of C below which B is transposed in registers rather than packed
 DIRECT_PANELS = 2  # column panels of C that share an element of A
 
 # Multiply-adds that one more thread must find to repay waking it (about 2 µs, Zen 4).

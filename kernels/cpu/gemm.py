@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 from numba.core import types
 
-from .config import DIRECT_PANELS, DIRECT_ROWS, PAD, BlockConfig, k_block, split_threads, steps, useful_threads
+from .config import DIRECT_PANELS, DIRECT_ROWS, PAD, TRANSPOSED_ROWS, BlockConfig, k_block, split_threads, steps, useful_threads
 from .memory import get, jit, put, stack_words, symbol
-from .microkernel import ARGUMENTS, microkernel_ir
+from .microkernel import ARGUMENTS, microkernel_ir, transposed_ir
 from .pack import make_pack
 from .simd import Vector
 from .workspace import acquire, buffers, forked, give_back
@@ -29,6 +29,7 @@ JC, NC, PC, KC = range(11, 15)  # the panel of B at hand
 PHASE, PARTS, ROW_PARTS, COLUMN_PARTS, A_DIRECT, B_DIRECT, WORK_A, WORK_B = range(15, 23)
 WORDS = 23
 PACKING, MULTIPLYING = 0, 1
+PACKED, BY_ROWS, BY_COLUMNS = 0, 1, 2  # B_DIRECT
 
 parallel_for = types.ExternalFunction(
     "matmul_grad_parallel_for", types.int32(types.int64, types.int64, types.int64, types.int64, types.int64)
@@ -52,6 +53,7 @@ def make_kernels(config: BlockConfig) -> dict[str, str | tuple[Callable, types.T
         config.name: (gemm, GEMM_SIGNATURE),
         f"{config.name}_task": (task, TASK_SIGNATURE),
         microkernel: microkernel_ir(microkernel, vector, steps(config.mr), steps(config.vectors)),
+        f"{config.name}_transposed": transposed_ir(f"{config.name}_transposed", vector, steps(config.mr)),
     }
 
 
@@ -139,7 +141,7 @@ def make_gemm(config: BlockConfig) -> tuple[Callable, Callable]:
         put(job, ROW_PARTS, rows)
         put(job, COLUMN_PARTS, columns)
         put(job, A_DIRECT, panels <= DIRECT_PANELS)
-        put(job, B_DIRECT, b_cs == 1 and row_tiles <= DIRECT_ROWS)
+        put(job, B_DIRECT, plan_direct(row_tiles, m, b_rs, b_cs))
         put(job, WORK_B, buffers(slot))
         put(job, WORK_A, buffers(slot) + b_bytes)
         loops_5_to_4(job)
@@ -147,6 +149,16 @@ def make_gemm(config: BlockConfig) -> tuple[Callable, Callable]:
         return 0
 
     return gemm, task
+
+
+@jit
+def plan_direct(row_tiles, m, b_rs, b_cs):
+    """How whole panels of B are read: packed, or in place where too few rows share them."""
+    if b_cs == 1 and row_tiles <= DIRECT_ROWS:
+        return BY_ROWS
+    if b_rs == 1 and m <= TRANSPOSED_ROWS:
+        return BY_COLUMNS
+    return PACKED
 
 
 @jit
@@ -198,9 +210,9 @@ def make_multiply_part(config: BlockConfig, vector: Vector) -> Callable:
     a_bytes = config.a_bytes
     pack = make_pack(vector)
     row_steps, vector_steps = steps(config.mr), steps(config.vectors)
-    microkernel = types.ExternalFunction(
-        f"{config.name}_microkernel", types.void(*[types.int64] * ARGUMENTS)
-    )
+    signature = types.void(*[types.int64] * ARGUMENTS)
+    microkernel = types.ExternalFunction(f"{config.name}_microkernel", signature)
+    transposed = types.ExternalFunction(f"{config.name}_transposed", signature)
 
     @jit
     def pack_a(job, target, i, rows):
@@ -219,17 +231,26 @@ def make_multiply_part(config: BlockConfig, vector: Vector) -> Callable:
 
     @jit
     def loops_2_to_1(job, i, rows, a, a_rs, a_ks, first_panel, last_panel):
-        nc, kc, b_rs = get(job, NC), get(job, KC), get(job, B_RS)
+        nc, kc, b_rs, b_cs = get(job, NC), get(job, KC), get(job, B_RS), get(job, B_CS)
         c_rs, first = get(job, C_RS), get(job, PC) == 0
         for panel in range(first_panel, last_panel):
             j = panel * nr
             columns = min(nr, nc - j)
+            direct = get(job, B_DIRECT) if columns == nr else PACKED
             b, b_ks = get(job, WORK_B) + j * kc * size, nr
-            if get(job, B_DIRECT) and columns == nr:
-                b, b_ks = get(job, B) + (get(job, PC) * b_rs + get(job, JC) + j) * size, b_rs
+            if direct != PACKED:
+                b = get(job, B) + (get(job, PC) * b_rs + (get(job, JC) + j) * b_cs) * size
+                b_ks = b_rs
             c = get(job, C) + (i * c_rs + get(job, JC) + j) * size
             vector_step = smallest(vector_steps, (columns + lanes - 1) // lanes)
             ir = 0
+            while direct == BY_COLUMNS and ir < rows:
+                row_step = largest(row_steps, rows - ir)
+                transposed(
+                    row_step, nr, kc, a + ir * a_rs * size, a_rs, a_ks, b, b_cs,
+                    c + ir * c_rs * size, c_rs, 0, first,
+                )  # fmt: skip
+                ir += row_steps[row_step]
             while ir < rows:
                 row_step = largest(row_steps, rows - ir)
                 microkernel(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 from llvmlite import ir
 
-from .simd import I64, POINTER, Vector
+from .simd import I64, Vector, repeat
 
 ARGUMENTS = 12
 UNROLL = 4  # k-steps a turn: enough to hide the loop's own instructions, little enough for the op cache
@@ -27,18 +28,42 @@ def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tu
 
     It is a function of its own, not an intrinsic, so that LLVM compiles it once and a profiler sees its name.
     """
+
+    def choose_tile(builder: ir.IRBuilder, row_step, vector_step, *operands) -> tuple[ir.Value, dict]:
+        tile = builder.add(builder.mul(row_step, I64(len(vectors))), vector_step)
+        sizes = itertools.product(rows, vectors)
+        return tile, {size: (lambda b, size=size: _tile(b, vector, *size, *operands)) for size in sizes}
+
+    return _switch_ir(name, choose_tile)
+
+
+def transposed_ir(name: str, vector: Vector, rows: tuple[int, ...]) -> str:
+    """IR of ``void name(row_step, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, unused, first)``, all int64.
+
+    As ``microkernel_ir`` where the k-steps of B lie together and its columns apart, B[p, j] = b[p + j·b_cs], for
+    products of too few rows to repay packing: lanes × lanes blocks of B are transposed in registers.
+    ``columns`` is a multiple of the lanes. The chains, and so the bits, are the same.
+    """
+
+    def choose_tile(builder: ir.IRBuilder, row_step, *operands) -> tuple[ir.Value, dict]:
+        return row_step, {(mr, 1): (lambda b, mr=mr: _transposed(b, vector, mr, *operands)) for mr in rows}
+
+    return _switch_ir(name, choose_tile)
+
+
+def _switch_ir(name: str, choose_tile: Callable) -> str:
+    """A function that runs one of the tiles that ``choose_tile(builder, *arguments)`` offers."""
     module = ir.Module(name)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * ARGUMENTS), name)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    row_step, vector_step, *operands = function.args
-    tile = builder.add(builder.mul(row_step, I64(len(vectors))), vector_step)
+    tile, emitters = choose_tile(builder, *function.args)
     done = builder.append_basic_block("done")
     choice = builder.switch(tile, done)
-    for index, (mr, nv) in enumerate(itertools.product(rows, vectors)):
+    for index, ((mr, nv), emit) in enumerate(emitters.items()):
         block = builder.append_basic_block(f"tile.{mr}x{nv}")
         choice.add_case(I64(index), block)
         builder.position_at_end(block)
-        _tile(builder, vector, mr, nv, *operands)
+        emit(builder)
         builder.branch(done)
     builder.position_at_end(done)
     builder.ret_void()
@@ -50,7 +75,8 @@ def _tile(builder, vector, mr, nv, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, fi
     for row in c_rows:
         for v in range(nv):
             vector.prefetch(builder, vector.at(builder, row, v * vector.lanes))
-    acc = _k_loop(builder, vector, mr, nv, kc, a, a_rs, a_ks, b, b_ks)
+    acc = [[vector.zero()] * nv for _ in range(mr)]
+    acc = _k_loop(builder, vector, acc, kc, vector.at(builder, a), a_rs, a_ks, vector.at(builder, b), b_ks)
     full = builder.icmp_signed("==", cols, I64(nv * vector.lanes))
     keep = builder.icmp_signed("==", first, I64(0))
     with builder.if_else(full, likely=True) as (whole, edge):
@@ -60,46 +86,76 @@ def _tile(builder, vector, mr, nv, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, fi
             _store_edge(builder, vector, acc, c_rows, keep, cols)
 
 
-def _k_loop(builder, vector, mr, nv, kc, a, a_rs, a_ks, b, b_ks):
-    """acc[i][v] after kc steps. All phis of a block stand before its first other instruction."""
-    zero = vector.zero()
+def _k_loop(builder, vector, acc, kc, a, a_rs, a_ks, b, b_ks):
+    """``acc`` after kc steps: UNROLL a turn, then one a turn."""
+    mr, nv = len(acc), len(acc[0])
     row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
-    main_end = builder.and_(kc, I64(-UNROLL))
-    state = ([[zero] * nv for _ in range(mr)], vector.at(builder, a), vector.at(builder, b), I64(0))
-    for steps, end in ((UNROLL, main_end), (1, kc)):
-        before = builder.block
-        head = builder.append_basic_block(f"k{steps}.head")
-        body = builder.append_basic_block(f"k{steps}.body")
-        done = builder.append_basic_block(f"k{steps}.done")
-        builder.branch(head)
-        builder.position_at_end(head)
-        start_acc, *start = state
-        acc = [[builder.phi(vector.type) for _ in range(nv)] for _ in range(mr)]
-        a_now, b_now, p = builder.phi(POINTER), builder.phi(POINTER), builder.phi(I64)
-        builder.cbranch(builder.icmp_signed("<", p, end), body, done)
-        builder.position_at_end(body)
-        new = [list(row) for row in acc]
-        a_next, b_next = a_now, b_now
-        for _ in range(steps):
-            columns = [vector.load(builder, vector.at(builder, b_next, v * vector.lanes)) for v in range(nv)]
-            for i in range(mr):
-                x = vector.broadcast(builder, vector.at(builder, a_next, row_offsets[i]))
-                for v in range(nv):
-                    new[i][v] = vector.fma(builder, x, columns[v], new[i][v])
-            a_next = vector.at(builder, a_next, a_ks)
-            b_next = vector.at(builder, b_next, b_ks)
-        p_next = builder.add(p, I64(steps))
-        builder.branch(head)
-        for phi, first, again in zip(
-            [*[x for row in acc for x in row], a_now, b_now, p],
-            [*[x for row in start_acc for x in row], *start],
-            [*[x for row in new for x in row], a_next, b_next, p_next],
-        ):
-            phi.add_incoming(first, before)
-            phi.add_incoming(again, body)
-        builder.position_at_end(done)
-        state = (acc, a_now, b_now, p)
-    return state[0]
+
+    def turn(steps: int) -> Callable:
+        def body(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+            a_now, b_now, *flat = state
+            for _ in range(steps):
+                columns = [vector.load(builder, vector.at(builder, b_now, v * vector.lanes)) for v in range(nv)]
+                for i in range(mr):
+                    x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
+                    for v in range(nv):
+                        flat[i * nv + v] = vector.fma(builder, x, columns[v], flat[i * nv + v])
+                a_now = vector.at(builder, a_now, a_ks)
+                b_now = vector.at(builder, b_now, b_ks)
+            return [a_now, b_now, *flat]
+
+        return body
+
+    state = [a, b, *itertools.chain.from_iterable(acc)]
+    p, state = repeat(builder, I64(0), builder.and_(kc, I64(-UNROLL)), UNROLL, state, turn(UNROLL))
+    _, (_, _, *flat) = repeat(builder, p, kc, 1, state, turn(1))
+    return [flat[i * nv : (i + 1) * nv] for i in range(mr)]
+
+
+def _transposed(builder, vector, mr, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, unused, first):
+    lanes = vector.lanes
+    row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
+    whole = builder.and_(kc, I64(-lanes))
+    rest = builder.sub(kc, whole)
+    tail = builder.alloca(vector.type, lanes)
+
+    def column_group(j: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+        b_group = vector.at(builder, b, builder.mul(j, b_cs))
+
+        def k_block(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+            a_now, b_now, *acc = state
+            for step in vector.transpose(builder, _spread(builder, vector, b_now, b_cs)):
+                for i in range(mr):
+                    x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
+                    acc[i] = vector.fma(builder, x, step, acc[i])
+                a_now = vector.at(builder, a_now, a_ks)
+            return [a_now, vector.at(builder, b_now, lanes), *acc]
+
+        start = [vector.at(builder, a), b_group, *[vector.zero()] * mr]
+        _, (a_rest, b_rest, *acc) = repeat(builder, I64(0), whole, lanes, start, k_block)
+        with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
+            mask = vector.mask(builder, rest)
+            for step, value in enumerate(vector.transpose(builder, _spread(builder, vector, b_rest, b_cs, mask))):
+                vector.store(builder, value, vector.at(builder, tail, step * lanes))
+        acc = _k_loop(builder, vector, [[x] for x in acc], rest, a_rest, a_rs, a_ks, tail, I64(lanes))
+        keep = builder.icmp_signed("==", first, I64(0))
+        c_rows = [vector.at(builder, c, builder.add(j, builder.mul(c_rs, I64(i)))) for i in range(mr)]
+        _store_full(builder, vector, acc, c_rows, keep)
+        return []
+
+    repeat(builder, I64(0), columns, lanes, [], column_group)
+
+
+def _spread(builder, vector, pointer, stride, mask=None):
+    """``lanes`` vectors, stride elements apart; in fours from one base, which is what an address can hold."""
+    vectors = []
+    four = builder.mul(stride, I64(4))
+    for j in range(vector.lanes):
+        if j and j % 4 == 0:
+            pointer = vector.at(builder, pointer, four)
+        at = vector.at(builder, pointer, builder.mul(stride, I64(j % 4)))
+        vectors.append(vector.load(builder, at) if mask is None else vector.masked_load(builder, at, mask))
+    return vectors
 
 
 def _store_full(builder, vector, acc, c_rows, keep):

@@ -14,6 +14,7 @@ code as intrinsics. An address travels through Numba as an int64 and turns into 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -133,3 +134,31 @@ class Vector:
     @staticmethod
     def _declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
         return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+def repeat(
+    builder: ir.IRBuilder,
+    start: ir.Value,
+    end: ir.Value,
+    step: int,
+    state: list[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+) -> tuple[ir.Value, list[ir.Value]]:
+    """``for p in range(start, end, step): state = body(p, state)``, held in registers; the last p and state.
+
+    All phis of a block stand before its first other instruction, as LLVM wants them.
+    """
+    before = builder.block
+    head, inside, done = (builder.append_basic_block(f"loop.{part}") for part in ("head", "body", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    p, *now = [builder.phi(value.type) for value in (start, *state)]
+    builder.cbranch(builder.icmp_signed("<", p, end), inside, done)
+    builder.position_at_end(inside)
+    new = [builder.add(p, I64(step)), *body(p, list(now))]
+    for phi, first, again in zip((p, *now), (start, *state), new, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(again, builder.block)
+    builder.branch(head)
+    builder.position_at_end(done)
+    return p, now
