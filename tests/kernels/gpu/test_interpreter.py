@@ -1,0 +1,299 @@
+"""The kernel under Triton's interpreter: exact results, canaries, NaN and Inf, every layout, no GPU needed.
+
+Triton reads TRITON_INTERPRET when it is imported, so all cases run in one fresh process: this file as a
+program, which writes one line of JSON, what each case had to complain of. Each test then reads its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+# Contiguous rows, contiguous columns, every second row and column, stride 0 down or across.
+LAYOUTS = ("N", "T", "S", "R", "C")
+# Around one and two 16-wide tiles, primes, and skinny each way.
+SIZES = (
+    (1, 1, 1), (15, 17, 16), (16, 16, 16), (17, 15, 33), (31, 37, 41), (1, 33, 19), (33, 1, 19), (33, 19, 1),
+    (48, 16, 32), (67, 5, 7),
+)  # fmt: skip
+EMPTY = ((0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0))
+
+
+def embed(values: Tensor, layout: str) -> Tensor:
+    """The values as a view in the middle of a buffer of NaN; "R" and "C" repeat the first row or column."""
+    rows, cols = values.shape
+    if layout == "R":
+        return embed(values[:1], "N").expand(rows, cols)
+    if layout == "C":
+        return embed(values[:, :1], "T").expand(rows, cols)
+    if layout == "T":
+        return embed(values.t(), "N").t()
+    step = 2 if layout == "S" else 1
+    buffer = torch.full((rows * step + 6, cols * step + 10), float("nan"), dtype=values.dtype)
+    view = buffer[3 : 3 + rows * step : step, 5 : 5 + cols * step : step]
+    view.copy_(values)
+    return view
+
+
+def integers(rows: int, cols: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """-1, 0 and 1: sums of up to 256 products are exact in every dtype, bfloat16 included."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, 2, (rows, cols), generator=generator).to(dtype)
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape
+    differ = (got != want).nonzero()
+    assert len(differ) == 0, f"{len(differ)} elements differ, the first at {differ[0].tolist()}"
+
+
+def tile(size: int = 16) -> Any:
+    from matmul_grad.kernels.gpu.config import TileConfig
+
+    return TileConfig(size, size, 16, stages=2, warps=4, group_m=2)
+
+
+def check_exact(m: int, n: int, k: int, dtype: str, layouts: str, config: Any = None) -> None:
+    """Bits of the exact product, from operands in NaN canaries into an output in NaN canaries."""
+    from matmul_grad.kernels.gpu import launch
+
+    a = embed(integers(m, k, DTYPES[dtype], 1), layouts[0])
+    b = embed(integers(k, n, DTYPES[dtype], 2), layouts[1])
+    want = (a.long() @ b.long()).to(DTYPES[dtype])
+    fresh = launch.mm(a, b, config=config() if config else None)
+    assert fresh.is_contiguous() and fresh.dtype == a.dtype
+    assert_same_bits(fresh, want)
+
+    for layout in "NTS" if dtype == "fp32" else "N":
+        out = embed(torch.full((m, n), float("nan"), dtype=a.dtype), layout)
+        buffer = out._base
+        assert buffer is not None
+        assert launch.mm(a, b, config=config() if config else None, out=out) is out
+        assert_same_bits(out, want)
+        out.fill_(float("nan"))
+        assert bool(buffer.isnan().all()), "written outside of out"
+
+
+def check_wide(layouts: str) -> None:
+    """64-bit offsets inside a tile give the bits that 32-bit ones give."""
+    from matmul_grad.kernels.gpu import launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "is_wide", lambda strides, config: True)
+        check_exact(17, 15, 33, "fp32", layouts, tile)
+
+
+def check_nan_and_inf(dtype: str) -> None:
+    """NaN and Inf go where torch.mm puts them; 0 * Inf is not skipped."""
+    from matmul_grad.kernels.gpu import launch
+
+    inf, nan = float("inf"), float("nan")
+    a, b = integers(19, 18, DTYPES[dtype], 3), integers(18, 17, DTYPES[dtype], 4)
+    a[0, 0], a[1, 17], a[2, :], a[18, 3] = nan, inf, 0, -inf
+    b[5, 0], b[6, 16], b[7, 2] = inf, nan, -inf
+    with np.errstate(invalid="ignore"):
+        got = launch.mm(a, b, config=tile())
+    want = a.double() @ b.double()
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=0, equal_nan=True)
+
+
+def long(x: Tensor) -> np.ndarray:
+    """The same values with a mantissa of 64 bits or more, so that float64 has an oracle too."""
+    return x.double().numpy().astype(np.longdouble)
+
+
+def check_rounding(dtype: str) -> None:
+    """Error against a wider product <= 2 * (torch's own + one rounding), for two kinds of operands."""
+    from matmul_grad.kernels.gpu import launch
+
+    generator = torch.Generator().manual_seed(5)
+    for make in (torch.rand, torch.randn):
+        a, b = make(33, 131, generator=generator), make(131, 35, generator=generator)
+        a, b = a.to(DTYPES[dtype]), b.to(DTYPES[dtype])
+        exact = long(a) @ long(b)
+        one_rounding = torch.finfo(a.dtype).eps / 2 * abs(exact).max()
+        allowed = 2 * (abs(long(a @ b) - exact).max() + one_rounding)
+        worst = abs(long(launch.mm(a, b)) - exact).max()
+        assert worst <= allowed, f"error {worst} > {allowed}"
+
+
+def nearest_tf32(x: Tensor) -> Tensor:
+    """Round to 10 mantissa bits, ties away from zero, by arithmetic in float64."""
+    mantissa, exponent = torch.frexp(x.double())
+    scaled = mantissa * 2**11
+    return torch.ldexp(scaled.sign() * (scaled.abs() + 0.5).floor(), exponent - 11)
+
+
+def check_tf32() -> None:
+    """TF32 operands are rounded to nearest, so products of the rounded operands come out exactly."""
+    from matmul_grad.kernels.gpu import launch
+
+    generator = torch.Generator().manual_seed(6)
+    a = torch.randn(33, 1, generator=generator)
+    b = torch.randn(1, 19, generator=generator)
+    a[0, 0], a[1, 0] = 1 + 2**-11, -(1 + 2**-11)
+    b[0, 0] = 1.0
+    assert_same_bits(launch.mm(a, b, "tf32").double(), nearest_tf32(a) @ nearest_tf32(b))
+    assert_same_bits(launch.mm(a, b, "ieee"), (a.double() @ b.double()).float())
+    special = torch.tensor([[float("inf")], [-float("inf")]])
+    with np.errstate(invalid="ignore"):
+        assert_same_bits(launch.mm(special, torch.ones(1, 1), "tf32"), special)
+    payloads = torch.tensor([[0x7F800001], [0x7FFFFFFF], [-1]], dtype=torch.int32).view(torch.float32)
+    assert bool(launch.mm(payloads, torch.ones(1, 1), "tf32").isnan().all())
+
+
+def check_prefix(dtype: str) -> None:
+    """In one tile shape, a row of C has the same bits whatever m is and wherever the row lies."""
+    from matmul_grad.kernels.gpu import launch
+
+    generator = torch.Generator().manual_seed(7)
+    a = torch.randn(70, 131, generator=generator).to(DTYPES[dtype])
+    b = torch.randn(131, 20, generator=generator).to(DTYPES[dtype])
+    whole = launch.mm(a, b, config=tile())
+    for first, last in ((0, 1), (0, 16), (0, 65), (7, 70), (69, 70)):
+        assert_same_bits(launch.mm(a[first:last], b, config=tile()), whole[first:last])
+
+
+def check_empty(m: int, n: int, k: int, dtype: str) -> None:
+    from matmul_grad.kernels.gpu import launch
+
+    got = launch.mm(torch.ones(m, k, dtype=DTYPES[dtype]), torch.ones(k, n, dtype=DTYPES[dtype]))
+    assert_same_bits(got, torch.zeros(m, n, dtype=DTYPES[dtype]))
+    out = torch.full((m, n), float("nan"), dtype=DTYPES[dtype])
+    launch.mm(torch.ones(m, k, dtype=out.dtype), torch.ones(k, n, dtype=out.dtype), out=out)
+    assert_same_bits(out, torch.zeros_like(out))
+
+
+def check_refusals() -> None:
+    """What cannot be multiplied is a ValueError that says so, and leaves out as it was."""
+    from matmul_grad.kernels.gpu import launch
+    from matmul_grad.kernels.gpu.config import TileConfig
+
+    x, y, out = torch.ones(2, 3), torch.ones(3, 4), torch.full((2, 4), 7.0)
+    for message, call in {
+        "cannot multiply shapes (2, 3) and (2, 3)": lambda: launch.mm(x, x, out=out),
+        "cannot multiply shapes (3,) and (3, 4)": lambda: launch.mm(x[0], y, out=out),
+        "cannot multiply torch.float32 and torch.float64": lambda: launch.mm(x, y.double(), out=out),
+        "cannot multiply torch.int64 and torch.int64": lambda: launch.mm(x.long(), y.long(), out=out),
+        "cannot multiply on cpu and meta": lambda: launch.mm(x, y.to("meta"), out=out),
+        "out must be (2, 4), torch.float32": lambda: launch.mm(x, y, out=out.t()),
+        "is not valid for": lambda: launch.mm(x, y, config=TileConfig(8, 16, 16, 2, 4), out=out),
+        "no tile for": lambda: launch.mm(x, y, "bf16x3", out=out),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            call()
+        assert message in str(error.value)
+    assert_same_bits(out, torch.full((2, 4), 7.0))
+
+
+CASES: dict[str, Callable[[], None]] = {
+    **{
+        f"exact-{dtype}-{x}{y}-{m}x{n}x{k}": partial(check_exact, m, n, k, dtype, x + y, tile)
+        for (index, (m, n, k)), dtype, x, y in itertools.product(
+            enumerate(SIZES), ("fp32", "fp16", "bf16", "fp64"), LAYOUTS, LAYOUTS
+        )
+        # Every layout pair at two ragged sizes in fp32, and the four dense pairs everywhere.
+        if (dtype == "fp32" and index in (3, 4)) or x + y in ("NN", "NT", "TN", "TT")
+    },
+    **{
+        f"chosen-{dtype}-{x}{y}-{m}x{n}x{k}": partial(check_exact, m, n, k, dtype, x + y)
+        for (m, n, k), dtype, x, y in itertools.product(((63, 65, 67), (128, 64, 80)), DTYPES, "NT", "NT")
+    },
+    **{
+        f"empty-{dtype}-{m}x{n}x{k}": partial(check_empty, m, n, k, dtype)
+        for (m, n, k), dtype in itertools.product(EMPTY, DTYPES)
+    },
+    **{f"wide-{x}{y}": partial(check_wide, x + y) for x, y in itertools.product("NTS", "NTS")},
+    **{f"nan-{dtype}": partial(check_nan_and_inf, dtype) for dtype in DTYPES},
+    **{f"rounding-{dtype}": partial(check_rounding, dtype) for dtype in DTYPES},
+    **{f"prefix-{dtype}": partial(check_prefix, dtype) for dtype in DTYPES},
+    "tf32": check_tf32,
+    "refusals": check_refusals,
+}
+
+
+def complaint(case: str) -> str:
+    try:
+        CASES[case]()
+    except BaseException:
+        return traceback.format_exc()
+    return ""
+
+
+@pytest.fixture(scope="module")
+def complaints(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Run the cases that pytest selected, in a process of their own, and give what each had to say."""
+    items: list[Any] = request.session.items
+    selected = [item.callspec.id for item in items if "complaints" in item.fixturenames]
+    command = [sys.executable, "-W", "error", __file__, *selected]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+# Each line is a setting, and what a float32 product on a GPU is then; old and new ways of setting mix.
+PRECISION_NOW = """
+import torch
+from matmul_grad.kernels.gpu.launch import precision_now
+assert precision_now() == "ieee"
+torch.set_float32_matmul_precision("high"); assert precision_now() == "tf32"
+torch.set_float32_matmul_precision("highest"); assert precision_now() == "ieee"
+torch.backends.cuda.matmul.allow_tf32 = True; assert precision_now() == "tf32"
+torch.backends.cuda.matmul.allow_tf32 = False; assert precision_now() == "ieee"
+torch.backends.cuda.matmul.fp32_precision = "tf32"; assert precision_now() == "tf32"
+torch.backends.cuda.matmul.fp32_precision = "ieee"; assert precision_now() == "ieee"
+"""
+
+
+def test_precision_now_follows_every_setting_without_a_warning() -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+    }
+    command = [sys.executable, "-W", "error", "-c", PRECISION_NOW]
+    child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
+
+
+def test_is_wide_where_an_offset_inside_a_tile_leaves_32_bits() -> None:
+    from matmul_grad.kernels.gpu.launch import is_wide
+
+    config = tile()
+    assert not is_wide((2**26, 1, 1, 2**26, 2**26, 1), config)
+    for position in range(6):
+        strides = [1, 1, 1, 1, 1, 1]
+        strides[position] = 2**27
+        assert is_wide(tuple(strides), config)
+
+
+def test_without_the_interpreter_cpu_tensors_are_refused() -> None:
+    from matmul_grad.kernels.gpu import launch
+
+    if launch.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set for the whole session")
+    x = torch.ones(2, 2)
+    assert not launch.supports(x)
+    with pytest.raises(ValueError, match="both operands must be on one GPU"):
+        launch.mm(x, x)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(case: str, complaints: dict[str, str]) -> None:
+    assert complaints[case] == "", complaints[case]
+
+
+if __name__ == "__main__":
+    print(json.dumps({case: complaint(case) for case in sys.argv[1:]}))
