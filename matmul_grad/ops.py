@@ -24,7 +24,6 @@ from .flops import count_flops
 NAMESPACE = "matmul_grad"
 library = torch.library.Library(NAMESPACE, "DEF")
 CPU_DTYPES = (torch.float32, torch.float64)
-CUDA_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _lock = threading.Lock()
 _native: str | None = None  # None: not tried; "": registered; else why not
@@ -52,20 +51,28 @@ def product(self: Tensor, mat2: Tensor) -> Tensor:
 
 
 def accelerated(self: Tensor, mat2: Tensor) -> bool:
-    """Whether these kernels take the product: dense matrices of one dtype that has a kernel, on one device."""
-    kinds = {"cpu": CPU_DTYPES, "cuda": CUDA_DTYPES}.get(self.device.type, ())
+    """Whether these kernels take the product: dense matrices that fit, of one dtype with a kernel, on one device."""
     return (
-        self.dtype in kinds
+        self.device == mat2.device
         and self.dtype == mat2.dtype
-        and self.device == mat2.device
-        and self.dim() == mat2.dim() == 2
         and self.layout == mat2.layout == torch.strided
+        and self.dim() == mat2.dim() == 2
+        and self.shape[1] == mat2.shape[0]
+        and _has_kernel(self)
     )
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    if tensor.is_cuda:
+        from .kernels.gpu import launch
+
+        return launch.supports(tensor)
+    return tensor.device.type == "cpu" and tensor.dtype in CPU_DTYPES
 
 
 def _mm_python(self: Tensor, mat2: Tensor) -> Tensor:
     """Every backend without a compiled kernel of its own."""
-    if not accelerated(self, mat2) or self.shape[1] != mat2.shape[0]:
+    if not accelerated(self, mat2):
         strictness.hand_over(self, mat2)
         return torch.ops.aten.mm.default(self, mat2)
     self, mat2 = self.resolve_neg(), mat2.resolve_neg()

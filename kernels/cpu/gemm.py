@@ -16,7 +16,17 @@ from collections.abc import Callable
 
 from numba.core import types
 
-from .config import DIRECT_PANELS, DIRECT_ROWS, PAD, TRANSPOSED_ROWS, BlockConfig, k_block, split_threads, steps, useful_threads
+from .config import (
+    DIRECT_PANELS,
+    DIRECT_ROWS,
+    PAD,
+    TRANSPOSED_ROWS,
+    BlockConfig,
+    k_block,
+    split_threads,
+    steps,
+    useful_threads,
+)
 from .memory import get, jit, put, stack_words, symbol
 from .microkernel import ARGUMENTS, microkernel_ir, transposed_ir
 from .pack import make_pack

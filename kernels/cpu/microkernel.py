@@ -95,7 +95,9 @@ def _k_loop(builder, vector, acc, kc, a, a_rs, a_ks, b, b_ks):
         def body(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
             a_now, b_now, *flat = state
             for _ in range(steps):
-                columns = [vector.load(builder, vector.at(builder, b_now, v * vector.lanes)) for v in range(nv)]
+                columns = [
+                    vector.load(builder, vector.at(builder, b_now, v * vector.lanes)) for v in range(nv)
+                ]
                 for i in range(mr):
                     x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
                     for v in range(nv):
@@ -135,7 +137,9 @@ def _transposed(builder, vector, mr, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_r
         _, (a_rest, b_rest, *acc) = repeat(builder, I64(0), whole, lanes, start, k_block)
         with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
             mask = vector.mask(builder, rest)
-            for step, value in enumerate(vector.transpose(builder, _spread(builder, vector, b_rest, b_cs, mask))):
+            for step, value in enumerate(
+                vector.transpose(builder, _spread(builder, vector, b_rest, b_cs, mask))
+            ):
                 vector.store(builder, value, vector.at(builder, tail, step * lanes))
         acc = _k_loop(builder, vector, [[x] for x in acc], rest, a_rest, a_rs, a_ks, tail, I64(lanes))
         keep = builder.icmp_signed("==", first, I64(0))

@@ -17,7 +17,9 @@ REGISTER = {"avx512": "zmm", "avx2": "ymm", "generic": "xmm"}
 
 def assembly(block: BlockConfig) -> str:
     machine = host.machine(block.isa)
-    module = build.to_module(make_kernels(block), machine, ("matmul_grad_parallel_for", "matmul_grad_workspace"))
+    module = build.to_module(
+        make_kernels(block), machine, ("matmul_grad_parallel_for", "matmul_grad_workspace")
+    )
     return machine.llvm().emit_assembly(module)
 
 
@@ -42,7 +44,9 @@ def test_the_k_loop_is_multiply_adds_without_spills(isa: str, dtype: str) -> Non
     arithmetic = r"vfn?madd\d+p[sd]" if block.fused else r"v?mulp[sd]"
     text = assembly(block)
     loops = [
-        body for body in basic_blocks(text) if sum(bool(re.match(arithmetic, line)) for line in body) >= block.mr
+        body
+        for body in basic_blocks(text)
+        if sum(bool(re.match(arithmetic, line)) for line in body) >= block.mr
     ]
     expected = block.mr * block.vectors
     counts = [sum(bool(re.match(arithmetic, line)) for line in body) for body in loops]

@@ -19,7 +19,13 @@ from matmul_grad.kernels.cpu.config import (
 )
 
 REGISTERS = {"avx512": 32, "avx2": 16, "neon": 32, "generic": 16}
-CACHES = [(256 << 10, 2 << 20), (512 << 10, 8 << 20), (1 << 20, 32 << 20), (2 << 20, 105 << 20), (64 << 10, 0)]
+CACHES = [
+    (256 << 10, 2 << 20),
+    (512 << 10, 8 << 20),
+    (1 << 20, 32 << 20),
+    (2 << 20, 105 << 20),
+    (64 << 10, 0),
+]
 CASES = list(itertools.product(SIZES, TILES, CACHES))
 
 

@@ -132,7 +132,13 @@ class Guarded:
 def test_nothing_is_read_beyond_the_operands(block: BlockConfig, layout: str, at_end: bool) -> None:
     dtype = dtype_of(block)
     mr, nr, lanes = block.mr, block.nr, block.lanes
-    for m, n, k in ((mr, nr, 24), (mr + 1, nr + 1, 25), (1, 1, 1), (2 * mr - 1, nr + lanes - 1, 9), (1, nr + 5, 31)):
+    for m, n, k in (
+        (mr, nr, 24),
+        (mr + 1, nr + 1, 25),
+        (1, 1, 1),
+        (2 * mr - 1, nr + lanes - 1, 9),
+        (1, nr + 5, 31),
+    ):
         stored_a = Guarded(*((k, m) if layout[0] == "T" else (m, k)), dtype, at_end)
         stored_b = Guarded(*((n, k) if layout[1] == "T" else (k, n)), dtype, at_end)
         stored_c = Guarded(m, n, dtype, at_end)
