@@ -16,9 +16,9 @@ def mm(input: Tensor, mat2: Tensor) -> Tensor:
 
     shapes      input (m, k), mat2 (k, n) → (m, n); every size ≥ 0
     strides     any, read as they are; the result is contiguous
-    dtypes      float32, float64 on CPU; float16, bfloat16, float32, float64 on CUDA; the rest is torch.mm
+    dtypes      float16, bfloat16, float32, float64 on CPU and CUDA; the rest is torch.mm
     aliasing    the result is new memory
-    rounding    accumulated in float32 (float64 for float64), rounded once at the store
+    rounding    accumulated in float32 (float64 for float64); 16-bit results are rounded once, at the store
     errors      torch.mm's: RuntimeError for ranks, shapes, dtypes and devices, TypeError for what is no tensor
     determinism on CPU the same bits for any m, n, strides and number of threads
     source      docs/derivation.md; kernels/cpu/gemm.py, kernels/gpu/gemm.py

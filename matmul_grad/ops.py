@@ -23,7 +23,7 @@ from .flops import count_flops
 
 NAMESPACE = "matmul_grad"
 library = torch.library.Library(NAMESPACE, "DEF")
-CPU_DTYPES = (torch.float32, torch.float64)
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _lock = threading.Lock()
 _native: str | None = None  # None: not tried; "": registered; else why not

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 SUPPORTED = (
-    "these kernels take two matrices of one dtype: float32 or float64 on CPU, float16, bfloat16, float32 or "
-    "float64 on CUDA"
+    "these kernels take two dense matrices of one dtype on one device: float16, bfloat16, float32 or float64, on CPU "
+    "or CUDA"
 )
 
 _lock = threading.Lock()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SIZES = {"float32": 4, "float64": 8}
+SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes of an element in memory
+ACCUMULATOR = {"float32": "float32", "float64": "float64", "bfloat16": "float32", "float16": "float32"}
+PREFIX = {"float32": "s", "float64": "d", "bfloat16": "b", "float16": "h"}
 ISAS = ("avx512", "avx2", "neon", "generic")
 
 # The k-order is part of the numerical contract: an element of C is the sum, in order, of one fused
 # multiply-add chain a k-block, and the blocks follow from k and the dtype alone (`k_block`). A different KC
-# gives different bits, so no cache size enters here. Cut on Zen 4 (L2 1 MiB): 768 beat 384 and 512 by 1-5 %
-# for n = 768-2048, in fewer passes through C; a longer chain would lose accuracy against torch.
-KC = {"float32": 384, "float64": 384}
+# gives different bits, so no cache size enters here. Cut on Zen 4: 384 is as fast as 768 once C is prefetched,
+# and keeps the worst float32 error within 2 × torch's. A pair of bfloat16 takes the place of one float32.
+KC = {"float32": 384, "float64": 384, "bfloat16": 768, "float16": 384}
 
 # Register tiles (mr, vectors a row, bytes a vector). 6 × 4 zmm: 24 accumulators, 4 columns of B and one
 # broadcast fill 29 of 32 registers; on Zen 4 it beat 12 × 2, 14 × 2 and 8 × 3 by 2-5 % as a whole GEMM.
@@ -19,8 +21,9 @@ TILES = {"avx512": (6, 4, 64), "avx2": (6, 2, 32), "neon": (6, 4, 16), "generic"
 
 A_SHARE = 0.3  # of L2, for a packed block of A: the rest is for the panel of B that it meets, and for C
 B_SHARE = 0.3  # of L3, for a packed panel of B; half of it at most, by contract
-A_LIMIT = 6 << 20  # bytes a thread
+THREAD_BYTES = 6 << 20  # packed A, and the sums of a 16-bit product
 WORKSPACE_SLOTS = 16  # calls at a time that find a kept set of buffers
+SUM_COLUMNS = 2048  # columns of C at a time whose 16-bit sums are kept: wide enough to repay packing A
 PAD = 16  # elements that keep the packed rows of A off one common cache set
 
 # Below these, an operand is read in place: each element is used too rarely to repay a copy.
@@ -34,12 +37,17 @@ THREAD_GRAIN = 1 << 18
 
 @dataclass(frozen=True)
 class Cpu:
-    """What ``choose`` must know of a CPU: instruction set, and bytes of L2 (one core) and L3 (all)."""
+    """What ``choose`` must know of a CPU: instruction set, bytes of L2 (one core) and L3 (all), and what it can do.
+
+    fused: multiply-add with one rounding. bf16_pairs: vdpbf16ps. halves: float16 to float32 and back.
+    """
 
     isa: str
     l2: int = 1 << 20
     l3: int = 32 << 20
     fused: bool = True
+    bf16_pairs: bool = False
+    halves: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class BlockConfig:
     dtype: str
     isa: str
     fused: bool
+    pairs: bool
     lanes: int
     mr: int
     nr: int
@@ -59,7 +68,11 @@ class BlockConfig:
     @property
     def name(self) -> str:
         """What a profiler shows: ``sgemm_avx512_6x64``."""
-        return f"{'sd'[self.dtype == 'float64']}gemm_{self.isa}_{self.mr}x{self.nr}"
+        return f"{PREFIX[self.dtype]}gemm_{self.isa}{'_bf16' * self.pairs}_{self.mr}x{self.nr}"
+
+    @property
+    def accumulator(self) -> str:
+        return ACCUMULATOR[self.dtype]
 
     @property
     def vectors(self) -> int:
@@ -67,15 +80,29 @@ class BlockConfig:
         return self.nr // self.lanes
 
     @property
+    def k_lanes(self) -> int:
+        """Lanes that one row or column of a block takes along k: a lane holds one step, or a pair."""
+        return up(-(-self.kc // (2 if self.pairs else 1)), self.lanes)
+
+    @property
+    def lane_bytes(self) -> int:
+        return SIZES[self.accumulator]
+
+    @property
     def a_bytes(self) -> int:
         """The packed block of A, of which each thread has one, in either order of packing."""
-        wide = max(self.mc * (up(self.kc, self.lanes) + PAD), self.kc * (up(self.mc, self.lanes) + PAD))
-        return wide * SIZES[self.dtype]
+        by_rows, by_columns = self.mc * (self.k_lanes + PAD), self.k_lanes * (up(self.mc, self.lanes) + PAD)
+        return max(by_rows, by_columns) * self.lane_bytes
 
     @property
     def b_bytes(self) -> int:
         """The packed panel of B, shared by all threads."""
-        return self.kc * self.nc * SIZES[self.dtype]
+        return self.k_lanes * self.nc * self.lane_bytes
+
+    @property
+    def c_bytes(self) -> int:
+        """A thread's share of the sums of a 16-bit product, which stay in float32 until their only rounding."""
+        return THREAD_BYTES - self.a_bytes if self.lane_bytes > SIZES[self.dtype] else 0
 
 
 def up(value: int, step: int) -> int:
@@ -93,13 +120,17 @@ def choose(dtype: str, cpu: Cpu) -> BlockConfig:
         raise ValueError(f"dtype must be one of {', '.join(SIZES)}, got {dtype}")
     if cpu.isa not in TILES:
         raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {cpu.isa}")
-    size, kc = SIZES[dtype], KC[dtype]
+    if dtype == "float16" and not cpu.halves:
+        raise ValueError("float16 needs a CPU that converts it")
+    pairs = dtype == "bfloat16" and cpu.bf16_pairs
+    size, kc = SIZES[ACCUMULATOR[dtype]], KC[dtype]
+    depth = kc // 2 if pairs else kc
     mr, vectors, width = TILES[cpu.isa]
     lanes = width // size
     nr = vectors * lanes
-    mc = max(mr, int(min(A_SHARE * cpu.l2, A_LIMIT / 2) / (kc * size)) // mr * mr)
-    nc = max(nr, int(min(B_SHARE, 0.5) * cpu.l3 / (kc * size)) // nr * nr)
-    return BlockConfig(dtype, cpu.isa, cpu.fused, lanes, mr, nr, mc, kc, nc)
+    mc = max(mr, int(min(A_SHARE * cpu.l2, THREAD_BYTES / 2) / (depth * size)) // mr * mr)
+    nc = max(nr, int(min(B_SHARE, 0.5) * cpu.l3 / (depth * size)) // nr * nr)
+    return BlockConfig(dtype, cpu.isa, cpu.fused, pairs, lanes, mr, nr, mc, kc, nc)
 
 
 def steps(most: int) -> tuple[int, ...]:

@@ -46,8 +46,9 @@ def cpu(isa: str | None = None) -> Cpu:
         raise ValueError(f"the instruction set must be one of {', '.join(ISAS)}, got {wanted}")
     if wanted not in available:
         raise RuntimeError(f"{wanted} was asked for, but this CPU has only {', '.join(available)}")
-    fused = wanted != "generic" or "neon" in available
-    return Cpu(wanted, _cache_bytes(2, 1 << 20), _cache_bytes(3, 8 << 20), fused)
+    fused = wanted != "generic" or is_arm()
+    pairs = wanted == "avx512" and bool(host_features().get("avx512bf16"))
+    return Cpu(wanted, _cache_bytes(2, 1 << 20), _cache_bytes(3, 8 << 20), fused, pairs, halves=fused)
 
 
 def machine(isa: str) -> Machine:

@@ -18,7 +18,7 @@ import torch
 
 from . import build, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose
-from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_LOADED
+from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED
 from .state import words as state
 
 # Entry points of torch's stable C ABI that torch_abi.py calls.
@@ -98,14 +98,15 @@ def _gemm_address(block: BlockConfig) -> int:
 
 @ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
 def _load_gemm(code):
-    """Called by the native entry at the first product of a dtype; 0 makes it hand over to torch."""
+    """Called by the native entry at the first product of a dtype; NOT_ACCELERATED makes it hand over to torch."""
+    dtype = next(name for name, known in DTYPE_CODES.items() if known == code)
     try:
-        dtype = next(name for name, known in DTYPE_CODES.items() if known == code)
         state[GEMMS + code] = gemm_address(config(dtype))
         return state[GEMMS + code]
     except Exception as error:
-        print(f"matmul_grad: the CPU kernels cannot be compiled: {error}", file=sys.stderr)
-        return 0
+        print(f"matmul_grad: {dtype} goes to torch, its CPU kernels cannot be compiled: {error}", file=sys.stderr)
+        state[GEMMS + code] = NOT_ACCELERATED
+        return NOT_ACCELERATED
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int64)

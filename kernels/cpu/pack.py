@@ -1,8 +1,15 @@
-"""Packing: copies of A and B in the order in which the microkernel reads them; any strides in, edges zero-filled.
+"""Packing: copies of A and B in the order in which the microkernel reads them; any strides in, padding at the edges.
 
-Packing is where every layout is absorbed: a row-major, column-major, sliced or expanded operand leaves here as
-panels that the microkernel walks with constant strides. Padding is zero, so an edge tile runs the full tile's
-instructions on it and gives its real elements the same bits.
+Packing is where every layout is absorbed: a row-major, column-major, sliced or expanded operand leaves here as panels
+that the microkernel walks with constant strides. Padding is 0: it keeps loads inside the buffer and meets only
+elements of C that are not stored, or, where k is odd, a zero of the other operand.
+
+        source                                     target of pack_steps          target of pack_rows
+             j ─▶  0   1   2                       p = 0 │ j=0 j=1 j=2  × │       j = 0 │ p=0 p=1 … × │
+        p │  0     ·   ·   ·                       p = 1 │ j=0 j=1 j=2  × │       j = 1 │ p=0 p=1 … × │
+          ▼  1     ·   ·   ·           ──▶           …                            j = 2 │ p=0 p=1 … × │
+
+p counts steps of k, a lane of the target holds one of them or a pair; × is padding.
 """
 
 from __future__ import annotations
@@ -13,132 +20,196 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from .memory import jit
-from .simd import Vector
+from .memory import jit, stack_words
+from .operand import Operand
+from .simd import I64
 
 INT64 = types.int64
 
 
-def make_pack(vector: Vector) -> Callable:
-    """``pack(target, depth, width, stride, source, depth_stride, width_stride, exist)``, strides in elements.
+def make_pack_steps(operand: Operand) -> Callable:
+    """``pack_steps(target, width, stride, source, k, k_stride, width_stride, exist)``: steps of k below each other.
 
-    target[p·stride + j] = source[p·depth_stride + j·width_stride]    p < depth, j < exist
-
-        source                                      target
-             j ─▶  0   1   2  (exist = 3)           p = 0 │ j=0 j=1 j=2  × │ …      width elements, a multiple
-        p │  0     ·   ·   ·                        p = 1 │ j=0 j=1 j=2  × │ …      of the lanes, every
-          ▼  1     ·   ·   ·           ──▶          p = 2 │ j=0 j=1 j=2  × │ …      stride elements
-             2     ·   ·   ·
-
-    × is padding, 0: it keeps loads inside the buffer and meets only elements of C that are not stored.
+    Lane j of row p is source[p, j], for j < exist ≤ width; width and stride count lanes, the other strides elements.
     """
-    lanes, size = vector.lanes, vector.size
-    copy, copy_edge, transpose, copy_element = _copiers(vector)
+    lanes, size, fold = operand.vector.lanes, operand.size, operand.fold
+    lane_bytes = operand.vector.size
+    read = _reader(operand)
+    transpose = _transposer(operand)
+    interleave = _interleaver(operand)
+    copy_element = _element_copier(size)
+    scratch = stack_words(lanes * lane_bytes // 8)
 
     @jit
-    def pack(target, depth, width, stride, source, depth_stride, width_stride, exist):
-        if width_stride == 1:
-            for p in range(depth):
-                to, at = target + p * stride * size, source + p * depth_stride * size
-                for j in range(0, width, lanes):
-                    if j + lanes <= exist:
-                        copy(to + j * size, at + j * size)
-                    else:
-                        copy_edge(to + j * size, at + j * size, exist - j)
-        elif depth_stride == 1:
+    def pack_adjacent(target, width, stride, source, k, k_stride, exist):
+        for p in range(0, k, fold):
+            to, at = target + p // fold * stride * lane_bytes, source + p * k_stride * size
             for j in range(0, width, lanes):
-                for p in range(0, depth, lanes):
-                    to, at = target + (p * stride + j) * size, source + (p + j * width_stride) * size
-                    transpose(to, stride, at, width_stride, exist - j, depth - p)
+                if fold == 2:
+                    interleave(to + j * lane_bytes, at + j * size, k_stride * size, exist - j, k - p)
+                else:
+                    read(to + j * lane_bytes, at + j * size, exist - j)
+
+    @jit
+    def pack_scattered(target, width, stride, source, k, k_stride, width_stride, exist):
+        buffer = scratch()
+        for p in range(0, k, fold):
+            for j in range(0, width, lanes):
+                for lane in range(lanes):
+                    for f in range(fold):
+                        at = source + ((p + f) * k_stride + (j + lane) * width_stride) * size
+                        exists = j + lane < exist and p + f < k
+                        copy_element(buffer + (lane * fold + f) * size, at, exists)
+                read(target + (p // fold * stride + j) * lane_bytes, buffer, lanes * fold)
+
+    @jit
+    def pack_steps(target, width, stride, source, k, k_stride, width_stride, exist):
+        if width_stride == 1:
+            pack_adjacent(target, width, stride, source, k, k_stride, exist)
+        elif k_stride == 1:
+            for j in range(0, width, lanes):
+                for p in range(0, k, lanes * fold):
+                    to = target + (p // fold * stride + j) * lane_bytes
+                    transpose(to, stride, source + (p + j * width_stride) * size, width_stride, exist - j, k - p)
         else:
-            for p in range(depth):
-                for j in range(width):
-                    at = source + (p * depth_stride + j * width_stride) * size
-                    copy_element(target + (p * stride + j) * size, at, j < exist)
+            pack_scattered(target, width, stride, source, k, k_stride, width_stride, exist)
 
-    return pack
+    return pack_steps
 
 
-def _copiers(vector: Vector) -> tuple[Callable, Callable, Callable, Callable]:
-    def define(signature: types.Type, emit: Callable) -> Callable:
-        def codegen(context, builder, signature, args):
-            emit(builder, *args)
-            return context.get_dummy_value()
+def make_pack_rows(operand: Operand) -> Callable:
+    """``pack_rows(target, rows, stride, source, k, k_stride, row_stride)``: each row's steps of k beside each other."""
+    lanes, size, fold = operand.vector.lanes, operand.size, operand.fold
+    lane_bytes = operand.vector.size
+    read = _reader(operand)
+    copy_element = _element_copier(size)
+    scratch = stack_words(lanes * lane_bytes // 8)
 
-        return signature, codegen
+    @jit
+    def pack_rows(target, rows, stride, source, k, k_stride, row_stride):
+        buffer = scratch()
+        for i in range(rows):
+            for p in range(0, k, lanes * fold):
+                to = target + (i * stride + p // fold) * lane_bytes
+                at = source + (i * row_stride + p * k_stride) * size
+                if k_stride == 1:
+                    read(to, at, k - p)
+                else:
+                    for step in range(lanes * fold):
+                        copy_element(buffer + step * size, at + step * k_stride * size, p + step < k)
+                    read(to, buffer, lanes * fold)
+
+    return pack_rows
+
+
+def _define(arguments: int, emit: Callable) -> tuple[types.Type, Callable]:
+    def codegen(context, builder, signature, args):
+        emit(builder, *args)
+        return context.get_dummy_value()
+
+    return types.void(*[INT64] * arguments), codegen
+
+
+def _either(builder: ir.IRBuilder, condition: ir.Value, full: Callable[[], None], edge: Callable[[], None]) -> None:
+    with builder.if_else(condition, likely=True) as (then, otherwise):
+        with then:
+            full()
+        with otherwise:
+            edge()
+
+
+def _reader(operand: Operand) -> Callable:
+    """``(target, source, count)``: one vector of lanes from count adjacent elements, or as many as fill it."""
+    vector = operand.vector
 
     @intrinsic
-    def copy(typingctx, target, source):
-        def emit(builder, target, source):
-            vector.store(
-                builder, vector.load(builder, vector.at(builder, source)), vector.at(builder, target)
-            )
-
-        return define(types.void(INT64, INT64), emit)
-
-    @intrinsic
-    def copy_edge(typingctx, target, source, count):
+    def read(typingctx, target, source, count):
         def emit(builder, target, source, count):
-            value = vector.masked_load(builder, vector.at(builder, source), vector.mask(builder, count))
-            vector.store(builder, value, vector.at(builder, target))
+            def copy(limit=None):
+                vector.store(builder, operand.read(builder, source, limit), vector.at(builder, target))
 
-        return define(types.void(INT64, INT64, INT64), emit)
+            whole = builder.icmp_signed(">=", count, I64(vector.lanes * operand.fold))
+            _either(builder, whole, copy, lambda: copy(count))
+
+        return _define(3, emit)
+
+    return read
+
+
+def _interleaver(operand: Operand) -> Callable:
+    """``(target, source, row_bytes, count, steps)``: pairs from a row of k and the next, which exists if steps > 1."""
+    vector = operand.vector
 
     @intrinsic
-    def transpose(typingctx, target, target_stride, source, source_stride, columns, depth):
-        """columns ≤ lanes source rows of depth ≤ lanes elements become depth target rows of lanes elements."""
+    def interleave(typingctx, target, source, row_bytes, count, steps):
+        def emit(builder, target, source, row_bytes, count, steps):
+            high = builder.add(source, row_bytes)
+            has_high = builder.icmp_signed(">", steps, I64(1))
 
-        def emit(builder, target, target_stride, source, source_stride, columns, depth):
-            whole = builder.and_(
-                builder.icmp_signed(">=", columns, ir.Constant(columns.type, vector.lanes)),
-                builder.icmp_signed(">=", depth, ir.Constant(depth.type, vector.lanes)),
-            )
-            with builder.if_else(whole, likely=True) as (full, edge):
-                with full:
-                    _transpose_full(builder, vector, target, target_stride, source, source_stride)
-                with edge:
-                    _transpose_edge(
-                        builder, vector, target, target_stride, source, source_stride, columns, depth
-                    )
+            def copy(limit=None):
+                lanes = operand.interleave(builder, source, high, limit, has_high)
+                vector.store(builder, lanes, vector.at(builder, target))
 
-        return define(types.void(*[INT64] * 6), emit)
+            whole = builder.icmp_signed(">=", count, I64(vector.lanes))
+            _either(builder, whole, copy, lambda: copy(count))
+
+        return _define(5, emit)
+
+    return interleave
+
+
+def _transposer(operand: Operand) -> Callable:
+    """``(target, target_stride, source, source_stride, columns, k)``: at most lanes columns become rows of lanes."""
+    vector, fold, lanes = operand.vector, operand.fold, operand.vector.lanes
+
+    @intrinsic
+    def transpose(typingctx, target, target_stride, source, source_stride, columns, k):
+        def emit(builder, target, target_stride, source, source_stride, columns, k):
+            step_bytes = builder.mul(source_stride, I64(operand.size))
+            addresses = [builder.add(source, builder.mul(step_bytes, I64(j))) for j in range(lanes)]
+            rows = [vector.at(builder, target, builder.mul(target_stride, I64(p))) for p in range(lanes)]
+
+            def full():
+                columns_read = [operand.read(builder, address) for address in addresses]
+                for row, value in zip(rows, vector.transpose(builder, columns_read), strict=True):
+                    vector.store(builder, value, row)
+
+            def edge():
+                """A column that does not exist is read with an empty mask, a step that does not is not written."""
+                read = []
+                for j, address in enumerate(addresses):
+                    count = builder.select(builder.icmp_signed("<", I64(j), columns), k, I64(0))
+                    read.append(operand.read(builder, address, count))
+                for p, value in enumerate(vector.transpose(builder, read)):
+                    with builder.if_then(builder.icmp_signed("<", I64(p * fold), k)):
+                        vector.store(builder, value, rows[p])
+
+            enough_columns = builder.icmp_signed(">=", columns, I64(lanes))
+            whole = builder.and_(enough_columns, builder.icmp_signed(">=", k, I64(lanes * fold)))
+            _either(builder, whole, full, edge)
+
+        return _define(6, emit)
+
+    return transpose
+
+
+def _element_copier(size: int) -> Callable:
+    """``(target, source, exists)``: one element of ``size`` bytes, or 0 without reading where none exists."""
+    element = ir.IntType(8 * size)
 
     @intrinsic
     def copy_element(typingctx, target, source, exists):
-        def emit(builder, target, source, exists):
+        def codegen(context, builder, signature, args):
+            target, source, exists = args
+            to = builder.inttoptr(target, ir.PointerType())
             with builder.if_else(exists) as (real, padding):
                 with real:
-                    value = builder.load(vector.at(builder, source), typ=vector.scalar)
-                    builder.store(value, vector.at(builder, target))
+                    at = builder.inttoptr(source, ir.PointerType())
+                    builder.store(builder.load(at, typ=element, align=size), to, align=size)
                 with padding:
-                    builder.store(ir.Constant(vector.scalar, 0.0), vector.at(builder, target))
+                    builder.store(element(0), to, align=size)
+            return context.get_dummy_value()
 
-        return define(types.void(INT64, INT64, types.boolean), emit)
+        return types.void(INT64, INT64, types.boolean), codegen
 
-    return copy, copy_edge, transpose, copy_element
-
-
-def _transpose_full(builder, vector, target, target_stride, source, source_stride):
-    lanes = vector.lanes
-    index = source_stride.type
-    rows = [
-        vector.load(builder, vector.at(builder, source, builder.mul(source_stride, index(j))))
-        for j in range(lanes)
-    ]
-    for p, value in enumerate(vector.transpose(builder, rows)):
-        vector.store(builder, value, vector.at(builder, target, builder.mul(target_stride, index(p))))
-
-
-def _transpose_edge(builder, vector, target, target_stride, source, source_stride, columns, depth):
-    """As above; a row that does not exist is read with an empty mask, a step that does not exist is not written."""
-    lanes = vector.lanes
-    index = source_stride.type
-    rows = []
-    for j in range(lanes):
-        exists = builder.icmp_signed("<", index(j), columns)
-        mask = vector.mask(builder, builder.select(exists, depth, index(0)))
-        pointer = vector.at(builder, source, builder.mul(source_stride, index(j)))
-        rows.append(vector.masked_load(builder, pointer, mask))
-    for p, value in enumerate(vector.transpose(builder, rows)):
-        with builder.if_then(builder.icmp_signed("<", index(p), depth)):
-            vector.store(builder, value, vector.at(builder, target, builder.mul(target_stride, index(p))))
+    return copy_element

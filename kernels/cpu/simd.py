@@ -20,18 +20,40 @@ from dataclasses import dataclass
 from llvmlite import ir
 from numba.core import cgutils
 
-I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 POINTER = ir.PointerType()
-SCALARS = {"float32": (ir.FloatType(), 4, "f32"), "float64": (ir.DoubleType(), 8, "f64")}
+SCALARS = {
+    "float32": (ir.FloatType(), 4, "f32"),
+    "float64": (ir.DoubleType(), 8, "f64"),
+    "float16": (ir.HalfType(), 2, "f16"),
+    "int16": (I16, 2, "i16"),
+}
+
+
+class _BFloat(ir.FloatType):
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    intrinsic_name = "bfloat"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat._create_instance()
 
 
 @dataclass(frozen=True)
 class Vector:
-    """``lanes`` elements of ``dtype`` in one register; ``fused`` says whether the CPU has a fused multiply-add."""
+    """``lanes`` elements of ``dtype`` in one register.
+
+    ``fused`` says whether the CPU has a fused multiply-add. With ``pairs``, ``fma`` takes lanes that hold two
+    bfloat16 each and adds both products to the float32 lane.
+    """
 
     dtype: str
     lanes: int
     fused: bool = True
+    pairs: bool = False
 
     @property
     def scalar(self) -> ir.Type:
@@ -51,7 +73,7 @@ class Vector:
         return f"v{self.lanes}{SCALARS[self.dtype][2]}"
 
     def zero(self) -> ir.Constant:
-        return ir.Constant(self.type, [ir.Constant(self.scalar, 0.0)] * self.lanes)
+        return ir.Constant(self.type, None)
 
     def at(self, builder: ir.IRBuilder, address: ir.Value, index: ir.Value | int = 0) -> ir.Value:
         """Pointer to element ``index`` behind ``address`` (an int64)."""
@@ -75,7 +97,15 @@ class Vector:
         return builder.shuffle_vector(first, ir.Constant(self.type, ir.Undefined), every)
 
     def fma(self, builder: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        """``vfmadd231ps``: x·y + z with one rounding (two where the CPU has no such instruction)."""
+        """``vfmadd231ps``: x·y + z with one rounding (two where the CPU has no such instruction).
+
+        With pairs ``vdpbf16ps``: z + x₁·y₁ + x₀·y₀, a rounding each, denormals taken as 0.
+        """
+        if self.pairs:
+            both = ir.VectorType(_BFloat(), 2 * self.lanes)
+            name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}"
+            callee = self._declare(builder, name, self.type, [self.type, both, both])
+            return builder.call(callee, [z, builder.bitcast(x, both), builder.bitcast(y, both)])
         name = f"llvm.{'fma' if self.fused else 'fmuladd'}.{self.suffix}"
         return builder.call(self._declare(builder, name, self.type, [self.type] * 3), [x, y, z])
 

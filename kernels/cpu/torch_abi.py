@@ -58,7 +58,7 @@ shapes_format = text("mat1 and mat2 shapes cannot be multiplied (%lldx%lld and %
 out_of_memory = text("matmul_grad: the packing buffers cannot be allocated")
 strict_message = text(
     "matmul_grad.strict(): this product goes to torch's own kernel; on CPU these kernels take two matrices of "
-    "one dtype, float32 or float64"
+    "one dtype: float32, float64, bfloat16 or float16"
 )
 unknown_error = text("matmul_grad: torch's kernel failed")
 aten_mm, mm_name, grad_name, no_overload = (

@@ -37,11 +37,12 @@ def basic_blocks(text: str) -> list[list[str]]:
     return blocks
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("isa", X86)
 def test_the_k_loop_is_multiply_adds_without_spills(isa: str, dtype: str) -> None:
     block = choose(dtype, host.cpu(isa))
     arithmetic = r"vfn?madd\d+p[sd]" if block.fused else r"v?mulp[sd]"
+    arithmetic = "vdpbf16ps" if block.pairs else arithmetic
     text = assembly(block)
     loops = [
         body

@@ -32,14 +32,15 @@ CASES = list(itertools.product(SIZES, TILES, CACHES))
 @pytest.mark.parametrize(("dtype", "isa", "caches"), CASES)
 def test_choose_fits_the_machine(dtype: str, isa: str, caches: tuple[int, int]) -> None:
     l2, l3 = caches
-    block = choose(dtype, Cpu(isa, l2, l3))
+    block = choose(dtype, Cpu(isa, l2, l3, bf16_pairs=isa == "avx512"))
     accumulators = block.mr * block.vectors
     assert accumulators + block.vectors + 1 <= REGISTERS[isa]
     assert block.nr == block.vectors * block.lanes
     assert block.mc % block.mr == 0 and block.nc % block.nr == 0 and min(block.mc, block.nc) > 0
-    assert block.a_bytes <= 6 << 20
-    assert block.b_bytes <= max(l3 // 2, block.kc * block.nr * SIZES[dtype])
-    assert block.mc * block.kc * SIZES[dtype] <= max(l2 // 2, block.mr * block.kc * SIZES[dtype])
+    assert block.a_bytes + block.c_bytes <= 6 << 20
+    assert block.b_bytes <= max(l3 // 2, block.k_lanes * block.nr * block.lane_bytes)
+    assert block.mc * block.k_lanes * block.lane_bytes <= max(l2 // 2, block.mr * block.k_lanes * block.lane_bytes)
+    assert (block.c_bytes > 0) == (SIZES[dtype] == 2)
 
 
 @pytest.mark.parametrize("dtype", SIZES)

@@ -19,7 +19,7 @@ from matmul_grad.kernels.cpu import host, native
 from matmul_grad.kernels.cpu.config import BlockConfig, choose
 
 PAGE = mmap.PAGESIZE
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def small(block: BlockConfig) -> BlockConfig:
@@ -28,8 +28,13 @@ def small(block: BlockConfig) -> BlockConfig:
 
 
 def blocks() -> list[BlockConfig]:
-    chosen = [choose(dtype, host.cpu(isa)) for isa in host.host_isas() for dtype in DTYPES]
-    return [*chosen, small(native.config("float32")), small(native.config("float64"))]
+    """Every dtype on every instruction set here, of the 16-bit ones only what differs, and two in small blocks."""
+    chosen = []
+    for isa in host.host_isas():
+        cpu = host.cpu(isa)
+        chosen += [choose(dtype, cpu) for dtype in DTYPES if dtype != "float16" or cpu.halves]
+    chosen.append(choose("bfloat16", dataclasses.replace(host.cpu(), bf16_pairs=False)))
+    return [*chosen, small(native.config("float32")), small(native.config("bfloat16"))]
 
 
 BLOCKS = [pytest.param(block, id=f"{block.name}-{block.mc}x{block.kc}x{block.nc}") for block in blocks()]
@@ -94,7 +99,7 @@ def test_integers_of_any_strides(block: BlockConfig, a_striding: str, b_striding
         testing.assert_same_bits(out, testing.exact_product(a, b), f"{a_striding} {b_striding} {m}x{n}x{k}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_fused_instruction_sets_agree_in_bits(dtype: str) -> None:
     """The order of k is fixed by k and the dtype, so tiles of other shapes give the same bits."""
     sets = [choose(dtype, cpu) for isa in host.host_isas() if (cpu := host.cpu(isa)).fused]

@@ -1,0 +1,104 @@
+"""How the elements of an operand become vector lanes on the way into a panel, and results elements on the way out.
+
+| stored as           | a lane of a panel holds            | by                                          |
+|---------------------|------------------------------------|---------------------------------------------|
+| float32, float64    | the element                        | vmovups                                     |
+| float16             | the element as float32             | vcvtph2ps                                   |
+| bfloat16, no pairs  | the element as float32             | vpmovzxwd, vpslld                           |
+| bfloat16, pairs     | two elements, k and k+1, low first | as they lie in memory, or zero-extended and or-ed |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from .config import SIZES
+from .simd import I16, I32, I64, Vector
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Elements of ``dtype`` in memory, lanes of ``vector`` in a panel."""
+
+    vector: Vector
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element in memory."""
+        return SIZES[self.dtype]
+
+    @property
+    def fold(self) -> int:
+        """Steps of k in one lane."""
+        return 2 if self.vector.pairs else 1
+
+    @property
+    def converts(self) -> bool:
+        """Whether a lane is anything but the element itself."""
+        return self.dtype != self.vector.dtype
+
+    def read(self, builder: ir.IRBuilder, address: ir.Value, count: ir.Value | None = None) -> ir.Value:
+        """One vector of lanes from adjacent elements; those from ``count`` on are not read and give 0."""
+        vector = self.vector
+        if not self.converts:
+            return self._load(builder, vector, address, count)
+        if vector.pairs:
+            return builder.bitcast(self._load(builder, self._stored(2 * vector.lanes), address, count), vector.type)
+        return self._widen(builder, self._load(builder, self._stored(vector.lanes), address, count))
+
+    def interleave(
+        self, builder: ir.IRBuilder, low: ir.Value, high: ir.Value, count: ir.Value | None, has_high: ir.Value
+    ) -> ir.Value:
+        """Lanes of pairs from two rows: elements of ``low`` below those of ``high``, which ``has_high`` may deny."""
+        vector = self.vector
+        stored, wide = self._stored(vector.lanes), ir.VectorType(I32, vector.lanes)
+        wanted = I64(vector.lanes) if count is None else count
+        low_half = builder.zext(self._load(builder, stored, low, count), wide)
+        high_count = builder.select(has_high, wanted, I64(0))
+        high_half = builder.zext(self._load(builder, stored, high, high_count), wide)
+        high_half = builder.shl(high_half, ir.Constant(wide, [I32(16)] * vector.lanes))
+        return builder.bitcast(builder.or_(low_half, high_half), vector.type)
+
+    def write(self, builder: ir.IRBuilder, value: ir.Value, address: ir.Value, count: ir.Value) -> None:
+        """Round lanes to the stored dtype, to nearest and even, and store those below ``count``."""
+        stored = self._stored(self.vector.lanes)
+        pointer = stored.at(builder, address)
+        stored.masked_store(builder, self._narrow(builder, value), pointer, stored.mask(builder, count))
+
+    def _stored(self, lanes: int) -> Vector:
+        """float16 as it is; bfloat16, which LLVM's IR builder has no type for, as 16-bit integers."""
+        return Vector(self.dtype if self.dtype == "float16" else "int16", lanes)
+
+    @staticmethod
+    def _load(builder: ir.IRBuilder, kind: Vector, address: ir.Value, count: ir.Value | None) -> ir.Value:
+        pointer = kind.at(builder, address)
+        if count is None:
+            return kind.load(builder, pointer)
+        return kind.masked_load(builder, pointer, kind.mask(builder, count))
+
+    def _widen(self, builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+        if self.dtype == "float16":
+            return builder.fpext(value, self.vector.type)
+        wide = ir.VectorType(I32, self.vector.lanes)
+        shift = ir.Constant(wide, [I32(16)] * self.vector.lanes)
+        return builder.bitcast(builder.shl(builder.zext(value, wide), shift), self.vector.type)
+
+    def _narrow(self, builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+        if self.dtype == "float16":
+            return builder.fptrunc(value, ir.VectorType(ir.HalfType(), self.vector.lanes))
+        lanes = self.vector.lanes
+        wide, narrow = ir.VectorType(I32, lanes), ir.VectorType(I16, lanes)
+
+        def every(number: int) -> ir.Constant:
+            return ir.Constant(wide, [I32(number)] * lanes)
+
+        bits = builder.bitcast(value, wide)
+        odd = builder.and_(builder.lshr(bits, every(16)), every(1))
+        rounded = builder.add(bits, builder.add(odd, every(0x7FFF)))
+        # Adding could carry a NaN into infinity: keep its upper half and make it quiet.
+        nan = builder.fcmp_unordered("uno", value, value)
+        chosen = builder.select(nan, builder.or_(bits, every(0x400000)), rounded)
+        return builder.trunc(builder.lshr(chosen, every(16)), narrow)
