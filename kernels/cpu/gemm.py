@@ -22,6 +22,7 @@ from .job import ceil_div, job_words, plan_direct, plan_k, plan_parts, plan_thre
 from .loops import make_multiply_part, make_pack_part, make_store_part, operand_of
 from .memory import get, jit, put, symbol
 from .microkernel import microkernel_ir, transposed_ir
+from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE, make_pack_rows, make_pack_steps
 from .workspace import acquire, buffers, forked, give_back
 
 parallel_for = types.ExternalFunction(
@@ -34,12 +35,18 @@ TASK_SIGNATURE = types.void(types.int64, types.int64, types.int64)
 
 
 def make_kernels(config: BlockConfig) -> dict[str, str | tuple[Callable, types.Type]]:
-    """All that one configuration is compiled from: the driver, the task of its threads, the microkernels."""
-    vector = operand_of(config).vector
+    """All that one configuration is compiled from: the driver, the task of its threads, packing, microkernels.
+
+    They call each other by name, so that each is compiled once and not again inside every caller.
+    """
+    operand = operand_of(config)
+    vector = operand.vector
     microkernel, transposed = f"{config.name}_microkernel", f"{config.name}_transposed"
     return {
         config.name: (make_gemm(config), GEMM_SIGNATURE),
         f"{config.name}_task": (make_task(config), TASK_SIGNATURE),
+        f"{config.name}_pack_steps": (make_pack_steps(operand), PACK_STEPS_SIGNATURE),
+        f"{config.name}_pack_rows": (make_pack_rows(operand), PACK_ROWS_SIGNATURE),
         microkernel: microkernel_ir(microkernel, vector, steps(config.mr), steps(config.vectors)),
         transposed: transposed_ir(transposed, vector, steps(config.mr)),
     }
@@ -68,7 +75,6 @@ def make_loops_5_to_4(config: BlockConfig) -> tuple[Callable, Callable]:
     """``(loops(job), run(job, phase))``."""
     kc_max, nc_max = config.kc, config.nc
     task_address = symbol(f"{config.name}_task")
-    # By name, so that the task is compiled once.
     linked_task = types.ExternalFunction(f"{config.name}_task", TASK_SIGNATURE)
 
     @jit

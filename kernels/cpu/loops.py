@@ -42,7 +42,7 @@ from .job import (
 from .memory import get, jit
 from .microkernel import ARGUMENTS
 from .operand import Operand
-from .pack import make_pack_rows, make_pack_steps
+from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE
 from .simd import Vector
 
 
@@ -55,7 +55,7 @@ def make_pack_part(config: BlockConfig) -> Callable:
     """``pack_part(job, part)``: this thread's column panels of B, each kc × nr, one after the other."""
     operand, nr = operand_of(config), config.nr
     size, lane_bytes, fold = operand.size, config.lane_bytes, operand.fold
-    pack_steps = make_pack_steps(operand)
+    pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
 
     @jit
     def pack_part(job, part):
@@ -79,7 +79,8 @@ def make_pack_a(config: BlockConfig) -> Callable:
     """
     operand = operand_of(config)
     size, fold, lanes = operand.size, operand.fold, config.lanes
-    pack_rows, pack_steps = make_pack_rows(operand), make_pack_steps(operand)
+    pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
+    pack_rows = types.ExternalFunction(f"{config.name}_pack_rows", PACK_ROWS_SIGNATURE)
 
     @jit
     def pack_a(job, target, i, rows):

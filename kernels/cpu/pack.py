@@ -25,6 +25,8 @@ from .operand import Operand
 from .simd import I64
 
 INT64 = types.int64
+PACK_STEPS_SIGNATURE = types.void(*[INT64] * 8)
+PACK_ROWS_SIGNATURE = types.void(*[INT64] * 7)
 
 
 def make_pack_steps(operand: Operand) -> Callable:
@@ -62,7 +64,6 @@ def make_pack_steps(operand: Operand) -> Callable:
                         copy_element(buffer + (lane * fold + f) * size, at, exists)
                 read(target + (p // fold * stride + j) * lane_bytes, buffer, lanes * fold)
 
-    @jit
     def pack_steps(target, width, stride, source, k, k_stride, width_stride, exist):
         if width_stride == 1:
             pack_adjacent(target, width, stride, source, k, k_stride, exist)
@@ -85,7 +86,6 @@ def make_pack_rows(operand: Operand) -> Callable:
     copy_element = _element_copier(size)
     scratch = stack_words(lanes * lane_bytes // 8)
 
-    @jit
     def pack_rows(target, rows, stride, source, k, k_stride, row_stride):
         buffer = scratch()
         for i in range(rows):
