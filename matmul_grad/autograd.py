@@ -10,6 +10,7 @@ The backward calls the differentiable operator, so that every further derivative
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,10 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from .ops import library, native_status, product
+from . import strictness
+from .ops import DTYPES, library, native_status, product
+
+raised = threading.local()  # .error: the last exception that left mm_from_native in this thread
 
 
 def forward_only(self: Tensor, mat2: Tensor) -> Tensor:
@@ -44,7 +48,11 @@ def gradients(
 
 
 class Mm(torch.autograd.Function):
-    """``mm`` as a node of the graph. One call makes output and context, which costs least in eager mode."""
+    """``mm`` as a node of the graph. One call makes output and context, which costs least in eager mode.
+
+    Both gradients are computed where both inputs need one, even if ``torch.autograd.grad`` was asked for one of
+    them: torch tells that to its own nodes and not to a Function in Python.
+    """
 
     @staticmethod
     def forward(ctx: Any, self: Tensor, mat2: Tensor) -> Tensor:
@@ -84,14 +92,40 @@ def mm_with_graph(self: Tensor, mat2: Tensor) -> Tensor:
         return super(torch.autograd.Function, Mm).apply(self, mat2)
 
 
+def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
+    """Dense real matrices of one dtype; any other product, its gradient and its errors are torch's."""
+    return (
+        self is not None
+        and mat2 is not None
+        and self.dtype == mat2.dtype
+        and self.dtype in DTYPES
+        and self.layout == mat2.layout == torch.strided
+    )
+
+
 def mm_autograd(self: Tensor, mat2: Tensor) -> Tensor:
     """The Autograd key of every device, until the compiled one takes the CPU's place."""
+    if not has_own_graph(self, mat2):
+        strictness.hand_over(self, mat2)
+        return torch.ops.aten.mm.default(self, mat2)
     if self.device.type == "cpu":
         native_status()
     recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
     if recorded or forward_ad._current_level >= 0:
         return mm_with_graph(self, mat2)
     return forward_only(self, mat2)
+
+
+def mm_from_native(self: Tensor, mat2: Tensor) -> Tensor:
+    """What the compiled Autograd kernel calls when there is a graph to record or a Python mode to meet.
+
+    Its way back is a C interface that knows messages only, so the exception itself waits in ``raised``.
+    """
+    try:
+        return mm_autograd(self, mat2)
+    except BaseException as error:
+        raised.error = error
+        raise
 
 
 def mm_backward(
@@ -102,5 +136,5 @@ def mm_backward(
 
 
 library.impl("mm", mm_autograd, "Autograd")
-library.impl("_mm_grad", mm_with_graph, "CompositeImplicitAutograd")
+library.impl("_mm_in_python", mm_from_native, "CompositeImplicitAutograd")
 library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")

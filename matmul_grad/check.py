@@ -12,6 +12,10 @@ from . import check_products, check_timing, check_training, machine, strictness,
 from .console import heading, track
 
 
+class NotCompiled(RuntimeError):
+    """A CPU kernel that does not compile here; the message is the one line that says why."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What to check, where, on which values."""
@@ -29,7 +33,10 @@ def run(options: Options, console: Console) -> int:
     found: list[str] = []
     device, seed = options.device, options.seed
     with strictness.strict(), timing.threads(options.threads):
-        what_it_runs_on(console)
+        try:
+            what_it_runs_on(console)
+        except NotCompiled as reason:
+            return verdict(console, [str(reason)], perf_counter() - start)
         heading(console, "The worked example: A 2×4, B 4×3, L = mean(A·B)")
         found += check_products.example(console, device)
         heading(console, "Sizes, layouts and dtypes")
@@ -54,14 +61,18 @@ def what_it_runs_on(console: Console) -> None:
 def compile_kernels(console: Console) -> list[tuple[str, float]]:
     """Every CPU kernel compiled or loaded, one after the other, with the seconds that each took."""
     return [
-        (name, seconds_of(compile_one))
+        (name, seconds_of(name, compile_one))
         for name, compile_one in track(console, "compiling or loading kernels", warmup.steps())
     ]
 
 
-def seconds_of(call: Callable[[], object]) -> float:
+def seconds_of(name: str, compile_one: Callable[[], object]) -> float:
     start = perf_counter()
-    call()
+    try:
+        compile_one()
+    except Exception as error:
+        reason = (str(error) or "no reason given").splitlines()[0]
+        raise NotCompiled(f"{name} cannot be compiled: {type(error).__name__}: {reason}") from error
     return perf_counter() - start
 
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import api, reference, testing
+from . import api, ops, reference, testing
 from .console import table, track
 
 EXAMPLE_BUDGET = 1e-14  # sums of four numbers below 100 in float64, each rounded once
@@ -32,7 +32,10 @@ SHAPES = (
 # Held against torch's own error: results of many elements, so that torch's worst is no stroke of luck, and
 # sums that torch too runs in one chain. In all layouts but the expanded one, whose elements repeat.
 BUDGETED = ((31, 37, 41), (97, 101, 103))
-DTYPES = {"cpu": ("f32", "f64"), "cuda": ("f16", "bf16", "f32", "f64")}
+DTYPES = {
+    "cpu": tuple(testing.SHORT[dtype] for dtype in ops.DTYPES),
+    "cuda": ("f32", "f64", "bf16", "f16"),
+}
 
 
 class Product(NamedTuple):
@@ -92,9 +95,7 @@ def example(console: Console, device: str) -> list[str]:
     ]
 
 
-def through_autograd(
-    mm: Callable[[Tensor, Tensor], Tensor], case: reference.Example, device: str
-) -> dict[str, Tensor]:
+def through_autograd(mm: Callable[[Tensor, Tensor], Tensor], case: reference.Example, device: str) -> dict[str, Tensor]:
     """The example's five quantities as autograd finds them."""
     a, b = (operand.to(device, copy=True).requires_grad_() for operand in (case.a, case.b))
     c = mm(a, b)
@@ -130,7 +131,7 @@ def table_of_products(console: Console, device: str, seed: int) -> list[str]:
         "Each size in forward, dgrad and wgrad. exact: integers, every bit; close: normal\n"
         "values, the worst error in roundings of the largest element ≤ 2 × (torch's + 1)."
     )
-    console.print(f"m×n×k: {names(SHAPES)}; close: {names(BUDGETED)}")
+    console.print(f"m×n×k: {names(SHAPES)}\nclose: {names(BUDGETED)}")
     return [line for row in rows for line in row.found]
 
 

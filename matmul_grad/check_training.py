@@ -119,9 +119,7 @@ def show(console: Console, torchs: Curve, ours: Curve, data: Digits) -> None:
         rows.append([f"{epoch + 1}", *(f"{loss:.5f}" for loss in losses), f"{apart:.1e}", *accuracies])
     heads = ["epoch", "loss: torch", "ours", "apart by", "accuracy: torch", "ours"]
     table(console, heads, rows)
-    console.print(
-        f"loss, torch        {sparkline(torchs.losses)}\nloss, matmul_grad  {sparkline(ours.losses)}"
-    )
+    console.print(f"loss, torch        {sparkline(torchs.losses)}\nloss, matmul_grad  {sparkline(ours.losses)}")
     console.print(
         f"{len(data.images)} digits, {len(ours.losses)} steps; {len(data.test_images)} unseen digits for the "
         f"accuracy.\nAllowed: losses {LOSS_BUDGET:g} apart in any step, accuracies {ACCURACY_BUDGET:.0%}; "

@@ -1,6 +1,7 @@
 """The command `matmul-grad`: check, info, warmup, bench.
 
-Exit codes: 0 all is well, 1 something disagrees, 2 it was asked for what cannot be done, 130 interrupted.
+Exit codes: 0 all is well, 1 something disagrees or does not compile, 2 what was asked for cannot be done here,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -42,21 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command, and what is left for pytest after `bench`."""
-    parser = argparse.ArgumentParser(
-        prog="matmul-grad", description="matmul and both gradients, checked and timed"
-    )
+    parser = argparse.ArgumentParser(prog="matmul-grad", description="matmul and both gradients, checked and timed")
     parser.add_argument("--version", action="version", version=f"matmul_grad {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="command")
-    check = commands.add_parser(
-        "check", help="compare with torch: numbers, a training, times; exit 1 on disagreement"
-    )
+    check = commands.add_parser("check", help="compare with torch: numbers, a training, times; exit 1 on disagreement")
     check.add_argument("--no-train", dest="train", action="store_false", help="leave out the training")
     check.add_argument("--no-time", dest="time", action="store_false", help="leave out the times")
     check.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     check.add_argument("--seed", type=seed, default=0, metavar="N", help="of all random values; default: 0")
-    check.add_argument(
-        "--threads", type=positive, metavar="N", help="default: torch's own number, and 1 for the times"
-    )
+    check.add_argument("--threads", type=positive, metavar="N", help="default: torch's own number, and 1 for the times")
     commands.add_parser("info", help="say what products run on here")
     commands.add_parser("warmup", help="compile every CPU kernel now")
     commands.add_parser("bench", help="run the benchmarks of a checkout; further arguments go to pytest")
@@ -82,11 +77,7 @@ def seed(text: str) -> int:
 
 def require(module: str, package: str, extra: str = "check") -> None:
     """Unusable where ``module`` is not installed."""
-    if module in sys.modules:
-        found = sys.modules[module] is not None
-    else:
-        found = importlib.util.find_spec(module) is not None
-    if not found:
+    if importlib.util.find_spec(module) is None:
         raise Unusable(f"{package} is missing: pip install 'matmul-grad[{extra}]'")
 
 
@@ -124,11 +115,16 @@ def info(command: argparse.Namespace) -> int:
 def warm_up(command: argparse.Namespace) -> int:
     require("rich", "rich")
     require_isa()
-    from .check import compile_kernels
+    from .check import NotCompiled, compile_kernels
     from .console import make_console
 
-    for name, seconds in compile_kernels(make_console()):
-        print(f"{name:20}  {seconds:6.2f} s")
+    try:
+        compiled = compile_kernels(make_console())
+    except NotCompiled as reason:
+        print(f"matmul-grad: {reason}", file=sys.stderr)
+        return DISAGREES
+    for name, seconds in compiled:
+        print(f"{name:24}  {seconds:6.2f} s")
     print(f"cache: {machine.describe_cache()}")
     return 0
 
@@ -136,8 +132,6 @@ def warm_up(command: argparse.Namespace) -> int:
 def bench(arguments: list[str]) -> int:
     checkout = Path(__file__).parents[1]
     if not (checkout / "bench" / "test_mm.py").is_file():
-        raise Unusable(
-            "the benchmarks are not part of the wheel: run `make bench` in a checkout of the sources"
-        )
+        raise Unusable("the benchmarks are not part of the wheel: run `make bench` in a checkout of the sources")
     require("pytest_benchmark", "pytest-benchmark", "bench")
     return subprocess.call([sys.executable, "-m", "pytest", "bench", *arguments], cwd=checkout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -16,7 +17,9 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def make_console() -> Console:
-    return Console(markup=False, highlight=False, emoji=False, soft_wrap=False)
+    """Plain text, so that brackets stay; wide enough for every table where no terminal sets a width."""
+    console = Console(markup=False, highlight=False, emoji=False)
+    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=100)
 
 
 def heading(console: Console, text: str) -> None:
@@ -45,14 +48,15 @@ def track(console: Console, doing: str, items: Sequence[T]) -> Iterator[T]:
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """The curve in one line, each character the mean of its part, between the curve's own ends.
+    """The curve in one line, each character the mean of its part, between the curve's own ends; NaN is "!".
 
     >>> sparkline([3.0, 2.0, 1.0, 0.0], width=4)
-    '█▅▃▁'
+    '█▆▃▁'
     """
     width = min(width, len(values))
     edges = [len(values) * i // width for i in range(width + 1)]
     means = [sum(values[i:j]) / (j - i) for i, j in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
+    finite = [mean for mean in means if math.isfinite(mean)] or [0.0]
+    low, high = min(finite), max(finite)
     scale = (len(BARS) - 1) / (high - low or 1.0)
-    return "".join(BARS[round((mean - low) * scale)] for mean in means)
+    return "".join(BARS[round((mean - low) * scale)] if math.isfinite(mean) else "!" for mean in means)

@@ -69,9 +69,7 @@ def work(mm: Mm, product: str, operands: Operands) -> Callable[[], object]:
     return lambda: torch.autograd.grad(mm(a, b), (a, b), operands.grad)
 
 
-def assert_right(
-    mm: Mm, m: int, n: int, k: int, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu"
-) -> None:
+def assert_right(mm: Mm, m: int, n: int, k: int, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> None:
     """Forward, dgrad and wgrad: every bit on integers, the size of the error on normal operands.
 
     The error is not held against torch's own here: at n = 256 torch may sum in several lanes, whose error is

@@ -10,15 +10,16 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["PROTOCOL", "Quartiles", "interleaved", "quartiles", "ratio", "threads"]
+__all__ = ["AT_REST", "PROTOCOL", "Quartiles", "interleaved", "quartiles", "ratio", "share_of_core", "threads"]
 
 BATCH = 1e-3  # seconds: a thousand times what reading the clock costs
-ROUNDS = (7, 199)
+ROUNDS = (5, 199)
+AT_REST = 0.97  # of a core: with less, others ran there too, and the times are theirs as well
 PROTOCOL = "interleaved rounds of ≥ 1 ms in turning order; medians and quartiles of a call"
 
 
@@ -51,7 +52,7 @@ def interleaved(
     seconds: float = 0.25,
     wait: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds a call, for each rival and round: ``seconds`` in all, but 7 rounds at least and 199 at most.
+    """Seconds a call, for each rival and round: ``seconds`` in all, but 5 rounds at least and 199 at most.
 
     ``wait`` is called before the clock is read: torch.cuda.synchronize where calls return early.
 
@@ -69,6 +70,17 @@ def interleaved(
             times[name].append(batch(rivals[name], calls[name], wait))
         order.append(order.pop(0))
     return times
+
+
+def share_of_core() -> Callable[[], float]:
+    """Watch from here on: the call says what share of one core's time this process has had since.
+
+    >>> share = share_of_core()
+    >>> sum(range(100_000)) > 0 and share() > 0
+    True
+    """
+    wall, used = perf_counter(), process_time()
+    return lambda: (process_time() - used) / (perf_counter() - wall)
 
 
 def calls_in_batch(call: Callable[[], object], wait: Callable[[], object]) -> int:

@@ -9,11 +9,15 @@ ACCUMULATOR = {"float32": "float32", "float64": "float64", "bfloat16": "float32"
 PREFIX = {"float32": "s", "float64": "d", "bfloat16": "b", "float16": "h"}
 ISAS = ("avx512", "avx2", "neon", "generic")
 
-# The k-order is part of the numerical contract: an element of C is the sum, in order, of one fused
-# multiply-add chain a k-block, and the blocks follow from k and the dtype alone (`k_block`). A different KC
-# gives different bits, so no cache size enters here. Cut on Zen 4: 384 is as fast as 768 once C is prefetched,
-# and keeps the worst float32 error within 2 × torch's. A pair of bfloat16 takes the place of one float32.
-KC = {"float32": 384, "float64": 384, "bfloat16": 768, "float16": 384}
+# The k-order is part of the numerical contract: an element of C is the sum, in order, of one chain of fused
+# multiply-adds for every CHAIN steps of k (pairs, for bfloat16 in pairs). A different CHAIN gives different bits, so no
+# cache size enters here. A short chain costs additions to a tile of C that is in L1: on Zen 4, 32 runs at 0.96-0.97 of
+# the speed of 128. It is what keeps float32 and float64 within 2 × torch's error for small k too; the results of 16-bit
+# operands are rounded so coarsely that one chain a panel serves.
+CHAIN = {"float32": 32, "float64": 32, "bfloat16": 384, "float16": 384}
+
+# Steps of k (pairs) in a packed panel, whole chains. On Zen 4 384 is as fast as 768 once C is prefetched.
+KC = 384
 
 # Register tiles (mr, vectors a row, bytes a vector). 6 × 4 zmm: 24 accumulators, 4 columns of B and one
 # broadcast fill 29 of 32 registers; on Zen 4 it beat 12 × 2, 14 × 2 and 8 × 3 by 2-5 % as a whole GEMM.
@@ -80,9 +84,14 @@ class BlockConfig:
         return self.nr // self.lanes
 
     @property
+    def chain(self) -> int:
+        """Steps of k in one chain of multiply-adds."""
+        return CHAIN[self.dtype] * (2 if self.pairs else 1)
+
+    @property
     def k_lanes(self) -> int:
         """Lanes that one row or column of a block takes along k: a lane holds one step, or a pair."""
-        return up(-(-self.kc // (2 if self.pairs else 1)), self.lanes)
+        return up(self.kc // (2 if self.pairs else 1), self.lanes)
 
     @property
     def lane_bytes(self) -> int:
@@ -123,13 +132,12 @@ def choose(dtype: str, cpu: Cpu) -> BlockConfig:
     if dtype == "float16" and not cpu.halves:
         raise ValueError("float16 needs a CPU that converts it")
     pairs = dtype == "bfloat16" and cpu.bf16_pairs
-    size, kc = SIZES[ACCUMULATOR[dtype]], KC[dtype]
-    depth = kc // 2 if pairs else kc
+    size, kc = SIZES[ACCUMULATOR[dtype]], 2 * KC if pairs else KC
     mr, vectors, width = TILES[cpu.isa]
     lanes = width // size
     nr = vectors * lanes
-    mc = max(mr, int(min(A_SHARE * cpu.l2, THREAD_BYTES / 2) / (depth * size)) // mr * mr)
-    nc = max(nr, int(min(B_SHARE, 0.5) * cpu.l3 / (depth * size)) // nr * nr)
+    mc = max(mr, int(min(A_SHARE * cpu.l2, THREAD_BYTES / 2) / (KC * size)) // mr * mr)
+    nc = max(nr, int(min(B_SHARE, 0.5) * cpu.l3 / (KC * size)) // nr * nr)
     return BlockConfig(dtype, cpu.isa, cpu.fused, pairs, lanes, mr, nr, mc, kc, nc)
 
 
@@ -143,16 +151,15 @@ def steps(most: int) -> tuple[int, ...]:
     return (most, *(power for power in powers if power < most))
 
 
-def k_block(k: int, kc: int) -> int:
-    """Length of the k-blocks (the last may be shorter): the fewest blocks, equal but for rounding up to 8.
+def k_block(k: int, kc: int, chain: int) -> int:
+    """Steps of k in a panel: the fewest panels of at most kc, whole chains, as equal as that allows.
 
-    >>> k_block(1024, 768), k_block(100, 768), k_block(0, 768)
-    (512, 104, 0)
+    >>> k_block(1024, 384, 128), k_block(400, 384, 128), k_block(100, 384, 32), k_block(0, 384, 32)
+    (384, 256, 128, 32)
     """
-    blocks = (k + kc - 1) // kc
-    if blocks == 0:
-        return 0
-    return ((k + blocks - 1) // blocks + 7) // 8 * 8
+    chains = max(1, (k + chain - 1) // chain)
+    panels = (chains * chain + kc - 1) // kc
+    return (chains + panels - 1) // panels * chain
 
 
 def split_threads(row_tiles: int, panels: int, threads: int) -> tuple[int, int]:
@@ -161,7 +168,7 @@ def split_threads(row_tiles: int, panels: int, threads: int) -> tuple[int, int]:
     k is never cut. Of equal plans the one with more row parts wins, since its threads share packed B.
 
     >>> split_threads(row_tiles=171, panels=16, threads=2), split_threads(1, 16, 4)
-    ((2, 1), (1, 4))
+    ((1, 2), (1, 4))
     """
     best_rows, best_columns, best = 1, 1, row_tiles * panels
     for rows in range(threads, 0, -1):

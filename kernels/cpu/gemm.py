@@ -17,7 +17,7 @@ from collections.abc import Callable
 from numba.core import types
 
 from . import job as words
-from .config import DIRECT_PANELS, SUM_COLUMNS, BlockConfig, steps
+from .config import CHAIN, DIRECT_PANELS, SUM_COLUMNS, BlockConfig, steps
 from .job import ceil_div, job_words, plan_direct, plan_k, plan_parts, plan_threads
 from .loops import make_multiply_part, make_pack_part, make_store_part, operand_of
 from .memory import get, jit, put, symbol
@@ -40,15 +40,15 @@ def make_kernels(config: BlockConfig) -> dict[str, str | tuple[Callable, types.T
     They call each other by name, so that each is compiled once and not again inside every caller.
     """
     operand = operand_of(config)
-    vector = operand.vector
+    vector, chain = operand.vector, CHAIN[config.dtype]
     microkernel, transposed = f"{config.name}_microkernel", f"{config.name}_transposed"
     return {
         config.name: (make_gemm(config), GEMM_SIGNATURE),
         f"{config.name}_task": (make_task(config), TASK_SIGNATURE),
         f"{config.name}_pack_steps": (make_pack_steps(operand), PACK_STEPS_SIGNATURE),
         f"{config.name}_pack_rows": (make_pack_rows(operand), PACK_ROWS_SIGNATURE),
-        microkernel: microkernel_ir(microkernel, vector, steps(config.mr), steps(config.vectors)),
-        transposed: transposed_ir(transposed, vector, steps(config.mr)),
+        microkernel: microkernel_ir(microkernel, vector, steps(config.mr), steps(config.vectors), chain),
+        transposed: transposed_ir(transposed, vector, steps(config.mr), chain),
     }
 
 
@@ -73,7 +73,7 @@ def make_task(config: BlockConfig) -> Callable:
 
 def make_loops_5_to_4(config: BlockConfig) -> tuple[Callable, Callable]:
     """``(loops(job), run(job, phase))``."""
-    kc_max, nc_max = config.kc, config.nc
+    kc_max, chain, nc_max = config.kc, config.chain, config.nc
     task_address = symbol(f"{config.name}_task")
     linked_task = types.ExternalFunction(f"{config.name}_task", TASK_SIGNATURE)
 
@@ -88,7 +88,7 @@ def make_loops_5_to_4(config: BlockConfig) -> tuple[Callable, Callable]:
     @jit
     def loops_5_to_4(job):
         n, k = get(job, words.N), get(job, words.K)
-        step = plan_k(k, kc_max)
+        step = plan_k(k, kc_max, chain)
         for jc in range(0, n, nc_max):
             put(job, words.JC, jc)
             put(job, words.NC, min(nc_max, n - jc))
@@ -132,7 +132,7 @@ def make_gemm(config: BlockConfig) -> Callable:
     strides     elements, any for a and b (0 and overlapping too); c has rows c_rs apart, columns together
     dtypes      config.dtype for all three; addresses are int64
     aliasing    c must not overlap a or b; c is written in full and never read before
-    rounding    a chain of fused multiply-adds a k-block, k-blocks added in order (see ``config.KC``); 16-bit
+    rounding    chains of fused multiply-adds, added in order (see ``config.CHAIN``); 16-bit
                 results are rounded once, at the end
     edges       packing pads partial tiles; the microkernel writes no element outside c
     determinism same bits for any m, n, strides, threads

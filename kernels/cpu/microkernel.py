@@ -13,13 +13,15 @@ ARGUMENTS = 12
 UNROLL = 4  # k-steps a turn: enough to hide the loop's own instructions, little enough for the op cache
 
 
-def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tuple[int, ...]) -> str:
+def microkernel_ir(
+    name: str, vector: Vector, rows: tuple[int, ...], vectors: tuple[int, ...], chain: int
+) -> str:
     """IR of ``void name(row_step, vector_step, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first)``, all int64.
 
     C[i, j] (+)= Σ_p A[i, p]·B[p, j]   for i < mr = rows[row_step], j < cols ≤ nv·lanes, nv = vectors[vector_step]
 
-    Strides count elements. Every element is one chain of fused multiply-adds from 0 in the order of p, in
-    whichever tile it lies; ``first`` stores it, otherwise it is added to C with one more rounding. nv·lanes
+    Strides count elements. Every ``chain`` steps of p make one chain of fused multiply-adds from 0, in whichever tile
+    an element lies; the ``first`` is stored, the others are added to C with one more rounding each. nv·lanes
     columns of B must be readable (packed panels are); A and C are touched inside mr × kc and mr × cols alone.
 
               B[p]   |  v0 lanes  |  v1 lanes  |         per k-step: nv loads, mr broadcasts,
@@ -32,12 +34,12 @@ def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tu
     def choose_tile(builder: ir.IRBuilder, row_step, vector_step, *operands) -> tuple[ir.Value, dict]:
         tile = builder.add(builder.mul(row_step, I64(len(vectors))), vector_step)
         sizes = itertools.product(rows, vectors)
-        return tile, {size: (lambda b, size=size: _tile(b, vector, *size, *operands)) for size in sizes}
+        return tile, {size: (lambda b, size=size: _tile(b, vector, *size, chain, *operands)) for size in sizes}
 
     return _switch_ir(name, choose_tile)
 
 
-def transposed_ir(name: str, vector: Vector, rows: tuple[int, ...]) -> str:
+def transposed_ir(name: str, vector: Vector, rows: tuple[int, ...], chain: int) -> str:
     """IR of ``void name(row_step, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, unused, first)``, all int64.
 
     As ``microkernel_ir`` where the k-steps of B lie together and its columns apart, B[p, j] = b[p + j·b_cs], for
@@ -46,7 +48,7 @@ def transposed_ir(name: str, vector: Vector, rows: tuple[int, ...]) -> str:
     """
 
     def choose_tile(builder: ir.IRBuilder, row_step, *operands) -> tuple[ir.Value, dict]:
-        return row_step, {(mr, 1): (lambda b, mr=mr: _transposed(b, vector, mr, *operands)) for mr in rows}
+        return row_step, {(mr, 1): (lambda b, mr=mr: _transposed(b, vector, mr, chain, *operands)) for mr in rows}
 
     return _switch_ir(name, choose_tile)
 
@@ -70,20 +72,39 @@ def _switch_ir(name: str, choose_tile: Callable) -> str:
     return str(module)
 
 
-def _tile(builder, vector, mr, nv, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first):
+def _tile(builder, vector, mr, nv, chain, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first):
     c_rows = [vector.at(builder, c, builder.mul(c_rs, I64(i))) for i in range(mr)]
     for row in c_rows:
         for v in range(nv):
             vector.prefetch(builder, vector.at(builder, row, v * vector.lanes))
-    acc = [[vector.zero()] * nv for _ in range(mr)]
-    acc = _k_loop(builder, vector, acc, kc, vector.at(builder, a), a_rs, a_ks, vector.at(builder, b), b_ks)
     full = builder.icmp_signed("==", cols, I64(nv * vector.lanes))
-    keep = builder.icmp_signed("==", first, I64(0))
-    with builder.if_else(full, likely=True) as (whole, edge):
-        with whole:
-            _store_full(builder, vector, acc, c_rows, keep)
-        with edge:
-            _store_edge(builder, vector, acc, c_rows, keep, cols)
+
+    def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+        a_now, b_now = state
+        acc = [[vector.zero()] * nv for _ in range(mr)]
+        acc = _k_loop(builder, vector, acc, _chain_length(builder, p, kc, chain), a_now, a_rs, a_ks, b_now, b_ks)
+        keep = _adds(builder, p, first)
+        with builder.if_else(full, likely=True) as (whole, edge):
+            with whole:
+                _store_full(builder, vector, acc, c_rows, keep)
+            with edge:
+                _store_edge(builder, vector, acc, c_rows, keep, cols)
+        return [
+            vector.at(builder, a_now, builder.mul(a_ks, I64(chain))),
+            vector.at(builder, b_now, builder.mul(b_ks, I64(chain))),
+        ]
+
+    repeat(builder, I64(0), kc, chain, [vector.at(builder, a), vector.at(builder, b)], one_chain)
+
+
+def _chain_length(builder: ir.IRBuilder, p: ir.Value, kc: ir.Value, chain: int) -> ir.Value:
+    left = builder.sub(kc, p)
+    return builder.select(builder.icmp_signed("<", left, I64(chain)), left, I64(chain))
+
+
+def _adds(builder: ir.IRBuilder, p: ir.Value, first: ir.Value) -> ir.Value:
+    """Whether the chain from p on is added to C: all but the first of the first panel are."""
+    return builder.or_(builder.icmp_signed("!=", p, I64(0)), builder.icmp_signed("==", first, I64(0)))
 
 
 def _k_loop(builder, vector, acc, kc, a, a_rs, a_ks, b, b_ks):
@@ -114,37 +135,40 @@ def _k_loop(builder, vector, acc, kc, a, a_rs, a_ks, b, b_ks):
     return [flat[i * nv : (i + 1) * nv] for i in range(mr)]
 
 
-def _transposed(builder, vector, mr, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, unused, first):
+def _transposed(builder, vector, mr, chain, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, unused, first):
     lanes = vector.lanes
     row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
-    whole = builder.and_(kc, I64(-lanes))
-    rest = builder.sub(kc, whole)
     tail = builder.alloca(vector.type, lanes)
 
+    def k_block(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+        a_now, b_now, *acc = state
+        for step in vector.transpose(builder, _spread(builder, vector, b_now, b_cs)):
+            for i in range(mr):
+                x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
+                acc[i] = vector.fma(builder, x, step, acc[i])
+            a_now = vector.at(builder, a_now, a_ks)
+        return [a_now, vector.at(builder, b_now, lanes), *acc]
+
     def column_group(j: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
-        b_group = vector.at(builder, b, builder.mul(j, b_cs))
-
-        def k_block(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
-            a_now, b_now, *acc = state
-            for step in vector.transpose(builder, _spread(builder, vector, b_now, b_cs)):
-                for i in range(mr):
-                    x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
-                    acc[i] = vector.fma(builder, x, step, acc[i])
-                a_now = vector.at(builder, a_now, a_ks)
-            return [a_now, vector.at(builder, b_now, lanes), *acc]
-
-        start = [vector.at(builder, a), b_group, *[vector.zero()] * mr]
-        _, (a_rest, b_rest, *acc) = repeat(builder, I64(0), whole, lanes, start, k_block)
-        with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
-            mask = vector.mask(builder, rest)
-            for step, value in enumerate(
-                vector.transpose(builder, _spread(builder, vector, b_rest, b_cs, mask))
-            ):
-                vector.store(builder, value, vector.at(builder, tail, step * lanes))
-        acc = _k_loop(builder, vector, [[x] for x in acc], rest, a_rest, a_rs, a_ks, tail, I64(lanes))
-        keep = builder.icmp_signed("==", first, I64(0))
         c_rows = [vector.at(builder, c, builder.add(j, builder.mul(c_rs, I64(i)))) for i in range(mr)]
-        _store_full(builder, vector, acc, c_rows, keep)
+
+        def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+            length = _chain_length(builder, p, kc, chain)
+            whole = builder.and_(length, I64(-lanes))
+            rest = builder.sub(length, whole)
+            start = [*state, *[vector.zero()] * mr]
+            _, (a_rest, b_rest, *acc) = repeat(builder, I64(0), whole, lanes, start, k_block)
+            with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
+                mask = vector.mask(builder, rest)
+                steps = vector.transpose(builder, _spread(builder, vector, b_rest, b_cs, mask))
+                for step, value in enumerate(steps):
+                    vector.store(builder, value, vector.at(builder, tail, step * lanes))
+            acc = _k_loop(builder, vector, [[x] for x in acc], rest, a_rest, a_rs, a_ks, tail, I64(lanes))
+            _store_full(builder, vector, acc, c_rows, _adds(builder, p, first))
+            return [a_rest, b_rest]
+
+        b_group = vector.at(builder, b, builder.mul(j, b_cs))
+        repeat(builder, I64(0), kc, chain, [vector.at(builder, a), b_group], one_chain)
         return []
 
     repeat(builder, I64(0), columns, lanes, [], column_group)

@@ -18,7 +18,7 @@ import torch
 
 from . import build, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose
-from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED
+from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, PYTHON_KEY
 from .state import words as state
 
 # Entry points of torch's stable C ABI that torch_abi.py calls.
@@ -34,6 +34,7 @@ MANGLED = {
     "matmul_grad_autograd_meta": "_ZNK3c1010TensorImpl13autograd_metaEv",
     "matmul_grad_requires_grad": "_ZNK3c1010TensorImpl13requires_gradEv",
     "matmul_grad_forward_grad": "_ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE",
+    "matmul_grad_key_included": "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE",
     "matmul_grad_exclude_key": "_ZN3c104impl29tls_set_dispatch_key_excludedENS_11DispatchKeyEb",
 }
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
@@ -158,6 +159,7 @@ def _fill_state() -> None:
     major, minor, patch = (int(part) for part in torch.__version__.split("+")[0].split(".")[:3])
     state[ABI_VERSION] = major << 56 | minor << 48 | patch << 40
     state[AUTOGRAD_KEY] = int(torch._C.DispatchKey.AutogradFunctionality)
+    state[PYTHON_KEY] = int(torch._C.DispatchKey.Python)
     for code in DTYPE_CODES.values():
         state[GEMMS + code] = NOT_LOADED
 

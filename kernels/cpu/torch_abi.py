@@ -12,7 +12,7 @@ from __future__ import annotations
 from numba.core import types
 
 from .memory import INT64, call_address, get, jit, print_four, put, stack_words, symbol, text
-from .state import ABI_VERSION, AUTOGRAD_KEY, CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, STRICT
+from .state import ABI_VERSION, AUTOGRAD_KEY, CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, PYTHON_KEY, STRICT
 
 ENTRY_SIGNATURE = types.void(INT64, INT64, INT64)
 
@@ -34,13 +34,15 @@ grad_mode = _c("aoti_torch_grad_mode_is_enabled", types.uint8)
 num_threads = _c("torch_get_num_threads", INT32, INT64)
 call_dispatcher = _c("torch_call_dispatcher", INT32, INT64, INT64, INT64, INT64)
 
-# Four functions of c10 that the stable ABI does not offer. `native.py` looks each up, and without them, or
+# Six functions of c10 that the stable ABI does not offer. `native.py` looks each up, and without them, or
 # where they do not answer as expected, the Python kernels stay.
 check_fail = _c("matmul_grad_check_fail", types.void, INT64, INT64, UINT32, INT64)
 autograd_meta = _c("matmul_grad_autograd_meta", INT64, INT64)
 requires_grad = _c("matmul_grad_requires_grad", types.uint8, INT64)
 forward_grad = _c("matmul_grad_forward_grad", INT64, INT64, INT64, INT64)
 exclude_key = _c("matmul_grad_exclude_key", types.void, types.uint16, types.uint8)
+
+key_included = _c("matmul_grad_key_included", types.uint8, types.uint16)
 
 last_error = _c("matmul_grad_last_error", INT64)
 load_gemm = _c("matmul_grad_load_gemm", INT64, INT64)
@@ -57,12 +59,12 @@ mat2_not_matrix = text("mat2 must be a matrix")
 shapes_format = text("mat1 and mat2 shapes cannot be multiplied (%lldx%lld and %lldx%lld)")
 out_of_memory = text("matmul_grad: the packing buffers cannot be allocated")
 strict_message = text(
-    "matmul_grad.strict(): this product goes to torch's own kernel; on CPU these kernels take two matrices of "
-    "one dtype: float32, float64, bfloat16 or float16"
+    "matmul_grad.strict(): this product goes to torch's own kernel; these kernels take two dense matrices of one "
+    "dtype on one device: float16, bfloat16, float32 or float64, on CPU or CUDA"
 )
 unknown_error = text("matmul_grad: torch's kernel failed")
-aten_mm, mm_name, grad_name, no_overload = (
-    text(name) for name in ("aten::mm", "matmul_grad::mm", "matmul_grad::_mm_grad", "")
+aten_mm, mm_name, python_name, no_overload = (
+    text(name) for name in ("aten::mm", "matmul_grad::mm", "matmul_grad::_mm_in_python", "")
 )
 
 
@@ -190,14 +192,14 @@ def needs_gradient(a, b, at):
 
 
 def mm_autograd(stack, inputs, outputs):
-    """The Autograd key: differentiable work goes to Python's autograd.Function, the rest below autograd.
+    """The Autograd key: what needs a graph, or meets a Python mode, goes to autograd.py; the rest below autograd.
 
-    It dispatches again rather than computing, because keys below autograd (Python modes and subclasses,
-    functionalisation, negation) must have their turn. Nor does it look at sizes, which would make a tracer
+    It dispatches again rather than computing, because keys below autograd (tensor subclasses, functionalisation,
+    negation) must have their turn. Nor does it look at sizes, which would make a tracer
     take symbolic ones for constants.
     """
-    if needs_gradient(get(stack, 0), get(stack, 1), scratch()):
-        forward_to(stack, grad_name())
+    if key_included(get(state(), PYTHON_KEY)) != 0 or needs_gradient(get(stack, 0), get(stack, 1), scratch()):
+        forward_to(stack, python_name())
         return
     key = get(state(), AUTOGRAD_KEY)
     exclude_key(key, 1)

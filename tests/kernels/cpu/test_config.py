@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from matmul_grad.kernels.cpu.config import (
+    CHAIN,
     KC,
     SIZES,
     TILES,
@@ -45,8 +46,11 @@ def test_choose_fits_the_machine(dtype: str, isa: str, caches: tuple[int, int]) 
 
 @pytest.mark.parametrize("dtype", SIZES)
 def test_the_order_of_k_is_the_same_on_every_cpu(dtype: str) -> None:
-    blocks = {choose(dtype, Cpu(isa, *caches)).kc for _, isa, caches in CASES}
-    assert blocks == {KC[dtype]}
+    chains = {choose(dtype, Cpu(isa, *caches)).chain for _, isa, caches in CASES}
+    assert chains == {CHAIN[dtype]}
+    pairs = choose(dtype, Cpu("avx512", bf16_pairs=True))
+    assert pairs.chain == CHAIN[dtype] * (2 if dtype == "bfloat16" else 1)
+    assert pairs.kc % pairs.chain == 0
 
 
 def test_choose_refuses_what_it_does_not_know() -> None:
@@ -56,17 +60,11 @@ def test_choose_refuses_what_it_does_not_know() -> None:
         choose("float32", Cpu("mmx"))
 
 
-@pytest.mark.parametrize("k", [0, 1, 7, 8, 9, 383, 384, 385, 768, 769, 1000, 4096, 30_000_000])
-def test_k_blocks_cover_k_in_the_fewest_equal_blocks(k: int) -> None:
-    kc = 384
-    step = k_block(k, kc)
-    if k == 0:
-        assert step == 0
-        return
-    count = -(-k // step)
-    assert step <= kc and step % 8 == 0
-    assert count == -(-k // kc)
-    assert k - (count - 1) * step > 0
+@pytest.mark.parametrize("k", [0, 1, 7, 127, 128, 129, 383, 384, 385, 768, 769, 1000, 4096, 30_000_000])
+def test_panels_hold_whole_chains_and_are_as_few_as_can_be(k: int) -> None:
+    step = k_block(k, KC, 32)
+    assert step % 32 == 0 and 0 < step <= KC
+    assert -(-k // step) == -(-k // KC)
 
 
 THREADS = (1, 2, 3, 4, 6, 8, 16, 32, 64)

@@ -24,7 +24,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 def small(block: BlockConfig) -> BlockConfig:
     """The same tile in blocks of a few tiles, so that every loop turns more than once on small matrices."""
-    return dataclasses.replace(block, mc=2 * block.mr, kc=24, nc=2 * block.nr)
+    return dataclasses.replace(block, mc=2 * block.mr, kc=block.chain, nc=2 * block.nr)
 
 
 def blocks() -> list[BlockConfig]:
@@ -49,7 +49,7 @@ def shapes(block: BlockConfig) -> list[tuple[int, int, int]]:
     """The common table, and sizes around this tile and these blocks."""
     mr, nr = block.mr, block.nr
     around = [(mr + i, nr + j, 25) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    return [*testing.SHAPES, *around, (3 * mr + 1, 2 * nr + 3, 49), (5 * mr, 5 * nr, 50)]
+    return [*testing.SHAPES, *around, (3 * mr + 1, 2 * nr + 3, 49), (5 * mr, 5 * nr, 50), (mr + 2, nr + 3, 2 * block.chain + 9)]
 
 
 def in_canary(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,29 @@
+"""Shapes (m, n, k) to measure, each in forward, dgrad and wgrad."""
+
+from __future__ import annotations
+
+Shape = tuple[int, int, int]
+
+CUBES: tuple[Shape, ...] = tuple((n, n, n) for n in (64, 128, 256, 512, 1024, 2048, 4096))
+
+# Linear layers, (n, k) = (out, in): widths of 768, then Llama-3-8B, then Qwen2.5-7B.
+TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
+LAYERS_NK = (
+    (768, 768), (3072, 768), (768, 3072),
+    (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336),
+    (4608, 3584), (37888, 3584), (3584, 18944),
+)  # fmt: skip
+LAYERS: tuple[Shape, ...] = tuple((m, n, k) for n, k in LAYERS_NK for m in TOKENS)
+
+# DeepSeek-V3, as DeepGEMM measures it.
+DEEPSEEK_NK = (
+    (2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048),
+)  # fmt: skip
+DEEPSEEK: tuple[Shape, ...] = tuple((m, n, k) for n, k in DEEPSEEK_NK for m in (1, 128, 4096))
+
+ODD: tuple[Shape, ...] = (
+    (4095, 4095, 4095), (4097, 4097, 4097), (1000, 1000, 1000), (257, 129, 513),
+    (1, 1024, 1024), (1024, 1, 1024), (16, 2, 30_000_000),
+)  # fmt: skip
+
+SETS = {"cubes": CUBES, "layers": LAYERS, "deepseek": DEEPSEEK, "odd": ODD}

@@ -1,0 +1,140 @@
+"""The bench runs, refuses to time what is wrong, and writes what it measured where it says."""
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from matmul_grad import api, rivals, timing
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def readme() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "bench" / "readme.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The JSON of a run of the suite over one tiny size."""
+    path = tmp_path_factory.mktemp("bench") / "bench.json"
+    quick = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.0001", "--benchmark-warmup=off"]
+    command = [sys.executable, "-m", "pytest", "bench", "--sizes=17", f"--benchmark-json={path}", *quick]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_suite_times_both_rivals_in_every_group(saved: dict[str, Any]) -> None:
+    groups: dict[str, set[str]] = {}
+    for row in saved["benchmarks"]:
+        groups.setdefault(row["group"], set()).add(row["extra_info"]["rival"])
+    products = itertools.product(("forward", "dgrad", "wgrad", "step"), ("f32", "f64"))
+    assert groups == {f"{product}-{dtype}-17x17x17": {"torch", "matmul_grad"} for product, dtype in products}
+
+
+def test_suite_stamps_its_json(saved: dict[str, Any]) -> None:
+    stamp = saved["machine_info"]
+    assert "node" not in stamp
+    assert stamp["date"].startswith("20")
+    assert stamp["matmul_grad"]["threads"].startswith("1 of")
+    assert f"torch {torch.__version__}" in stamp["matmul_grad"]["versions"]
+    assert {"CPU", "instruction set", "caches", "CPU kernels", "operator"} < set(stamp["matmul_grad"])
+
+
+def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    c = torch.mm(a, b)
+    return c + torch.finfo(c.dtype).eps * c.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_bit_counts_before_timing(dtype: torch.dtype) -> None:
+    rivals.assert_right(torch.mm, 9, 8, 7, dtype)
+    with pytest.raises(AssertionError, match=r"forward .* elements differ"):
+        rivals.assert_right(wrong, 9, 8, 7, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_errors_count_before_timing(dtype: torch.dtype) -> None:
+    x, y = rivals.draw(64, 64, 64, dtype).of("dgrad")
+    rivals.assert_small_error(torch.mm(x, y), x, y)
+    narrow = torch.float32 if dtype == torch.float64 else torch.bfloat16
+    rounded = torch.mm(x.to(narrow).to(dtype), y)
+    with pytest.raises(AssertionError, match="roundings"):
+        rivals.assert_small_error(rounded, x, y)
+
+
+def test_rivals_take_turns() -> None:
+    calls: list[str] = []
+
+    def rival(name: str) -> Any:
+        return lambda: (calls.append(name), time.sleep(2 * timing.BATCH))
+
+    times = timing.interleaved({"x": rival("x"), "y": rival("y")}, seconds=0)
+    assert [len(rounds) for rounds in times.values()] == [5, 5]
+    assert "".join(calls) == "xxyy" + "xyyx" * 2 + "xy"  # two trials of each, then the rounds
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), timing.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_figures_of_a_busy_machine_are_not_written(
+    readme: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "TRIES", 2)
+    monkeypatch.setattr(timing, "share_of_core", lambda: lambda: 0.5)
+    with pytest.raises(SystemExit, match="nothing written: other work ran here during forward-f32-8, in all 16"):
+        readme.main(["--readme", str(tmp_path / "none"), "--results", str(tmp_path), "--sizes=9", "--seconds=0"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_section_is_written_from_rows(
+    readme: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n", encoding="utf-8")
+    arguments = ["--readme", str(page), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(readme, "TRIES", 1)
+    readme.main([*arguments, "--busy", "--sizes", "16,17", "--seconds", "0"])
+    (kept,) = (tmp_path / "results").glob("20*.json")
+    written = page.read_text(encoding="utf-8")
+    assert written.startswith(f"before\n{readme.BEGIN}\nMeasured 20")
+    assert written.endswith(f"{readme.END}\nafter\n")
+    assert "old" not in written
+    row = json.loads(kept.read_text(encoding="utf-8"))["rows"][4]
+    assert (row["product"], row["n"], row["flops"]) == ("forward", 16, 8192)
+    assert f"| {row['ratio']:.2f} |" in written
+    readme.main([*arguments, "--from", str(kept)])
+    assert page.read_text(encoding="utf-8") == written
+
+
+def test_readme_without_markers_is_left_alone(readme: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("no markers\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="once each"):
+        readme.rewrite(page, "text")
+    assert page.read_text(encoding="utf-8") == "no markers\n"
+
+
+def test_readme_does_not_time_what_is_wrong(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "mm", wrong)
+    with pytest.raises(AssertionError, match="elements differ"):
+        readme.compare(16, "f32", 0)

@@ -1,0 +1,252 @@
+"""The command: what it prints, what it finds, what it returns."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from matmul_grad import __version__, api, autograd, check, check_products, check_timing, check_training, cli, warmup
+
+QUICK = ["check", "--no-train", "--no-time"]
+Mm = Callable[[Tensor, Tensor], Tensor]
+
+
+def last_line(text: str) -> str:
+    return text.rstrip().splitlines()[-1]
+
+
+def test_check_prints_the_example_and_agrees(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(QUICK) == 0
+    printed = capsys.readouterr().out
+    for row in ("-5 -17   4", "50  83  29", "24", "0.167 0.167 0.167", "1  2 -1  0", "0.5 0.5 0.5"):
+        assert [line.count(row) for line in printed.splitlines() if line.count(row) == 3], row
+    for layout in ("NN", "NT", "TN", "TT", "sliced", "expanded"):
+        assert printed.count(f"\n {layout} ") == len(check_products.DTYPES["cpu"])
+    assert " NO" not in printed
+    assert last_line(printed).startswith("all agree, in ")
+
+
+def test_check_says_what_it_runs_on(capsys: pytest.CaptureFixture[str]) -> None:
+    from matmul_grad.kernels.cpu import host, native
+
+    cli.main(QUICK)
+    printed = capsys.readouterr().out
+    assert native.config("float32").name in printed
+    assert native.config("float64").name in printed
+    assert f"{host.cpu().isa} of " in printed
+    assert f"torch {torch.__version__}" in printed
+
+
+def test_whole_check_agrees(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(check_timing.SIZES, "cpu", (32, 48))
+    before = torch.get_num_threads()
+    assert cli.main(["check", "--seed", "3", "--threads", "1"]) == 0
+    assert torch.get_num_threads() == before
+    printed = capsys.readouterr().out
+    assert "loss, matmul_grad  █" in printed
+    for product in ("forward", "dgrad", "wgrad"):
+        for case in ("f32-32", "f64-48"):
+            assert printed.count(f"{product}-{case}") == 1
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    right = api.mm
+    monkeypatch.setattr(api, "mm", lambda a, b: change(right(a, b)))
+
+
+def test_one_wrong_bit_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def nudge(c: Tensor) -> Tensor:
+        if c.shape != (31, 37):
+            return c
+        step = torch.zeros_like(c)
+        step[30, 36] = torch.nextafter(c[30, 36].detach(), torch.tensor(torch.inf, dtype=c.dtype)) - c[30, 36]
+        return c + step.detach()
+
+    plant(monkeypatch, nudge)
+    assert cli.main(QUICK) == 1
+    printed = last_line(capsys.readouterr().out)
+    assert printed.startswith("DISAGREES: forward-f32-NN-31x37x41: 1 of 1147 elements differ, first at (30, 36)")
+    rows = len(check_products.LAYOUTS) * len(check_products.DTYPES["cpu"])
+    assert printed.endswith(f"(and {rows - 1} more)")
+
+
+def test_wrong_example_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch, lambda c: c + 1e-9 if c.shape == (2, 3) else c)
+    assert cli.main(QUICK) == 1
+    assert "DISAGREES: example: C differs" in last_line(capsys.readouterr().out)
+
+
+def test_wrong_gradient_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = autograd.gradients
+
+    def swapped(grad, self, mat2, needs):
+        dgrad, wgrad = right(grad, self, mat2, needs)
+        return dgrad, None if wgrad is None else -wgrad
+
+    monkeypatch.setattr(autograd, "gradients", swapped)
+    assert cli.main(QUICK) == 1
+    printed = capsys.readouterr().out
+    assert "DISAGREES: example: dB differs" in last_line(printed)
+    assert "NO, " in printed
+
+
+def test_raising_operator_is_a_disagreement(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(a: Tensor, b: Tensor) -> Tensor:
+        raise RuntimeError("no kernel\nsecond line")
+
+    monkeypatch.setattr(api, "mm", refuse)
+    assert cli.main(QUICK) == 1
+    assert last_line(capsys.readouterr().out).startswith("DISAGREES: example: no kernel (and ")
+
+
+def test_wrong_result_is_not_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(check_timing.SIZES, "cpu", (32, 48))
+    plant(monkeypatch, lambda c: c + 1 if c.shape == (32, 32) else c)
+    assert cli.main(["check", "--no-train"]) == 1
+    printed = capsys.readouterr().out
+    assert "forward-f32-32 " not in printed
+    assert "forward-f32-48 " in printed
+    assert "DISAGREES: timing f32 32: forward f32 32x32x32, integers" in last_line(printed)
+
+
+@pytest.mark.parametrize(
+    ("linear", "expected"),
+    [
+        (lambda x, w, b: check_training.torch_linear(x, w, b) * 1.01, "losses are"),
+        (lambda x, w, b: check_training.torch_linear(x, w, b) * torch.nan, "losses are nan apart"),
+    ],
+)
+def test_wrong_training_is_found(
+    linear: check_training.Linear,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check_training, "our_linear", linear)
+    assert cli.main(["check", "--no-time"]) == 1
+    assert f"DISAGREES: training: {expected}" in last_line(capsys.readouterr().out)
+
+
+def test_training_that_learns_nothing_is_found() -> None:
+    flat = check_training.Curve([2.3, 2.3], [0.1])
+    assert check_training.compare(flat, flat) == ["training: accuracy 10.00%, wanted over 90%"]
+
+
+def test_missing_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["check", "--device", "cuda"]) == 2
+    refused = capsys.readouterr()
+    assert refused.out == ""
+    assert refused.err.count("\n") == 1
+    assert "no CUDA device" in refused.err
+
+
+@pytest.mark.parametrize(("module", "package"), [("rich", "rich"), ("sklearn", "scikit-learn")])
+def test_missing_extra(
+    module: str, package: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["check"]) == 2
+    refused = capsys.readouterr()
+    assert refused.out == ""
+    assert refused.err == f"matmul-grad: {package} is missing: pip install 'matmul-grad[check]'\n"
+
+
+def test_unknown_instruction_set(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MATMUL_GRAD_ISA", "mmx")
+    for command in (QUICK, ["info"], ["warmup"]):
+        assert cli.main(command) == 2
+        assert "got mmx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["verify"],
+        ["check", "--fast"],
+        ["check", "extra"],
+        ["check", "--device", "tpu"],
+        ["check", "--threads", "0"],
+        ["check", "--threads", "two"],
+        ["check", "--seed", "-1"],
+        ["info", "--seed", "1"],
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(arguments)
+    assert exit.value.code == 2
+    assert "usage: matmul-grad" in capsys.readouterr().err
+
+
+def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(options: check.Options, console: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "run", interrupted)
+    assert cli.main(QUICK) == 130
+    assert capsys.readouterr().err == "matmul-grad: interrupted\n"
+
+
+def test_info(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MATMUL_GRAD_CACHE", str(tmp_path))
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    names = [line.split("  ")[0] for line in printed.splitlines()]
+    assert names[0] == "CPU"
+    assert {"instruction set", "GPU", "operator", "threads", "versions"} < set(names)
+    assert last_line(printed).endswith(f"{tmp_path} (0 kernels, 0.0 MB)")
+
+
+def test_warmup(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["warmup"]) == 0
+    printed = capsys.readouterr().out
+    assert "sgemm_" in printed
+    assert "dgemm_" in printed
+    assert last_line(printed).startswith("cache: ")
+
+
+def test_kernel_that_does_not_compile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ValueError("bad lanes\nmore")
+
+    monkeypatch.setattr(warmup, "steps", lambda: [("sgemm", fail)])
+    expected = "sgemm cannot be compiled: ValueError: bad lanes"
+    assert cli.main(QUICK) == 1
+    assert last_line(capsys.readouterr().out) == f"DISAGREES: {expected}"
+    assert cli.main(["warmup"]) == 1
+    assert capsys.readouterr().err == f"matmul-grad: {expected}\n"
+
+
+def test_bench_needs_a_checkout(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "matmul_grad" / "cli.py"))
+    assert cli.main(["bench", "-k", "f32"]) == 2
+    assert "checkout" in capsys.readouterr().err
+
+
+def test_bench_hands_its_arguments_to_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command, cwd: commands.append(command) or 5)
+    assert cli.main(["bench", "-k", "f32", "--sizes=64"]) == 5
+    assert commands == [[sys.executable, "-m", "pytest", "bench", "-k", "f32", "--sizes=64"]]
+
+
+def test_console_script() -> None:
+    script = Path(sys.executable).parent / "matmul-grad"
+    assert script.is_file()
+    helped = subprocess.run([script, "check", "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0
+    for option in ("--no-train", "--no-time", "--device", "--seed", "--threads"):
+        assert option in helped.stdout
+    version = subprocess.run([script, "--version"], capture_output=True, text=True)
+    assert version.stdout == f"matmul_grad {__version__}\n"

@@ -1,0 +1,87 @@
+"""What the documents say runs: python blocks of the pages, examples of the docstrings, generated figures."""
+
+import doctest
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import matmul_grad
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = [
+    "matmul_grad",
+    *(f"matmul_grad.{path.stem}" for path in sorted((ROOT / "matmul_grad").glob("[!_]*.py"))),
+    "matmul_grad.kernels.cpu.config",
+]
+
+
+def snippets(page: Path) -> list[tuple[int, str]]:
+    """(line, source) of each python block."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+SNIPPETS = [(page, line, source) for page in PAGES for line, source in snippets(page)]
+
+
+@pytest.mark.parametrize(
+    ("page", "line", "source"), SNIPPETS, ids=[f"{page.name}-{line}" for page, line, _ in SNIPPETS]
+)
+def test_snippet_runs(page: Path, line: int, source: str) -> None:
+    code = compile("\n" * line + source, str(page), "exec")
+    exec(code, {"__name__": "snippet"})
+
+
+def test_readme_has_snippets() -> None:
+    assert len(snippets(ROOT / "README.md")) >= 2
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_give_what_they_say(name: str) -> None:
+    module = importlib.import_module(name)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    report: list[str] = []
+    for test in doctest.DocTestFinder().find(module, name):
+        runner.run(test, out=report.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(report)
+
+
+def public_functions(module: ModuleType) -> dict[str, object]:
+    named = {name: getattr(module, name) for name in getattr(module, "__all__", ())}
+    return {name: value for name, value in named.items() if inspect.isfunction(value)}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_functions_have_an_example(name: str) -> None:
+    functions = public_functions(importlib.import_module(name))
+    bare = [name for name, function in functions.items() if ">>>" not in (inspect.getdoc(function) or "")]
+    assert not bare, f"{name}: no example in the docstring of {', '.join(bare)}"
+
+
+def test_public_functions_are_found() -> None:
+    assert set(public_functions(matmul_grad)) >= {"mm", "mm_backward", "strict"}
+
+
+def bench_readme() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "bench" / "readme.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_figures_of_readme_come_from_kept_rows() -> None:
+    """The section between the markers is what the bench writes from a file of bench/results."""
+    readme = bench_readme()
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = page.split(readme.BEGIN)[1].split(readme.END)[0].strip()
+    kept = sorted((ROOT / "bench" / "results").glob("*.json"))
+    assert shown in [readme.block(json.loads(path.read_text(encoding="utf-8"))) for path in kept]
