@@ -24,7 +24,7 @@ from .state import words as state
 # Entry points of torch's stable C ABI that torch_abi.py calls.
 SHIMS = (
     "aoti_torch_get_dim", "aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_dtype",
-    "aoti_torch_get_data_ptr", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object",
+    "aoti_torch_get_data_ptr", "aoti_torch_get_layout", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object",
     "aoti_torch_is_defined", "aoti_torch_grad_mode_is_enabled", "torch_get_num_threads", "torch_call_dispatcher",
     "torch_library_impl", "aoti_torch_library_init_impl", "torch_parallel_for",
 )  # fmt: skip

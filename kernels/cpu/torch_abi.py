@@ -28,6 +28,7 @@ get_strides = _c("aoti_torch_get_strides", INT32, INT64, INT64)
 get_dtype = _c("aoti_torch_get_dtype", INT32, INT64, INT64)
 get_data = _c("aoti_torch_get_data_ptr", INT32, INT64, INT64)
 empty_strided = _c("aoti_torch_empty_strided", INT32, INT64, INT64, INT64, INT32, INT32, INT32, INT64)
+get_layout = _c("aoti_torch_get_layout", INT32, INT64, INT64)
 delete_tensor = _c("aoti_torch_delete_tensor_object", INT32, INT64)
 is_defined = _c("aoti_torch_is_defined", INT32, INT64, INT64)
 grad_mode = _c("aoti_torch_grad_mode_is_enabled", types.uint8)
@@ -50,6 +51,7 @@ load_gemm = _c("matmul_grad_load_gemm", INT64, INT64)
 state = symbol("matmul_grad_state")
 
 DIM_A, DIM_B, SIZES_A, SIZES_B, DTYPE_A, DTYPE_B, STRIDES, DATA, HANDLE, THREADS, SHAPE = range(11)
+STRIDED = 0  # torch's code of the layout
 WORDS = 14  # SHAPE takes two, and two more for the strides of the result
 scratch = stack_words(WORDS)
 buffer = stack_words(32)
@@ -182,6 +184,14 @@ def has_tangent(tensor, at):
 
 
 @jit
+def is_strided(tensor, at):
+    """Sparse, nested and other layouts are torch's own affair, from autograd on."""
+    put(at, DATA, 0)
+    get_layout(tensor, at + 8 * DATA)
+    return word(at, DATA) == STRIDED
+
+
+@jit
 def needs_gradient(a, b, at):
     """A tensor handle points at the tensor, whose first word is its TensorImpl."""
     if autograd_meta(get(a, 0)) == 0 and autograd_meta(get(b, 0)) == 0:
@@ -192,13 +202,15 @@ def needs_gradient(a, b, at):
 
 
 def mm_autograd(stack, inputs, outputs):
-    """The Autograd key: what needs a graph, or meets a Python mode, goes to autograd.py; the rest below autograd.
+    """The Autograd key: a graph, a Python mode or a layout that is not strided goes to autograd.py, the rest below autograd.
 
     It dispatches again rather than computing, because keys below autograd (tensor subclasses, functionalisation,
     negation) must have their turn. Nor does it look at sizes, which would make a tracer
     take symbolic ones for constants.
     """
-    if key_included(get(state(), PYTHON_KEY)) != 0 or needs_gradient(get(stack, 0), get(stack, 1), scratch()):
+    a, b, at = get(stack, 0), get(stack, 1), scratch()
+    in_python = key_included(get(state(), PYTHON_KEY)) != 0 or not (is_strided(a, at) and is_strided(b, at))
+    if in_python or needs_gradient(a, b, at):
         forward_to(stack, python_name())
         return
     key = get(state(), AUTOGRAD_KEY)
