@@ -30,9 +30,7 @@ def _hand_over(counter: ModuleType) -> None:
     for packet, formula in _formulas.items():
         if packet not in counter.flop_registry:
 
-            def shapes_only(
-                *shapes: Any, out_shape: Any = None, _formula: Callable[..., int] = formula
-            ) -> int:
+            def shapes_only(*shapes: Any, out_shape: Any = None, _formula: Callable[..., int] = formula) -> int:
                 return _formula(*shapes)
 
             counter.register_flop_formula(packet)(shapes_only)

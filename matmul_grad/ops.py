@@ -90,19 +90,17 @@ def _mm_fake(self: Tensor, mat2: Tensor) -> Tensor:
     return torch.ops.aten.mm.default(self, mat2)
 
 
-def _mm_vmap(
-    info: Any, in_dims: tuple[int | None, int | None], self: Tensor, mat2: Tensor
-) -> tuple[Tensor, int]:
+def _mm_vmap(info: Any, in_dims: tuple[int | None, int | None], self: Tensor, mat2: Tensor) -> tuple[Tensor, int]:
     """One product where one operand is batched (its batch joins m or n); a product an item where both are."""
     self_dim, mat2_dim = in_dims
-    if mat2_dim is None:
+    if mat2_dim is None and self_dim is not None:
         items = self.movedim(self_dim, 0)
         return product(items.reshape(-1, items.shape[2]), mat2).unflatten(0, items.shape[:2]), 0
-    if self_dim is None:
+    if self_dim is None and mat2_dim is not None:
         columns = mat2.movedim(mat2_dim, 1)
         wide = product(self, columns.reshape(columns.shape[0], -1))
         return wide.unflatten(1, columns.shape[1:]), 1
-    pairs = zip(self.unbind(self_dim), mat2.unbind(mat2_dim), strict=True)
+    pairs = zip(self.unbind(self_dim or 0), mat2.unbind(mat2_dim or 0), strict=True)
     return torch.stack([product(x, y) for x, y in pairs]), 0
 
 

@@ -6,7 +6,7 @@ One table feeds CPU, GPU, interpreter and bench, so that a shape that once broke
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +47,12 @@ class Case:
         return f"{self.product}-{SHORT[self.dtype]}-{self.layout}-{self.m}x{self.n}x{self.k}"
 
 
-def cases(dtypes: tuple[str, ...], shapes=SHAPES, products=PRODUCTS, layouts=LAYOUTS) -> Iterator[Case]:
+def cases(
+    dtypes: tuple[str, ...],
+    shapes: tuple[tuple[int, int, int], ...] = SHAPES,
+    products: tuple[str, ...] = PRODUCTS,
+    layouts: tuple[str, ...] = LAYOUTS,
+) -> Iterator[Case]:
     """Every product, dtype, layout and shape of the table."""
     for product, dtype, layout, shape in itertools.product(products, dtypes, layouts, shapes):
         yield Case(product, DTYPES[dtype], layout, *shape)
@@ -92,7 +97,7 @@ def normal(m: int, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(m, n, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def operands(case: Case, draw=normal) -> tuple[Tensor, Tensor]:
+def operands(case: Case, draw: Callable[..., Tensor] = normal) -> tuple[Tensor, Tensor]:
     """(a, b) of ``case`` with a (m, k) and b (k, n), each row-major (N) or column-major (T)."""
     striding = {"N": "row", "T": "column"}
     a = lay_out(draw(case.m, case.k, case.dtype, seed=1), striding[case.layout[0]])
@@ -138,6 +143,4 @@ def assert_within_budget(actual: Tensor, a: Tensor, b: Tensor, what: str = "") -
     error, torchs = worst_error(actual, a, b), worst_error(torch.mm(a, b), a, b)
     rounding = torch.finfo(actual.dtype).eps / 2 * float(actual.abs().max()) if actual.numel() else 0.0
     budget = 2 * (torchs + rounding)
-    assert error <= budget, (
-        f"{what}: error {error:.3e} > 2 × (torch's {torchs:.3e} + rounding {rounding:.3e})"
-    )
+    assert error <= budget, f"{what}: error {error:.3e} > 2 × (torch's {torchs:.3e} + rounding {rounding:.3e})"

@@ -561,9 +561,7 @@ def test_page_refers_only_to_ids_that_it_has() -> None:
 def test_page_states_nothing_without_an_id() -> None:
     prose = re.sub(r"```math\n.*?\n```", "", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "$$" not in prose
-    relations = [
-        inline for inline in re.findall(r"\$([^$]+)\$", prose) if re.search(r"=|<|>|\\[lg]e\b", inline)
-    ]
+    relations = [inline for inline in re.findall(r"\$([^$]+)\$", prose) if re.search(r"=|<|>|\\[lg]e\b", inline)]
     assert not relations
 
 

@@ -138,9 +138,7 @@ print(time.perf_counter() - start)
 """
 
     def median() -> float:
-        return statistics.median(
-            float(run(sys.executable, "-c", code, cwd=tmp_path)) * 1000 for _ in range(5)
-        )
+        return statistics.median(float(run(sys.executable, "-c", code, cwd=tmp_path)) * 1000 for _ in range(5))
 
     # Medians are taken again on a busy machine: a slow import is slow each time.
     medians: list[float] = []
@@ -157,16 +155,12 @@ def imported(module: str, source: str, package: bool) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = (
-                ".".join(inside.split(".")[: len(inside.split(".")) - node.level + 1]) if node.level else ""
-            )
+            base = ".".join(inside.split(".")[: len(inside.split(".")) - node.level + 1]) if node.level else ""
             origin = ".".join(filter(None, [base, node.module]))
             yield from (f"{origin}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "import_module":
             (name, *rest) = node.args
-            assert not rest and isinstance(name, ast.Constant), (
-                f"{module}: {ast.unparse(node)}: use one literal"
-            )
+            assert not rest and isinstance(name, ast.Constant), f"{module}: {ast.unparse(node)}: use one literal"
             yield name.value
 
 

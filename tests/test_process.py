@@ -84,7 +84,7 @@ def test_first_calls_of_a_process_from_four_threads() -> None:
             try:
                 start.wait()
                 dtype = (torch.float32, torch.float64)[i % 2]
-                x, y = a.to(dtype).requires_grad_(i < 2), b.to(dtype)
+                x, y = a.to(dtype, copy=True).requires_grad_(i < 2), b.to(dtype)
                 assert_same_bits(matmul_grad.mm(x, y).detach(), exact_product(x.detach(), y))
             except BaseException as error:
                 failures.append(error)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 import matmul_grad
 from matmul_grad.kernels.cpu import host
-from matmul_grad.kernels.cpu.config import KC, k_block
+from matmul_grad.kernels.cpu.config import CHAIN, KC, k_block
 from matmul_grad.testing import DTYPES, LAYOUTS, assert_same_bits, lay_out, normal
 
+FLOATS = [pytest.param(DTYPES[name], id=name) for name in ("f32", "f64")]
 EVERY = [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
 # Edge and whole tiles, operands read in place and packed, one block of k and several, more rows than a block of A.
 SHAPES = ((13, 65, 1031), (31, 37, 41), (97, 101, 103), (64, 64, 64), (257, 129, 513), (430, 20, 390))
@@ -165,19 +166,16 @@ def rounded(value: Fraction, digits: int) -> Fraction:
 
 
 def chain(row: list[float], column: list[float], dtype: torch.dtype) -> float:
-    """One element as config.KC documents it: a chain of fused multiply-adds a k-block, the blocks added in order."""
-    if dtype not in (torch.float32, torch.float64):
-        pytest.skip("16-bit operands are summed in float32, bfloat16 in pairs on some CPUs")
+    """One element as config.CHAIN documents it: a chain of fused multiply-adds every CHAIN steps, added in order."""
     digits, fused = {torch.float32: 24, torch.float64: 53}[dtype], host.cpu().fused
-    k, name = len(row), str(dtype).removeprefix("torch.")
-    step = k_block(k, KC[name])
+    step = CHAIN[str(dtype).removeprefix("torch.")]
     total: Fraction | None = None
-    for start in range(0, k, step):
-        block = Fraction(0)
+    for start in range(0, len(row), step):
+        part = Fraction(0)
         for x, y in zip(row[start : start + step], column[start : start + step], strict=True):
             term = Fraction(x) * Fraction(y)
-            block = rounded(block + (term if fused else rounded(term, digits)), digits)
-        total = block if total is None else rounded(total + block, digits)
+            part = rounded(part + (term if fused else rounded(term, digits)), digits)
+        total = part if total is None else rounded(total + part, digits)
     assert total is not None
     return float(total)
 
@@ -190,31 +188,31 @@ def test_rounding_of_the_emulation(value: Fraction, digits: int, expected: Fract
     assert rounded(Fraction(value), digits) == expected
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_element_is_the_documented_chain(blocks: int, dtype: torch.dtype) -> None:
-    kc = KC[str(dtype).removeprefix("torch.")]
-    k = {1: kc // 4, 2: kc + 5, 3: 2 * kc + 3}[blocks]
-    assert -(-k // k_block(k, kc)) == blocks
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 63, 65, KC - 1, KC, KC + 5, 2 * KC + 3])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", ["NN", "TT"])
+def test_element_is_the_documented_chain(layout: str, dtype: torch.dtype, k: int) -> None:
+    """One chain, several, and several packed panels of them."""
     a, b = normal(2, k, dtype, seed=1), normal(k, 2, dtype, seed=2)
     expected = [[chain(row, column, dtype) for column in b.t().tolist()] for row in a.tolist()]
-    assert_same_bits(matmul_grad.mm(a, b), torch.tensor(expected, dtype=dtype), f"k = {k}")
+    laid = (a, b) if layout == "NN" else (lay_out(a, "column"), lay_out(b, "column"))
+    assert_same_bits(matmul_grad.mm(*laid), torch.tensor(expected, dtype=dtype), f"k = {k}")
 
 
-def test_elements_of_a_larger_product_are_the_documented_chain(
-    shape: tuple[int, int, int], pair: tuple[Tensor, Tensor]
-) -> None:
-    a, b = pair
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("m,n,k", SHAPES)
+def test_elements_of_a_larger_product_are_the_documented_chain(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    a, b = normal(m, k, dtype, seed=1), normal(k, n, dtype, seed=2)
     c = matmul_grad.mm(a, b)
-    for i, j in ((0, 0), (6, 16), (shape[0] - 1, shape[1] - 1)):
-        assert c[i, j].item() == chain(a[i].tolist(), b[:, j].tolist(), a.dtype), f"element ({i}, {j})"
+    for i, j in ((0, 0), (6, 16), (m - 1, n - 1)):
+        assert c[i, j].item() == chain(a[i].tolist(), b[:, j].tolist(), dtype), f"element ({i}, {j})"
 
 
-def test_order_of_k_follows_from_k_alone() -> None:
-    """Blocks are as long as k and KC say, none longer than KC, together k."""
-    for kc in set(KC.values()):
-        for k in (1, 7, kc - 1, kc, kc + 1, 2 * kc, 2 * kc + 1, 20000):
-            step = k_block(k, kc)
-            assert 0 < step <= kc
-            blocks = -(-k // kc)
-            assert -(-k // step) == blocks, f"k = {k}, KC = {kc}: as few blocks as there can be"
-            assert step == -(-k // (8 * blocks)) * 8, f"k = {k}, KC = {kc}: equal but for rounding up to 8"
+@pytest.mark.parametrize("length", sorted({*CHAIN.values(), 8, 128}))
+def test_panels_of_k_are_whole_chains(length: int) -> None:
+    """Where k is cut for packing cannot show in the bits: no chain is cut, no panel is longer than KC."""
+    for k in (1, 7, KC - 1, KC, KC + 1, 2 * KC, 2 * KC + 1, 20000):
+        step = k_block(k, KC, length)
+        assert 0 < step <= KC
+        assert step % length == 0
+        assert -(-k // step) == -(-k // (KC // length * length)), f"k = {k}: as few panels as there can be"

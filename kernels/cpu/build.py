@@ -116,9 +116,7 @@ def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llv
     return module
 
 
-def load(
-    key: str, name: str, kernels: Callable[[], Kernels], machine: Machine, symbols: Mapping[str, int]
-) -> Loaded:
+def load(key: str, name: str, kernels: Callable[[], Kernels], machine: Machine, symbols: Mapping[str, int]) -> Loaded:
     """The compiled set ``name``, from the cache where it is there, with ``symbols`` bound to addresses."""
     path = object_path(key, name, machine)
     code = _read(path)

@@ -1,4 +1,4 @@
-"""What one thread does in one phase of a job: pack its panels of B, multiply its part of C, round and store its rows."""
+"""What one thread does in one phase of a job: pack panels of B, multiply its part of C, round and store rows."""
 
 from __future__ import annotations
 
@@ -9,22 +9,17 @@ from numba.extending import intrinsic
 
 from .config import PAD, BlockConfig, steps
 from .job import (
-    A,
     A_CS,
     A_DIRECT,
     A_RS,
-    B,
     B_CS,
     B_DIRECT,
     B_RS,
     BY_COLUMNS,
-    C,
     C_RS,
     COLUMN_PARTS,
     JC,
     KC,
-    M,
-    N,
     NC,
     OUT,
     OUT_RS,
@@ -34,6 +29,11 @@ from .job import (
     ROW_PARTS,
     WORK_A,
     WORK_B,
+    A,
+    B,
+    C,
+    M,
+    N,
     ceil_div,
     largest,
     share,

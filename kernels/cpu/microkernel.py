@@ -13,9 +13,7 @@ ARGUMENTS = 12
 UNROLL = 4  # k-steps a turn: enough to hide the loop's own instructions, little enough for the op cache
 
 
-def microkernel_ir(
-    name: str, vector: Vector, rows: tuple[int, ...], vectors: tuple[int, ...], chain: int
-) -> str:
+def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tuple[int, ...], chain: int) -> str:
     """IR of ``void name(row_step, vector_step, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first)``, all int64.
 
     C[i, j] (+)= Σ_p A[i, p]·B[p, j]   for i < mr = rows[row_step], j < cols ≤ nv·lanes, nv = vectors[vector_step]
@@ -34,7 +32,7 @@ def microkernel_ir(
     def choose_tile(builder: ir.IRBuilder, row_step, vector_step, *operands) -> tuple[ir.Value, dict]:
         tile = builder.add(builder.mul(row_step, I64(len(vectors))), vector_step)
         sizes = itertools.product(rows, vectors)
-        return tile, {size: (lambda b, size=size: _tile(b, vector, *size, chain, *operands)) for size in sizes}
+        return tile, {size: (lambda b, size=size: _tile(b, vector, size, chain, *operands)) for size in sizes}
 
     return _switch_ir(name, choose_tile)
 
@@ -72,7 +70,8 @@ def _switch_ir(name: str, choose_tile: Callable) -> str:
     return str(module)
 
 
-def _tile(builder, vector, mr, nv, chain, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first):
+def _tile(builder, vector, size, chain, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first):
+    mr, nv = size
     c_rows = [vector.at(builder, c, builder.mul(c_rs, I64(i))) for i in range(mr)]
     for row in c_rows:
         for v in range(nv):
@@ -116,9 +115,7 @@ def _k_loop(builder, vector, acc, kc, a, a_rs, a_ks, b, b_ks):
         def body(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
             a_now, b_now, *flat = state
             for _ in range(steps):
-                columns = [
-                    vector.load(builder, vector.at(builder, b_now, v * vector.lanes)) for v in range(nv)
-                ]
+                columns = [vector.load(builder, vector.at(builder, b_now, v * vector.lanes)) for v in range(nv)]
                 for i in range(mr):
                     x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
                     for v in range(nv):

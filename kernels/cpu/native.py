@@ -13,6 +13,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -146,7 +147,6 @@ def register() -> None:
         _kept.append(loaded)
         for key, entry in (("CPU", "matmul_grad_mm"), ("AutogradCPU", "matmul_grad_mm_autograd")):
             _implement("mm", key, loaded.address(entry))
-        os.register_at_fork(after_in_child=_forked)
 
 
 def _entries() -> build.Kernels:
@@ -158,10 +158,15 @@ def _entries() -> build.Kernels:
 def _fill_state() -> None:
     major, minor, patch = (int(part) for part in torch.__version__.split("+")[0].split(".")[:3])
     state[ABI_VERSION] = major << 56 | minor << 48 | patch << 40
-    state[AUTOGRAD_KEY] = int(torch._C.DispatchKey.AutogradFunctionality)
-    state[PYTHON_KEY] = int(torch._C.DispatchKey.Python)
+    state[AUTOGRAD_KEY] = _key("AutogradFunctionality")
+    state[PYTHON_KEY] = _key("Python")
     for code in DTYPE_CODES.values():
         state[GEMMS + code] = NOT_LOADED
+
+
+def _key(name: str) -> int:
+    keys: Any = torch._C.DispatchKey
+    return int(getattr(keys, name))
 
 
 def _implement(name: str, key: str, entry: int) -> None:
@@ -182,9 +187,11 @@ def _forked() -> None:
     workspace[0] = 1
 
 
-def multiply(
-    block: BlockConfig, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, threads: int = 1
-) -> torch.Tensor:
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def multiply(block: BlockConfig, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, threads: int = 1) -> torch.Tensor:
     """out = a · b by the driver for ``block``, called from Python: for tests, and where the C ABI is not to be had.
 
     Dense (m, k) and (k, n) of ``block.dtype`` and any strides; out (m, n) with its columns together.

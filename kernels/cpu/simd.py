@@ -115,9 +115,7 @@ class Vector:
         lanes = ir.Constant(wide, [I64(skipped + i) for i in range(self.lanes)])
         first = builder.insert_element(ir.Constant(wide, ir.Undefined), count, I32(0))
         every = ir.Constant(ir.VectorType(I32, self.lanes), [I32(0)] * self.lanes)
-        return builder.icmp_signed(
-            "<", lanes, builder.shuffle_vector(first, ir.Constant(wide, ir.Undefined), every)
-        )
+        return builder.icmp_signed("<", lanes, builder.shuffle_vector(first, ir.Constant(wide, ir.Undefined), every))
 
     def masked_load(self, builder: ir.IRBuilder, pointer: ir.Value, mask: ir.Value) -> ir.Value:
         """``vmovups zmm {k}{z}, [pointer]``: lanes that are off read nothing and give 0."""

@@ -12,7 +12,12 @@ import ctypes
 
 STRICT, ABI_VERSION, AUTOGRAD_KEY, PYTHON_KEY, GEMMS = range(5)
 NOT_ACCELERATED, NOT_LOADED = range(2)
-DTYPE_CODES = {"float32": 6, "float64": 7, "bfloat16": 15, "float16": 5}  # torch's codes of the dtypes that have kernels
+DTYPE_CODES = {
+    "float32": 6,
+    "float64": 7,
+    "bfloat16": 15,
+    "float16": 5,
+}  # torch's codes of the dtypes that have kernels
 CODES = 64
 
 words = (ctypes.c_int64 * (GEMMS + CODES))()

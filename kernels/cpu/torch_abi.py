@@ -202,7 +202,7 @@ def needs_gradient(a, b, at):
 
 
 def mm_autograd(stack, inputs, outputs):
-    """The Autograd key: a graph, a Python mode or a layout that is not strided goes to autograd.py, the rest below autograd.
+    """The Autograd key: graphs, Python modes and layouts other than strided go to autograd.py, the rest below it.
 
     It dispatches again rather than computing, because keys below autograd (tensor subclasses, functionalisation,
     negation) must have their turn. Nor does it look at sizes, which would make a tracer

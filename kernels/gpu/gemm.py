@@ -90,9 +90,7 @@ def gemm(
     tl.store(c_base + c_offset, acc.to(c_ptr.dtype.element_ty), mask=in_rows & in_cols)
 
 
-def constants(
-    problem: Problem, config: TileConfig, *, wide: bool = False, upcast: bool = False
-) -> dict[str, Any]:
+def constants(problem: Problem, config: TileConfig, *, wide: bool = False, upcast: bool = False) -> dict[str, Any]:
     """The kernel's compile-time arguments: the same for a launch and for ahead-of-time compilation."""
     return {
         "BLOCK_M": config.block_m,

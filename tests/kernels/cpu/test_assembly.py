@@ -17,9 +17,7 @@ REGISTER = {"avx512": "zmm", "avx2": "ymm", "generic": "xmm"}
 
 def assembly(block: BlockConfig) -> str:
     machine = host.machine(block.isa)
-    module = build.to_module(
-        make_kernels(block), machine, ("matmul_grad_parallel_for", "matmul_grad_workspace")
-    )
+    module = build.to_module(make_kernels(block), machine, ("matmul_grad_parallel_for", "matmul_grad_workspace"))
     return machine.llvm().emit_assembly(module)
 
 
@@ -44,11 +42,7 @@ def test_the_k_loop_is_multiply_adds_without_spills(isa: str, dtype: str) -> Non
     arithmetic = r"vfn?madd\d+p[sd]" if block.fused else r"v?mulp[sd]"
     arithmetic = "vdpbf16ps" if block.pairs else arithmetic
     text = assembly(block)
-    loops = [
-        body
-        for body in basic_blocks(text)
-        if sum(bool(re.match(arithmetic, line)) for line in body) >= block.mr
-    ]
+    loops = [body for body in basic_blocks(text) if sum(bool(re.match(arithmetic, line)) for line in body) >= block.mr]
     expected = block.mr * block.vectors
     counts = [sum(bool(re.match(arithmetic, line)) for line in body) for body in loops]
     assert expected * UNROLL in counts, f"no unrolled k-loop of {expected} × {UNROLL} among {counts}"

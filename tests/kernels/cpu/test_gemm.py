@@ -49,7 +49,13 @@ def shapes(block: BlockConfig) -> list[tuple[int, int, int]]:
     """The common table, and sizes around this tile and these blocks."""
     mr, nr = block.mr, block.nr
     around = [(mr + i, nr + j, 25) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-    return [*testing.SHAPES, *around, (3 * mr + 1, 2 * nr + 3, 49), (5 * mr, 5 * nr, 50), (mr + 2, nr + 3, 2 * block.chain + 9)]
+    return [
+        *testing.SHAPES,
+        *around,
+        (3 * mr + 1, 2 * nr + 3, 49),
+        (5 * mr, 5 * nr, 50),
+        (mr + 2, nr + 3, 2 * block.chain + 9),
+    ]
 
 
 def in_canary(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,9 +80,7 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
     assert len(differ) == 0, f"{len(differ)} elements differ, the first at {differ[0].tolist()}"
 
 
-def assert_exact(
-    m: int, n: int, k: int, number: str, layouts: str, device: torch.device, tile: Any = None
-) -> None:
+def assert_exact(m: int, n: int, k: int, number: str, layouts: str, device: torch.device, tile: Any = None) -> None:
     """Bits of the exact product, from operands in NaN canaries, into an output in NaN canaries as well."""
     dtype, precision = NUMBERS[number]
     a = embed(integers(m, k, dtype, device, 1), layouts[0])
@@ -104,9 +102,7 @@ def test_exact(number: str, layouts: str, size: tuple[int, int, int], device: to
     assert_exact(*size, number, layouts, device)
 
 
-@pytest.mark.parametrize(
-    "layouts", [x + y for x, y in itertools.product(LAYOUTS, LAYOUTS) if x + y not in DENSE]
-)
+@pytest.mark.parametrize("layouts", [x + y for x, y in itertools.product(LAYOUTS, LAYOUTS) if x + y not in DENSE])
 @pytest.mark.parametrize("number", NUMBERS)
 def test_exact_in_every_stride(number: str, layouts: str, device: torch.device) -> None:
     # k is small enough for bfloat16 even where two expanded operands add one product k times.
@@ -139,9 +135,7 @@ def test_rounding(number: str, layouts: str, device: torch.device, matmul_settin
         one_rounding = torch.finfo(dtype).eps / 2 * exact.abs().max()
         allowed = 2 * ((torch.mm(a, b).double() - exact).abs().max() + one_rounding)
         worst = int(error.argmax())
-        assert bool(error.max() <= allowed), (
-            f"error {error.max()} > {allowed} at {divmod(worst, error.shape[1])}"
-        )
+        assert bool(error.max() <= allowed), f"error {error.max()} > {allowed} at {divmod(worst, error.shape[1])}"
 
 
 def test_rounding_fp64(device: torch.device) -> None:

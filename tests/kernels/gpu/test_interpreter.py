@@ -260,9 +260,7 @@ torch.backends.cuda.matmul.fp32_precision = "ieee"; assert precision_now() == "i
 
 
 def test_precision_now_follows_every_setting_without_a_warning() -> None:
-    environment = {
-        name: value for name, value in os.environ.items() if name != "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
-    }
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"}
     command = [sys.executable, "-W", "error", "-c", PRECISION_NOW]
     child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
