@@ -31,8 +31,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/matmul-grad check $(ARGS)
 
+# Two at a time; pytest-benchmark, which would warn beside that, has nothing to time here.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -p no:benchmark -n 2 --dist worksteal $(ARGS)
 
 # mypy knows no package-dir: it reads the layout as installed, laid out in links.
 lint: $(STAMP)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, strictness
+from . import strictness
+from .autograd import raised
 
 
 def mm(input: Tensor, mat2: Tensor) -> Tensor:
@@ -39,8 +40,8 @@ def mm(input: Tensor, mat2: Tensor) -> Tensor:
 
 def _raise_as_torch(error: RuntimeError, input: Tensor, mat2: Tensor) -> None:
     """Raise what a hook or mode of the user's raised below, else torch.mm's own error; return where it has none."""
-    original = getattr(autograd.raised, "error", None)
-    autograd.raised.error = None
+    original = getattr(raised, "error", None)
+    raised.error = None
     if original is not None and str(error).endswith(str(original)):
         raise original from None
     if strictness.is_on():

@@ -10,7 +10,6 @@ The backward calls the differentiable operator, so that every further derivative
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,9 +19,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import strictness
-from .ops import DTYPES, library, native_status, product
-
-raised = threading.local()  # .error: the last exception that left mm_from_native in this thread
+from .ops import DTYPES, library, native_status, product, raised
 
 
 def forward_only(self: Tensor, mat2: Tensor) -> Tensor:
@@ -119,7 +116,7 @@ def mm_autograd(self: Tensor, mat2: Tensor) -> Tensor:
 def mm_from_native(self: Tensor, mat2: Tensor) -> Tensor:
     """What the compiled Autograd kernel calls when there is a graph to record or a Python mode to meet.
 
-    Its way back is a C interface that knows messages only, so the exception itself waits in ``raised``.
+    Its way back is a C interface that knows messages only, so the exception itself waits in ``raised``, for api.py.
     """
     try:
         return mm_autograd(self, mat2)

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,7 +34,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("bench") / "bench.json"
     quick = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.0001", "--benchmark-warmup=off"]
     command = [sys.executable, "-m", "pytest", "bench", "--sizes=17", f"--benchmark-json={path}", *quick]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # A session of its own, not a part of the parallel one that runs this test.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -240,12 +240,18 @@ def moded(mm, a, b):
     with Mode():
         mm(a, b)
 
+class Subclass(torch.Tensor):
+    __torch_dispatch__ = classmethod(stop)
+
+def subclassed(mm, a, b):
+    mm(a.detach().as_subclass(Subclass).requires_grad_(needs), b)
+
 place, needs = sys.argv[1], sys.argv[2] == "grad"
 for mm, types in ((matmul_grad.mm, Stop), (torch.ops.matmul_grad.mm, (Stop, RuntimeError))):
     a, b = torch.ones(3, 4, requires_grad=needs), torch.ones(4, 2, requires_grad=needs)
     assert mm(a, b).tolist() == [[4.0, 4.0]] * 3
     try:
-        {"hook": hooked, "mode": moded}[place](mm, a, b)
+        {"hook": hooked, "mode": moded, "subclass": subclassed}[place](mm, a, b)
         sys.exit("nothing raised")
     except types as error:
         assert str(error).endswith("as raised"), error
@@ -254,7 +260,10 @@ for mm, types in ((matmul_grad.mm, Stop), (torch.ops.matmul_grad.mm, (Stop, Runt
 """
 
 
-@pytest.mark.parametrize("place,needs", [("hook", "grad"), ("mode", "grad"), ("mode", "no-grad")])
+PLACES = [("hook", "grad"), ("mode", "grad"), ("mode", "no-grad"), ("subclass", "grad"), ("subclass", "no-grad")]
+
+
+@pytest.mark.parametrize("place,needs", PLACES)
 def test_an_exception_of_the_users_own_passes_through(place: str, needs: str) -> None:
     """Raised by a hook or a mode below the operator; in a process of its own, since it may end there."""
     done = subprocess.run(

@@ -128,7 +128,6 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
     assert not new & {"numba", "llvmlite", "triton"}
 
 
-@pytest.mark.slow
 def test_import_costs_at_most_50_ms_over_torch(tmp_path: Path) -> None:
     code = """
 import time, torch
@@ -160,6 +159,8 @@ def imported(module: str, source: str, package: bool) -> Iterator[str]:
             yield from (f"{origin}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "import_module":
             (name, *rest) = node.args
+            if module.startswith("tests.") and not isinstance(name, ast.Constant):
+                continue  # a test may walk over the package's modules by name
             assert not rest and isinstance(name, ast.Constant), f"{module}: {ast.unparse(node)}: use one literal"
             yield name.value
 

@@ -99,6 +99,7 @@ def test_first_calls_of_a_process_from_four_threads() -> None:
 THREADS_OF = """
 def tasks():
     return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)  # drawing the operands must not start the pool
 a, b = normal(700, 700, torch.float32, 1), normal(700, 700, torch.float32, 2)
 torch.set_num_threads({threads})
 matmul_grad.mm(a[:8, :8], b[:8, :8])
@@ -336,7 +337,6 @@ def corrupt(folder: Path) -> None:
         path.write_bytes([data[:1000], b"", data][min(i, 2)])
 
 
-@pytest.mark.slow
 def test_cache_is_shared_survives_damage_and_may_be_deleted(tmp_path: Path) -> None:
     """Two processes compile at once; a third only loads; damage is compiled anew, and so is what is gone."""
     folder = tmp_path / "not" / "there" / "yet"
@@ -360,7 +360,6 @@ def test_cache_is_shared_survives_damage_and_may_be_deleted(tmp_path: Path) -> N
     assert assert_runs(ONE, MATMUL_GRAD_CACHE=str(folder)) == "False\n", "what was damaged has been replaced"
 
 
-@pytest.mark.slow
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     """A file stands where the folder should be: not even root can write there."""
     (tmp_path / "file").write_text("not a folder")

@@ -161,7 +161,6 @@ def fresh_compiler():
 
 
 @compiles
-@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 def test_compile_fullgraph(dynamic: bool | None) -> None:

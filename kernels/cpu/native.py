@@ -19,7 +19,7 @@ import torch
 
 from . import build, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose
-from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, PYTHON_KEY
+from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, PYTHON_KEY, raised
 from .state import words as state
 
 # Entry points of torch's stable C ABI that torch_abi.py calls.
@@ -111,18 +111,23 @@ def _load_gemm(code):
         return NOT_ACCELERATED
 
 
-@ctypes.CFUNCTYPE(ctypes.c_int64)
-def _last_error():
+@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
+def _last_error(exception):
     """Message of the error that torch's C ABI just swallowed in this thread, as torch would have worded it.
 
-    An error that passed through Python reads ``RuntimeError: message`` and then where it happened.
+    ``exception`` is the address of the Python exception that was set, or 0; the reference to it is never given back.
+    Without one, an error that passed through Python reads ``RuntimeError: message`` and then where it happened.
     """
-    what = getattr(_library(), "torch_exception_get_what_without_backtrace", None)
-    message = "matmul_grad: a torch operator failed"  # torch < 2.13 does not tell
-    if what is not None:
-        what.restype = ctypes.c_char_p
-        message = (what() or b"").decode(errors="replace") or message
-    message = re.sub(r"\A\w+(Error|Exception): ", "", message).split("\n\nAt:\n")[0]
+    if exception:
+        raised.error = ctypes.cast(exception, ctypes.py_object).value
+        message = str(raised.error)
+    else:
+        what = getattr(_library(), "torch_exception_get_what_without_backtrace", None)
+        message = "matmul_grad: a torch operator failed"  # torch < 2.13 does not tell
+        if what is not None:
+            what.restype = ctypes.c_char_p
+            message = (what() or b"").decode(errors="replace") or message
+        message = re.sub(r"\A\w+(Error|Exception): ", "", message).split("\n\nAt:\n")[0]
     _messages.kept = ctypes.create_string_buffer(message.encode())
     return ctypes.addressof(_messages.kept)
 
@@ -139,6 +144,8 @@ def register() -> None:
         missing = sorted(name for name, address in symbols.items() if address == 0)
         if missing:
             raise Unavailable(f"torch {torch.__version__} has no {', '.join(missing)}")
+        for name in ("PyGILState_Ensure", "PyGILState_Release", "PyErr_Fetch"):
+            symbols[name] = ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0
         symbols["matmul_grad_last_error"] = ctypes.cast(_last_error, ctypes.c_void_p).value or 0
         symbols["matmul_grad_load_gemm"] = ctypes.cast(_load_gemm, ctypes.c_void_p).value or 0
         symbols["matmul_grad_state"] = ctypes.addressof(state)

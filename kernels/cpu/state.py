@@ -9,6 +9,7 @@ GEMMS + code  by dtype code: a driver's address, NOT_LOADED, or NOT_ACCELERATED
 from __future__ import annotations
 
 import ctypes
+import threading
 
 STRICT, ABI_VERSION, AUTOGRAD_KEY, PYTHON_KEY, GEMMS = range(5)
 NOT_ACCELERATED, NOT_LOADED = range(2)
@@ -21,3 +22,5 @@ DTYPE_CODES = {
 CODES = 64
 
 words = (ctypes.c_int64 * (GEMMS + CODES))()
+
+raised = threading.local()  # .error: the last exception of Python's that crossed compiled code in this thread

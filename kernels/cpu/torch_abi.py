@@ -45,7 +45,10 @@ exclude_key = _c("matmul_grad_exclude_key", types.void, types.uint16, types.uint
 
 key_included = _c("matmul_grad_key_included", types.uint8, types.uint16)
 
-last_error = _c("matmul_grad_last_error", INT64)
+last_error = _c("matmul_grad_last_error", INT64, INT64)
+gil_ensure = _c("PyGILState_Ensure", INT32)
+gil_release = _c("PyGILState_Release", types.void, INT32)
+fetch_exception = _c("PyErr_Fetch", types.void, INT64, INT64, INT64)
 load_gemm = _c("matmul_grad_load_gemm", INT64, INT64)
 
 state = symbol("matmul_grad_state")
@@ -114,10 +117,21 @@ def validate(a, b, at):
 
 
 @jit
+def fail():
+    """Raise what torch's C ABI has just swallowed. A Python exception is still set then: it is taken off first."""
+    at = scratch()
+    put(at, 1, 0)
+    gil = gil_ensure()
+    fetch_exception(at, at + 8, at + 16)
+    gil_release(gil)
+    check_fail(unknown_error(), unknown_error(), 0, last_error(get(at, 1)))
+
+
+@jit
 def forward_to(stack, name):
     """Call another operator of the dispatcher on the same stack; its error, if any, is raised here."""
     if call_dispatcher(name, no_overload(), stack, get(state(), ABI_VERSION)) != 0:
-        check_fail(unknown_error(), unknown_error(), 0, last_error())
+        fail()
 
 
 def mm(stack, inputs, outputs):
@@ -147,7 +161,7 @@ def mm(stack, inputs, outputs):
     if empty_strided(2, shape, shape + 16, dtype, 0, 0, at + 8 * HANDLE) != 0:
         delete_tensor(a)
         delete_tensor(b)
-        check_fail(unknown_error(), unknown_error(), 0, last_error())
+        fail()
     out = get(at, HANDLE)
     if run_gemm(driver, a, b, out, at, m, n, k) != 0:
         delete_tensor(out)
@@ -218,7 +232,7 @@ def mm_autograd(stack, inputs, outputs):
     failed = call_dispatcher(mm_name(), no_overload(), stack, get(state(), ABI_VERSION))
     exclude_key(key, 0)
     if failed != 0:
-        check_fail(unknown_error(), unknown_error(), 0, last_error())
+        fail()
 
 
 KERNELS = {"matmul_grad_mm": (mm, ENTRY_SIGNATURE), "matmul_grad_mm_autograd": (mm_autograd, ENTRY_SIGNATURE)}

@@ -14,8 +14,10 @@ ALIGNMENT = 16
 # Room for the barriers that the compiler puts beside the operand tiles.
 BARRIER_BYTES = 1024
 
-# More accumulators than this leave no registers for operands and addresses (255 is the hardware's limit).
+# More accumulators than this leave no registers for operands and addresses (255 is the hardware's limit); before
+# sm_90 the operands of the matrix instruction are in registers too.
 MAX_ACCUMULATOR_REGISTERS = 128
+MAX_ACCUMULATOR_REGISTERS_BEFORE_90 = 64
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ TILES = {
         TileConfig(64, 64, 32, stages=3, warps=4),
     ),
     ("tf32", False): (
-        TileConfig(128, 128, 32, stages=3, warps=8),
+        TileConfig(64, 128, 32, stages=3, warps=8),
         TileConfig(64, 64, 32, stages=3, warps=4),
     ),
     ("fp32", True): (
@@ -94,11 +96,11 @@ TILES = {
     ),
     ("fp32", False): (TileConfig(64, 64, 16, stages=3, warps=8),),
     ("fp64", True): (
-        TileConfig(64, 64, 16, stages=3, warps=4),
+        TileConfig(64, 64, 16, stages=3, warps=8),
         TileConfig(32, 32, 16, stages=3, warps=4),
     ),
     ("fp64", False): (
-        TileConfig(64, 64, 16, stages=3, warps=4),
+        TileConfig(64, 32, 16, stages=3, warps=4),
         TileConfig(32, 32, 16, stages=3, warps=4),
     ),
 }
@@ -159,6 +161,7 @@ def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
     # one family an architecture, a row's bits do not depend on m.
     rows = 64 if kind(problem) in ("half", "tf32") and 90 <= target.arch < 120 else 16
     words = 2 if problem.dtype == "float64" else 1
+    most = MAX_ACCUMULATOR_REGISTERS if target.arch >= 90 else MAX_ACCUMULATOR_REGISTERS_BEFORE_90
     accumulators = config.block_m * config.block_n * words // (32 * config.warps)
     return (
         config.block_m >= rows
@@ -167,7 +170,7 @@ def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
         and 1 <= config.stages <= 8
         and config.group_m >= 1
         and config.split_k == 1
-        and accumulators <= MAX_ACCUMULATOR_REGISTERS
+        and accumulators <= most
         and shared_bytes(config, problem, target) <= target.shared_bytes
     )
 
