@@ -99,10 +99,7 @@ TILES = {
         TileConfig(64, 64, 16, stages=3, warps=8),
         TileConfig(32, 32, 16, stages=3, warps=4),
     ),
-    ("fp64", False): (
-        TileConfig(64, 32, 16, stages=3, warps=4),
-        TileConfig(32, 32, 16, stages=3, warps=4),
-    ),
+    ("fp64", False): (TileConfig(32, 32, 16, stages=3, warps=4),),
 }
 
 
