@@ -76,7 +76,6 @@ def _mm_python(self: Tensor, mat2: Tensor) -> Tensor:
     if not accelerated(self, mat2):
         strictness.hand_over(self, mat2)
         return torch.ops.aten.mm.default(self, mat2)
-    self, mat2 = self.resolve_neg(), mat2.resolve_neg()
     if self.is_cuda:
         from .kernels.gpu import launch
 

@@ -1,6 +1,6 @@
 """Load the compiled kernels and put them under torch's dispatcher, or say that it cannot be done.
 
-``gemm_address(dtype)`` gives a driver to call by hand; ``register()`` makes the dispatcher call the entry points
+``gemm_address(block)`` gives a driver to call by hand; ``register()`` makes the dispatcher call the entry points
 of ``torch_abi.py`` for dense CPU tensors.
 """
 

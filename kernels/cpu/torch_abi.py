@@ -35,14 +35,13 @@ grad_mode = _c("aoti_torch_grad_mode_is_enabled", types.uint8)
 num_threads = _c("torch_get_num_threads", INT32, INT64)
 call_dispatcher = _c("torch_call_dispatcher", INT32, INT64, INT64, INT64, INT64)
 
-# Six functions of c10 that the stable ABI does not offer. `native.py` looks each up, and without them, or
-# where they do not answer as expected, the Python kernels stay.
+# Six functions of c10 that the stable ABI does not offer. `native.py` looks each up; where one is missing the
+# Python kernels stay.
 check_fail = _c("matmul_grad_check_fail", types.void, INT64, INT64, UINT32, INT64)
 autograd_meta = _c("matmul_grad_autograd_meta", INT64, INT64)
 requires_grad = _c("matmul_grad_requires_grad", types.uint8, INT64)
 forward_grad = _c("matmul_grad_forward_grad", INT64, INT64, INT64, INT64)
 exclude_key = _c("matmul_grad_exclude_key", types.void, types.uint16, types.uint8)
-
 key_included = _c("matmul_grad_key_included", types.uint8, types.uint16)
 
 last_error = _c("matmul_grad_last_error", INT64, INT64)
@@ -71,7 +70,6 @@ unknown_error = text("matmul_grad: torch's kernel failed")
 aten_mm, mm_name, python_name, no_overload = (
     text(name) for name in ("aten::mm", "matmul_grad::mm", "matmul_grad::_mm_in_python", "")
 )
-
 
 call_gemm = call_address(12)
 
