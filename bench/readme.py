@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -20,7 +19,8 @@ from typing import Any
 
 from matmul_grad import machine, rivals, strict, testing, timing
 
-ROOT = Path(__file__).parents[1]
+from . import saved
+
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 CALL = 8  # the size whose time is all overhead
 SIZES = (64, 128, 256, 512, 1024, 2048)
@@ -34,8 +34,8 @@ Row = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="source", type=Path, help="a file of bench/results: do not measure")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--readme", type=Path, default=saved.ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=saved.RESULTS)
     parser.add_argument("--sizes", type=sizes, default=SIZES, help="default: " + ",".join(map(str, SIZES)))
     parser.add_argument("--seconds", type=float, default=0.5, help="a comparison; default: 0.5")
     parser.add_argument("--busy", action="store_true", help="write figures of a machine that is not at rest too")
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = measure((CALL, *command.sizes), command.seconds)
         if not command.busy and (busy := disturbed(result)):
             raise SystemExit(f"nothing written: other work ran here during {busy[0]}, in all {len(busy)} comparisons")
-        print(f"rows: {save(result, command.results)}")
+        print(f"rows: {saved.save(result, command.results)}")
     rewrite(command.readme, block(result))
     print(f"table: {command.readme}")
 
@@ -89,16 +89,6 @@ def disturbed(result: dict[str, Any]) -> list[str]:
     """The comparisons during which this process did not have a core to itself."""
     rows = [row for row in result["rows"] if row["share of core"] < timing.AT_REST]
     return [f"{row['product']}-{row['dtype']}-{row['n']}" for row in rows]
-
-
-def save(result: dict[str, Any], folder: Path) -> Path:
-    """results/<date>-<machine>.json; the same machine on the same day writes over."""
-    folder.mkdir(parents=True, exist_ok=True)
-    isa = result["stamp"]["instruction set"].split()[0]
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{machine.processor()} {isa}".lower()).strip("-")
-    path = folder / f"{result['stamp']['date']}-{slug}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return path
 
 
 def block(result: dict[str, Any]) -> str:

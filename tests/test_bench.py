@@ -1,6 +1,6 @@
 """The bench runs, refuses to time what is wrong, and writes what it measured where it says."""
 
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -21,11 +21,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def readme() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_readme", ROOT / "bench" / "readme.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        return importlib.import_module("bench.readme")
 
 
 @pytest.fixture(scope="module")

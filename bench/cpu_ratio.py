@@ -1,0 +1,216 @@
+"""`python -m bench cpu-ratio`: every target of the CPU beside the figure of now and the one last committed.
+
+Exit codes: 0 no figure fell, 1 one fell or a product is wrong, 2 what was asked for cannot be done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from matmul_grad import timing
+from matmul_grad.cli import DISAGREES, INTERRUPTED, Unusable, require_isa
+from matmul_grad.console import make_console
+
+from . import figures, openblas, plan, report, saved, worker
+from .plan import Job
+
+KIND = "cpu-ratio"
+HELP = "torch and OpenBLAS beside this package on CPU: targets, figures, and the last committed ones"
+THREADS = tuple(range(1, 1 + min(2, os.cpu_count() or 1)))
+SECONDS = 0.5  # a comparison: a quarter of an hour in all on two cores of Zen 4
+QUICK = 0.05
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    option("--threads", type=threads, default=THREADS, metavar="N,N", help=f"default: {listed(THREADS)}")
+    for name, known in (("--dtypes", plan.DTYPES), ("--rows", plan.PARTS)):
+        option(name, type=some_of(known), default=known, metavar="X,X", help=f"default: {listed(known)}")
+    option("--seconds", type=positive, help=f"a comparison; default: {SECONDS}, {QUICK} with --quick")
+    option("--quick", action="store_true", help="few shapes, a minute: to see it run, compared with nothing")
+    option("--no-pin", dest="pin", action="store_false", help="let one thread move between cores")
+    option("--out", type=Path, help="folder of the rows; default: bench/results, and none with --quick")
+    option("--no-save", dest="save", action="store_false", help="keep no rows")
+    option("--shapes", action="store_true", help="print every comparison too")
+    option("--from", dest="source", type=Path, metavar="FILE", help="print these rows; measure nothing")
+
+
+def listed(values: Collection[object]) -> str:
+    return ",".join(map(str, values))
+
+
+def threads(text: str) -> tuple[int, ...]:
+    with contextlib.suppress(ValueError):
+        counts = tuple(sorted({int(part) for part in text.split(",")}))
+        if counts[0] >= 1 and counts[-1] <= (os.cpu_count() or 1):
+            return counts
+    raise argparse.ArgumentTypeError(f"numbers from 1 to {os.cpu_count()}, got {text}")
+
+
+def some_of(known: Sequence[str]) -> Any:
+    def parse(text: str) -> tuple[str, ...]:
+        wanted = text.split(",")
+        if set(wanted) <= set(known):
+            return tuple(name for name in known if name in wanted)
+        raise argparse.ArgumentTypeError(f"some of {listed(known)}, got {text}")
+
+    return parse
+
+
+def positive(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"a number above 0, got {text}")
+
+
+def run(command: argparse.Namespace) -> int:
+    console = make_console()
+    if command.source:
+        return conclude(console, load(command.source), command.shapes)
+    require_isa()
+    sessions = planned(command)
+    folder = output(command)
+    result = begin(command)
+    interrupted = False
+    try:
+        measure(console, command, sessions, result["rows"])
+    except worker.Failed as reason:
+        print(f"{KIND}: {reason}", file=sys.stderr)
+        return DISAGREES
+    except KeyboardInterrupt:
+        print(f"{KIND}: interrupted after {len(result['rows'])} comparisons", file=sys.stderr)
+        interrupted = True
+    everything = not command.quick and (command.threads, command.dtypes, command.rows) == (
+        THREADS, plan.DTYPES, plan.PARTS,
+    )  # fmt: skip
+    result["whole"] = everything and not interrupted
+    if folder and result["rows"]:
+        # What is not whole never takes the place of what is.
+        endings = {"interrupted": interrupted, "quick": command.quick, "part": not everything}
+        ending = next((ending for ending, holds in endings.items() if holds), "")
+        console.print(f"rows: {saved.save(result, folder, KIND, ending).name}")
+    status = conclude(console, result, command.shapes)
+    return INTERRUPTED if interrupted else status
+
+
+class Session(NamedTuple):
+    """The comparisons with one number of threads: those with torch, then those with OpenBLAS."""
+
+    threads: int
+    with_torch: list[Job]
+    with_openblas: list[Job]
+
+
+def planned(command: argparse.Namespace) -> list[Session]:
+    sessions = []
+    for count in command.threads:
+        jobs = plan.jobs(command.rows, command.dtypes, count, command.quick)
+        apart = [job for job in jobs if job.part == "openblas"]
+        sessions.append(Session(count, [job for job in jobs if job not in apart], apart))
+    if not any(session.with_torch or session.with_openblas for session in sessions):
+        raise Unusable(f"--rows {listed(command.rows)} --dtypes {listed(command.dtypes)}: there is nothing to measure")
+    return sessions
+
+
+def output(command: argparse.Namespace) -> Path | None:
+    """Where the rows go: found out before they are measured."""
+    if not command.save or (command.quick and not command.out):
+        return None
+    folder = command.out or saved.RESULTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise Unusable(f"--out {folder}: {reason.strerror}") from reason
+    if not os.access(folder, os.W_OK):
+        raise Unusable(f"--out {folder}: cannot be written")
+    return folder
+
+
+def begin(command: argparse.Namespace) -> saved.Result:
+    stamp = saved.stamp() | {
+        "threads": listed(command.threads),
+        "seconds a comparison": str(seconds(command)),
+        "OpenBLAS": openblas.library(),
+    }
+    return {"stamp": stamp, "protocol": timing.PROTOCOL, "quick": command.quick, "rows": []}
+
+
+def seconds(command: argparse.Namespace) -> float:
+    return command.seconds or (QUICK if command.quick else SECONDS)
+
+
+def measure(
+    console: Console, command: argparse.Namespace, sessions: Sequence[Session], rows: list[figures.Row]
+) -> None:
+    """Append a row for each comparison: what is there when it is interrupted is good."""
+    each = seconds(command)
+    total = sum(job.weight(each, s.threads) for s in sessions for job in s.with_torch + s.with_openblas)
+    with bar(console, total, sum(len(s.with_torch) + len(s.with_openblas) for s in sessions)) as shown:
+        for count, with_torch, with_openblas in sessions:
+            pin = command.pin and count == 1
+            if with_torch:
+                options = [f"--threads={count}", f"--seconds={each}", *["--pin"] * pin]
+                with worker.Worker("bench.measure", *options) as torchs:
+                    for job in with_torch:
+                        shown(job, count)
+                        rows.append(torchs.ask(vars(job)))
+                        shown(job, count, job.weight(each, count))
+            if with_openblas:
+                with openblas.Match(count, each, pin) as match:
+                    for job in with_openblas:
+                        shown(job, count)
+                        rows.append(match.compare(job))
+                        shown(job, count, job.weight(each, count))
+
+
+@contextlib.contextmanager
+def bar(console: Console, total: float, count: int) -> Iterator[Any]:
+    """A bar with the time left, drawn between comparisons alone: during one it would take time from it."""
+    if not console.is_terminal:
+        console.print(f"{KIND}: {count} comparisons, about {total / 60:.1f} minutes …")
+        yield lambda *_: None
+        return
+    share = TextColumn("{task.percentage:.0f} %")
+    columns = TextColumn("{task.description}"), BarColumn(), share, TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task(KIND, total=total)
+
+        def shown(job: Job, threads: int, done: float = 0.0) -> None:
+            progress.update(task, description=f"{job.case.id}, {report.threads(threads)}", advance=done, refresh=True)
+
+        yield shown
+
+
+def load(path: Path) -> saved.Result:
+    """Rows that were saved."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["rows"]:
+            figures.key(row)
+        return result
+    except OSError as reason:
+        raise Unusable(f"--from {path}: {reason.strerror}") from reason
+    except (ValueError, KeyError, TypeError) as reason:
+        raise Unusable(f"--from {path}: these are not rows of {KIND}") from reason
+
+
+def conclude(console: Console, result: saved.Result, shapes: bool) -> int:
+    """Print the table and what fell; the exit code."""
+    committed = None if result["quick"] else saved.committed(result["stamp"], KIND)
+    entries = figures.entries(result["rows"], committed["rows"] if committed else ())
+    report.show(console, result, entries, committed, shapes)
+    fell = report.falls(entries)
+    for line in fell:
+        print(f"{KIND}: fell: {line}", file=sys.stderr)
+    return DISAGREES if fell else 0
