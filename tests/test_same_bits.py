@@ -9,13 +9,14 @@ from torch import Tensor
 
 import matmul_grad
 from matmul_grad.kernels.cpu import host
-from matmul_grad.kernels.cpu.config import CHAIN, KC, k_block
+from matmul_grad.kernels.cpu.config import CHAIN, CHUNK, KC, SHORT_CHAIN, chain_lanes, k_block
 from matmul_grad.testing import DTYPES, LAYOUTS, assert_same_bits, lay_out, normal
 
 FLOATS = [pytest.param(DTYPES[name], id=name) for name in ("f32", "f64")]
 EVERY = [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
-# Edge and whole tiles, operands read in place and packed, one block of k and several, more rows than a block of A.
-SHAPES = ((13, 65, 1031), (31, 37, 41), (97, 101, 103), (64, 64, 64), (257, 129, 513), (430, 20, 390))
+# Edge and whole tiles, operands read in place and packed, one block of k and several, more rows than a block of A, a
+# product computed as its transpose, chunks of k.
+SHAPES = ((13, 65, 1031), (31, 37, 41), (97, 101, 103), (64, 64, 64), (257, 129, 513), (430, 20, 390), (40, 3, 70), (19, 7, 17000))
 THREADS = (1, 2, 3, 5)
 CUTS = (1, 2, 5, 6, 7, 12, 13, 16, 63, 64, 65, 100, 128)
 
@@ -166,16 +167,21 @@ def rounded(value: Fraction, digits: int) -> Fraction:
 
 
 def chain(row: list[float], column: list[float], dtype: torch.dtype) -> float:
-    """One element as config.CHAIN documents it: a chain of fused multiply-adds every CHAIN steps, added in order."""
+    """One element as config.CHAIN documents it: chunks of k, in them chains of fused multiply-adds, added in order."""
     digits, fused = {torch.float32: 24, torch.float64: 53}[dtype], host.cpu().fused
-    step = CHAIN[str(dtype).removeprefix("torch.")]
+    name = str(dtype).removeprefix("torch.")
     total: Fraction | None = None
-    for start in range(0, len(row), step):
-        part = Fraction(0)
-        for x, y in zip(row[start : start + step], column[start : start + step], strict=True):
-            term = Fraction(x) * Fraction(y)
-            part = rounded(part + (term if fused else rounded(term, digits)), digits)
-        total = part if total is None else rounded(total + part, digits)
+    for begin in range(0, len(row), CHUNK):
+        end, chunk = min(begin + CHUNK, len(row)), None
+        step = chain_lanes(len(row), SHORT_CHAIN[name], CHAIN[name])
+        for start in range(begin, end, step):
+            part = Fraction(0)
+            for p in range(start, min(start + step, end)):
+                term = Fraction(row[p]) * Fraction(column[p])
+                part = rounded(part + (term if fused else rounded(term, digits)), digits)
+            chunk = part if chunk is None else rounded(chunk + part, digits)
+        assert chunk is not None
+        total = chunk if total is None else rounded(total + chunk, digits)
     assert total is not None
     return float(total)
 
@@ -188,11 +194,11 @@ def test_rounding_of_the_emulation(value: Fraction, digits: int, expected: Fract
     assert rounded(Fraction(value), digits) == expected
 
 
-@pytest.mark.parametrize("k", [1, 31, 32, 33, 63, 65, KC - 1, KC, KC + 5, 2 * KC + 3])
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 63, 65, 128, 129, KC - 1, KC, KC + 5, 2 * KC + 3, CHUNK + 9])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", ["NN", "TT"])
 def test_element_is_the_documented_chain(layout: str, dtype: torch.dtype, k: int) -> None:
-    """One chain, several, and several packed panels of them."""
+    """One chain, several, several packed panels of them, and chunks of k."""
     a, b = normal(2, k, dtype, seed=1), normal(k, 2, dtype, seed=2)
     expected = [[chain(row, column, dtype) for column in b.t().tolist()] for row in a.tolist()]
     laid = (a, b) if layout == "NN" else (lay_out(a, "column"), lay_out(b, "column"))

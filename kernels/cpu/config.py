@@ -9,12 +9,15 @@ ACCUMULATOR = {"float32": "float32", "float64": "float64", "bfloat16": "float32"
 PREFIX = {"float32": "s", "float64": "d", "bfloat16": "b", "float16": "h"}
 ISAS = ("avx512", "avx2", "neon", "generic")
 
-# The k-order is part of the numerical contract: an element of C is the sum, in order, of one chain of fused
-# multiply-adds for every CHAIN steps of k (pairs, for bfloat16 in pairs). A different CHAIN gives different bits, so no
-# cache size enters here. A short chain costs additions to a tile of C that is in L1: on Zen 4, 32 runs at 0.96-0.97 of
-# the speed of 128. It is what keeps float32 and float64 within 2 × torch's error for small k too; the results of 16-bit
-# operands are rounded so coarsely that one chain a panel serves.
-CHAIN = {"float32": 32, "float64": 32, "bfloat16": 384, "float16": 384}
+# The k-order is part of the numerical contract, fixed by k and the dtype alone, so no cache size enters here. An element
+# of C is a sum of chunks of CHUNK steps, each a sum of chains of CHAIN fused multiply-adds (of pairs, for bfloat16 in
+# pairs). Different numbers give different bits. A chain costs an addition to a tile of C that is in L1: on Zen 4
+# chains of 32 run at 0.96-0.97 of the speed of 128, and 128 at that of 384. Up to SHORT_K steps a float32 or float64
+# sum needs the short ones to stay within 2 × torch's error; 16-bit results are rounded so coarsely that they never do.
+CHAIN = {"float32": 128, "float64": 128, "bfloat16": 384, "float16": 384}
+SHORT_CHAIN = {"float32": 32, "float64": 32, "bfloat16": 384, "float16": 384}
+SHORT_K = 128
+CHUNK = 8192  # what threads may share along k: enough to hide the addition, little enough that 64 threads find work
 
 # Steps of k (pairs) in a packed panel, whole chains. On Zen 4 384 is as fast as 768 once C is prefetched.
 KC = 384
@@ -24,8 +27,10 @@ KC = 384
 TILES = {"avx512": (6, 4, 64), "avx2": (6, 2, 32), "neon": (6, 4, 16), "generic": (3, 2, 16)}
 
 A_SHARE = 0.3  # of L2, for a packed block of A: the rest is for the panel of B that it meets, and for C
-B_SHARE = 0.3  # of L3, for a packed panel of B; half of it at most, by contract
-THREAD_BYTES = 6 << 20  # packed A, and the sums of a 16-bit product
+B_SHARE = 0.3  # of a core's part of L3, for its packed panel of B
+L2_USED, L3_USED = 2 << 20, 16 << 20  # more would not make a product faster, and each thread holds its blocks
+SUM_BYTES = 4 << 20  # a thread's sums of a chunk of C that must not go to C itself, or not yet
+SPLIT_BYTES = 8 << 20  # the sums of all chunks of a product whose chunks of k are shared among threads
 WORKSPACE_SLOTS = 16  # calls at a time that find a kept set of buffers
 SUM_COLUMNS = 2048  # columns of C at a time whose 16-bit sums are kept: wide enough to repay packing A
 PAD = 16  # elements that keep the packed rows of A off one common cache set
@@ -34,6 +39,7 @@ PAD = 16  # elements that keep the packed rows of A off one common cache set
 DIRECT_ROWS = 4  # row tiles of C that share an element of B
 TRANSPOSED_ROWS = 12  # rows of C below which B is transposed in registers rather than packed
 DIRECT_PANELS = 2  # column panels of C that share an element of A
+TURNED = 0.75  # of a vector: with fewer columns, and more rows, C is computed as its transpose
 
 # Multiply-adds that one more thread must find to repay waking it (about 2 µs, Zen 4).
 THREAD_GRAIN = 1 << 18
@@ -41,14 +47,14 @@ THREAD_GRAIN = 1 << 18
 
 @dataclass(frozen=True)
 class Cpu:
-    """What ``choose`` must know of a CPU: instruction set, bytes of L2 (one core) and L3 (all), and what it can do.
+    """What ``choose`` must know of a CPU: instruction set, bytes of L2 and of L3 that a core has, what it can do.
 
     fused: multiply-add with one rounding. bf16_pairs: vdpbf16ps. halves: float16 to float32 and back.
     """
 
     isa: str
     l2: int = 1 << 20
-    l3: int = 32 << 20
+    l3: int = 4 << 20
     fused: bool = True
     bf16_pairs: bool = False
     halves: bool = True
@@ -56,7 +62,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One compiled GEMM: lanes, register tile mr × nr, and the blocks mc, kc, nc (elements)."""
+    """One compiled GEMM: lanes, register tile mr × nr, the blocks mc, kc, nc, a chunk of k, and lanes for sums."""
 
     dtype: str
     isa: str
@@ -68,6 +74,8 @@ class BlockConfig:
     mc: int
     kc: int
     nc: int
+    chunk: int = CHUNK
+    sums: int = SUM_BYTES // 4
 
     @property
     def name(self) -> str:
@@ -79,19 +87,29 @@ class BlockConfig:
         return ACCUMULATOR[self.dtype]
 
     @property
+    def narrow(self) -> bool:
+        """Whether sums are wider than the elements of C, so that they must be kept apart until their only rounding."""
+        return self.accumulator != self.dtype
+
+    @property
     def vectors(self) -> int:
         """Vectors in a row of the register tile."""
         return self.nr // self.lanes
 
     @property
     def chain(self) -> int:
-        """Steps of k in one chain of multiply-adds."""
-        return CHAIN[self.dtype] * (2 if self.pairs else 1)
+        """Steps of k in one chain of a long sum: panels hold whole ones."""
+        return CHAIN[self.dtype] * self.fold
+
+    @property
+    def fold(self) -> int:
+        """Steps of k in a lane."""
+        return 2 if self.pairs else 1
 
     @property
     def k_lanes(self) -> int:
         """Lanes that one row or column of a block takes along k: a lane holds one step, or a pair."""
-        return up(self.kc // (2 if self.pairs else 1), self.lanes)
+        return up(self.kc // self.fold, self.lanes)
 
     @property
     def lane_bytes(self) -> int:
@@ -99,19 +117,19 @@ class BlockConfig:
 
     @property
     def a_bytes(self) -> int:
-        """The packed block of A, of which each thread has one, in either order of packing."""
+        """The packed block of A, in either order of packing."""
         by_rows, by_columns = self.mc * (self.k_lanes + PAD), self.k_lanes * (up(self.mc, self.lanes) + PAD)
         return max(by_rows, by_columns) * self.lane_bytes
 
     @property
     def b_bytes(self) -> int:
-        """The packed panel of B, shared by all threads."""
+        """The packed panel of B."""
         return self.k_lanes * self.nc * self.lane_bytes
 
     @property
-    def c_bytes(self) -> int:
-        """A thread's share of the sums of a 16-bit product, which stay in float32 until their only rounding."""
-        return THREAD_BYTES - self.a_bytes if self.lane_bytes > SIZES[self.dtype] else 0
+    def thread_bytes(self) -> int:
+        """What each thread packs into, and two blocks of sums: of a chunk of k, and of those before."""
+        return up(self.a_bytes, 64) + up(self.b_bytes, 64) + 2 * self.sums * self.lane_bytes
 
 
 def up(value: int, step: int) -> int:
@@ -136,9 +154,9 @@ def choose(dtype: str, cpu: Cpu) -> BlockConfig:
     mr, vectors, width = TILES[cpu.isa]
     lanes = width // size
     nr = vectors * lanes
-    mc = max(mr, int(min(A_SHARE * cpu.l2, THREAD_BYTES / 2) / (KC * size)) // mr * mr)
-    nc = max(nr, int(min(B_SHARE, 0.5) * cpu.l3 / (KC * size)) // nr * nr)
-    return BlockConfig(dtype, cpu.isa, cpu.fused, pairs, lanes, mr, nr, mc, kc, nc)
+    mc = max(mr, int(A_SHARE * min(cpu.l2, L2_USED) / (KC * size)) // mr * mr)
+    nc = max(nr, int(B_SHARE * min(cpu.l3, L3_USED) / (KC * size)) // nr * nr)
+    return BlockConfig(dtype, cpu.isa, cpu.fused, pairs, lanes, mr, nr, mc, kc, nc, CHUNK, SUM_BYTES // size)
 
 
 def steps(most: int) -> tuple[int, ...]:
@@ -162,23 +180,38 @@ def k_block(k: int, kc: int, chain: int) -> int:
     return (chains + panels - 1) // panels * chain
 
 
-def split_threads(row_tiles: int, panels: int, threads: int) -> tuple[int, int]:
-    """How many parts to cut the rows and the columns of C into, so that the slowest thread has least to do.
+def chain_lanes(k: int, short: int, long: int) -> int:
+    """Lanes along k in one chain of multiply-adds.
 
-    k is never cut. Of equal plans the one with more row parts wins, since its threads share packed B.
+    >>> chain_lanes(128, 32, 128), chain_lanes(129, 32, 128)
+    (32, 128)
+    """
+    return short if k <= SHORT_K else long
 
-    >>> split_threads(row_tiles=171, panels=16, threads=2), split_threads(1, 16, 4)
+
+def split_parts(row_tiles: int, panels: int, threads: int) -> tuple[int, int]:
+    """Into how many parts to cut the rows and the columns of C, so that the slowest thread is done soonest.
+
+    A part is a product of its own: it packs its own rows of A and columns of B, which counts as 1/8 of a tile a row
+    tile and 4/3 a panel (Zen 4), so of cuts that share the tiles as well the squarest wins.
+
+    >>> split_parts(row_tiles=171, panels=16, threads=2), split_parts(1, 16, 4)
     ((1, 2), (1, 4))
     """
-    best_rows, best_columns, best = 1, 1, row_tiles * panels
-    for rows in range(threads, 0, -1):
+    best_rows, best_columns, best = 1, 1, 24 * row_tiles * panels + 3 * row_tiles + 32 * panels
+    for rows in range(1, threads + 1):
         columns = threads // rows
-        work = ((row_tiles + rows - 1) // rows) * ((panels + columns - 1) // columns)
-        if work < best:
-            best_rows, best_columns, best = rows, columns, work
+        tall, wide = (row_tiles + rows - 1) // rows, (panels + columns - 1) // columns
+        cost = 24 * tall * wide + 3 * tall + 32 * wide
+        if cost < best:
+            best_rows, best_columns, best = rows, columns, cost
     return best_rows, best_columns
 
 
-def useful_threads(m: int, n: int, k: int, threads: int) -> int:
-    """Threads that m·n·k multiply-adds can occupy, at most ``threads``."""
-    return max(1, min(threads, m * n * k // THREAD_GRAIN))
+def useful_threads(work: float, threads: int) -> int:
+    """Threads that so many multiply-adds can occupy, at most ``threads``.
+
+    >>> useful_threads(8.0**3, 64), useful_threads(512.0**3, 64)
+    (1, 64)
+    """
+    return max(1, min(threads, int(min(work / THREAD_GRAIN, 1024.0))))

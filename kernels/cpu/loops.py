@@ -1,186 +1,219 @@
-"""What one thread does in one phase of a job: pack panels of B, multiply its part of C, round and store rows."""
+"""What one thread does with a product: the five loops around the microkernel, packing on the way.
+
+    for jc in n by NC            a panel of B for this core's part of L3
+      for pc in k by KC
+        for ic in m by MC          a block of A for L2
+          for jr in nc by NR         one column panel
+            for ir in mc by MR         one register tile
+
+Packing happens as late as can be, so that what is packed is still in a near cache when it is read: a panel of B by
+the first block of A that meets it, rows of A by the first panel that meets them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from numba.core import types
-from numba.extending import intrinsic
 
-from .config import PAD, BlockConfig, steps
+from .config import DIRECT_PANELS, PAD, BlockConfig, steps, up
 from .job import (
     A_CS,
-    A_DIRECT,
     A_RS,
     B_CS,
-    B_DIRECT,
     B_RS,
     BY_COLUMNS,
+    BY_ROWS,
     C_RS,
-    COLUMN_PARTS,
-    JC,
-    KC,
-    NC,
-    OUT,
-    OUT_RS,
+    CHAIN,
     PACKED,
-    PARTS,
-    PC,
-    ROW_PARTS,
-    WORK_A,
-    WORK_B,
     A,
     B,
     C,
+    K,
     M,
     N,
     ceil_div,
     largest,
-    share,
+    plan_direct,
+    plan_k,
     smallest,
 )
 from .memory import get, jit
-from .microkernel import ARGUMENTS
-from .operand import Operand
+from .microkernel import ARGUMENTS, TRANSPOSED_ARGUMENTS, WIDE, tiles
+from .operand import operand_of
 from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE
-from .simd import Vector
 
 
-def operand_of(config: BlockConfig) -> Operand:
-    vector = Vector(config.accumulator, config.lanes, config.fused, config.pairs)
-    return Operand(vector, config.dtype)
-
-
-def make_pack_part(config: BlockConfig) -> Callable:
-    """``pack_part(job, part)``: this thread's column panels of B, each kc × nr, one after the other."""
-    operand, nr = operand_of(config), config.nr
-    size, lane_bytes, fold = operand.size, config.lane_bytes, operand.fold
-    pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
+def make_multiply(config: BlockConfig) -> Callable:
+    """``multiply(words, work)``: C = A·B on this thread, for at most a chunk of k; C holds lanes."""
+    mr, nr, mc_max, kc_max, nc_max, chain = (
+        config.mr, config.nr, config.mc, config.kc, config.nc, config.chain
+    )  # fmt: skip
+    place_b, loops_2_to_1 = make_place_b(config), make_loops_2_to_1(config)
 
     @jit
-    def pack_part(job, part):
-        nc, kc = get(job, NC), get(job, KC)
-        b_rs, b_cs = get(job, B_RS), get(job, B_CS)
-        first, last = share(ceil_div(nc, nr), get(job, PARTS), part)
-        for panel in range(first, last):
-            j = panel * nr
-            if get(job, B_DIRECT) == PACKED or j + nr > nc:
-                source = get(job, B) + (get(job, PC) * b_rs + (get(job, JC) + j) * b_cs) * size
-                target = get(job, WORK_B) + j * ceil_div(kc, fold) * lane_bytes
-                pack_steps(target, nr, nr, source, kc, b_rs, b_cs, nc - j)
+    def loops_5_to_3(words, work, first_column, columns, place):
+        m, k = get(words, M), get(words, K)
+        in_place = place == BY_COLUMNS or (place == BY_ROWS and m <= mr)
+        step = k if in_place else plan_k(k, kc_max, chain)
+        for jc in range(0, columns, nc_max):
+            for block in range(ceil_div(k, step)):
+                pc, j, nc = block * step, first_column + jc, min(nc_max, columns - jc)
+                for ic in range(0, m, mc_max):
+                    loops_2_to_1(words, work, place, in_place, j, nc, pc, min(step, k - pc), ic)
 
-    return pack_part
+    def multiply(words, work):
+        n = get(words, N)
+        whole = n // nr * nr
+        place = place_b(words)
+        if place == PACKED:
+            loops_5_to_3(words, work, 0, n, PACKED)
+        else:
+            if whole > 0:
+                loops_5_to_3(words, work, 0, whole, place)
+            if whole < n:
+                loops_5_to_3(words, work, whole, n - whole, PACKED)
+
+    return multiply
 
 
-def make_pack_a(config: BlockConfig) -> Callable:
-    """``pack_a(job, target, i, rows)`` → (row stride, k stride) in lanes.
+def make_place_b(config: BlockConfig) -> Callable:
+    """``place_b(words)``: how whole panels of B are read."""
+    operand, mr = operand_of(config), config.mr
+    is_vectors, fold = not operand.converts, operand.fold
+    lanes_along_k = make_lanes_along_k(config)
 
-    A is only ever broadcast from, so it is copied along the dimension that it has contiguous and never transposed.
-    """
+    @jit
+    def place_b(words):
+        b_rs, b_cs, m = get(words, B_RS), get(words, B_CS), get(words, M)
+        place = plan_direct(ceil_div(m, mr), m, b_rs, b_cs)
+        if is_vectors:
+            return place
+        if fold == 2 and place == BY_COLUMNS and lanes_along_k(get(words, K), b_cs, b_rs):
+            if lanes_along_k(get(words, K), get(words, A_RS), get(words, A_CS)):
+                return BY_COLUMNS
+        return PACKED
+
+    return place_b
+
+
+def make_lanes_along_k(config: BlockConfig) -> Callable:
+    """``lanes_along_k(k, stride, k_stride)``: whether rows of steps of k lie in memory as they would in lanes."""
     operand = operand_of(config)
-    size, fold, lanes = operand.size, operand.fold, config.lanes
-    pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
-    pack_rows = types.ExternalFunction(f"{config.name}_pack_rows", PACK_ROWS_SIGNATURE)
+    converts, fold = operand.converts, operand.fold
 
     @jit
-    def pack_a(job, target, i, rows):
-        a_rs, a_cs, kc = get(job, A_RS), get(job, A_CS), get(job, KC)
-        source = get(job, A) + (i * a_rs + get(job, PC) * a_cs) * size
-        if a_rs == 1 and a_cs != 1:
-            wide = ceil_div(rows, lanes) * lanes
-            pack_steps(target, wide, wide + PAD, source, kc, a_cs, a_rs, rows)
-            return 1, wide + PAD
-        stride = ceil_div(kc, fold * lanes) * lanes + PAD
-        pack_rows(target, rows, stride, source, kc, a_cs, a_rs)
-        return stride, 1
+    def lanes_along_k(k, stride, k_stride):
+        if not converts:
+            return True
+        return fold == 2 and k_stride == 1 and k % 2 == 0 and stride % 2 == 0
 
-    return pack_a
+    return lanes_along_k
+
+
+def make_place_a(config: BlockConfig) -> Callable:
+    """``place_a(words, in_place, panels, ic, pc, kc, work)`` → (address, row stride, k stride, whether rows are missing).
+
+    A is only ever broadcast from, so it is copied along the dimension that it has contiguous and never transposed:
+    columns here, rows by the first panel that meets them.
+    """
+    operand, lanes, mc_max = operand_of(config), config.lanes, config.mc
+    size, fold = operand.size, operand.fold
+    lanes_along_k = make_lanes_along_k(config)
+    pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
+
+    @jit
+    def place_a(words, in_place, panels, ic, pc, kc, work):
+        a_rs, a_cs = get(words, A_RS), get(words, A_CS)
+        source = get(words, A) + (ic * a_rs + pc * a_cs) * size
+        if (in_place or panels <= DIRECT_PANELS) and lanes_along_k(get(words, K), a_rs, a_cs):
+            return source, a_rs // fold, a_cs, False
+        if a_rs == 1 and a_cs != 1:
+            rows = min(mc_max, get(words, M) - ic)
+            wide = ceil_div(rows, lanes) * lanes
+            pack_steps(work, wide, wide + PAD, source, kc, a_cs, a_rs, rows)
+            return work, 1, wide + PAD, False
+        return work, ceil_div(kc, fold * lanes) * lanes + PAD, 1, True
+
+    return place_a
 
 
 def make_loops_2_to_1(config: BlockConfig) -> Callable:
-    """``loops(job, i, rows, a, a_rs, a_ks, first_panel, last_panel)``: rows of C from i on, by the tiles that fit."""
-    operand, nr, lanes = operand_of(config), config.nr, config.lanes
-    size, lane_bytes, fold = operand.size, config.lane_bytes, operand.fold
-    row_steps, vector_steps = steps(config.mr), steps(config.vectors)
-    signature = types.void(*[types.int64] * ARGUMENTS)
-    microkernel = types.ExternalFunction(f"{config.name}_microkernel", signature)
-    transposed = types.ExternalFunction(f"{config.name}_transposed", signature)
+    """``loops(words, work, place, in_place, first_column, nc, pc, kc, ic)``: a block of A times a panel of B."""
+    operand, mr, nr, mc_max = operand_of(config), config.mr, config.nr, config.mc
+    size, lane_bytes, fold, is_vectors = operand.size, config.lane_bytes, operand.fold, not operand.converts
+    b_work = up(config.a_bytes, 64)
+    place_a, one_panel = make_place_a(config), make_one_panel(config)
+    pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
 
     @jit
-    def loops_2_to_1(job, i, rows, a, a_rs, a_ks, first_panel, last_panel):
-        nc, depth, b_rs, b_cs = get(job, NC), ceil_div(get(job, KC), fold), get(job, B_RS), get(job, B_CS)
-        c_rs, first = get(job, C_RS), get(job, PC) == 0
-        for panel in range(first_panel, last_panel):
-            j = panel * nr
+    def loops_2_to_1(words, work, place, in_place, first_column, nc, pc, kc, ic):
+        m, depth, b_rs, b_cs = get(words, M), ceil_div(kc, fold), get(words, B_RS), get(words, B_CS)
+        a, a_rs, a_ks, missing = place_a(words, in_place, ceil_div(nc, nr), ic, pc, kc, work)
+        j = 0
+        while j < nc:
             columns = min(nr, nc - j)
-            direct = get(job, B_DIRECT) if columns == nr else PACKED
-            b, b_ks = get(job, WORK_B) + j * depth * lane_bytes, nr
-            if direct != PACKED:
-                b = get(job, B) + (get(job, PC) * b_rs + (get(job, JC) + j) * b_cs) * size
-                b_ks = b_rs
-            c = get(job, C) + (i * c_rs + get(job, JC) + j) * lane_bytes
-            vector_step = smallest(vector_steps, ceil_div(columns, lanes))
-            ir = 0
-            while ir < rows:
-                step = largest(row_steps, rows - ir)
-                a_tile, c_tile = a + ir * a_rs * lane_bytes, c + ir * c_rs * lane_bytes
-                if direct == BY_COLUMNS:
-                    transposed(step, nr, depth, a_tile, a_rs, a_ks, b, b_cs, c_tile, c_rs, 0, first)
-                else:
-                    microkernel(step, vector_step, depth, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, columns, first)
-                ir += row_steps[step]
+            source = get(words, B) + (pc * b_rs + (first_column + j) * b_cs) * size
+            target = work + b_work + (j * depth * lane_bytes if m > mc_max else 0)
+            b, b_ks, b_copy = source, b_rs, 0
+            if place == BY_COLUMNS:
+                b_ks = b_cs // fold
+            elif place == BY_ROWS:
+                columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
+            elif ic == 0 and is_vectors and b_cs == 1 and columns == nr and m >= mr:
+                b_copy = target
+            else:
+                b, b_ks = target, nr
+                if ic == 0:
+                    pack_steps(target, nr, nr, source, kc, b_rs, b_cs, columns)
+            one_panel(
+                words, place, first_column + j, columns, pc, kc, ic, a, a_rs, a_ks, missing and j == 0, b, b_ks, b_copy
+            )
+            j += columns
 
     return loops_2_to_1
 
 
-def make_multiply_part(config: BlockConfig) -> Callable:
-    """``multiply_part(job, part)``: loops 3 to 1 over this thread's rows and columns of C."""
-    mr, nr, mc_max, size = config.mr, config.nr, config.mc, operand_of(config).size
-    a_bytes = config.a_bytes
-    pack_a, loops_2_to_1 = make_pack_a(config), make_loops_2_to_1(config)
+def make_one_panel(config: BlockConfig) -> Callable:
+    """``one_panel(…)``: the rows of a block times one panel of B, by the tiles that fit.
+
+    Where rows of A are ``missing`` they are packed, each tile's just before it; where there is a ``b_copy`` the first
+    tile leaves the panel there, and the others read that.
+    """
+    operand, nr, lanes, lane_bytes, mc_max = operand_of(config), config.nr, config.lanes, config.lane_bytes, config.mc
+    size, fold, row_steps, vector_steps = operand.size, operand.fold, steps(config.mr), steps(config.vectors)
+    copying, widest = (len(tiles(row_steps, vector_steps)) - last for last in (2, 1))
+    pack_rows = types.ExternalFunction(f"{config.name}_pack_rows", PACK_ROWS_SIGNATURE)
+    microkernel = types.ExternalFunction(f"{config.name}_microkernel", types.void(*[types.int64] * ARGUMENTS))
+    transposed = types.ExternalFunction(f"{config.name}_transposed", types.void(*[types.int64] * TRANSPOSED_ARGUMENTS))
 
     @jit
-    def multiply_part(job, part):
-        m, columns = get(job, M), get(job, COLUMN_PARTS)
-        first_tile, last_tile = share(ceil_div(m, mr), get(job, ROW_PARTS), part // columns)
-        first_panel, last_panel = share(ceil_div(get(job, NC), nr), columns, part % columns)
-        begin, end = first_tile * mr, min(m, last_tile * mr)
-        target = get(job, WORK_A) + part * a_bytes
-        a_rs, a_cs = get(job, A_RS), get(job, A_CS)
-        if get(job, A_DIRECT):
-            a = get(job, A) + (begin * a_rs + get(job, PC) * a_cs) * size
-            loops_2_to_1(job, begin, end - begin, a, a_rs, a_cs, first_panel, last_panel)
-        else:
-            for i in range(begin, end, mc_max):
-                rows = min(mc_max, end - i)
-                row_stride, k_stride = pack_a(job, target, i, rows)
-                loops_2_to_1(job, i, rows, target, row_stride, k_stride, first_panel, last_panel)
+    def one_panel(words, place, j, columns, pc, kc, ic, a, a_rs, a_ks, missing, b, b_ks, b_copy):
+        chain, c_rs, a_row, a_step = get(words, CHAIN), get(words, C_RS), get(words, A_RS), get(words, A_CS)
+        vector_step, rows, depth = (
+            smallest(vector_steps, ceil_div(columns, lanes)),
+            min(mc_max, get(words, M) - ic),
+            ceil_div(kc, fold),
+        )
+        i = 0
+        while i < rows:
+            step = largest(row_steps, rows - i)
+            a_tile, c_tile = a + i * a_rs * lane_bytes, get(words, C) + ((ic + i) * c_rs + j) * lane_bytes
+            if missing:
+                source = get(words, A) + ((ic + i) * a_row + pc * a_step) * size
+                pack_rows(a_tile, row_steps[step], a_rs, source, kc, a_step, a_row)
+            if place == BY_COLUMNS:
+                transposed(step, columns, depth, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, pc == 0, chain)
+            else:
+                tile = step * len(vector_steps) + vector_step
+                if columns > nr:
+                    tile = widest
+                elif b_copy != 0:
+                    tile = copying
+                microkernel(tile, depth, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, columns, pc == 0, chain, b_copy)
+            if b_copy != 0:
+                b, b_ks, b_copy = b_copy, nr, 0
+            i += row_steps[step]
 
-    return multiply_part
-
-
-def make_store_part(config: BlockConfig) -> Callable:
-    """``store_part(job, part)``: this thread's rows of float32 sums, rounded once into the 16-bit result."""
-    operand, lanes, lane_bytes = operand_of(config), config.lanes, config.lane_bytes
-    vector, size = operand.vector, operand.size
-
-    @intrinsic
-    def write(typingctx, target, source, count):
-        def codegen(context, builder, signature, args):
-            target, source, count = args
-            value = vector.load(builder, vector.at(builder, source))
-            operand.write(builder, value, target, count)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 3), codegen
-
-    @jit
-    def store_part(job, part):
-        n = get(job, N)
-        first, last = share(get(job, M), get(job, PARTS), part)
-        for i in range(first, last):
-            to, at = get(job, OUT) + i * get(job, OUT_RS) * size, get(job, C) + i * get(job, C_RS) * lane_bytes
-            for j in range(0, n, lanes):
-                write(to + j * size, at + j * lane_bytes, n - j)
-
-    return store_part
+    return one_panel

@@ -45,6 +45,16 @@ def put(typingctx, address, index, value):
 
 
 @intrinsic
+def next_number(typingctx, address, index):
+    """The int64 at ``address[index]``, which grows by 1: each of all threads gets another."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("add", _pointer(builder, *args, I64), I64(1), "monotonic")
+
+    return INT64(INT64, INT64), codegen
+
+
+@intrinsic
 def claim(typingctx, address):
     """Atomically turn the int64 at ``address`` from 0 to 1; True for the one caller who did."""
 

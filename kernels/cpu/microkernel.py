@@ -4,63 +4,82 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from llvmlite import ir
 
 from .simd import I64, Vector, repeat
 
-ARGUMENTS = 12
+ARGUMENTS = 13
+TRANSPOSED_ARGUMENTS = 12
 UNROLL = 4  # k-steps a turn: enough to hide the loop's own instructions, little enough for the op cache
+WIDE = 4  # times the vectors of a tile that one row takes, to read B in place in longer pieces
 
 
-def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tuple[int, ...], chain: int) -> str:
-    """IR of ``void name(row_step, vector_step, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first)``, all int64.
+def tiles(rows: tuple[int, ...], vectors: tuple[int, ...]) -> list[tuple[int, int, bool]]:
+    """(rows, vectors, whether it copies) of every tile, by number: all plain ones, the one that copies, the wide row.
 
-    C[i, j] (+)= Σ_p A[i, p]·B[p, j]   for i < mr = rows[row_step], j < cols ≤ nv·lanes, nv = vectors[vector_step]
+    >>> tiles((2, 1), (4,))
+    [(2, 4, False), (1, 4, False), (2, 4, True), (1, 16, False)]
+    """
+    plain = [(mr, nv, False) for mr, nv in itertools.product(rows, vectors)]
+    return [*plain, (rows[0], vectors[0], True), (1, WIDE * vectors[0], False)]
 
-    Strides count elements. Every ``chain`` steps of p make one chain of fused multiply-adds from 0, in whichever tile
-    an element lies; the ``first`` is stored, the others are added to C with one more rounding each. nv·lanes
-    columns of B must be readable (packed panels are); A and C are touched inside mr × kc and mr × cols alone.
+
+def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tuple[int, ...]) -> str:
+    """IR of ``void name(tile, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first, chain, b_copy)``.
+
+    C[i, j] (+)= Σ_p A[i, p]·B[p, j]   for i < mr, j < cols ≤ nv·lanes, (mr, nv, …) = tiles(rows, vectors)[tile]
+
+    All int64; strides count elements. Every ``chain`` steps of p make one chain of fused multiply-adds from 0, in
+    whichever tile an element lies; the ``first`` is stored, the others are added to C with one more rounding each.
+    nv·lanes columns of B must be readable (packed panels are); A and C are touched inside mr × kc and mr × cols alone.
 
               B[p]   |  v0 lanes  |  v1 lanes  |         per k-step: nv loads, mr broadcasts,
         A[0, p] ──▶  |  acc[0,0]  |  acc[0,1]  |         mr·nv fused multiply-adds
         A[1, p] ──▶  |  acc[1,0]  |  acc[1,1]  |
 
+    The copying tile reads rows of B where they are and leaves them packed at ``b_copy``, nv·lanes apart: the loads are
+    there already and the stores are free.
     It is a function of its own, not an intrinsic, so that LLVM compiles it once and a profiler sees its name.
     """
 
-    def choose_tile(builder: ir.IRBuilder, row_step, vector_step, *operands) -> tuple[ir.Value, dict]:
-        tile = builder.add(builder.mul(row_step, I64(len(vectors))), vector_step)
-        sizes = itertools.product(rows, vectors)
-        return tile, {size: (lambda b, size=size: _tile(b, vector, size, chain, *operands)) for size in sizes}
+    def choose_tile(builder: ir.IRBuilder, tile, *operands) -> tuple[ir.Value, list]:
+        def emit(size):
+            return lambda builder: _tile(builder, vector, size, *operands)
 
-    return _switch_ir(name, choose_tile)
+        return tile, [emit(size) for size in tiles(rows, vectors)]
+
+    return _switch_ir(name, ARGUMENTS, choose_tile)
 
 
-def transposed_ir(name: str, vector: Vector, rows: tuple[int, ...], chain: int) -> str:
-    """IR of ``void name(row_step, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, unused, first)``, all int64.
+def transposed_ir(name: str, vector: Vector, rows: tuple[int, ...]) -> str:
+    """IR of ``void name(row_step, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain)``, all int64.
 
     As ``microkernel_ir`` where the k-steps of B lie together and its columns apart, B[p, j] = b[p + j·b_cs], for
     products of too few rows to repay packing: lanes × lanes blocks of B are transposed in registers.
     ``columns`` is a multiple of the lanes. The chains, and so the bits, are the same.
     """
 
-    def choose_tile(builder: ir.IRBuilder, row_step, *operands) -> tuple[ir.Value, dict]:
-        return row_step, {(mr, 1): (lambda b, mr=mr: _transposed(b, vector, mr, chain, *operands)) for mr in rows}
+    def choose_tile(builder: ir.IRBuilder, row_step, *operands) -> tuple[ir.Value, list]:
+        def emit(mr):
+            return lambda builder: _transposed(builder, vector, mr, *operands)
 
-    return _switch_ir(name, choose_tile)
+        return row_step, [emit(mr) for mr in rows]
+
+    return _switch_ir(name, TRANSPOSED_ARGUMENTS, choose_tile)
 
 
-def _switch_ir(name: str, choose_tile: Callable) -> str:
+def _switch_ir(name: str, arguments: int, choose_tile: Callable) -> str:
     """A function that runs one of the tiles that ``choose_tile(builder, *arguments)`` offers."""
     module = ir.Module(name)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * ARGUMENTS), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     tile, emitters = choose_tile(builder, *function.args)
     done = builder.append_basic_block("done")
     choice = builder.switch(tile, done)
-    for index, ((mr, nv), emit) in enumerate(emitters.items()):
-        block = builder.append_basic_block(f"tile.{mr}x{nv}")
+    for index, emit in enumerate(emitters):
+        block = builder.append_basic_block(f"tile.{index}")
         choice.add_case(I64(index), block)
         builder.position_at_end(block)
         emit(builder)
@@ -70,35 +89,44 @@ def _switch_ir(name: str, choose_tile: Callable) -> str:
     return str(module)
 
 
-def _tile(builder, vector, size, chain, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first):
-    mr, nv = size
+@dataclass(frozen=True)
+class _Walk:
+    """How a k-loop walks A and B: rows of A ``row_offsets`` apart, steps of k ``a_ks`` and ``b_ks``."""
+
+    vector: Vector
+    row_offsets: list[ir.Value]
+    a_ks: ir.Value
+    b_ks: ir.Value
+
+
+def _tile(builder, vector, size, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first, chain, b_copy):
+    mr, nv, copies = size
     c_rows = [vector.at(builder, c, builder.mul(c_rs, I64(i))) for i in range(mr)]
     for row in c_rows:
         for v in range(nv):
             vector.prefetch(builder, vector.at(builder, row, v * vector.lanes))
     full = builder.icmp_signed("==", cols, I64(nv * vector.lanes))
+    row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
+    walk = _Walk(vector, row_offsets, a_ks, b_ks)
 
-    def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
-        a_now, b_now = state
+    def one_chain(p: ir.Value, places: list[ir.Value]) -> list[ir.Value]:
         acc = [[vector.zero()] * nv for _ in range(mr)]
-        acc = _k_loop(builder, vector, acc, _chain_length(builder, p, kc, chain), a_now, a_rs, a_ks, b_now, b_ks)
+        places, acc = _k_loop(builder, walk, _chain_length(builder, p, kc, chain), places, acc)
         keep = _adds(builder, p, first)
         with builder.if_else(full, likely=True) as (whole, edge):
             with whole:
                 _store_full(builder, vector, acc, c_rows, keep)
             with edge:
                 _store_edge(builder, vector, acc, c_rows, keep, cols)
-        return [
-            vector.at(builder, a_now, builder.mul(a_ks, I64(chain))),
-            vector.at(builder, b_now, builder.mul(b_ks, I64(chain))),
-        ]
+        return places
 
-    repeat(builder, I64(0), kc, chain, [vector.at(builder, a), vector.at(builder, b)], one_chain)
+    places = [vector.at(builder, place) for place in ((a, b, b_copy) if copies else (a, b))]
+    repeat(builder, I64(0), kc, chain, places, one_chain)
 
 
-def _chain_length(builder: ir.IRBuilder, p: ir.Value, kc: ir.Value, chain: int) -> ir.Value:
+def _chain_length(builder: ir.IRBuilder, p: ir.Value, kc: ir.Value, chain: ir.Value) -> ir.Value:
     left = builder.sub(kc, p)
-    return builder.select(builder.icmp_signed("<", left, I64(chain)), left, I64(chain))
+    return builder.select(builder.icmp_signed("<", left, chain), left, chain)
 
 
 def _adds(builder: ir.IRBuilder, p: ir.Value, first: ir.Value) -> ir.Value:
@@ -106,35 +134,47 @@ def _adds(builder: ir.IRBuilder, p: ir.Value, first: ir.Value) -> ir.Value:
     return builder.or_(builder.icmp_signed("!=", p, I64(0)), builder.icmp_signed("==", first, I64(0)))
 
 
-def _k_loop(builder, vector, acc, kc, a, a_rs, a_ks, b, b_ks):
-    """``acc`` after kc steps: UNROLL a turn, then one a turn."""
-    mr, nv = len(acc), len(acc[0])
-    row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
+def _k_loop(builder, walk, kc, places, acc):
+    """(``places`` behind, ``acc`` after) kc steps: UNROLL a turn, then one a turn.
+
+    places: a, b, and where b is copied to, if it is.
+    """
+    nv, count = len(acc[0]), len(places)
 
     def turn(steps: int) -> Callable:
         def body(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
-            a_now, b_now, *flat = state
             for _ in range(steps):
-                columns = [vector.load(builder, vector.at(builder, b_now, v * vector.lanes)) for v in range(nv)]
-                for i in range(mr):
-                    x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
-                    for v in range(nv):
-                        flat[i * nv + v] = vector.fma(builder, x, columns[v], flat[i * nv + v])
-                a_now = vector.at(builder, a_now, a_ks)
-                b_now = vector.at(builder, b_now, b_ks)
-            return [a_now, b_now, *flat]
+                state = _k_step(builder, walk, nv, state[:count], state[count:])
+            return state
 
         return body
 
-    state = [a, b, *itertools.chain.from_iterable(acc)]
+    state = [*places, *itertools.chain.from_iterable(acc)]
     p, state = repeat(builder, I64(0), builder.and_(kc, I64(-UNROLL)), UNROLL, state, turn(UNROLL))
-    _, (_, _, *flat) = repeat(builder, p, kc, 1, state, turn(1))
-    return [flat[i * nv : (i + 1) * nv] for i in range(mr)]
+    _, state = repeat(builder, p, kc, 1, state, turn(1))
+    flat = state[count:]
+    return state[:count], [flat[i : i + nv] for i in range(0, len(flat), nv)]
 
 
-def _transposed(builder, vector, mr, chain, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, unused, first):
+def _k_step(builder, walk, nv, places, acc):
+    """The state after one step of k."""
+    vector, (a, b, *copies) = walk.vector, places
+    columns = [vector.load(builder, vector.at(builder, b, v * vector.lanes)) for v in range(nv)]
+    for copy in copies:
+        for v, column in enumerate(columns):
+            vector.store(builder, column, vector.at(builder, copy, v * vector.lanes))
+    copies = [vector.at(builder, copy, nv * vector.lanes) for copy in copies]
+    for i, offset in enumerate(walk.row_offsets):
+        x = vector.broadcast(builder, vector.at(builder, a, offset))
+        for v, column in enumerate(columns):
+            acc[i * nv + v] = vector.fma(builder, x, column, acc[i * nv + v])
+    return [vector.at(builder, a, walk.a_ks), vector.at(builder, b, walk.b_ks), *copies, *acc]
+
+
+def _transposed(builder, vector, mr, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain):
     lanes = vector.lanes
     row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
+    tail_walk = _Walk(vector, row_offsets, a_ks, I64(lanes))
     tail = builder.alloca(vector.type, lanes)
 
     def k_block(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
@@ -160,9 +200,9 @@ def _transposed(builder, vector, mr, chain, columns, kc, a, a_rs, a_ks, b, b_cs,
                 steps = vector.transpose(builder, _spread(builder, vector, b_rest, b_cs, mask))
                 for step, value in enumerate(steps):
                     vector.store(builder, value, vector.at(builder, tail, step * lanes))
-            acc = _k_loop(builder, vector, [[x] for x in acc], rest, a_rest, a_rs, a_ks, tail, I64(lanes))
+            (a_next, _), acc = _k_loop(builder, tail_walk, rest, [a_rest, tail], [[x] for x in acc])
             _store_full(builder, vector, acc, c_rows, _adds(builder, p, first))
-            return [a_rest, b_rest]
+            return [a_next, b_rest]
 
         b_group = vector.at(builder, b, builder.mul(j, b_cs))
         repeat(builder, I64(0), kc, chain, [vector.at(builder, a), b_group], one_chain)

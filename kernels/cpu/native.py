@@ -204,9 +204,10 @@ def multiply(block: BlockConfig, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     Dense (m, k) and (k, n) of ``block.dtype`` and any strides; out (m, n) with its columns together.
     """
     (m, k), n = a.shape, b.shape[1]
-    driver = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 12)(gemm_address(block))
+    driver = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(gemm_address(block))
     operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), out.stride(0)
-    if driver(m, n, k, *operands, threads):
+    product = (ctypes.c_int64 * 11)(m, n, k, *operands)
+    if driver(ctypes.addressof(product), 1, threads):
         raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
     return out
 

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from .config import SIZES
+from .config import SIZES, BlockConfig
 from .simd import I16, I32, I64, Vector
+
+
+def operand_of(config: BlockConfig) -> Operand:
+    return Operand(Vector(config.accumulator, config.lanes, config.fused, config.pairs), config.dtype)
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,10 @@ class Operand:
 
     def write(self, builder: ir.IRBuilder, value: ir.Value, address: ir.Value, count: ir.Value) -> None:
         """Round lanes to the stored dtype, to nearest and even, and store those below ``count``."""
-        stored = self._stored(self.vector.lanes)
+        stored = self._stored(self.vector.lanes) if self.converts else self.vector
         pointer = stored.at(builder, address)
-        stored.masked_store(builder, self._narrow(builder, value), pointer, stored.mask(builder, count))
+        value = self._narrow(builder, value) if self.converts else value
+        stored.masked_store(builder, value, pointer, stored.mask(builder, count))
 
     def _stored(self, lanes: int) -> Vector:
         """float16 as it is; bfloat16, which LLVM's IR builder has no type for, as 16-bit integers."""

@@ -39,7 +39,7 @@ def make_pack_steps(operand: Operand) -> Callable:
     read = _reader(operand)
     transpose = _transposer(operand)
     interleave = _interleaver(operand)
-    copy_element = _element_copier(size)
+    copy_element = element_copier(size)
     scratch = stack_words(lanes * lane_bytes // 8)
 
     @jit
@@ -83,7 +83,7 @@ def make_pack_rows(operand: Operand) -> Callable:
     lanes, size, fold = operand.vector.lanes, operand.size, operand.fold
     lane_bytes = operand.vector.size
     read = _reader(operand)
-    copy_element = _element_copier(size)
+    copy_element = element_copier(size)
     scratch = stack_words(lanes * lane_bytes // 8)
 
     def pack_rows(target, rows, stride, source, k, k_stride, row_stride):
@@ -193,7 +193,7 @@ def _transposer(operand: Operand) -> Callable:
     return transpose
 
 
-def _element_copier(size: int) -> Callable:
+def element_copier(size: int) -> Callable:
     """``(target, source, exists)``: one element of ``size`` bytes, or 0 without reading where none exists."""
     element = ir.IntType(8 * size)
 

@@ -167,7 +167,7 @@ def repeat(
     builder: ir.IRBuilder,
     start: ir.Value,
     end: ir.Value,
-    step: int,
+    step: int | ir.Value,
     state: list[ir.Value],
     body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
 ) -> tuple[ir.Value, list[ir.Value]]:
@@ -182,7 +182,7 @@ def repeat(
     p, *now = [builder.phi(value.type) for value in (start, *state)]
     builder.cbranch(builder.icmp_signed("<", p, end), inside, done)
     builder.position_at_end(inside)
-    new = [builder.add(p, I64(step)), *body(p, list(now))]
+    new = [builder.add(p, I64(step) if isinstance(step, int) else step), *body(p, list(now))]
     for phi, first, again in zip((p, *now), (start, *state), new, strict=True):
         phi.add_incoming(first, before)
         phi.add_incoming(again, builder.block)

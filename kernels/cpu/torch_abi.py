@@ -12,6 +12,7 @@ from __future__ import annotations
 from numba.core import types
 
 from .memory import INT64, call_address, get, jit, print_four, put, stack_words, symbol, text
+from .job import PRODUCT
 from .state import ABI_VERSION, AUTOGRAD_KEY, CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, PYTHON_KEY, STRICT
 
 ENTRY_SIGNATURE = types.void(INT64, INT64, INT64)
@@ -71,7 +72,8 @@ aten_mm, mm_name, python_name, no_overload = (
     text(name) for name in ("aten::mm", "matmul_grad::mm", "matmul_grad::_mm_in_python", "")
 )
 
-call_gemm = call_address(12)
+call_gemm = call_address(3)
+product = stack_words(PRODUCT)
 
 
 @jit
@@ -182,7 +184,10 @@ def run_gemm(driver, a, b, out, at, m, n, k):
     put(at, THREADS, 0)
     num_threads(at + 8 * THREADS)
     threads = word(at, THREADS)
-    return call_gemm(driver, m, n, k, a_data, a_rs, a_cs, b_data, b_rs, b_cs, get(data, 0), n, threads)
+    words = product()
+    for index, value in enumerate((m, n, k, a_data, a_rs, a_cs, b_data, b_rs, b_cs, get(data, 0), n)):
+        put(words, index, value)
+    return call_gemm(driver, words, 1, threads)
 
 
 @jit

@@ -14,7 +14,7 @@ from matmul_grad.kernels.cpu.config import (
     Cpu,
     choose,
     k_block,
-    split_threads,
+    split_parts,
     up,
     useful_threads,
 )
@@ -38,10 +38,11 @@ def test_choose_fits_the_machine(dtype: str, isa: str, caches: tuple[int, int]) 
     assert accumulators + block.vectors + 1 <= REGISTERS[isa]
     assert block.nr == block.vectors * block.lanes
     assert block.mc % block.mr == 0 and block.nc % block.nr == 0 and min(block.mc, block.nc) > 0
-    assert block.a_bytes + block.c_bytes <= 6 << 20
     assert block.b_bytes <= max(l3 // 2, block.k_lanes * block.nr * block.lane_bytes)
+    assert block.thread_bytes <= 16 << 20 and block.thread_bytes % 64 == 0
+    assert block.sums >= block.mr * block.nr
     assert block.mc * block.k_lanes * block.lane_bytes <= max(l2 // 2, block.mr * block.k_lanes * block.lane_bytes)
-    assert (block.c_bytes > 0) == (SIZES[dtype] == 2)
+    assert block.narrow == (SIZES[dtype] == 2)
 
 
 @pytest.mark.parametrize("dtype", SIZES)
@@ -70,23 +71,40 @@ def test_panels_hold_whole_chains_and_are_as_few_as_can_be(k: int) -> None:
 THREADS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 
 
+def slowest(row_tiles: int, panels: int, threads: int) -> int:
+    """Tiles that the busiest thread computes, when each takes the next part as soon as it is free."""
+    rows, columns = split_parts(row_tiles, panels, threads)
+    assert 1 <= rows * columns
+    begins = [[total * part // parts for part in range(parts + 1)] for total, parts in ((row_tiles, rows), (panels, columns))]
+    tall, wide = ([end - begin for begin, end in itertools.pairwise(cuts)] for cuts in begins)
+    busy = [0] * threads
+    for height, width in itertools.product(tall, wide):
+        busy[busy.index(min(busy))] += height * width
+    assert sum(busy) == row_tiles * panels
+    return max(busy)
+
+
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("size", [1024, 1536, 2048, 4096, 8192])
 def test_threads_share_large_products_within_ten_percent(size: int, threads: int) -> None:
     row_tiles, panels = up(size, 6) // 6, up(size, 64) // 64
-    rows, columns = split_threads(row_tiles, panels, threads)
-    assert rows * columns <= threads
-    slowest = -(-row_tiles // rows) * -(-panels // columns)
-    assert slowest * threads <= 1.1 * row_tiles * panels
+    assert slowest(row_tiles, panels, threads) * threads <= 1.1 * row_tiles * panels
 
 
 @pytest.mark.parametrize("threads", THREADS)
 def test_few_rows_split_the_columns(threads: int) -> None:
-    assert split_threads(1, 64, threads) == (1, threads)
-    assert split_threads(1, 1, threads) == (1, 1)
+    assert slowest(1, 64, threads) == -(-64 // threads)
+    assert split_parts(1, 1, threads) == (1, 1)
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize(("m", "n"), [(8, 4096), (32, 4096), (128, 3072), (4096, 64), (3000, 48)])
+def test_skinny_products_keep_all_threads_busy(m: int, n: int, threads: int) -> None:
+    row_tiles, panels = up(m, 6) // 6, up(n, 64) // 64
+    assert slowest(row_tiles, panels, threads) <= 1.25 * -(-row_tiles * panels // threads) + 1
 
 
 def test_small_products_stay_on_one_thread() -> None:
-    assert useful_threads(8, 8, 8, 64) == 1
-    assert useful_threads(4096, 4096, 4096, 64) == 64
-    assert useful_threads(1 << 20, 1 << 20, 1 << 20, 2) == 2
+    assert useful_threads(8.0**3, 64) == 1
+    assert useful_threads(4096.0**3, 64) == 64
+    assert useful_threads(2.0**60, 2) == 2

@@ -24,7 +24,9 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 def small(block: BlockConfig) -> BlockConfig:
     """The same tile in blocks of a few tiles, so that every loop turns more than once on small matrices."""
-    return dataclasses.replace(block, mc=2 * block.mr, kc=block.chain, nc=2 * block.nr)
+    return dataclasses.replace(
+        block, mc=2 * block.mr, kc=block.chain, nc=2 * block.nr, chunk=2 * block.chain, sums=3 * block.mr * block.nr
+    )
 
 
 def blocks() -> list[BlockConfig]:
@@ -55,6 +57,10 @@ def shapes(block: BlockConfig) -> list[tuple[int, int, int]]:
         (3 * mr + 1, 2 * nr + 3, 49),
         (5 * mr, 5 * nr, 50),
         (mr + 2, nr + 3, 2 * block.chain + 9),
+        (4 * mr + 3, 3 * nr + 1, 2 * block.lanes),  # packed behind the tiles that read first
+        (1, 9 * nr + 2, 26),  # wide rows
+        (5 * block.lanes, 3, 40),  # C computed as its transpose
+        (7, 5, 4 * block.chain + 6),  # in small blocks: chunks of k
     ]
 
 
@@ -149,6 +155,10 @@ def test_nothing_is_read_beyond_the_operands(block: BlockConfig, layout: str, at
         (1, 1, 1),
         (2 * mr - 1, nr + lanes - 1, 9),
         (1, nr + 5, 31),
+        (4 * mr + 3, 2 * nr, 2 * lanes),
+        (1, 4 * nr, 9),
+        (3 * lanes, 2, 18),
+        (mr, nr, 2 * lanes),
     ):
         stored_a = Guarded(*((k, m) if layout[0] == "T" else (m, k)), dtype, at_end)
         stored_b = Guarded(*((n, k) if layout[1] == "T" else (k, n)), dtype, at_end)
