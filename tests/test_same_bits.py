@@ -16,7 +16,16 @@ FLOATS = [pytest.param(DTYPES[name], id=name) for name in ("f32", "f64")]
 EVERY = [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
 # Edge and whole tiles, operands read in place and packed, one block of k and several, more rows than a block of A, a
 # product computed as its transpose, chunks of k.
-SHAPES = ((13, 65, 1031), (31, 37, 41), (97, 101, 103), (64, 64, 64), (257, 129, 513), (430, 20, 390), (40, 3, 70), (19, 7, 17000))
+SHAPES = (
+    (13, 65, 1031),
+    (31, 37, 41),
+    (97, 101, 103),
+    (64, 64, 64),
+    (257, 129, 513),
+    (430, 20, 390),
+    (40, 3, 70),
+    (19, 7, 17000),
+)
 THREADS = (1, 2, 3, 5)
 CUTS = (1, 2, 5, 6, 7, 12, 13, 16, 63, 64, 65, 100, 128)
 
@@ -210,7 +219,7 @@ def test_element_is_the_documented_chain(layout: str, dtype: torch.dtype, k: int
 def test_elements_of_a_larger_product_are_the_documented_chain(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     a, b = normal(m, k, dtype, seed=1), normal(k, n, dtype, seed=2)
     c = matmul_grad.mm(a, b)
-    for i, j in ((0, 0), (6, 16), (m - 1, n - 1)):
+    for i, j in ((0, 0), (6, min(16, n - 1)), (m - 1, n - 1)):
         assert c[i, j].item() == chain(a[i].tolist(), b[:, j].tolist(), dtype), f"element ({i}, {j})"
 
 

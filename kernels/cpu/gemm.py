@@ -48,7 +48,7 @@ def make_kernels(config: BlockConfig) -> dict[str, str | tuple[Callable, types.T
         f"{config.name}_pack_steps": (make_pack_steps(operand), PACK_STEPS_SIGNATURE),
         f"{config.name}_pack_rows": (make_pack_rows(operand), PACK_ROWS_SIGNATURE),
         microkernel: microkernel_ir(microkernel, operand.vector, steps(config.mr), steps(config.vectors)),
-        transposed: transposed_ir(transposed, operand.vector, steps(config.mr)),
+        transposed: transposed_ir(transposed, operand, steps(config.mr)),
     }
 
 
@@ -102,7 +102,7 @@ def make_plan(config: BlockConfig) -> Callable:
     """``plan(part, threads)`` → bytes of sums that the product needs beside what threads have; fills in its plan."""
     dtype, fold, mr, nr, lanes = config.dtype, config.fold, config.mr, config.nr, config.lanes
     short, long, chunk, lane_bytes = SHORT_CHAIN[dtype], CHAIN[dtype], config.chunk, config.lane_bytes
-    size, narrow = operand_of(config).size, config.narrow
+    size = operand_of(config).size
 
     @jit
     def plan(part, threads):

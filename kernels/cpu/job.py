@@ -6,7 +6,7 @@ a rectangle of C, or all of C over one chunk of k: a smaller product, with a blo
 
 from __future__ import annotations
 
-from .config import DIRECT_ROWS, TRANSPOSED_ROWS, chain_lanes, k_block, split_parts, useful_threads
+from .config import chain_lanes, k_block, split_parts, useful_threads
 from .memory import get, jit, put, stack_words
 
 # A product: sizes, addresses, strides in elements; C has its columns together, or is TURNED and has its rows so.
@@ -79,16 +79,6 @@ def restrict_k(words, p, steps, size):
     put(words, A, get(words, A) + p * get(words, A_CS) * size)
     put(words, B, get(words, B) + p * get(words, B_RS) * size)
     put(words, K, steps)
-
-
-@jit
-def plan_direct(row_tiles, m, b_rs, b_cs):
-    """How whole panels of B are read: packed, or in place where too few rows share them."""
-    if b_cs == 1 and row_tiles <= DIRECT_ROWS:
-        return BY_ROWS
-    if b_rs == 1 and m <= TRANSPOSED_ROWS:
-        return BY_COLUMNS
-    return PACKED
 
 
 @jit

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from numba.core import types
 
-from .config import DIRECT_PANELS, PAD, BlockConfig, steps, up
+from .config import DIRECT_PANELS, DIRECT_ROWS, PAD, TRANSPOSED_ROWS, BlockConfig, steps, up
 from .job import (
     A_CS,
     A_RS,
@@ -35,7 +35,6 @@ from .job import (
     N,
     ceil_div,
     largest,
-    plan_direct,
     plan_k,
     smallest,
 )
@@ -50,18 +49,19 @@ def make_multiply(config: BlockConfig) -> Callable:
     mr, nr, mc_max, kc_max, nc_max, chain = (
         config.mr, config.nr, config.mc, config.kc, config.nc, config.chain
     )  # fmt: skip
+    lanes, a_room = config.lanes, config.a_bytes // config.lane_bytes
     place_b, loops_2_to_1 = make_place_b(config), make_loops_2_to_1(config)
 
     @jit
     def loops_5_to_3(words, work, first_column, columns, place):
         m, k = get(words, M), get(words, K)
-        in_place = place == BY_COLUMNS or (place == BY_ROWS and m <= mr)
-        step = k if in_place else plan_k(k, kc_max, chain)
+        whole_k = (place == BY_COLUMNS or (place == BY_ROWS and m <= mr)) and m * (k + lanes + PAD) <= a_room
+        step = k if whole_k else plan_k(k, kc_max, chain)
         for jc in range(0, columns, nc_max):
             for block in range(ceil_div(k, step)):
                 pc, j, nc = block * step, first_column + jc, min(nc_max, columns - jc)
                 for ic in range(0, m, mc_max):
-                    loops_2_to_1(words, work, place, in_place, j, nc, pc, min(step, k - pc), ic)
+                    loops_2_to_1(words, work, place, whole_k, j, nc, pc, min(step, k - pc), ic)
 
     def multiply(words, work):
         n = get(words, N)
@@ -80,19 +80,15 @@ def make_multiply(config: BlockConfig) -> Callable:
 
 def make_place_b(config: BlockConfig) -> Callable:
     """``place_b(words)``: how whole panels of B are read."""
-    operand, mr = operand_of(config), config.mr
-    is_vectors, fold = not operand.converts, operand.fold
-    lanes_along_k = make_lanes_along_k(config)
+    is_vectors, mr = not operand_of(config).converts, config.mr
 
     @jit
     def place_b(words):
-        b_rs, b_cs, m = get(words, B_RS), get(words, B_CS), get(words, M)
-        place = plan_direct(ceil_div(m, mr), m, b_rs, b_cs)
-        if is_vectors:
-            return place
-        if fold == 2 and place == BY_COLUMNS and lanes_along_k(get(words, K), b_cs, b_rs):
-            if lanes_along_k(get(words, K), get(words, A_RS), get(words, A_CS)):
-                return BY_COLUMNS
+        m, b_rs, b_cs = get(words, M), get(words, B_RS), get(words, B_CS)
+        if b_cs == 1 and is_vectors and m <= DIRECT_ROWS * mr:
+            return BY_ROWS
+        if b_rs == 1 and m <= TRANSPOSED_ROWS:
+            return BY_COLUMNS
         return PACKED
 
     return place_b
@@ -113,7 +109,7 @@ def make_lanes_along_k(config: BlockConfig) -> Callable:
 
 
 def make_place_a(config: BlockConfig) -> Callable:
-    """``place_a(words, in_place, panels, ic, pc, kc, work)`` → (address, row stride, k stride, whether rows are missing).
+    """``place_a(words, in_place, panels, ic, pc, kc, work)`` → address, row stride, k stride, whether rows are missing.
 
     A is only ever broadcast from, so it is copied along the dimension that it has contiguous and never transposed:
     columns here, rows by the first panel that meets them.
@@ -158,7 +154,7 @@ def make_loops_2_to_1(config: BlockConfig) -> Callable:
             target = work + b_work + (j * depth * lane_bytes if m > mc_max else 0)
             b, b_ks, b_copy = source, b_rs, 0
             if place == BY_COLUMNS:
-                b_ks = b_cs // fold
+                b_ks = b_cs
             elif place == BY_ROWS:
                 columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
             elif ic == 0 and is_vectors and b_cs == 1 and columns == nr and m >= mr:
@@ -204,7 +200,7 @@ def make_one_panel(config: BlockConfig) -> Callable:
                 source = get(words, A) + ((ic + i) * a_row + pc * a_step) * size
                 pack_rows(a_tile, row_steps[step], a_rs, source, kc, a_step, a_row)
             if place == BY_COLUMNS:
-                transposed(step, columns, depth, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, pc == 0, chain)
+                transposed(step, columns, kc, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, pc == 0, chain)
             else:
                 tile = step * len(vector_steps) + vector_step
                 if columns > nr:

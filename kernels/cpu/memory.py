@@ -16,7 +16,7 @@ INT64 = types.int64
 
 def jit(function: Callable) -> Callable:
     """Compile ``function`` as part of a kernel; no division or index of it may raise."""
-    return njit(function, error_model="numpy")
+    return njit(function, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:

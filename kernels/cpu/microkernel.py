@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from .operand import Operand
 from .simd import I64, Vector, repeat
 
 ARGUMENTS = 13
@@ -53,17 +54,18 @@ def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tu
     return _switch_ir(name, ARGUMENTS, choose_tile)
 
 
-def transposed_ir(name: str, vector: Vector, rows: tuple[int, ...]) -> str:
+def transposed_ir(name: str, operand: Operand, rows: tuple[int, ...]) -> str:
     """IR of ``void name(row_step, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain)``, all int64.
 
     As ``microkernel_ir`` where the k-steps of B lie together and its columns apart, B[p, j] = b[p + j·b_cs], for
-    products of too few rows to repay packing: lanes × lanes blocks of B are transposed in registers.
-    ``columns`` is a multiple of the lanes. The chains, and so the bits, are the same.
+    products of too few rows to repay packing: lanes × lanes blocks of B are transposed in registers. A and C hold
+    lanes, B elements of ``operand``; kc and b_cs count elements. ``columns`` is a multiple of the lanes. The chains,
+    and so the bits, are the same.
     """
 
-    def choose_tile(builder: ir.IRBuilder, row_step, *operands) -> tuple[ir.Value, list]:
+    def choose_tile(builder: ir.IRBuilder, row_step, *arguments) -> tuple[ir.Value, list]:
         def emit(mr):
-            return lambda builder: _transposed(builder, vector, mr, *operands)
+            return lambda builder: _transposed(builder, operand, mr, *arguments)
 
         return row_step, [emit(mr) for mr in rows]
 
@@ -171,55 +173,56 @@ def _k_step(builder, walk, nv, places, acc):
     return [vector.at(builder, a, walk.a_ks), vector.at(builder, b, walk.b_ks), *copies, *acc]
 
 
-def _transposed(builder, vector, mr, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain):
-    lanes = vector.lanes
+def _transposed(builder, operand, mr, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain):
+    vector, fold, lanes = operand.vector, operand.fold, operand.vector.lanes
     row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
     tail_walk = _Walk(vector, row_offsets, a_ks, I64(lanes))
     tail = builder.alloca(vector.type, lanes)
+    depth = builder.sdiv(builder.add(kc, I64(fold - 1)), I64(fold))
+    column_bytes = builder.mul(b_cs, I64(operand.size))
 
     def k_block(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
         a_now, b_now, *acc = state
-        for step in vector.transpose(builder, _spread(builder, vector, b_now, b_cs)):
+        for step in vector.transpose(builder, _spread(builder, operand, b_now, column_bytes)):
             for i in range(mr):
                 x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
                 acc[i] = vector.fma(builder, x, step, acc[i])
             a_now = vector.at(builder, a_now, a_ks)
-        return [a_now, vector.at(builder, b_now, lanes), *acc]
+        return [a_now, builder.add(b_now, I64(lanes * fold * operand.size)), *acc]
 
     def column_group(j: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
         c_rows = [vector.at(builder, c, builder.add(j, builder.mul(c_rs, I64(i)))) for i in range(mr)]
 
         def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
-            length = _chain_length(builder, p, kc, chain)
+            length = _chain_length(builder, p, depth, chain)
             whole = builder.and_(length, I64(-lanes))
             rest = builder.sub(length, whole)
             start = [*state, *[vector.zero()] * mr]
             _, (a_rest, b_rest, *acc) = repeat(builder, I64(0), whole, lanes, start, k_block)
             with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
-                mask = vector.mask(builder, rest)
-                steps = vector.transpose(builder, _spread(builder, vector, b_rest, b_cs, mask))
+                left = builder.sub(kc, builder.mul(builder.add(p, whole), I64(fold)))
+                steps = vector.transpose(builder, _spread(builder, operand, b_rest, column_bytes, left))
                 for step, value in enumerate(steps):
                     vector.store(builder, value, vector.at(builder, tail, step * lanes))
             (a_next, _), acc = _k_loop(builder, tail_walk, rest, [a_rest, tail], [[x] for x in acc])
             _store_full(builder, vector, acc, c_rows, _adds(builder, p, first))
             return [a_next, b_rest]
 
-        b_group = vector.at(builder, b, builder.mul(j, b_cs))
-        repeat(builder, I64(0), kc, chain, [vector.at(builder, a), b_group], one_chain)
+        b_group = builder.add(b, builder.mul(j, column_bytes))
+        repeat(builder, I64(0), depth, chain, [vector.at(builder, a), b_group], one_chain)
         return []
 
     repeat(builder, I64(0), columns, lanes, [], column_group)
 
 
-def _spread(builder, vector, pointer, stride, mask=None):
-    """``lanes`` vectors, stride elements apart; in fours from one base, which is what an address can hold."""
+def _spread(builder, operand, address, stride, count=None):
+    """``lanes`` vectors, stride bytes apart; in fours from one base, which is what an address can hold."""
     vectors = []
     four = builder.mul(stride, I64(4))
-    for j in range(vector.lanes):
+    for j in range(operand.vector.lanes):
         if j and j % 4 == 0:
-            pointer = vector.at(builder, pointer, four)
-        at = vector.at(builder, pointer, builder.mul(stride, I64(j % 4)))
-        vectors.append(vector.load(builder, at) if mask is None else vector.masked_load(builder, at, mask))
+            address = builder.add(address, four)
+        vectors.append(operand.read(builder, builder.add(address, builder.mul(stride, I64(j % 4))), count))
     return vectors
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from numba.core import types
 
-from .memory import INT64, call_address, get, jit, print_four, put, stack_words, symbol, text
 from .job import PRODUCT
+from .memory import INT64, call_address, get, jit, print_four, put, stack_words, symbol, text
 from .state import ABI_VERSION, AUTOGRAD_KEY, CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, PYTHON_KEY, STRICT
 
 ENTRY_SIGNATURE = types.void(INT64, INT64, INT64)

@@ -75,7 +75,9 @@ def slowest(row_tiles: int, panels: int, threads: int) -> int:
     """Tiles that the busiest thread computes, when each takes the next part as soon as it is free."""
     rows, columns = split_parts(row_tiles, panels, threads)
     assert 1 <= rows * columns
-    begins = [[total * part // parts for part in range(parts + 1)] for total, parts in ((row_tiles, rows), (panels, columns))]
+    begins = [
+        [total * part // parts for part in range(parts + 1)] for total, parts in ((row_tiles, rows), (panels, columns))
+    ]
     tall, wide = ([end - begin for begin, end in itertools.pairwise(cuts)] for cuts in begins)
     busy = [0] * threads
     for height, width in itertools.product(tall, wide):
