@@ -65,7 +65,9 @@ class Mm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         self, mat2 = ctx.saved_tensors
-        return gradients(grad, self, mat2, ctx.needs_input_grad)
+        if self is None or mat2 is None or not type(grad) is type(self) is type(mat2) is Tensor:
+            return gradients(grad, self, mat2, ctx.needs_input_grad)
+        return torch.ops.matmul_grad.mm_backward.default(grad, self, mat2, [True, True])
 
     @staticmethod
     def jvp(ctx: Any, dself: Tensor | None, dmat2: Tensor | None) -> Tensor:
@@ -125,13 +127,29 @@ def mm_from_native(self: Tensor, mat2: Tensor) -> Tensor:
         raise
 
 
+def mm_backward_from_native(
+    grad: Tensor, self: Tensor, mat2: Tensor, output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """As ``mm_from_native``."""
+    try:
+        return mm_backward(grad, self, mat2, output_mask)
+    except BaseException as error:
+        raised.error = error
+        raise
+
+
 def mm_backward(
     grad: Tensor, self: Tensor, mat2: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both gradients, composed of differentiable products."""
+    """Both gradients, composed of differentiable products, until the compiled kernel takes the CPU's place."""
+    if self.device.type == "cpu":
+        native_status()
     return gradients(grad, self, mat2, (output_mask[0], output_mask[1]))
 
 
 library.impl("mm", mm_autograd, "Autograd")
 library.impl("_mm_in_python", mm_from_native, "CompositeImplicitAutograd")
 library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")
+for batched in ("FuncTorchBatched", "Batched"):  # a composite still under vmap, where the CPU has its own kernel
+    library.impl("mm_backward", mm_backward, batched)
+library.impl("_mm_backward_in_python", mm_backward_from_native, "CompositeImplicitAutograd")

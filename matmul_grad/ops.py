@@ -1,10 +1,11 @@
 """The operators ``torch.ops.matmul_grad.*``: schemas, kernels, shapes for tracing, vmap rule, FLOP counts.
 
     key                          kernel                                        from
-    AutogradCPU                  mm_autograd, compiled                         the first CPU call on
-    CPU                          mm, compiled                                  the first CPU call on
+    AutogradCPU                  mm_autograd, compiled; mm_backward's too      the first CPU call on
+    CPU                          mm and mm_backward, compiled                  the first CPU call on
     Autograd                     Python, in autograd.py: every other device    import
     CompositeExplicitAutograd    Python, here: every other device              import
+    CompositeImplicitAutograd    mm_backward in Python: two products           import
 
 The compiled kernels are more specific than those in Python, so nothing is overridden. Where torch's C ABI is not
 to be had the Python kernels stay and call the same drivers.
@@ -108,10 +109,9 @@ def _register() -> None:
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
     library.define("mm(Tensor self, Tensor mat2) -> Tensor", tags=tags)
     library.define("_mm_in_python(Tensor self, Tensor mat2) -> Tensor", tags=tags)
-    library.define(
-        "mm_backward(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)",
-        tags=tags,
-    )
+    for name in ("mm_backward", "_mm_backward_in_python"):
+        backward = "(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)"
+        library.define(f"{name}{backward}", tags=tags)
     library.impl("mm", _mm_python, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::mm", _mm_fake, lib=library)
     torch.library.register_vmap(f"{NAMESPACE}::mm", _mm_vmap, lib=library)

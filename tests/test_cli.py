@@ -81,13 +81,13 @@ def test_wrong_example_is_found(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def test_wrong_gradient_is_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = autograd.gradients
+    right = autograd.Mm.backward
 
-    def swapped(grad, self, mat2, needs):
-        dgrad, wgrad = right(grad, self, mat2, needs)
+    def negated(ctx, grad):
+        dgrad, wgrad = right(ctx, grad)
         return dgrad, None if wgrad is None else -wgrad
 
-    monkeypatch.setattr(autograd, "gradients", swapped)
+    monkeypatch.setattr(autograd.Mm, "backward", staticmethod(negated))
     assert cli.main(QUICK) == 1
     printed = capsys.readouterr().out
     assert "DISAGREES: example: dB differs" in last_line(printed)

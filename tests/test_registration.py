@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from functorch.compile import make_boxed_func
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -11,9 +11,9 @@ ISAS = ("avx512", "avx2", "neon", "generic")
 
 # The k-order is part of the numerical contract, fixed by k and the dtype alone, so no cache size enters here. An
 # element of C is a sum of chunks of CHUNK steps, each a sum of chains of CHAIN fused multiply-adds (of pairs, for
-# bfloat16 in pairs). Different numbers give different bits. A chain costs an addition to a tile of C that is in L1: on Zen 4
-# chains of 32 run at 0.96-0.97 of the speed of 128, and 128 at that of 384. Up to SHORT_K steps a float32 or float64
-# sum needs the short ones to stay within 2 × torch's error; 16-bit results are rounded so coarsely that they never do.
+# bfloat16 in pairs). Different numbers give different bits. A chain costs an addition to a tile of C that is in L1:
+# on Zen 4 chains of 32 run at 0.96-0.97 of the speed of 128, and 128 at that of 384. Up to SHORT_K steps a float32 or
+# float64 sum needs the short ones to stay within 2 × torch's error; 16-bit results are rounded too coarsely for that.
 CHAIN = {"float32": 128, "float64": 128, "bfloat16": 384, "float16": 384}
 SHORT_CHAIN = {"float32": 32, "float64": 32, "bfloat16": 384, "float16": 384}
 SHORT_K = 128

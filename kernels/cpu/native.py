@@ -27,15 +27,17 @@ SHIMS = (
     "aoti_torch_get_dim", "aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_dtype",
     "aoti_torch_get_data_ptr", "aoti_torch_get_layout", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object",
     "aoti_torch_is_defined", "aoti_torch_grad_mode_is_enabled", "torch_get_num_threads", "torch_call_dispatcher",
-    "torch_library_impl", "aoti_torch_library_init_impl", "torch_parallel_for",
+    "torch_library_impl", "aoti_torch_library_init_impl", "torch_parallel_for", "torch_list_get_item",
+    "torch_delete_list",
 )  # fmt: skip
-# Functions of c10 by their mangled names: not promised by anyone, so each is looked up and may be missing.
+# Functions of c10 and of the C++ runtime by their mangled names: promised by nobody, so each may be missing.
 MANGLED = {
     "matmul_grad_check_fail": "_ZN3c106detail14torchCheckFailEPKcS2_jS2_",
     "matmul_grad_autograd_meta": "_ZNK3c1010TensorImpl13autograd_metaEv",
     "matmul_grad_requires_grad": "_ZNK3c1010TensorImpl13requires_gradEv",
     "matmul_grad_forward_grad": "_ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE",
     "matmul_grad_key_included": "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE",
+    "matmul_grad_new": "_Znwm",
     "matmul_grad_exclude_key": "_ZN3c104impl29tls_set_dispatch_key_excludedENS_11DispatchKeyEb",
 }
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
@@ -133,7 +135,7 @@ def _last_error(exception):
 
 
 def register() -> None:
-    """Put the compiled entries under ``matmul_grad::mm`` for the keys CPU and AutogradCPU.
+    """Put the compiled entries under ``matmul_grad::mm`` and its backward for the keys CPU and AutogradCPU.
 
     Raises Unavailable where torch's C ABI, or one of the few c10 functions beside it, is missing.
     """
@@ -152,8 +154,9 @@ def register() -> None:
         _fill_state()
         loaded = build.load("torch_abi", "torch_abi", _entries, host.machine(host.cpu().isa), symbols)
         _kept.append(loaded)
-        for key, entry in (("CPU", "matmul_grad_mm"), ("AutogradCPU", "matmul_grad_mm_autograd")):
-            _implement("mm", key, loaded.address(entry))
+        for name in ("mm", "mm_backward"):
+            _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
+            _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
 
 
 def _entries() -> build.Kernels:

@@ -74,7 +74,7 @@ THREADS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 def slowest(row_tiles: int, panels: int, threads: int) -> int:
     """Tiles that the busiest thread computes, when each takes the next part as soon as it is free."""
     rows, columns = split_parts(row_tiles, panels, threads)
-    assert 1 <= rows * columns
+    assert rows * columns >= 1
     begins = [
         [total * part // parts for part in range(parts + 1)] for total, parts in ((row_tiles, rows), (panels, columns))
     ]
