@@ -8,6 +8,9 @@ from torch import Tensor
 from . import strictness
 from .autograd import raised
 
+_mm = torch.ops.matmul_grad.mm.default
+_mm_backward = torch.ops.matmul_grad.mm_backward.default
+
 
 def mm(input: Tensor, mat2: Tensor) -> Tensor:
     """Matrix product of two matrices, differentiable to any order.
@@ -32,7 +35,7 @@ def mm(input: Tensor, mat2: Tensor) -> Tensor:
     ([[1.0, 4.0], [3.0, 8.0]], [[1.0, 2.0], [1.0, 2.0]])
     """
     try:
-        return torch.ops.matmul_grad.mm(input, mat2)
+        return _mm(input, mat2)
     except RuntimeError as error:
         _raise_as_torch(error, input, mat2)
         raise
@@ -77,4 +80,4 @@ def mm_backward(
     >>> da.tolist(), db.tolist()
     ([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]], [[2.0], [2.0], [2.0]])
     """
-    return torch.ops.matmul_grad.mm_backward(grad, input, mat2, list(output_mask))
+    return _mm_backward(grad, input, mat2, list(output_mask))

@@ -22,6 +22,9 @@ from . import strictness
 from .ops import DTYPES, library, native_status, product, raised
 
 
+_mm_backward = torch.ops.matmul_grad.mm_backward.default
+
+
 def forward_only(self: Tensor, mat2: Tensor) -> Tensor:
     """The operator below autograd: no graph is recorded."""
     with torch._C._AutoDispatchBelowAutograd():
@@ -67,7 +70,7 @@ class Mm(torch.autograd.Function):
         self, mat2 = ctx.saved_tensors
         if self is None or mat2 is None or not type(grad) is type(self) is type(mat2) is Tensor:
             return gradients(grad, self, mat2, ctx.needs_input_grad)
-        return torch.ops.matmul_grad.mm_backward.default(grad, self, mat2, [True, True])
+        return _mm_backward(grad, self, mat2, [True, True])
 
     @staticmethod
     def jvp(ctx: Any, dself: Tensor | None, dmat2: Tensor | None) -> Tensor:
@@ -81,14 +84,19 @@ class Mm(torch.autograd.Function):
             return sum(terms[1:], terms[0])
 
 
+_record = super(torch.autograd.Function, Mm).apply
+
+
 def mm_with_graph(self: Tensor, mat2: Tensor) -> Tensor:
     """The product, recorded for backward and forward mode.
 
     This runs inside the dispatcher, at autograd's turn of one functorch level, where torch's own formulas run
     too. ``Function.apply`` would start over from the outermost level; its base class records at this one.
     """
+    if not torch._C._are_functorch_transforms_active():
+        return _record(self, mat2)
     with enable_single_level_autograd_function():
-        return super(torch.autograd.Function, Mm).apply(self, mat2)
+        return _record(self, mat2)
 
 
 def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
