@@ -2,6 +2,7 @@
 
 python -m bench cpu-ratio             every target of the CPU, a quarter of an hour on a machine at rest
 python -m bench cpu-ratio --quick     the same in a minute, on a few shapes: to see it run
+python -m bench cpu-paths             what packing repays: the measurements behind kernels/cpu/config.py
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         require("rich", "rich", "bench")
-        from . import cpu_ratio
+        from . import cpu_ratio, paths
 
         parser = Parser(prog=PROGRAM, description="benchmarks that are commands")
         commands = parser.add_subparsers(dest="name", required=True, metavar="command")
-        cpu_ratio.add_options(commands.add_parser(cpu_ratio.KIND, help=cpu_ratio.HELP, description=cpu_ratio.HELP))
-        return cpu_ratio.run(parser.parse_args(arguments))
+        known = {module.KIND: module for module in (cpu_ratio, paths)}
+        for name, module in known.items():
+            module.add_options(commands.add_parser(name, help=module.HELP, description=module.HELP))
+        command = parser.parse_args(arguments)
+        return known[command.name].run(command)
     except Unusable as reason:
         print(f"{PROGRAM}: {reason}", file=sys.stderr)
         return UNUSABLE

@@ -28,7 +28,7 @@ def describe() -> dict[str, str]:
     return {
         "CPU": f"{processor()}, {os.cpu_count()} cores",
         "instruction set": f"{cpu.isa} of {', '.join(host.host_isas())}",
-        "caches": f"L2 {cpu.l2 >> 10} KiB, L3 {cpu.l3 >> 10} KiB",
+        "caches": f"L2 {cpu.l2 >> 10} KiB, L3 {cpu.l3 >> 10} KiB a core",
         "CPU kernels": ", ".join(kernels),
         "GPU": gpus(),
         "operator": operator(),

@@ -19,6 +19,7 @@ MODULES = [
     "matmul_grad",
     *(f"matmul_grad.{path.stem}" for path in sorted((ROOT / "matmul_grad").glob("[!_]*.py"))),
     "matmul_grad.kernels.cpu.config",
+    "matmul_grad.kernels.cpu.host",
     "matmul_grad.kernels.cpu.microkernel",
 ]
 

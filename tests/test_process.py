@@ -280,8 +280,8 @@ print(peak() - before)
 
 
 def bound(threads: int) -> int:
-    """What a step may take beyond torch: 6 MiB a thread and half of the last cache, by contract."""
-    return threads * (6 << 20) + host.cpu().l3 // 2
+    """What a step may take beyond torch: 6 MiB a thread and half of its part of the last cache, by contract."""
+    return threads * ((6 << 20) + host.cpu().l3 // 2)
 
 
 @linux

@@ -29,17 +29,18 @@ TILES = {"avx512": (6, 4, 64), "avx2": (6, 2, 32), "neon": (6, 4, 16), "generic"
 A_SHARE = 0.3  # of L2, for a packed block of A: the rest is for the panel of B that it meets, and for C
 B_SHARE = 0.3  # of a core's part of L3, for its packed panel of B
 L2_USED, L3_USED = 2 << 20, 16 << 20  # more would not make a product faster, and each thread holds its blocks
-SUM_BYTES = 4 << 20  # a thread's sums of a chunk of C that must not go to C itself, or not yet
+SUM_BYTES = 5 << 19  # a thread's sums of a block of C that must not go to C itself, or not yet; it has two such
 SPLIT_BYTES = 8 << 20  # the sums of all chunks of a product whose chunks of k are shared among threads
 WORKSPACE_SLOTS = 16  # calls at a time that find a kept set of buffers
 SUM_COLUMNS = 2048  # columns of C at a time whose 16-bit sums are kept: wide enough to repay packing A
 PAD = 16  # elements that keep the packed rows of A off one common cache set
 
-# Below these, an operand is read in place: each element is used too rarely to repay a copy.
-DIRECT_ROWS = 4  # row tiles of C that share an element of B
-TRANSPOSED_ROWS = 12  # rows of C below which B is transposed in registers rather than packed
+# A with its steps of k together is read in place, always. Up to these limits the other layouts are too: each element is
+# used too rarely to repay a copy. `python -m bench cpu-paths` measures both ways around them.
+DIRECT_ROWS = 16  # row tiles of C that share an element of B, where its columns lie together
+TRANSPOSED_ROWS = {"float32": 12, "float64": 36, "bfloat16": 6, "float16": 6}  # rows, where its steps of k do
 DIRECT_PANELS = 2  # column panels of C that share an element of A
-TURNED = 0.75  # of a vector: with fewer columns, and more rows, C is computed as its transpose
+TURNED = 0.75  # with so many times the vectors, or fewer, C is computed as its transpose
 
 # Multiply-adds that one more thread must find to repay waking it (about 2 µs, Zen 4).
 THREAD_GRAIN = 1 << 18
@@ -62,7 +63,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One compiled GEMM: lanes, register tile mr × nr, the blocks mc, kc, nc, a chunk of k, and lanes for sums."""
+    """One compiled GEMM: lanes, register tile mr × nr, blocks mc, kc, nc, a chunk of k, lanes for sums, what to pack."""
 
     dtype: str
     isa: str
@@ -76,6 +77,9 @@ class BlockConfig:
     nc: int
     chunk: int = CHUNK
     sums: int = SUM_BYTES // 4
+    direct_rows: int = DIRECT_ROWS
+    transposed_rows: int = TRANSPOSED_ROWS["float32"]
+    direct_panels: int = DIRECT_PANELS
 
     @property
     def name(self) -> str:
@@ -156,7 +160,10 @@ def choose(dtype: str, cpu: Cpu) -> BlockConfig:
     nr = vectors * lanes
     mc = max(mr, int(A_SHARE * min(cpu.l2, L2_USED) / (KC * size)) // mr * mr)
     nc = max(nr, int(B_SHARE * min(cpu.l3, L3_USED) / (KC * size)) // nr * nr)
-    return BlockConfig(dtype, cpu.isa, cpu.fused, pairs, lanes, mr, nr, mc, kc, nc, CHUNK, SUM_BYTES // size)
+    return BlockConfig(
+        dtype, cpu.isa, cpu.fused, pairs, lanes, mr, nr, mc, kc, nc,
+        sums=SUM_BYTES // size, transposed_rows=TRANSPOSED_ROWS[dtype],
+    )  # fmt: skip
 
 
 def steps(most: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from numba.core import types
 
 from . import job as words
-from .config import CHAIN, SHORT_CHAIN, SPLIT_BYTES, BlockConfig, steps
+from .config import CHAIN, SHORT_CHAIN, SPLIT_BYTES, TURNED, BlockConfig, steps
 from .job import ceil_div, copy, job_words, parts_of, product, product_words, restrict, restrict_k, share
 from .loops import make_multiply
 from .memory import get, jit, next_number, put, symbol
@@ -117,7 +117,7 @@ def make_plan(config: BlockConfig) -> Callable:
             for i in range(m):
                 memset(get(part, words.C) + i * get(part, words.C_RS) * size, 0, n * size)
             return 0
-        if 4 * n * ceil_div(m, lanes) <= 3 * m * ceil_div(n, lanes) and n < lanes:
+        if n * ceil_div(m, lanes) <= TURNED * m * ceil_div(n, lanes) and n < lanes:
             words.turn(part)
             m, n = n, m
             put(part, words.TURNED, m > 1 or get(part, words.C_RS) != 1)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from numba.core import types
 
-from .config import DIRECT_PANELS, DIRECT_ROWS, PAD, TRANSPOSED_ROWS, BlockConfig, steps, up
+from .config import PAD, BlockConfig, steps, up
 from .job import (
     A_CS,
     A_RS,
@@ -49,13 +49,16 @@ def make_multiply(config: BlockConfig) -> Callable:
     mr, nr, mc_max, kc_max, nc_max, chain = (
         config.mr, config.nr, config.mc, config.kc, config.nc, config.chain
     )  # fmt: skip
-    lanes, a_room = config.lanes, config.a_bytes // config.lane_bytes
+    lanes, a_room, is_vectors = config.lanes, config.a_bytes // config.lane_bytes, not operand_of(config).converts
     place_b, loops_2_to_1 = make_place_b(config), make_loops_2_to_1(config)
 
     @jit
     def loops_5_to_3(words, work, first_column, columns, place):
         m, k = get(words, M), get(words, K)
-        whole_k = (place == BY_COLUMNS or (place == BY_ROWS and m <= mr)) and m * (k + lanes + PAD) <= a_room
+        whole_k = place == BY_COLUMNS or (place == BY_ROWS and m <= mr)
+        if not is_vectors:  # A must be packed for all of k, in either order
+            by_rows, by_columns = m * (k + lanes + PAD), k * (ceil_div(m, lanes) * lanes + PAD)
+            whole_k = whole_k and max(by_rows, by_columns) <= a_room
         step = k if whole_k else plan_k(k, kc_max, chain)
         for jc in range(0, columns, nc_max):
             for block in range(ceil_div(k, step)):
@@ -80,14 +83,15 @@ def make_multiply(config: BlockConfig) -> Callable:
 
 def make_place_b(config: BlockConfig) -> Callable:
     """``place_b(words)``: how whole panels of B are read."""
-    is_vectors, mr = not operand_of(config).converts, config.mr
+    is_vectors, direct_rows = not operand_of(config).converts, config.direct_rows * config.mr
+    transposed_rows = config.transposed_rows
 
     @jit
     def place_b(words):
         m, b_rs, b_cs = get(words, M), get(words, B_RS), get(words, B_CS)
-        if b_cs == 1 and is_vectors and m <= DIRECT_ROWS * mr:
+        if b_cs == 1 and is_vectors and m <= direct_rows:
             return BY_ROWS
-        if b_rs == 1 and m <= TRANSPOSED_ROWS:
+        if b_rs == 1 and m <= transposed_rows:
             return BY_COLUMNS
         return PACKED
 
@@ -109,21 +113,21 @@ def make_lanes_along_k(config: BlockConfig) -> Callable:
 
 
 def make_place_a(config: BlockConfig) -> Callable:
-    """``place_a(words, in_place, panels, ic, pc, kc, work)`` → address, row stride, k stride, whether rows are missing.
+    """``place_a(words, whole_k, panels, ic, pc, kc, work)`` → address, row stride, k stride, whether rows are missing.
 
-    A is only ever broadcast from, so it is copied along the dimension that it has contiguous and never transposed:
-    columns here, rows by the first panel that meets them.
+    A is only ever broadcast from. With its steps of k together it is read where it is; otherwise it is copied, along
+    the dimension that it has contiguous: columns here, rows by the first panel that meets them.
     """
     operand, lanes, mc_max = operand_of(config), config.lanes, config.mc
-    size, fold = operand.size, operand.fold
+    size, fold, direct_panels = operand.size, operand.fold, config.direct_panels
     lanes_along_k = make_lanes_along_k(config)
     pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
 
     @jit
-    def place_a(words, in_place, panels, ic, pc, kc, work):
+    def place_a(words, whole_k, panels, ic, pc, kc, work):
         a_rs, a_cs = get(words, A_RS), get(words, A_CS)
         source = get(words, A) + (ic * a_rs + pc * a_cs) * size
-        if (in_place or panels <= DIRECT_PANELS) and lanes_along_k(get(words, K), a_rs, a_cs):
+        if (a_cs == 1 or whole_k or panels <= direct_panels) and lanes_along_k(get(words, K), a_rs, a_cs):
             return source, a_rs // fold, a_cs, False
         if a_rs == 1 and a_cs != 1:
             rows = min(mc_max, get(words, M) - ic)
@@ -136,7 +140,7 @@ def make_place_a(config: BlockConfig) -> Callable:
 
 
 def make_loops_2_to_1(config: BlockConfig) -> Callable:
-    """``loops(words, work, place, in_place, first_column, nc, pc, kc, ic)``: a block of A times a panel of B."""
+    """``loops(words, work, place, whole_k, first_column, nc, pc, kc, ic)``: a block of A times a panel of B."""
     operand, mr, nr, mc_max = operand_of(config), config.mr, config.nr, config.mc
     size, lane_bytes, fold, is_vectors = operand.size, config.lane_bytes, operand.fold, not operand.converts
     b_work = up(config.a_bytes, 64)
@@ -144,9 +148,9 @@ def make_loops_2_to_1(config: BlockConfig) -> Callable:
     pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
 
     @jit
-    def loops_2_to_1(words, work, place, in_place, first_column, nc, pc, kc, ic):
+    def loops_2_to_1(words, work, place, whole_k, first_column, nc, pc, kc, ic):
         m, depth, b_rs, b_cs = get(words, M), ceil_div(kc, fold), get(words, B_RS), get(words, B_CS)
-        a, a_rs, a_ks, missing = place_a(words, in_place, ceil_div(nc, nr), ic, pc, kc, work)
+        a, a_rs, a_ks, missing = place_a(words, whole_k, ceil_div(nc, nr), ic, pc, kc, work)
         j = 0
         while j < nc:
             columns = min(nr, nc - j)

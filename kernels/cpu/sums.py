@@ -62,8 +62,9 @@ def make_multiply_by_sums(config: BlockConfig, multiply: Callable) -> Callable:
     def multiply_by_sums(words, work):
         part = product_words()
         m, n = get(words, M), get(words, N)
-        wide = min(ceil_div(n, lanes) * lanes, SUM_COLUMNS, room // mr // lanes * lanes)
-        tall = room // wide // mr * mr
+        lanes_here = room if get(words, K) > chunk else 2 * room
+        wide = min(ceil_div(n, lanes) * lanes, SUM_COLUMNS, lanes_here // mr // lanes * lanes)
+        tall = lanes_here // wide // mr * mr
         for row in range(ceil_div(m, tall)):
             for column in range(ceil_div(n, wide)):
                 copy(part, words, WORDS)

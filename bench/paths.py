@@ -1,0 +1,114 @@
+"""`python -m bench cpu-paths`: what packing repays, around the limits that kernels/cpu/config.py sets.
+
+Each product is run by two compiled configurations in turns, one that reads an operand in place and one that packs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+
+from matmul_grad import testing, timing
+from matmul_grad.console import make_console, table, track
+from matmul_grad.kernels.cpu import native
+from matmul_grad.kernels.cpu.config import BlockConfig
+
+from . import saved
+
+KIND = "cpu-paths"
+HELP = "reading operands in place against packing them, one thread"
+ROWS = (1, 2, 4, 6, 8, 12, 18, 24, 30, 36, 48)
+WIDE, DEEP = 768, 768
+ALWAYS = 1 << 20
+
+
+class Case(NamedTuple):
+    """One product, the field of BlockConfig that decides how an operand is read, and what it is counted against."""
+
+    field: str
+    dtype: str
+    layout: str
+    m: int
+    n: int
+    k: int
+    count: int
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=0.3, help="a comparison; default: 0.3")
+    parser.add_argument("--out", type=Path, default=saved.RESULTS, help="folder of the rows; default: bench/results")
+    parser.add_argument("--no-save", dest="save", action="store_false", help="keep no rows")
+
+
+def run(command: argparse.Namespace) -> int:
+    console = make_console()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with timing.threads(1):
+        rows = [compare(case, command.seconds) for case in track(console, KIND, [*cases()])]
+    if command.save:
+        result = {"stamp": saved.stamp(), "protocol": timing.PROTOCOL, "rows": rows}
+        console.print(f"rows: {saved.save(result, command.out, KIND).name}")
+    show(console, rows)
+    return 0
+
+
+def cases() -> Iterator[Case]:
+    for dtype in ("float32", "float64"):
+        block = native.config(dtype)
+        for m in ROWS:
+            yield Case("direct_rows", dtype, "NN", m, WIDE, DEEP, -(-m // block.mr))
+        for panels in (1, 2, 3, 4, 6):
+            yield Case("direct_panels", dtype, "NN", WIDE, panels * block.nr, DEEP, panels)
+    for dtype in ("float32", "float64", "bfloat16", "float16"):
+        for m in ROWS:
+            yield Case("transposed_rows", dtype, "NT", m, WIDE, DEEP, m)
+
+
+def compare(case: Case, seconds: float) -> dict[str, object]:
+    dtype = getattr(torch, case.dtype)
+    a, b = testing.normal(case.m, case.k, dtype, seed=1), testing.normal(case.k, case.n, dtype, seed=2)
+    b = testing.lay_out(b, "column" if case.layout == "NT" else "row")
+    block = native.config(case.dtype)
+    # Which operand the case is not about is read as it would be.
+    ways = {
+        way: dataclasses.replace(block, **{case.field: limit}) for way, limit in (("in place", ALWAYS), ("packed", 0))
+    }
+    out = a.new_empty(case.m, case.n)
+    expected = native.multiply(block, a, b, out.clone())
+    for way, chosen in ways.items():
+        testing.assert_same_bits(native.multiply(chosen, a, b, out), expected, f"{case} {way}")
+
+    def work(chosen: BlockConfig):
+        return lambda: native.multiply(chosen, a, b, out)
+
+    times = timing.interleaved({way: work(chosen) for way, chosen in ways.items()}, seconds)
+    row: dict[str, object] = case._asdict()
+    row["limit"] = getattr(block, case.field)
+    row["seconds"] = {way: timing.quartiles(rounds)._asdict() for way, rounds in times.items()}
+    row["ratio"] = timing.ratio(times["packed"], times["in place"])
+    return row
+
+
+def show(console: Console, rows: list[dict]) -> None:
+    shown = [
+        [
+            f"{row['field']} ≤ {row['limit']}",
+            f"{row['dtype']} {row['layout']} {row['m']}×{row['n']}×{row['k']}",
+            str(row["count"]),
+            *(f"{row['seconds'][way]['median'] * 1e6:.4g}" for way in ("in place", "packed")),
+            f"{row['ratio']:.2f}",
+            "in place" if row["count"] <= row["limit"] else "packed",
+        ]
+        for row in rows
+    ]
+    columns = ["limit", "product", "count", "in place µs", "packed µs", "ratio", "chosen"]
+    table(console, columns, shown, left=2)
+    console.print("ratio = packed / in place: above 1, reading in place is faster")
