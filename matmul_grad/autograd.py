@@ -21,7 +21,6 @@ from torch.autograd import forward_ad
 from . import strictness
 from .ops import DTYPES, library, native_status, product, raised
 
-
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
 
 

@@ -63,7 +63,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One compiled GEMM: lanes, register tile mr × nr, blocks mc, kc, nc, a chunk of k, lanes for sums, what to pack."""
+    """One compiled GEMM: lanes, register tile mr × nr, blocks mc, kc, nc, a chunk of k, lanes of sums, what to pack."""
 
     dtype: str
     isa: str

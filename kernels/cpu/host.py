@@ -12,9 +12,9 @@ import llvmlite.binding as llvm
 from .build import Machine
 from .config import ISAS, Cpu
 
-# Bytes of L2 and of L3 that a core has, by LLVM's name of the CPU, for systems that do not report their caches. From the
-# makers' optimisation manuals: AMD 56305, 56665, 57647, 58455; Intel 355308 and the product pages of the largest
-# server parts; Arm's technical reference manuals of the cores, with the L3 of AWS Graviton 2, 3 and 4.
+# Bytes of L2 and of L3 that a core has, by LLVM's name of the CPU, for systems that do not report their caches. From
+# the makers: AMD's software optimisation guides 56305, 56665, 57647 and 58455; Intel's optimisation reference manual,
+# L3 of the server parts; Arm's technical reference manuals, L3 of AWS Graviton 2, 3 and 4.
 KNOWN = {
     "znver2": (512 << 10, 4 << 20),
     "znver3": (512 << 10, 4 << 20),
