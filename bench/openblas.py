@@ -23,7 +23,8 @@ from .plan import Job
 
 NUMPY = "numpy"
 NAMES = (NUMPY, rivals.OURS)
-REST = 0.01  # seconds before a turn: GNU's OpenMP and OpenBLAS send idle threads to sleep within a few ms
+REST = 0.1  # seconds before a turn: idle threads of OpenBLAS spin for 2²⁶ cycles before they sleep, GNU's OpenMP less
+LONGER = 4  # times as long a comparison as with torch, most of which is rest
 BATCH = 5 * timing.BATCH  # the caches are the other's when a turn begins, so it has a call to warm up, and lasts
 
 
@@ -81,7 +82,7 @@ class Match:
             shares.append(answer["share"])
             return answer["seconds"]
 
-        times = turns.take_turns({name: functools.partial(batch, name) for name in NAMES}, self._seconds)
+        times = turns.take_turns({name: functools.partial(batch, name) for name in NAMES}, LONGER * self._seconds)
         return measure.row(job, self._threads, times, NUMPY, sum(shares) / len(shares))
 
     def _take(self, name: str, task: worker.Message) -> worker.Message:

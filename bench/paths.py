@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,13 +24,13 @@ from . import saved
 
 KIND = "cpu-paths"
 HELP = "reading operands in place against packing them, one thread"
-ROWS = (1, 2, 4, 6, 8, 12, 18, 24, 30, 36, 48)
+ROWS = (1, 2, 4, 6, 8, 12, 18, 24, 36, 48, 72, 96, 144, 192)
 WIDE, DEEP = 768, 768
 ALWAYS = 1 << 20
 
 
 class Case(NamedTuple):
-    """One product, the field of BlockConfig that decides how an operand is read, and what it is counted against."""
+    """One product, the field of BlockConfig that limits what is read in place, and how often an element is used."""
 
     field: str
     dtype: str
@@ -38,7 +38,7 @@ class Case(NamedTuple):
     m: int
     n: int
     k: int
-    count: int
+    uses: int
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -66,27 +66,31 @@ def cases() -> Iterator[Case]:
         for m in ROWS:
             yield Case("direct_rows", dtype, "NN", m, WIDE, DEEP, -(-m // block.mr))
         for panels in (1, 2, 3, 4, 6):
-            yield Case("direct_panels", dtype, "NN", WIDE, panels * block.nr, DEEP, panels)
+            yield Case("direct_panels", dtype, "TN", WIDE, panels * block.nr, DEEP, panels)
     for dtype in ("float32", "float64", "bfloat16", "float16"):
         for m in ROWS:
             yield Case("transposed_rows", dtype, "NT", m, WIDE, DEEP, m)
 
 
+def limited(block: BlockConfig, field: str, limit: int) -> BlockConfig:
+    fields: dict[str, Any] = {field: limit}
+    return dataclasses.replace(block, **fields)
+
+
 def compare(case: Case, seconds: float) -> dict[str, object]:
     dtype = getattr(torch, case.dtype)
     a, b = testing.normal(case.m, case.k, dtype, seed=1), testing.normal(case.k, case.n, dtype, seed=2)
-    b = testing.lay_out(b, "column" if case.layout == "NT" else "row")
+    a, b = (
+        testing.lay_out(x, "column" if order == "T" else "row") for x, order in zip((a, b), case.layout, strict=True)
+    )
     block = native.config(case.dtype)
-    # Which operand the case is not about is read as it would be.
-    ways = {
-        way: dataclasses.replace(block, **{case.field: limit}) for way, limit in (("in place", ALWAYS), ("packed", 0))
-    }
+    ways = {"in place": limited(block, case.field, ALWAYS), "packed": limited(block, case.field, 0)}
     out = a.new_empty(case.m, case.n)
     expected = native.multiply(block, a, b, out.clone())
     for way, chosen in ways.items():
         testing.assert_same_bits(native.multiply(chosen, a, b, out), expected, f"{case} {way}")
 
-    def work(chosen: BlockConfig):
+    def work(chosen: BlockConfig) -> Callable[[], object]:
         return lambda: native.multiply(chosen, a, b, out)
 
     times = timing.interleaved({way: work(chosen) for way, chosen in ways.items()}, seconds)
@@ -102,13 +106,13 @@ def show(console: Console, rows: list[dict]) -> None:
         [
             f"{row['field']} ≤ {row['limit']}",
             f"{row['dtype']} {row['layout']} {row['m']}×{row['n']}×{row['k']}",
-            str(row["count"]),
+            str(row["uses"]),
             *(f"{row['seconds'][way]['median'] * 1e6:.4g}" for way in ("in place", "packed")),
             f"{row['ratio']:.2f}",
-            "in place" if row["count"] <= row["limit"] else "packed",
+            "in place" if row["uses"] <= row["limit"] else "packed",
         ]
         for row in rows
     ]
-    columns = ["limit", "product", "count", "in place µs", "packed µs", "ratio", "chosen"]
+    columns = ["limit", "product", "uses", "in place µs", "packed µs", "ratio", "chosen"]
     table(console, columns, shown, left=2)
     console.print("ratio = packed / in place: above 1, reading in place is faster")

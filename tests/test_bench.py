@@ -1,5 +1,6 @@
 """The bench runs, refuses to time what is wrong, and writes what it measured where it says."""
 
+import argparse
 import importlib
 import itertools
 import json
@@ -139,3 +140,21 @@ def test_readme_does_not_time_what_is_wrong(readme: ModuleType, monkeypatch: pyt
     monkeypatch.setattr(api, "mm", wrong)
     with pytest.raises(AssertionError, match="elements differ"):
         readme.compare(16, "f32", 0)
+
+
+def test_paths_compares_packing_with_reading_in_place(
+    readme: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = importlib.import_module("bench.paths")
+    monkeypatch.setattr(paths, "limited", lambda block, field, limit: block)  # nothing else to compile
+    monkeypatch.setattr(paths, "cases", lambda: [paths.Case("direct_rows", "float32", "NT", 13, 70, 40, 3)])
+    assert paths.run(argparse.Namespace(seconds=0.01, save=False, out=None)) == 0
+    printed = capsys.readouterr().out
+    assert "direct_rows ≤ 16" in printed and "float32 NT 13×70×40" in printed
+
+
+def test_paths_refuses_another_result(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = importlib.import_module("bench.paths")
+    monkeypatch.setattr(paths.native, "multiply", lambda block, a, b, out, threads=1: torch.rand_like(out))
+    with pytest.raises(AssertionError, match="elements differ"):
+        paths.compare(paths.Case("direct_rows", "float32", "NN", 5, 70, 40, 1), 0.01)

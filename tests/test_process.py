@@ -316,6 +316,28 @@ def test_workspace_does_not_grow_with_the_operands(threads: int) -> None:
     assert set(later) == {first}
 
 
+@linux
+def test_backward_gives_back_what_it_takes() -> None:
+    """Handles, lists and optional results cross torch's C ABI by address: 200 000 calls would show 8 bytes of each."""
+    grown = assert_runs(
+        """
+        def resident():
+            return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) << 10
+        grad, a, b = torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1)
+        masks = [[True, True], [True, False], [False, True], [False, False]]
+        def calls(count):
+            for _ in range(count):
+                for mask in masks:
+                    torch.ops.matmul_grad.mm_backward.default(grad, a, b, mask)
+        calls(1000)
+        before = resident()
+        calls(50_000)
+        print(resident() - before)
+        """
+    )
+    assert int(grown) < 1 << 20
+
+
 # --- the cache of compiled kernels --------------------------------------------------------------------------
 
 USE = """
