@@ -22,6 +22,7 @@ from matmul_grad import machine, rivals, strict, testing, timing
 from . import saved
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+KIND = "readme"
 CALL = 8  # the size whose time is all overhead
 SIZES = (64, 128, 256, 512, 1024, 2048)
 TRIES = 60  # of a comparison, for a moment when nothing else runs
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = measure((CALL, *command.sizes), command.seconds)
         if not command.busy and (busy := disturbed(result)):
             raise SystemExit(f"nothing written: other work ran here during {busy[0]}, in all {len(busy)} comparisons")
-        print(f"rows: {saved.save(result, command.results)}")
+        print(f"rows: {saved.save(result, command.results, KIND)}")
     rewrite(command.readme, block(result))
     print(f"table: {command.readme}")
 

@@ -35,8 +35,8 @@ def slug(stamp: dict[str, str]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{processor} {isa}".lower()).strip("-")
 
 
-def save(result: Result, folder: Path, kind: str = "", ending: str = "") -> Path:
-    """<date>-<kind->slug<-ending>.json, a row a line; the same machine on the same day writes over."""
+def save(result: Result, folder: Path, kind: str, ending: str = "") -> Path:
+    """<date>-<kind>-<slug><-ending>.json, a row a line; the same machine on the same day writes over."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = result["stamp"]["date"], kind, slug(result["stamp"]), ending
     path = folder / f"{'-'.join(filter(None, parts))}.json"

@@ -78,5 +78,5 @@ def test_figures_of_readme_come_from_kept_rows(monkeypatch: pytest.MonkeyPatch) 
     readme = importlib.import_module("bench.readme")
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = page.split(readme.BEGIN)[1].split(readme.END)[0].strip()
-    kept = [path for path in (ROOT / "bench" / "results").glob("*.json") if "cpu-ratio" not in path.name]
+    kept = (ROOT / "bench" / "results").glob(f"*-{readme.KIND}-*.json")
     assert shown in [readme.block(json.loads(path.read_text(encoding="utf-8"))) for path in kept]
