@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-LIBC = ("malloc", "free", "memset", "memcpy", "snprintf")
+SCHEDULER = ("sched_getcpu", "sched_getaffinity", "sched_setaffinity") if sys.platform == "linux" else ()
+LIBC = ("malloc", "free", "memset", "memcpy", "snprintf", *SCHEDULER)
 
 _UNLINKED = ctypes.c_int64()
 

@@ -15,6 +15,7 @@ from numba.core import types
 
 from . import job as words
 from .config import CHAIN, SHORT_CHAIN, SPLIT_BYTES, TURNED, BlockConfig, steps
+from .cores import clear_cores, leave_core, take_core
 from .job import ceil_div, copy, job_words, parts_of, product, product_words, restrict, restrict_k, share
 from .loops import make_multiply
 from .memory import get, jit, next_number, put, symbol
@@ -81,6 +82,8 @@ def make_task(config: BlockConfig) -> Callable:
         multiply(part, work)
 
     def task(begin, end, job):
+        if begin > 0 and not take_core(job):
+            leave_core(job)
         part = product_words()
         work = get(job, words.WORK) + begin * thread_bytes
         index = next_number(job, words.NEXT)
@@ -184,6 +187,8 @@ def make_gemm(config: BlockConfig) -> Callable:
         if threads == 1 or parts == 1:
             linked_task(0, 1, job)
         else:
+            clear_cores(job)
+            take_core(job)
             parallel_for(0, threads, 1, task_address(), job)
         for index in range(count):
             if get(product(job, index), words.CHUNK_PARTS) > 1:

@@ -17,8 +17,10 @@ ROW_PARTS, COLUMN_PARTS, CHUNK_PARTS = range(13, 16)
 SUMS, SUMS_RS = 16, 17  # where the chunks of k go that threads share, one C after the other
 WORDS = 18
 
-PRODUCTS, NEXT, PARTS, WORK = range(4)  # the header: how many; the part to take next, of how many; packing buffers
-HEADER = 4
+# The header: how many; the part to take next, of how many; packing buffers; a bit for each core that a thread is on.
+PRODUCTS, NEXT, PARTS, WORK, CORES = range(5)
+CORE_WORDS = 16
+HEADER = CORES + CORE_WORDS
 MOST = 2  # products in one call
 
 PACKED, BY_ROWS, BY_COLUMNS = range(3)  # how an operand is read

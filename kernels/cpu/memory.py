@@ -55,6 +55,16 @@ def next_number(typingctx, address, index):
 
 
 @intrinsic
+def set_bits(typingctx, address, index, bits):
+    """The int64 at ``address[index]``, in which ``bits`` are set from now on, atomically."""
+
+    def codegen(context, builder, signature, args):
+        return builder.atomic_rmw("or", _pointer(builder, *args[:2], I64), args[2], "monotonic")
+
+    return INT64(INT64, INT64, INT64), codegen
+
+
+@intrinsic
 def claim(typingctx, address):
     """Atomically turn the int64 at ``address`` from 0 to 1; True for the one caller who did."""
 
