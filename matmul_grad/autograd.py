@@ -19,7 +19,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import strictness
-from .ops import DTYPES, library, native_status, product, raised
+from .ops import DTYPES, both_gradients, library, native_status, product, raised
 
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
 
@@ -151,7 +151,23 @@ def mm_backward(
     """Both gradients, composed of differentiable products, until the compiled kernel takes the CPU's place."""
     if self.device.type == "cpu":
         native_status()
+    if all(output_mask) and is_plain(grad, self, mat2):
+        both = both_gradients(grad, self, mat2)
+        if both is not None:
+            return both
     return gradients(grad, self, mat2, (output_mask[0], output_mask[1]))
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nobody follows what is done with them: no graph, tangent, transform, Python mode or subclass."""
+    return (
+        all(type(tensor) is Tensor for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.compiler.is_compiling()
+    )
 
 
 library.impl("mm", mm_autograd, "Autograd")

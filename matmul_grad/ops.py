@@ -86,6 +86,15 @@ def _mm_python(self: Tensor, mat2: Tensor) -> Tensor:
     return native.mm(self, mat2)
 
 
+def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
+    """Both gradients from one launch on a GPU, or None where nothing but two products will do: see ``autograd.py``."""
+    if not (grad.is_cuda and accelerated(self, mat2) and accelerated(grad, mat2.t())):
+        return None
+    from .kernels.gpu import launch
+
+    return launch.mm_backward(grad, self, mat2)
+
+
 def _mm_fake(self: Tensor, mat2: Tensor) -> Tensor:
     """Shape and errors are torch's own."""
     return torch.ops.aten.mm.default(self, mat2)

@@ -1,4 +1,4 @@
-"""Compile the kernel for a GPU that need not be there, and read from the machine code what it costs."""
+"""Compile a launch for a GPU that need not be there, and read from the machine code what it costs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .config import ALIGNMENT, SHORT_NAMES, Problem, Target, TileConfig
-from .gemm import constants, gemm, options
+from .config import ALIGNMENT, Target
+from .plan import Described, Launch, Operand
 
 # Shared bytes that one block may have, by compute capability (CUDA programming guide).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -29,9 +29,9 @@ INSTRUCTION = re.compile(r"\b(tcgen05\.mma|wgmma\.mma_async|mma\.sync|fma\.rn)\.
 class CompiledReport:
     """What one compiled kernel is: its name, and what a thread or a block of it takes.
 
-    registers: a thread. spills: bytes of stack a thread, all of them spills, since the kernel has no arrays.
-    shared: bytes a block. instruction: the PTX instruction that multiplies. load_bytes: the narrowest load
-    of an operand.
+    registers: a thread. spills: bytes of stack a thread, all of them spills, since the kernels have no arrays.
+    shared: bytes a block. instruction: the PTX instruction that multiplies, "" for none. load_bytes: the narrowest
+    load of an operand, 0 where only the copy engine loads.
     """
 
     name: str
@@ -47,16 +47,16 @@ def target_of(arch: int) -> Target:
     return Target(arch, MULTIPROCESSORS[arch], SHARED_BYTES[arch])
 
 
-def compile_for(problem: Problem, config: TileConfig, arch: int) -> CompiledReport:
-    """Compile the kernel for one problem, tile and compute capability; needs no GPU.
+def compile_for(launch: Launch, types: dict[str, str], arch: int, *, aligned: bool = True) -> CompiledReport:
+    """Compile a launch for one compute capability; needs no GPU.
 
-    Arguments are specialised as a launch with `problem.aligned` and `problem`'s layouts would have them:
-    adjacent strides are the constant 1, the other sizes and strides divisible by 16 if aligned.
+    types: the short name of each operand's dtype. aligned: addresses divide by 16. Arguments are specialised as
+    Triton's launcher would: 1 is a constant, and what divides by 16 is known to.
     """
-    if not isinstance(gemm, triton.JITFunction):
+    if not isinstance(launch.kernel, triton.JITFunction):
         raise RuntimeError("the kernel cannot be compiled under TRITON_INTERPRET=1")
     target = GPUTarget("cuda", arch, 32)
-    kernel = triton.compile(source(problem, config), target=target, options=options(config))
+    kernel = triton.compile(source(launch, types, aligned), target=target, options=launch.options)
     registers, spills = resources(kernel.asm["cubin"])
     return CompiledReport(
         name=kernel.metadata.name,
@@ -68,20 +68,35 @@ def compile_for(problem: Problem, config: TileConfig, arch: int) -> CompiledRepo
     )
 
 
-def source(problem: Problem, config: TileConfig) -> ASTSource:
+def source(launch: Launch, types: dict[str, str], aligned: bool) -> ASTSource:
     """The kernel with its argument types, constants and divisibilities filled in."""
-    values: dict[str, Any] = constants(problem, config)
-    adjacent = {"a_row": problem.a == "T", "a_col": problem.a == "N"}
-    adjacent |= {"b_row": problem.b == "T", "b_col": problem.b == "N", "c_col": True}
-    values |= {name: 1 for name, is_one in adjacent.items() if is_one}
-    pointer_type = f"*{SHORT_NAMES[problem.dtype]}"
-    signature, divisible = {}, {}
-    for position, name in enumerate(gemm.arg_names):
-        pointer = name.endswith("_ptr")
-        signature[name] = "constexpr" if name in values else pointer_type if pointer else "i32"
-        if name not in values and (pointer or problem.aligned):
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(launch.constants)
+    divisible = {}
+    names = launch.kernel.arg_names
+    for position, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+            signature[name] = "constexpr"
+            continue
+        signature[name] = type_of(value, types)
+        if aligned if isinstance(value, Operand) else isinstance(value, int) and value % ALIGNMENT == 0:
             divisible[(position,)] = [["tt.divisibility", ALIGNMENT]]
-    return ASTSource(gemm, signature, constexprs=values, attrs=divisible)
+    signature |= dict.fromkeys(names[len(launch.arguments) :], "constexpr")
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=divisible)
+
+
+def type_of(value: Any, types: dict[str, str]) -> str:
+    """Triton's name for the type of an argument.
+
+    >>> type_of(Operand("a"), {"a": "bf16"}), type_of(2**31, {})
+    ('*bf16', 'i64')
+    """
+    if isinstance(value, Operand):
+        return f"*{types[value.name]}"
+    if isinstance(value, Described):
+        return f"tensordesc<{types[value.name]}{list(value.block)}>"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -100,14 +115,12 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def multiply_instruction(ptx: str) -> str:
     """The instruction that multiplies, that of the newest matrix unit if there are several."""
     found = {match[1]: match[0] for match in INSTRUCTION.finditer(ptx)}
-    for family in ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "fma.rn"):
-        if family in found:
-            return found[family]
-    raise RuntimeError("no multiplication in the compiled kernel")
+    families = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "fma.rn")
+    return next((found[family] for family in families if family in found), "")
 
 
 def narrowest_load(ptx: str) -> int:
     """Bytes of the narrowest global load, asynchronous copies included; 16 is the widest."""
     copies = [int(match[1], 16) for match in COPY.finditer(ptx)]
     loads = [int(match[1] or 1) * int(match[2]) // 8 for match in LOAD.finditer(ptx)]
-    return min(copies + loads)
+    return min(copies + loads, default=0)

@@ -1,12 +1,12 @@
-"""Which tile multiplies which problem on which GPU: pure data and arithmetic, without torch or triton."""
+"""What a GPU product is, what a tile is, and which tile may serve which product: pure data, without torch or triton."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 SHORT_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 # A vector load is 16 bytes, and Triton proves that one is legal only from divisibility by 16 elements.
 ALIGNMENT = 16
@@ -19,14 +19,20 @@ BARRIER_BYTES = 1024
 MAX_ACCUMULATOR_REGISTERS = 128
 MAX_ACCUMULATOR_REGISTERS_BEFORE_90 = 64
 
+# The float32 partial results of a k that is cut, at most: they stay in the L2 cache.
+WORKSPACE_BYTES = 32 << 20
+# A part of k has at least so many steps of block_k, else it is over before it runs at speed.
+STEPS_OF_A_PART = 4
+
 
 @dataclass(frozen=True)
 class Problem:
     """C = A . B as the tile choice sees it: (m, k) . (k, n), dtype, how each operand lies in memory.
 
-    dtype: "float16", "bfloat16", "float32" or "float64", of a, b and c. precision: "ieee", or "tf32" for
-    float32 operands rounded to 10 mantissa bits. a, b: "N" (columns adjacent), "T" (rows adjacent) or
-    "S" (neither). aligned: 16-byte loads are legal along the adjacent dimension of both operands.
+    dtype: "float16", "bfloat16", "float32" or "float64", of a, b and c. precision: "ieee", or for float32 operands
+    "tf32" (rounded to 10 mantissa bits) or "tf32x3" (in two such halves). a, b: "N" (columns adjacent), "T" (rows
+    adjacent) or "S" (neither). aligned: 16-byte loads are legal along the adjacent dimension of both operands.
+    tma: the copy engine can read both. batch: how many products. invariant: a row of C has the same bits for any m.
     """
 
     m: int
@@ -37,6 +43,9 @@ class Problem:
     b: str = "N"
     precision: str = "ieee"
     aligned: bool = True
+    tma: bool = False
+    batch: int = 1
+    invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,10 +59,11 @@ class Target:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """One compiled shape of the kernel: a block_m x block_n tile of C, block_k deep, by `warps` warps.
+    """One compiled shape of a kernel: a block_m x block_n tile of C, block_k deep, by `warps` warps.
 
-    stages: operand tiles in flight. group_m: rows of tiles walked together, so that B's tiles are met again
-    in the L2 cache. split_k: parts that k is cut into.
+    path: the kernel: "pointers" (gemm.py), "tma" (tma.py) or "vector" (vector.py: block_m rows of the matrix, and
+    block_n is 1). stages: operand tiles in flight. group_m: rows of tiles walked together, so that B's tiles are met
+    again in the L2 cache. split_k: parts that k is cut into. subtiles: parts in which "tma" stores a tile.
     """
 
     block_m: int
@@ -63,44 +73,8 @@ class TileConfig:
     warps: int
     group_m: int = 8
     split_k: int = 1
-
-
-# Largest first. BLOCK_K is one number a kind, so the order in which k is summed depends on nothing but k.
-# 16-bit tiles are those of Triton's and DeepGEMM's H100 tables; all are cut to compile without spills for
-# sm_80, sm_90 and sm_100. None has been timed yet.
-TILES = {
-    ("half", True): (
-        TileConfig(128, 256, 64, stages=3, warps=8),
-        TileConfig(128, 128, 64, stages=4, warps=8),
-        TileConfig(128, 128, 64, stages=3, warps=8),
-        TileConfig(64, 128, 64, stages=4, warps=4),
-        TileConfig(64, 64, 64, stages=4, warps=4),
-    ),
-    ("half", False): (
-        TileConfig(64, 128, 64, stages=3, warps=8),
-        TileConfig(64, 64, 64, stages=3, warps=8),
-    ),
-    ("tf32", True): (
-        TileConfig(128, 128, 32, stages=3, warps=8),
-        TileConfig(64, 128, 32, stages=3, warps=4),
-        TileConfig(64, 64, 32, stages=3, warps=4),
-    ),
-    ("tf32", False): (
-        TileConfig(64, 128, 32, stages=3, warps=8),
-        TileConfig(64, 64, 32, stages=3, warps=4),
-    ),
-    ("fp32", True): (
-        TileConfig(128, 128, 16, stages=3, warps=8),
-        TileConfig(128, 64, 16, stages=3, warps=8),
-        TileConfig(64, 64, 16, stages=3, warps=8),
-    ),
-    ("fp32", False): (TileConfig(64, 64, 16, stages=3, warps=8),),
-    ("fp64", True): (
-        TileConfig(64, 64, 16, stages=3, warps=8),
-        TileConfig(32, 32, 16, stages=3, warps=4),
-    ),
-    ("fp64", False): (TileConfig(32, 32, 16, stages=3, warps=4),),
-}
+    path: str = "pointers"
+    subtiles: int = 1
 
 
 def layout(row_stride: int, col_stride: int) -> str:
@@ -113,12 +87,21 @@ def layout(row_stride: int, col_stride: int) -> str:
 
 
 def kind(problem: Problem) -> str:
-    """The row of TILES that serves a problem: "half", "tf32", "fp32" or "fp64"."""
+    """Which unit multiplies: "half", "tf32", "tf32x3", "fp32" or "fp64"."""
     if problem.dtype not in ITEM_BYTES:
         raise ValueError(f"no GPU kernel for dtype {problem.dtype}")
     if ITEM_BYTES[problem.dtype] == 2:
         return "half"
-    return "tf32" if problem.precision == "tf32" else SHORT_NAMES[problem.dtype]
+    return SHORT_NAMES[problem.dtype] if problem.precision == "ieee" else problem.precision
+
+
+def number(problem: Problem) -> str:
+    """The short name of dtype and precision.
+
+    >>> number(Problem(1, 1, 1, "bfloat16")), number(Problem(1, 1, 1, "float32", precision="tf32"))
+    ('bf16', 'tf32')
+    """
+    return SHORT_NAMES[problem.dtype] if problem.precision == "ieee" else problem.precision
 
 
 def kernel_name(problem: Problem, config: TileConfig) -> str:
@@ -126,37 +109,76 @@ def kernel_name(problem: Problem, config: TileConfig) -> str:
 
     >>> kernel_name(Problem(1, 1, 1, "bfloat16", "N", "T"), TileConfig(128, 256, 64, stages=3, warps=8))
     'gemm_nt_bf16_128x256x64_s3_w8'
+    >>> kernel_name(Problem(1, 1, 1, "float32"), TileConfig(64, 64, 16, 3, 8, split_k=4))
+    'gemm_nn_fp32_64x64x16_s3_w8_k4'
     """
+    stem = {"pointers": "gemm", "tma": "gemm_tma", "vector": "matvec"}[config.path]
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    cut = f"_k{config.split_k}" if config.split_k > 1 else ""
     letters = (problem.a + problem.b).lower()
-    number = "tf32" if problem.precision == "tf32" else SHORT_NAMES[problem.dtype]
-    return f"gemm_{letters}_{number}_{tile}_s{config.stages}_w{config.warps}"
+    return f"{stem}_{letters}_{number(problem)}_{tile}_s{config.stages}_w{config.warps}{cut}"
+
+
+def steps_of_k(problem: Problem, config: TileConfig) -> int:
+    return -(-problem.k // config.block_k)
+
+
+def workspace_bytes(problem: Problem, config: TileConfig) -> int:
+    """Partial results of a k that is cut; 0 where it is not."""
+    if config.split_k == 1:
+        return 0
+    return problem.batch * config.split_k * problem.m * problem.n * max(4, ITEM_BYTES[problem.dtype])
 
 
 def shared_bytes(config: TileConfig, problem: Problem, target: Target) -> int:
-    """An upper bound on the shared memory of one block: the operand tiles in flight, or the tile of C.
+    """An upper bound on the shared memory of one block: the operand tiles in flight, and the tile of C.
 
-    The rounded TF32 copy of B is a tile more where the matrix unit reads its operands from shared memory.
+    The copies of TF32 operands that were rounded are a tile more where the matrix unit reads from shared memory.
+    The tile of C that the copy engine stores lies beside the operands, others in their place.
     """
     item = ITEM_BYTES[problem.dtype]
+    result = config.block_m * config.block_n * item
     operands = config.stages * (config.block_m + config.block_n) * config.block_k * item
-    if problem.precision == "tf32" and target.arch >= 90:
+    if problem.precision != "ieee" and target.arch >= 90:
         operands += (config.block_m + config.block_n) * config.block_k * item
-    return max(operands, config.block_m * config.block_n * item) + BARRIER_BYTES
+    if config.path == "vector":
+        return 4 * max(4, item) * config.block_m * config.warps + BARRIER_BYTES
+    if config.path == "tma":
+        return operands + result // config.subtiles + BARRIER_BYTES
+    return max(operands, result) + BARRIER_BYTES
 
 
 def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
-    """Whether a tile may be launched for a problem on a GPU: every constraint of the kernel is here."""
+    """Whether a tile may be launched for a problem on a GPU: every constraint of the kernels is here."""
     blocks = (config.block_m, config.block_n, config.block_k, config.warps)
     if any(size < 1 or size & (size - 1) for size in blocks):
         return False
     if problem.dtype not in ITEM_BYTES or target.arch < 80:
         return False
-    if problem.precision != "ieee" and (problem.precision, problem.dtype) != ("tf32", "float32"):
+    if problem.precision not in PRECISIONS or (problem.precision != "ieee" and problem.dtype != "float32"):
         return False
+    on_path = {"pointers": _is_valid_gemm, "tma": _is_valid_tma, "vector": _is_valid_vector}.get(config.path)
+    return (
+        on_path is not None
+        and on_path(config, problem, target)
+        and 1 <= config.stages <= 8
+        and config.group_m >= 1
+        and _is_valid_split(config, problem)
+        and shared_bytes(config, problem, target) <= target.shared_bytes
+    )
+
+
+def _is_valid_split(config: TileConfig, problem: Problem) -> bool:
+    if config.split_k == 1:
+        return True
+    enough = 1 < config.split_k <= steps_of_k(problem, config) // STEPS_OF_A_PART
+    return enough and not problem.invariant and workspace_bytes(problem, config) <= WORKSPACE_BYTES
+
+
+def _is_valid_gemm(config: TileConfig, problem: Problem, target: Target) -> bool:
     # 64-row matrix instructions (wgmma, tcgen05) sum k in another order than 16-row ones (mma.sync): with
     # one family an architecture, a row's bits do not depend on m.
-    rows = 64 if kind(problem) in ("half", "tf32") and 90 <= target.arch < 120 else 16
+    rows = 64 if kind(problem) in ("half", "tf32", "tf32x3") and 90 <= target.arch < 120 else 16
     words = 2 if problem.dtype == "float64" else 1
     most = MAX_ACCUMULATOR_REGISTERS if target.arch >= 90 else MAX_ACCUMULATOR_REGISTERS_BEFORE_90
     accumulators = config.block_m * config.block_n * words // (32 * config.warps)
@@ -164,32 +186,34 @@ def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
         config.block_m >= rows
         and min(config.block_n, config.block_k) >= 16
         and config.warps in ((4, 8) if rows == 64 else (1, 2, 4, 8, 16))
-        and 1 <= config.stages <= 8
-        and config.group_m >= 1
-        and config.split_k == 1
+        and config.subtiles == 1
         and accumulators <= most
-        and shared_bytes(config, problem, target) <= target.shared_bytes
     )
 
 
-def cost(config: TileConfig, problem: Problem, target: Target) -> int:
-    """Waves of tiles over the multiprocessors, each as long as its products and its operand reads.
+def _is_valid_tma(config: TileConfig, problem: Problem, target: Target) -> bool:
+    # sm_120 has the copy engine too, but no matrix instruction that reads what it brings from shared memory.
+    return (
+        problem.tma
+        and ITEM_BYTES[problem.dtype] == 2
+        and 90 <= target.arch < 120
+        and max(config.block_m, config.block_n, config.block_k) <= 256
+        and config.subtiles in (1, 2)
+        and _is_valid_gemm(_whole(config), problem, target)
+    )
 
-    A read is counted as 64 products: the ratio at which a 64 x 64 tile is as much reading as multiplying.
-    """
-    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
-    waves = -(-tiles // target.sms)
-    return waves * (config.block_m * config.block_n + 64 * (config.block_m + config.block_n))
+
+def _whole(config: TileConfig) -> TileConfig:
+    return TileConfig(config.block_m, config.block_n, config.block_k, config.stages, config.warps)
 
 
-@lru_cache(maxsize=4096)
-def choose(problem: Problem, target: Target) -> TileConfig:
-    """The tile for a problem on a GPU: the cheapest valid one by `cost`, the largest of equals.
-
-    Pure: no timing, no state, so every run gives the same bits. block_k is set by dtype and precision alone.
-    Raises ValueError where no tile is valid (an unknown dtype, a GPU before sm_80).
-    """
-    tiles = [tile for tile in TILES[kind(problem), problem.aligned] if is_valid(tile, problem, target)]
-    if not tiles:
-        raise ValueError(f"no tile for {problem} on {target}")
-    return min(tiles, key=lambda tile: cost(tile, problem, target))
+def _is_valid_vector(config: TileConfig, problem: Problem, target: Target) -> bool:
+    return (
+        1 in (problem.m, problem.n)
+        and problem.batch == 1
+        and problem.precision == "ieee"
+        and not problem.invariant
+        and config.block_n == config.subtiles == 1
+        and 16 <= config.block_m * config.block_k // (32 * config.warps) <= 64
+        and config.warps in (1, 2, 4, 8)
+    )

@@ -1,24 +1,40 @@
-"""From tensors to a kernel launch: the only place that launches a grid."""
+"""From tensors to launches: the only place that launches a grid."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .config import ALIGNMENT, Problem, Target, TileConfig, choose, is_valid, layout
-from .gemm import constants, gemm, options
+from . import modes
+from .choose import choose, choose_backward
+from .config import ALIGNMENT, ITEM_BYTES, Problem, Target, TileConfig, is_valid, layout
+from .gemm import gemm
+from .plan import Strides, backward_launch, launches, work_elements
+from .run import Runner
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SUPPORTED}
 
 # Triton decides this once, when it meets the kernel's decorator.
 INTERPRETED = not isinstance(gemm, triton.JITFunction)
-INTERPRETER = Target(arch=80, sms=1, shared_bytes=163 << 10)
+INTERPRETER = Target(arch=80, sms=2, shared_bytes=227 << 10)
+PLANS = 4096  # kept at once; a model with more shapes than that pays for its plans again
+
+
+class Plan(NamedTuple):
+    """What a product of these shapes, strides, dtypes and alignments takes: launches, shape of C, workspace."""
+
+    run: tuple[Runner, ...]
+    shape: tuple[int, ...]
+    work: int
+    sums: torch.dtype
+
+
+_plans: dict[tuple, Plan] = {}
 
 
 def mm(
@@ -31,99 +47,220 @@ def mm(
 ) -> Tensor:
     """C = A . B on the GPU, without a gradient of its own.
 
-    Shapes: a (m, k), b (k, n), result (m, n); any size may be 0. k = 0 gives zeros.
+    Shapes: a (m, k), b (k, n), result (m, n), or a batch of each; any size may be 0. k = 0 gives zeros.
     Strides: any of a and b, and of out if given; nothing is copied. The result is contiguous.
-    Dtypes: a, b and result alike: float16, bfloat16, float32, float64. precision: "ieee" or "tf32" for
+    Dtypes: a, b and result alike: float16, bfloat16, float32, float64. precision: "ieee", "tf32" or "tf32x3" for
     float32, by default torch's own setting at this call; other dtypes have no choice and ignore it.
     Aliasing: out must overlap neither a nor b, nor itself.
     Rounding: once, at the store, from a sum in float32 (float64 for float64).
-    Edges: masked in the kernel; nothing is padded.
-    Determinism: the same operands give the same bits on the same GPU model; see `gemm` and `choose`.
-    Source: kernels/gpu/gemm.py. config fixes the tile, for tests. Under TRITON_INTERPRET=1, CPU tensors run
+    Edges: masked in the kernel or by the copy engine; nothing is padded.
+    Determinism: the same operands give the same bits on the same GPU model; see `choose`. Where
+    `matmul_grad.deterministic(batch_invariant=True)` holds, a row of C has the same bits for any m.
+    Memory: where k is cut, at most 32 MiB of partial results, from torch's allocator.
+    Source: kernels/gpu/. config fixes the tile, for tests and for `tune`. Under TRITON_INTERPRET=1, CPU tensors run
     through Triton's interpreter. Raises ValueError for what it cannot multiply.
     """
-    m, n, k = checked_sizes(a, b, out)
-    result = a.new_empty((m, n)) if out is None else out
-    if m == 0 or n == 0:
-        return result
-    if k == 0:
+    if a.dtype != torch.float32:
+        precision = "ieee"
+    elif precision is None:
+        precision = precision_now()
+    key: tuple = (
+        a.shape, a.stride(), b.shape, b.stride(), a.dtype, b.dtype, a.get_device(), b.get_device(),
+        a.data_ptr() % 16, b.data_ptr() % 16, precision, modes.invariant, config,
+    )  # fmt: skip
+    if out is not None:
+        key += (out.shape, out.stride(), out.dtype, out.get_device(), out.data_ptr() % 16)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _remember(key, make_plan(a, b, out, precision, config))
+    result = a.new_empty(plan.shape) if out is None else out
+    if not plan.run:
         return result.zero_()
-    target = INTERPRETER if INTERPRETED else target_of(a.device.index)
-    problem = describe(a, b, result, precision_now() if precision is None else precision)
+    tensors = {"a": a, "b": b, "c": result}
+    if plan.work:
+        tensors["work"] = a.new_empty(plan.work, dtype=plan.sums)
+    if INTERPRETED and a.dtype == torch.bfloat16:
+        # The interpreter truncates on the way to bfloat16, where a GPU rounds to nearest even.
+        tensors["c"] = rounded = torch.empty_strided(result.shape, result.stride(), dtype=torch.float32)
+        _run(plan.run, tensors, a)
+        return result.copy_(rounded)
+    _run(plan.run, tensors, a)
+    return result
+
+
+bmm = mm
+
+
+def forget() -> None:
+    """Drop all plans, as when what they were made from has changed."""
+    _plans.clear()
+
+
+def _remember(key: tuple, plan: Plan) -> Plan:
+    if len(_plans) >= PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def _run(runners: tuple[Runner, ...], tensors: dict[str, Tensor], on: Tensor) -> None:
+    # autograd runs backward in threads of its own, whose current device need not be the tensors'.
+    if on.is_cuda and torch.cuda.current_device() != on.device.index:
+        with torch.cuda.device(on.device):
+            for runner in runners:
+                runner(tensors)
+    else:
+        for runner in runners:
+            runner(tensors)
+
+
+def make_plan(a: Tensor, b: Tensor, out: Tensor | None, precision: str, config: TileConfig | None) -> Plan:
+    """Check the operands, choose a tile and fill in the launches. ValueError for what cannot be multiplied."""
+    shape = checked_shape(a, b, out)
+    work = torch.float64 if a.dtype == torch.float64 else torch.float32
+    if 0 in shape or a.shape[-1] == 0:
+        return Plan((), shape, 0, work)
+    result = torch.empty(shape, dtype=a.dtype, device="meta") if out is None else out
+    problem, target = describe(a, b, result, precision), target_of(a)
     if config is None:
         config = choose(problem, target)
     elif not is_valid(config, problem, target):
         raise ValueError(f"{config} is not valid for {problem} on {target}")
-    if INTERPRETED and a.dtype == torch.bfloat16:
-        # The interpreter truncates on the way to bfloat16, where a GPU rounds to nearest even.
-        rounded = a.new_empty((m, n), dtype=torch.float32)
-        launch(a, b, rounded, problem, config)
-        return result.copy_(rounded)
-    launch(a, b, result, problem, config)
-    return result
-
-
-def launch(a: Tensor, b: Tensor, c: Tensor, problem: Problem, config: TileConfig) -> None:
-    """Launch one kernel on the tensors' device, whichever device and thread the caller is on."""
-    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+    strides = strides_of(a), strides_of(b), strides_of(result)
     upcast = INTERPRETED and a.dtype == torch.bfloat16
-    strides = (*a.stride(), *b.stride(), *c.stride())
-    # autograd runs backward in threads of its own, whose current device need not be the tensors'.
-    device: AbstractContextManager = torch.cuda.device(a.device) if a.is_cuda else nullcontext()
-    with device:
-        gemm[(tiles,)](
-            a, b, c, problem.m, problem.n, problem.k, *strides,
-            **constants(problem, config, wide=is_wide(strides, config), upcast=upcast),
-            **options(config),
-        )  # fmt: skip
+    made = launches(problem, config, target, strides, store_tma=fits_tma(result), upcast=upcast)
+    return Plan(tuple(Runner(launch) for launch in made), shape, work_elements(problem, config), work)
 
 
-def checked_sizes(a: Tensor, b: Tensor, out: Tensor | None) -> tuple[int, int, int]:
-    """m, n and k, or a ValueError that names what does not fit."""
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+def mm_backward(
+    grad: Tensor, a: Tensor, b: Tensor, output_mask: tuple[bool, bool] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA = dC . Bt and dB = At . dC: in one launch where the copy engine reads all three, else in one each.
+
+    Shapes: grad (m, n), a (m, k), b (k, n). All else as `mm`; the results are contiguous.
+    """
+    if output_mask[0] and output_mask[1]:
+        both = backward_in_one(grad, a, b, False)
+        if both is not None:
+            return both[0], both[1]
+    return (
+        mm(grad, b.mT) if output_mask[0] else None,
+        mm(a.mT, grad) if output_mask[1] else None,
+    )
+
+
+def linear_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dA, dB and the sums of dC's columns, the gradient of a bias; in one launch where that is possible."""
+    three = backward_in_one(grad, a, b, True)
+    if three is not None:
+        return three[0], three[1], three[2]
+    return mm(grad, b.mT), mm(a.mT, grad), grad.sum(0)
+
+
+def backward_in_one(grad: Tensor, a: Tensor, b: Tensor, bias: bool) -> list[Tensor] | None:
+    """The gradients from one launch, or None where two are better or the only way."""
+    key = (
+        "backward", grad.shape, grad.stride(), a.shape, a.stride(), b.shape, b.stride(), grad.dtype, a.dtype, b.dtype,
+        grad.get_device(), a.get_device(), b.get_device(), grad.data_ptr() % 16, a.data_ptr() % 16, b.data_ptr() % 16,
+        modes.invariant, bias,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _remember(key, make_backward_plan(grad, a, b, bias))
+    if not plan.run:
+        return None
+    names = ["da", "db", *["bias"] * bias]
+    results = [x.new_empty(x.shape) for x in (a, b)] + [grad.new_empty(grad.shape[1])] * bias
+    tensors = {"grad": grad, "a": a, "b": b, **dict(zip(names, results, strict=True))}
+    _run(plan.run, tensors, a)
+    return results
+
+
+def make_backward_plan(grad: Tensor, a: Tensor, b: Tensor, bias: bool) -> Plan:
+    """The one launch, or a plan without any."""
+    none = Plan((), (), 0, torch.float32)
+    if a.dim() != 2 or checked_shape(a, b, grad) != tuple(grad.shape) or 0 in (*a.shape, *b.shape):
+        return none
+    if INTERPRETED and a.dtype == torch.bfloat16:
+        return none
+    results = [torch.empty(x.shape, dtype=a.dtype, device="meta") for x in (a, b)]
+    problem, target = describe(a, b, grad, "ieee"), target_of(a)
+    config = choose_backward(problem, layout(*grad.stride()), target) if fits_tma(grad) else None
+    if config is None:
+        return none
+    strides = strides_of(a), strides_of(b), strides_of(grad)
+    stored = fits_tma(results[0]), fits_tma(results[1])
+    launch = backward_launch(problem, config, target, strides, store_tma=stored, bias=bias)
+    return Plan((Runner(launch),), (), 0, torch.float32)
+
+
+def checked_shape(a: Tensor, b: Tensor, out: Tensor | None) -> tuple[int, ...]:
+    """Shape of the product, or a ValueError that names what does not fit."""
+    if not a.dim() == b.dim() in (2, 3) or a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
         raise ValueError(f"cannot multiply shapes {tuple(a.shape)} and {tuple(b.shape)}")
     if a.dtype != b.dtype or a.dtype not in NAMES:
         pairs = ", ".join(NAMES.values())
         raise ValueError(f"cannot multiply {a.dtype} and {b.dtype}: supported are pairs of {pairs}")
     if a.device != b.device or not (a.is_cuda or INTERPRETED):
         raise ValueError(f"cannot multiply on {a.device} and {b.device}: both operands must be on one GPU")
-    m, k, n = a.shape[0], a.shape[1], b.shape[1]
-    if out is not None and (tuple(out.shape) != (m, n) or out.dtype != a.dtype or out.device != a.device):
-        raise ValueError(f"out must be {(m, n)}, {a.dtype}, on {a.device}")
-    return m, n, k
+    shape = (*a.shape[:-1], b.shape[-1])
+    if out is not None and (tuple(out.shape) != shape or out.dtype != a.dtype or out.device != a.device):
+        raise ValueError(f"out must be {shape}, {a.dtype}, on {a.device}")
+    return shape
 
 
 def describe(a: Tensor, b: Tensor, c: Tensor, precision: str) -> Problem:
     """What `choose` needs to know of the operands: sizes, dtype, layouts, precision, alignment."""
     return Problem(
-        m=a.shape[0],
-        n=b.shape[1],
-        k=a.shape[1],
+        m=a.shape[-2],
+        n=b.shape[-1],
+        k=a.shape[-1],
         dtype=NAMES[a.dtype],
-        a=layout(*a.stride()),
-        b=layout(*b.stride()),
+        a=layout(*a.stride()[-2:]),
+        b=layout(*b.stride()[-2:]),
         precision=precision if a.dtype == torch.float32 else "ieee",
         aligned=is_aligned(a) and is_aligned(b),
+        tma=fits_tma(a) and fits_tma(b) and c.stride(-1) == 1,
+        batch=a.shape[0] if a.dim() == 3 else 1,
+        invariant=modes.invariant,
     )
 
 
-def is_aligned(x: Tensor) -> bool:
-    """Whether Triton can prove 16-byte loads: a stride of 1, and a size, stride and address that divide."""
-    (rows, cols), (row_stride, col_stride) = x.shape, x.stride()
+def strides_of(x: Tensor) -> Strides:
+    batch = x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0
+    return Strides(x.stride(-2), x.stride(-1), batch)
+
+
+def adjacent(x: Tensor) -> tuple[int, list[int]] | None:
+    """Extent of the dimension whose elements are together, and the other strides that are used; None without one."""
+    (rows, cols), (row_stride, col_stride) = x.shape[-2:], x.stride()[-2:]
+    outer = [x.stride(0)] if x.dim() == 3 and x.shape[0] > 1 else []
     if col_stride == 1:
-        size, leading = cols, row_stride
-    elif row_stride == 1:
-        size, leading = rows, col_stride
-    else:
+        return cols, [row_stride, *outer]
+    return (rows, [col_stride, *outer]) if row_stride == 1 else None
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether Triton can prove 16-byte loads: a stride of 1, and a size, strides and an address that divide."""
+    found = adjacent(x)
+    if found is None:
         return False
-    return size % ALIGNMENT == 0 and leading % ALIGNMENT == 0 and x.data_ptr() % 16 == 0
+    return all(size % ALIGNMENT == 0 for size in (found[0], *found[1])) and x.data_ptr() % 16 == 0
 
 
-def is_wide(strides: tuple[int, ...], config: TileConfig) -> bool:
-    """Whether an offset inside one tile of a, b or c can leave 32 bits."""
-    a_row, a_col, b_row, b_col, c_row, c_col = strides
-    m, n, k = config.block_m, config.block_n, config.block_k
-    return max(m * a_row + k * a_col, k * b_row + n * b_col, m * c_row + n * c_col) >= 2**31
+def fits_tma(x: Tensor) -> bool:
+    """Whether the copy engine can read and write a matrix: the one rule of alignment, for m, n and k alike.
+
+    One stride of 1; address, rows and every other stride in whole 16 bytes (a store writes whole chunks); no stride
+    of 0; sizes that 32 bits hold. A meta tensor stands for new memory, which is aligned.
+    """
+    found = adjacent(x)
+    if found is None or x.dtype not in NAMES or max(x.shape) >= 2**31:
+        return False
+    item = ITEM_BYTES[NAMES[x.dtype]]
+    extents = (found[0], *found[1])
+    whole = all(size > 0 and size * item % 16 == 0 and size * item < 2**40 for size in extents)
+    return whole and (x.is_meta or x.data_ptr() % 16 == 0)
 
 
 def precision_now() -> str:
@@ -131,17 +268,22 @@ def precision_now() -> str:
 
     Reads the setting that cuBLAS obeys, however it was made: `torch.backends.cuda.matmul.fp32_precision`,
     `allow_tf32`, `torch.set_float32_matmul_precision` or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE. The other getters
-    raise once old and new ways of setting have been mixed.
+    raise once old and new ways of setting have been mixed. Where it says "ieee" and
+    `matmul_grad.float32_products("tf32x3")` holds, the matrix units multiply it in three parts.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else modes.float32
 
 
 @cache
-def target_of(index: int) -> Target:
-    """The GPU of that index."""
+def _gpu(index: int) -> Target:
     properties: Any = torch.cuda.get_device_properties(index)
     arch = properties.major * 10 + properties.minor
     return Target(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def target_of(x: Tensor) -> Target:
+    """The GPU that the tensor is on; the interpreter's stands for any."""
+    return INTERPRETER if INTERPRETED else _gpu(x.device.index)
 
 
 def supports(x: Tensor) -> bool:
@@ -150,4 +292,4 @@ def supports(x: Tensor) -> bool:
         return False
     if INTERPRETED:
         return x.is_cpu or x.is_cuda
-    return x.is_cuda and torch.version.hip is None and target_of(x.device.index).arch >= 80
+    return x.is_cuda and torch.version.hip is None and target_of(x).arch >= 80

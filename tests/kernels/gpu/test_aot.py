@@ -1,34 +1,42 @@
-"""Every tile that choose can return compiles for sm_80, sm_90 and sm_100 into what was meant."""
+"""Every kernel that choose can ask for compiles for sm_80, sm_90 and sm_100 into what was meant, at a known cost."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from matmul_grad.kernels.gpu import aot
+from matmul_grad.kernels.gpu.choose import SUMS_BYTES, TILES, TMA_TILES, VECTOR_TILES, is_valid_backward
 from matmul_grad.kernels.gpu.config import (
     ITEM_BYTES,
     SHORT_NAMES,
-    TILES,
     Problem,
     TileConfig,
-    choose,
+    is_valid,
     kernel_name,
     kind,
     shared_bytes,
 )
+from matmul_grad.kernels.gpu.gemm import gemm
+from matmul_grad.kernels.gpu.plan import Launch, Strides, backward_launch, launches
 
 pytestmark = pytest.mark.skipif(
-    not isinstance(aot.gemm, aot.triton.JITFunction), reason="TRITON_INTERPRET is set for the whole session"
+    not isinstance(gemm, aot.triton.JITFunction), reason="TRITON_INTERPRET is set for the whole session"
 )
 
 ARCHES = (80, 90, 100)
 TRITON = tuple(int(part) for part in aot.triton.__version__.split(".")[:2])
-NUMBERS = (("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "ieee"), ("float64", "ieee"))
+NUMBERS = (("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"), ("float32", "ieee"), ("float64", "ieee"))
 DENSE = ("NN", "NT", "TN", "TT")
+N = 4096  # divides by all that alignment asks for
+PARTS = 4
 
 # The matrix unit of each architecture; there is none for IEEE float32, and the oldest serves float64.
 INSTRUCTIONS = {
@@ -44,67 +52,157 @@ INSTRUCTIONS = {
     **({(100, "fp64"): r"fma\.rn\.f64"} if TRITON < (3, 9) else {}),
 }
 
-# Sizes that reach every tile: skinny, a few tiles, about one wave, many waves.
-SIZES = (1, 16, 256, 512, 1024, 1536, 2048, 4096, 8192)
+REGISTERS = Path(__file__).with_name("registers.json")
+"""What each kernel took when the table was written: {Triton's version: {kernel@sm_xx: registers a thread}}."""
 
 
 class Case(NamedTuple):
     arch: int
     problem: Problem
     tile: TileConfig
+    launch: Launch
+
+    @property
+    def name(self) -> str:
+        return self.launch.constants["NAME"]
 
     def __str__(self) -> str:
-        number = "tf32" if self.problem.precision == "tf32" else SHORT_NAMES[self.problem.dtype]
-        shape = f"{self.tile.block_m}x{self.tile.block_n}x{self.tile.block_k}"
-        loads = "" if self.problem.aligned else "-unaligned"
-        return f"aot-sm{self.arch}-{number}-{self.problem.a}{self.problem.b}-{shape}{loads}"
+        loads = "" if self.problem.aligned or self.tile.path == "vector" else "-unaligned"
+        batch = "-batch" if self.problem.batch > 1 else ""
+        return f"{self.name}{batch}{loads}@sm_{self.arch}"
 
 
-def chosen(arch: int, dtype: str, precision: str, aligned: bool) -> list[TileConfig]:
-    """The distinct tiles that choose returns, the largest first."""
-    problems = [Problem(m, n, 4096, dtype, "N", "N", precision, aligned) for m in SIZES for n in SIZES]
-    found = {choose(problem, aot.target_of(arch)) for problem in problems}
-    return [tile for tile in TILES[kind(problems[0]), aligned] if tile in found]
+def lie(letter: str, batch: int = 1) -> Strides:
+    """N x N elements: rows together, columns together, or neither."""
+    row, col = {"N": (N, 1), "T": (1, N), "S": (2 * N, 2)}[letter]
+    return Strides(row, col, N * N if batch > 1 else 0)
 
 
-def cases() -> list[Case]:
-    """Every chosen tile once, the layouts in turn; the largest 16-bit tile in all four, and in float16."""
-    found, turn = [], itertools.count()
+def problem_of(dtype: str, precision: str, letters: str, aligned: bool = True, batch: int = 1) -> Problem:
+    tma = aligned and ITEM_BYTES[dtype] == 2
+    return Problem(N, N, N, dtype, letters[0], letters[1], precision, aligned, tma, batch)
+
+
+def of_products(arch: int, problem: Problem, tile: TileConfig) -> list[Case]:
+    target = aot.target_of(arch)
+    if not is_valid(tile, problem, target):
+        return []
+    strides = lie(problem.a, problem.batch), lie(problem.b, problem.batch), lie("N", problem.batch)
+    if not problem.aligned:  # what does not divide by 16 takes narrow loads
+        strides = tuple(
+            Strides(*(x + 1 if x > 1 else x for x in matrix[:2]), matrix.batch)
+            for matrix in strides
+        )  # fmt: skip
+    made = launches(problem, tile, target, strides, store_tma=True)
+    return [Case(arch, problem, tile, launch) for launch in made]
+
+
+def products() -> Iterator[Case]:
+    """Every tile, the layouts in turn; the largest 16-bit tiles in all four, with k cut, batched, and in float16."""
+    turn = itertools.count()
     for arch, (dtype, precision), aligned in itertools.product(ARCHES, NUMBERS, (True, False)):
         layouts = DENSE if aligned else (*DENSE, "SS")
-        for position, tile in enumerate(chosen(arch, dtype, precision, aligned)):
-            every = position == 0 and aligned and dtype == "bfloat16"
+        half = dtype == "bfloat16" and aligned
+        kind_of = kind(problem_of(dtype, precision, "NN", aligned))
+        for position, tile in enumerate([*(TMA_TILES if half else ()), *TILES[kind_of, aligned]]):
+            every = half and (position == 0 or tile == TILES[kind_of, aligned][0])
             for letters in DENSE if every else [layouts[next(turn) % len(layouts)]]:
-                problem = Problem(4096, 4096, 4096, dtype, letters[0], letters[1], precision, aligned)
-                found.append(Case(arch, problem, tile))
+                yield from of_products(arch, problem_of(dtype, precision, letters, aligned), tile)
+            if aligned and (every or position == 0):
+                yield from of_products(arch, problem_of(dtype, precision, "NT"), replace(tile, split_k=PARTS))
+                yield from of_products(arch, problem_of(dtype, precision, "NN", batch=8), tile)
             if every:
-                found.append(Case(arch, Problem(4096, 4096, 4096, "float16", "N", "T"), tile))
-    return found
+                yield from of_products(arch, problem_of("float16", "ieee", "NT"), tile)
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
-def test_compiles_into_what_was_meant(case: Case) -> None:
-    arch, problem, tile = case
-    target = aot.target_of(arch)
-    report = aot.compile_for(problem, tile, arch)
-    assert report.name == kernel_name(problem, tile)
-    assert re.fullmatch(INSTRUCTIONS[arch, kind(problem)], report.instruction), report
+def vectors() -> Iterator[Case]:
+    for arch, (letter, tile), dtype in itertools.product(ARCHES, VECTOR_TILES.items(), SHORT_NAMES):
+        problem = replace(problem_of(dtype, "ieee", letter + "N"), n=1)
+        yield from of_products(arch, problem, tile)
+
+
+def backwards() -> Iterator[Case]:
+    """Every tile, in a layout of a, b and dC that one launch may serve."""
+    turn = itertools.count()
+    for arch, tile, bias in itertools.product((90, 100), TMA_TILES, (False, True)):
+        target, problem = aot.target_of(arch), problem_of("bfloat16", "ieee", "NN")
+        lies = [
+            letters
+            for letters in map("".join, itertools.product("NT", repeat=3))
+            if is_valid_backward(tile, replace(problem, a=letters[0], b=letters[1]), letters[2], target)
+        ]
+        if lies:
+            letters = lies[next(turn) % len(lies)]
+            strides = lie(letters[0]), lie(letters[1]), lie(letters[2])
+            problem = replace(problem, a=letters[0], b=letters[1])
+            yield Case(arch, problem, tile, backward_launch(problem, tile, target, strides, bias=bias))
+
+
+CASES = {str(case): case for case in (*products(), *vectors(), *backwards())}
+
+
+def compiled(case: Case) -> aot.CompiledReport:
+    short = SHORT_NAMES[case.problem.dtype]
+    sums = "fp64" if case.problem.dtype == "float64" else "fp32"
+    names = ("a", "b", "c", "grad", "da", "db", "bias")
+    return aot.compile_for(case.launch, {**dict.fromkeys(names, short), "work": sums}, case.arch)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiles_into_what_was_meant(name: str) -> None:
+    case = CASES[name]
+    arch, problem, tile, _ = case
+    report, target = compiled(case), aot.target_of(arch)
+    assert report.name == case.name
     assert report.spills == 0, report
     assert 0 < report.registers <= 255, report
-    assert 0 < report.shared <= shared_bytes(tile, problem, target) <= target.shared_bytes, report
-    assert report.load_bytes == (16 if problem.aligned else ITEM_BYTES[problem.dtype]), report
+    assert report.shared <= target.shared_bytes, report
+    if not case.name.startswith("reduce"):
+        room = SUMS_BYTES if case.name.startswith("backward") else 0
+        assert report.shared <= shared_bytes(tile, problem, target) + room, report
+        unit = kind(problem).removesuffix("x3")
+        wanted = r"fma\.rn\.f(32|64)(x2)?" if tile.path == "vector" else INSTRUCTIONS[arch, unit]
+        assert re.fullmatch(wanted, report.instruction), report
+    if tile.path == "pointers" and not case.name.startswith("reduce"):
+        assert report.load_bytes == (16 if problem.aligned else ITEM_BYTES[problem.dtype]), report
+    if tile.path == "tma" and tile.split_k == 1:
+        assert report.load_bytes == 0, report
+    assert_cost_known(str(case), report.registers)
 
 
-def test_the_cases_reach_every_layout_and_kind() -> None:
-    found = cases()
-    assert {(case.arch, kind(case.problem), case.problem.aligned) for case in found} == set(
-        itertools.product(ARCHES, ("half", "tf32", "fp32", "fp64"), (True, False))
-    )
-    assert {case.problem.a + case.problem.b for case in found} == {*DENSE, "SS"}
-    assert len({str(case) for case in found}) == len(found)
+def assert_cost_known(name: str, registers: int) -> None:
+    """The table holds for the Triton that it was written with. ``python tests/kernels/gpu/test_aot.py`` writes it."""
+    table = json.loads(REGISTERS.read_text(encoding="utf-8"))
+    known = table.get(aot.triton.__version__)
+    if known is not None:
+        assert known.get(name) == registers, f"{name}: {registers} registers, and {known.get(name)} in {REGISTERS.name}"
+
+
+def test_the_cases_reach_every_tile_layout_and_kind() -> None:
+    found = CASES.values()
+    aligned = {(case.arch, kind(case.problem), case.problem.aligned) for case in found}
+    kinds = ("half", "tf32", "tf32x3", "fp32", "fp64")
+    assert aligned == set(itertools.product(ARCHES, kinds, (True, False)))
+    assert {case.problem.a + case.problem.b for case in found} >= {*DENSE, "SS"}
+    listed = {tile for tiles in TILES.values() for tile in tiles} | {*TMA_TILES, *VECTOR_TILES.values()}
+    assert {replace(case.tile, split_k=1) for case in found} == listed
+
+
+def test_the_table_of_registers_holds_these_kernels_and_no_others() -> None:
+    table = json.loads(REGISTERS.read_text(encoding="utf-8"))
+    for version, known in table.items():
+        assert set(known) == set(CASES), version
 
 
 def test_a_tile_that_is_too_large_spills() -> None:
     """The reading of spills is not blind: 128 x 256 accumulators do not fit four warps."""
-    problem = Problem(4096, 4096, 4096, "bfloat16", "N", "T")
-    assert aot.compile_for(problem, TileConfig(128, 256, 32, stages=2, warps=4), 80).spills > 0
+    problem, tile = problem_of("bfloat16", "ieee", "NT"), TileConfig(128, 256, 32, stages=2, warps=4)
+    target, strides = aot.target_of(80), (lie("N"), lie("T"), lie("N"))
+    (launch,) = launches(problem, tile, target, strides)
+    assert compiled(Case(80, problem, tile, launch)).spills > 0
+    assert kernel_name(problem, tile) == launch.constants["NAME"]
+
+
+if __name__ == "__main__":
+    written = {name: compiled(case).registers for name, case in CASES.items()}
+    REGISTERS.write_text(json.dumps({aot.triton.__version__: written}, indent=1) + "\n", encoding="utf-8")

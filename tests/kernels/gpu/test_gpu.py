@@ -13,13 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
+import matmul_grad
 from matmul_grad.kernels.gpu import launch
-from matmul_grad.kernels.gpu.config import TILES, is_valid, kind
+from matmul_grad.kernels.gpu.choose import TMA_TILES, candidates, is_valid_backward
+from matmul_grad.kernels.gpu.config import Problem, Target
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-NUMBERS = {**{name: (dtype, "ieee") for name, dtype in DTYPES.items()}, "tf32": (torch.float32, "tf32")}
+NUMBERS = {
+    **{name: (dtype, "ieee") for name, dtype in DTYPES.items()},
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+}
 DENSE = ("NN", "NT", "TN", "TT")
 # Contiguous rows, contiguous columns, every second row and column, stride 0 down or across.
 LAYOUTS = ("N", "T", "S", "R", "C")
@@ -109,16 +115,116 @@ def test_exact_in_every_stride(number: str, layouts: str, device: torch.device) 
     assert_exact(67, 131, 65, number, layouts, device)
 
 
+def problem_of(a: Tensor, b: Tensor, precision: str) -> tuple[Problem, Target]:
+    return launch.describe(a, b, a.new_empty(a.shape[0], b.shape[1]), precision), launch.target_of(a)
+
+
+@pytest.mark.parametrize(
+    "size", [(272, 272, 144), (271, 273, 145), (8, 136, 4096), (1, 72, 1032), (72, 1, 1031)], ids=str
+)
+@pytest.mark.parametrize("layouts", DENSE)
 @pytest.mark.parametrize("number", NUMBERS)
-def test_exact_in_every_tile(number: str, device: torch.device) -> None:
+def test_exact_in_every_tile(number: str, layouts: str, size: tuple[int, int, int], device: torch.device) -> None:
+    """Whatever choose weighs for a product: every path, tile and number of parts gives its exact bits."""
     dtype, precision = NUMBERS[number]
-    x = torch.empty(1, 1, dtype=dtype, device=device)
-    problem, target = launch.describe(x, x, x, precision), launch.target_of(x.device.index)
-    for aligned in (True, False):
-        for tile in TILES[kind(problem), aligned]:
-            if is_valid(tile, problem, target):
-                assert_exact(272, 272, 144, number, "NN", device, tile)
-                assert_exact(271, 273, 145, number, "TT", device, tile)
+    m, n, k = size
+    # Of 1000 products and more few enough differ from 0 for their sums to be exact in bfloat16.
+    sparse = torch.rand(k, generator=torch.Generator().manual_seed(0)).to(device) < min(1.0, 200 / k)
+    a, b = integers(m, k, dtype, device, 1) * sparse, integers(k, n, dtype, device, 2)
+    a, b = (x.t().contiguous().t() if letter == "T" else x for x, letter in zip((a, b), layouts, strict=True))
+    want = (a.double() @ b.double()).to(dtype)
+    tiles = candidates(*problem_of(a, b, precision))
+    assert tiles
+    for tile in tiles:
+        assert_same_bits(launch.mm(a, b, precision, config=tile), want)
+
+
+@pytest.mark.parametrize("layouts", DENSE)
+@pytest.mark.parametrize("number", NUMBERS)
+def test_batches(number: str, layouts: str, device: torch.device) -> None:
+    """Several products in one launch: of contiguous, sliced and expanded batches, into canaries too."""
+    dtype, precision = NUMBERS[number]
+    a = torch.stack([integers(72, 136, dtype, device, seed) for seed in (1, 2, 3)])
+    b = torch.stack([integers(136, 80, dtype, device, seed) for seed in (4, 5, 6)])
+    want = (a.double() @ b.double()).to(dtype)
+    a, b = (x.mT.contiguous().mT if letter == "T" else x for x, letter in zip((a, b), layouts, strict=True))
+    assert_same_bits(launch.bmm(a, b, precision), want)
+    assert_same_bits(launch.bmm(a[::2], b[1:], precision), (a[::2].double() @ b[1:].double()).to(dtype))
+    assert_same_bits(launch.bmm(a[:1].expand(3, -1, -1), b, precision), (a[:1].double() @ b.double()).to(dtype))
+    out = torch.full((5, 75, 88), float("nan"), dtype=dtype, device=device)
+    assert_same_bits(launch.bmm(a, b, precision, out=out[1:4, 2:74, :80]), want)
+    out[1:4, 2:74, :80] = float("nan")
+    assert bool(out.isnan().all()), "written outside of out"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layouts", ["NNN", "NNT", "NTN", "NTT", "TNN", "TTT"])
+@pytest.mark.parametrize("size", [(256, 512, 384), (264, 136, 520), (255, 136, 520)], ids=str)
+def test_both_gradients_at_once(
+    size: tuple[int, int, int], layouts: str, bias: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch in every tile that it may have, and the two that stand in for it, give the exact gradients."""
+    m, n, k = size
+    grad, a, b = (integers(*shape, torch.bfloat16, device, seed) for seed, shape in enumerate(((m, n), (m, k), (k, n))))
+    wants = [(x.double() @ y.double()).bfloat16() for x, y in ((grad, b.t()), (a.t(), grad))]
+    wants += [grad.double().sum(0).bfloat16()] * bias
+    grad, a, b = (
+        x.t().contiguous().t() if letter == "T" else x for x, letter in zip((grad, a, b), layouts, strict=True)
+    )
+    call = launch.linear_backward if bias else launch.mm_backward
+    for got, want in zip(call(grad, a, b), wants, strict=True):
+        assert_same_bits(got, want)
+    problem, target = problem_of(a, b, "ieee")
+    for tile in TMA_TILES:
+        if launch.fits_tma(grad) and is_valid_backward(tile, problem, layouts[0], target):
+            monkeypatch.setattr(launch, "choose_backward", lambda *asked, tile=tile: tile)
+            launch.forget()
+            together = launch.backward_in_one(grad, a, b, bias)
+            assert together is not None
+            for got, want in zip(together, wants, strict=True):
+                assert_same_bits(got, want)
+    launch.forget()
+
+
+def test_autograd_takes_one_launch_for_both_gradients(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = integers(256, 512, torch.bfloat16, device, 1).requires_grad_()
+    b = integers(512, 256, torch.bfloat16, device, 2).requires_grad_()
+    calls: list[int] = []
+    real = launch.backward_in_one
+    monkeypatch.setattr(launch, "backward_in_one", lambda *args: calls.append(1) or real(*args))
+    grad = integers(256, 256, torch.bfloat16, device, 3)
+    matmul_grad.mm(a, b).backward(grad)
+    assert calls == [1] and a.grad is not None and b.grad is not None
+    assert_same_bits(a.grad, (grad.double() @ b.detach().double().t()).bfloat16())
+    assert_same_bits(b.grad, (a.detach().double().t() @ grad.double()).bfloat16())
+
+
+def test_a_captured_graph_replays_with_new_values(device: torch.device) -> None:
+    a, b = integers(256, 8192, torch.bfloat16, device, 1), integers(8192, 64, torch.bfloat16, device, 2)
+    grad = integers(256, 64, torch.bfloat16, device, 3)
+    work = [lambda: launch.mm(a, b), lambda: launch.mm(a[:1], b), lambda: launch.mm_backward(grad, a, b)]
+    for call in work:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [call() for call in work]
+    a.copy_(integers(256, 8192, torch.bfloat16, device, 4) * (torch.rand(8192, device=device) < 0.02))
+    graph.replay()
+    torch.cuda.synchronize()
+    want = (a.double() @ b.double()).bfloat16()
+    assert_same_bits(got[0], want)
+    assert_same_bits(got[1], want[:1])
+    assert_same_bits(got[2][1], (a.t().double() @ grad.double()).bfloat16())
+
+
+def test_three_tf32_products_are_nearly_float32(device: torch.device) -> None:
+    a, b = normal(300, 1024, torch.float32, device, 1), normal(1024, 200, torch.float32, device, 2)
+    exact = a.double() @ b.double()
+    errors = {name: (launch.mm(a, b, name).double() - exact).abs().max() for name in ("ieee", "tf32x3", "tf32")}
+    assert errors["tf32x3"] < 8 * errors["ieee"] < errors["tf32"]
+    with matmul_grad.float32_products("tf32x3"):
+        assert_same_bits(matmul_grad.mm(a, b), launch.mm(a, b, "tf32x3"))
 
 
 @pytest.mark.parametrize("layouts", DENSE)
@@ -171,9 +277,17 @@ def test_nan_and_inf_go_where_torch_puts_them(number: str, device: torch.device)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_bits_do_not_depend_on_m_or_on_the_run(number: str, device: torch.device) -> None:
+def test_bits_do_not_depend_on_the_run_and_where_asked_not_on_m(number: str, device: torch.device) -> None:
     dtype, precision = NUMBERS[number]
-    a, b = normal(1000, 1024, dtype, device, 7), normal(1024, 512, dtype, device, 8)
+    for k in (1024, 16384):
+        a, b = normal(1000, k, dtype, device, 7), normal(k, 512, dtype, device, 8)
+        for rows in (1, 16, 1000):
+            assert_same_bits(launch.mm(a[:rows], b, precision), launch.mm(a[:rows], b, precision))
+        with matmul_grad.deterministic(batch_invariant=True):
+            assert_rows_same(a, b, precision)
+
+
+def assert_rows_same(a: Tensor, b: Tensor, precision: str) -> None:
     whole = launch.mm(a, b, precision)
     for rows in (1, 16, 65, 128, 999, 1000):
         assert_same_bits(launch.mm(a[:rows], b, precision), whole[:rows])

@@ -6,13 +6,14 @@ program, which writes one line of JSON, what each case had to complain of. Each 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -89,10 +90,11 @@ def check_exact(m: int, n: int, k: int, dtype: str, layouts: str, config: Any = 
 
 def check_wide(layouts: str) -> None:
     """64-bit offsets inside a tile give the bits that 32-bit ones give."""
-    from matmul_grad.kernels.gpu import launch
+    from matmul_grad.kernels.gpu import launch, plan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "is_wide", lambda strides, config: True)
+        patch.setattr(plan, "is_wide", lambda extents: True)
+        launch.forget()
         check_exact(17, 15, 33, "fp32", layouts, tile)
 
 
@@ -199,7 +201,158 @@ def check_refusals() -> None:
     assert_same_bits(out, torch.full((2, 4), 7.0))
 
 
+def check_batch(dtype: str, layouts: str, config: Any, arch: int = 80) -> None:
+    """One launch for a batch: contiguous, expanded, sliced and transposed products, into canaries too."""
+    from matmul_grad.kernels.gpu import launch
+
+    a = torch.stack([integers(72, 40, DTYPES[dtype], seed) for seed in (1, 2, 3)])
+    b = torch.stack([integers(40, 136, DTYPES[dtype], seed) for seed in (4, 5, 6)])
+    want = (a.long() @ b.long()).to(a.dtype)
+    a, b = (x.mT.contiguous().mT if letter == "T" else x for x, letter in zip((a, b), layouts, strict=True))
+    with at_arch(arch):
+        assert_same_bits(launch.bmm(a, b, config=config()), want)
+        assert_same_bits(launch.bmm(a[::2], b[1:], config=config()), (a[::2].long() @ b[1:].long()).to(a.dtype))
+        assert_same_bits(launch.bmm(a[:1].expand(3, -1, -1), b), (a[:1].long() @ b.long()).to(a.dtype))
+        out = torch.full((5, 76, 144), float("nan"), dtype=a.dtype)
+        launch.bmm(a, b, config=config(), out=out[1:4, 2:74, :136])
+    assert_same_bits(out[1:4, 2:74, :136], want)
+    out[1:4, 2:74, :136] = float("nan")
+    assert bool(out.isnan().all()), "written outside of out"
+
+
+@contextlib.contextmanager
+def at_arch(arch: int) -> Iterator[None]:
+    """As if on a GPU of three multiprocessors, so that programs have several tiles each."""
+    from matmul_grad.kernels.gpu import launch
+    from matmul_grad.kernels.gpu.config import Target
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "INTERPRETER", Target(arch, 3, 227 << 10))
+        launch.forget()
+        yield
+    launch.forget()
+
+
+def tma(parts: int = 1, subtiles: int = 1) -> Any:
+    from matmul_grad.kernels.gpu.config import TileConfig
+
+    return TileConfig(64, 32, 16, stages=2, warps=4, group_m=2, split_k=parts, path="tma", subtiles=subtiles)
+
+
+def pointers(parts: int = 1) -> Any:
+    from matmul_grad.kernels.gpu.config import TileConfig
+
+    return TileConfig(64, 16, 16, stages=2, warps=4, group_m=2, split_k=parts)
+
+
+def check_tma(m: int, n: int, k: int, dtype: str, layouts: str, config: Any) -> None:
+    """The copy engine's path: exact, whether C can be stored through it or not, and only where the rule allows."""
+    from matmul_grad.kernels.gpu import launch
+
+    a, b = integers(m, k, DTYPES[dtype], 1), integers(k, n, DTYPES[dtype], 2)
+    want = (a.long() @ b.long()).to(a.dtype)
+    a, b = (x.t().contiguous().t() if letter == "T" else x for x, letter in zip((a, b), layouts, strict=True))
+    assert launch.fits_tma(a) and launch.fits_tma(b)
+    with at_arch(90):
+        assert_same_bits(launch.mm(a, b, config=config), want)
+        out = torch.full((m + 2, n + 8), float("nan"), dtype=a.dtype)
+        launch.mm(a, b, config=config, out=out[1:-1, :n])
+        assert_same_bits(out[1:-1, :n], want)
+        out[1:-1, :n] = float("nan")
+        assert bool(out.isnan().all()), "written outside of out"
+        with pytest.raises(ValueError, match="is not valid for"):
+            launch.mm(a.contiguous()[:, 1:], b[1:], config=config)
+
+
+def check_split(dtype: str, layouts: str, path: str) -> None:
+    """k cut in parts: exact where sums are, and the parts are added in order, whatever m and n are."""
+    from matmul_grad.kernels.gpu import launch
+
+    config = {"tma": tma, "pointers": pointers}[path](3)
+    check = check_tma if path == "tma" else check_cut
+    check(72, 40, 232, dtype, layouts, config)
+    a, b = torch.randn(64, 232).to(DTYPES[dtype]), torch.randn(232, 72).to(DTYPES[dtype])
+    with at_arch(90):
+        whole = launch.mm(a, b, config=config)
+        assert_same_bits(launch.mm(a[:8], b, config=config), whole[:8])
+        parts = [
+            launch.mm(a[:, i:j].float(), b[i:j].float(), config=pointers()) for i, j in ((0, 80), (80, 160), (160, 232))
+        ]
+    assert_same_bits(whole, (parts[0] + parts[1] + parts[2]).to(a.dtype))
+
+
+def check_cut(m: int, n: int, k: int, dtype: str, layouts: str, config: Any) -> None:
+    with at_arch(90):
+        check_exact(m, n, k, dtype, layouts, lambda: config)
+
+
+def check_vector(m: int, n: int, k: int, dtype: str, layouts: str, parts: int) -> None:
+    """One row or one column, with k whole and cut."""
+    from matmul_grad.kernels.gpu.config import TileConfig
+
+    check_exact(m, n, k, dtype, layouts, lambda: TileConfig(32, 1, 64, 2, 4, split_k=parts, path="vector"))
+
+
+def check_backward(m: int, n: int, k: int, layouts: str, bias: bool) -> None:
+    """Both gradients from one launch, the bias's too, of a gradient of any layout; and two launches where not."""
+    from matmul_grad.kernels.gpu import launch
+
+    grad, a, b = (integers(x, y, torch.float16, seed) for seed, (x, y) in enumerate(((m, n), (m, k), (k, n))))
+    wants = [(x.long() @ y.long()).half() for x, y in ((grad, b.t()), (a.t(), grad))]
+    grad, a, b = (
+        x.t().contiguous().t() if letter == "T" else x for x, letter in zip((grad, a, b), layouts, strict=True)
+    )
+    with at_arch(90), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "choose_backward", lambda *asked: tma(subtiles=2))
+        together = launch.backward_in_one(grad, a, b, bias)
+        assert together is not None
+        for got, want in zip(together, [*wants, *[grad.sum(0)] * bias], strict=True):
+            assert_same_bits(got, want)
+        assert launch.backward_in_one(grad.sum().expand(m, n), a, b, bias) is None
+        if bias:
+            three = launch.linear_backward(grad[:1].expand(m, n), a, b)
+            assert_same_bits(three[1], a.t() @ grad[:1].expand(m, n))
+            assert_same_bits(three[2], grad[0] * m)
+        else:
+            da, db = launch.mm_backward(grad, a, b, (True, False))
+            assert db is None and da is not None
+            assert_same_bits(da, wants[0])
+
+
 CASES: dict[str, Callable[[], None]] = {
+    **{
+        f"tma-{dtype}-{layouts}-{m}x{n}x{k}": partial(check_tma, m, n, k, dtype, layouts, tma(subtiles=subtiles))
+        for (m, n, k, subtiles), dtype, layouts in itertools.product(
+            ((64, 32, 16, 1), (200, 136, 72, 2), (8, 72, 40, 1)), ("fp16", "bf16"), ("NN", "NT", "TN", "TT")
+        )
+    },
+    # Neither n nor the result's rows are whole chunks of 16 bytes: C is stored by pointers.
+    "tma-fp16-NT-odd": partial(check_tma, 71, 39, 72, "fp16", "NT", tma()),
+    **{
+        f"batch-{dtype}-{layouts}-pointers": partial(check_batch, dtype, layouts, tile)
+        for dtype, layouts in itertools.product(DTYPES, ("NN", "TT"))
+    },
+    **{f"batch-fp16-{layouts}-tma": partial(check_batch, "fp16", layouts, tma, 90) for layouts in ("NN", "NT", "TN")},
+    **{
+        f"split-{dtype}-{layouts}-{path}": partial(check_split, dtype, layouts, path)
+        for path, dtype, layouts in (
+            *itertools.product(("tma",), ("fp16",), ("NN", "NT", "TN", "TT")),
+            *itertools.product(("pointers",), ("fp32", "fp16"), ("NN", "NT", "TN", "TT")),
+        )
+    },
+    **{
+        f"vector-{dtype}-{layouts}-{m}x{n}x{k}-{parts}": partial(check_vector, m, n, k, dtype, layouts, parts)
+        for (m, n), k, dtype, layouts, parts in itertools.product(
+            ((1, 70), (70, 1), (1, 1)), (7, 530), ("fp32", "fp16", "fp64"), ("NN", "TT", "SS", "NT"), (1, 2)
+        )
+        if parts == 1 or k > 512
+    },
+    **{
+        f"backward-{layouts}-{m}x{n}x{k}{'-bias' * bias}": partial(check_backward, m, n, k, layouts, bias)
+        for (m, n, k), layouts, bias in itertools.product(
+            ((72, 40, 104), (16, 136, 64)), ("NNN", "NNT", "NTN", "TNN", "TTT"), (False, True)
+        )
+    },
     **{
         f"exact-{dtype}-{x}{y}-{m}x{n}x{k}": partial(check_exact, m, n, k, dtype, x + y, tile)
         for (index, (m, n, k)), dtype, x, y in itertools.product(
@@ -264,17 +417,6 @@ def test_precision_now_follows_every_setting_without_a_warning() -> None:
     command = [sys.executable, "-W", "error", "-c", PRECISION_NOW]
     child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
-
-
-def test_is_wide_where_an_offset_inside_a_tile_leaves_32_bits() -> None:
-    from matmul_grad.kernels.gpu.launch import is_wide
-
-    config = tile()
-    assert not is_wide((2**26, 1, 1, 2**26, 2**26, 1), config)
-    for position in range(6):
-        strides = [1, 1, 1, 1, 1, 1]
-        strides[position] = 2**27
-        assert is_wide(tuple(strides), config)
 
 
 def test_without_the_interpreter_cpu_tensors_are_refused() -> None:

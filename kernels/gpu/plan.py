@@ -1,0 +1,267 @@
+"""From a problem and its tile to launches: which kernels, on what grid, with which arguments. Pure, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .backward import backward_tma
+from .config import Problem, Target, TileConfig, kernel_name, number, workspace_bytes
+from .gemm import gemm
+from .reduce import reduce
+from .tma import gemm_tma
+from .vector import matvec
+
+REDUCE_BLOCK = 1024
+# Left to itself, ptxas spills a few registers to fit one more block on a multiprocessor.
+MAX_REGISTERS = 255
+
+
+class Operand(NamedTuple):
+    """An argument that is the address of a tensor: which one, by its name."""
+
+    name: str
+
+
+class Described(NamedTuple):
+    """An argument that is a TMA descriptor of a tensor: shape and strides in memory order, and the block it brings."""
+
+    name: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
+class Strides(NamedTuple):
+    """How a matrix lies in memory, in elements; batch is 0 where there is one product."""
+
+    row: int
+    col: int
+    batch: int = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: its arguments as a launch takes them, constants by name, and the compiler's options."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def launches(
+    problem: Problem,
+    config: TileConfig,
+    target: Target,
+    strides: tuple[Strides, Strides, Strides],
+    *,
+    store_tma: bool = False,
+    upcast: bool = False,
+) -> list[Launch]:
+    """The launches of C = A . B on the operands "a", "b", "c", and "work" where k is cut.
+
+    strides: of a, b, c. store_tma: the copy engine can write c. upcast: for Triton's interpreter.
+    """
+    make = {"pointers": _gemm, "tma": _gemm_tma, "vector": _matvec}[config.path]
+    if config.split_k == 1:
+        return [make(problem, config, target, strides, "c", store_tma, upcast)]
+    work = Strides(problem.n, 1, problem.m * problem.n)
+    first = make(problem, config, target, (*strides[:2], work), "work", False, upcast)
+    return [first, _reduce(problem, config, strides[2])]
+
+
+def work_elements(problem: Problem, config: TileConfig) -> int:
+    """Sums, float64 for float64 and else float32, that the launches need beside the operands."""
+    return workspace_bytes(problem, config) // (8 if problem.dtype == "float64" else 4)
+
+
+def cdiv(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def is_wide(extents: list[tuple[int, int]]) -> bool:
+    """Whether an offset inside a block can leave 32 bits: by its (size, stride) along each dimension."""
+    return sum(size * stride for size, stride in extents) >= 2**31
+
+
+def options(config: TileConfig) -> dict[str, Any]:
+    """The compiler's options. Fused multiply-add is named because its default differs between versions."""
+    named = {"num_warps": config.warps, "num_stages": config.stages}
+    return {**named, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
+
+
+def blocks(config: TileConfig) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+
+
+def _gemm(
+    problem: Problem,
+    config: TileConfig,
+    target: Target,
+    strides: tuple[Strides, ...],
+    result: str,
+    _: bool,
+    upcast: bool,
+) -> Launch:
+    (a, b, c), (m, n, k) = strides, (problem.m, problem.n, problem.k)
+    bm, bn, bk = config.block_m, config.block_n, config.block_k
+    wide = any(
+        is_wide(extents)
+        for extents in ([(bm, a.row), (bk, a.col)], [(bk, b.row), (bn, b.col)], [(bm, c.row), (bn, c.col)])
+    )
+    return Launch(
+        gemm,
+        (cdiv(m, bm) * cdiv(n, bn), config.split_k * problem.batch),
+        (
+            Operand("a"), Operand("b"), Operand(result), m, n, k,
+            a.row, a.col, b.row, b.col, c.row, c.col, a.batch, b.batch, c.batch,
+        ),
+        {
+            **blocks(config),
+            "SPLIT_K": config.split_k,
+            "PRECISION": problem.precision,
+            "WIDE": wide,
+            "UPCAST": upcast,
+            "NAME": kernel_name(problem, config),
+        },
+        options(config),
+    )  # fmt: skip
+
+
+def described(name: str, rows: int, cols: int, strides: Strides, block: tuple[int, int], batch: int) -> Described:
+    """A matrix for the copy engine, its adjacent dimension last; ``block`` is in the matrix's own order."""
+    shape, leading = (rows, cols), strides.row
+    if strides.col != 1:
+        shape, leading, block = (cols, rows), strides.col, (block[1], block[0])
+    if batch == 1:
+        return Described(name, shape, (leading, 1), block)
+    return Described(name, (batch, *shape), (strides.batch, leading, 1), (1, *block))
+
+
+def _gemm_tma(
+    problem: Problem,
+    config: TileConfig,
+    target: Target,
+    strides: tuple[Strides, ...],
+    result: str,
+    store_tma: bool,
+    upcast: bool,
+) -> Launch:
+    (a, b, c), (m, n, k), batch = strides, (problem.m, problem.n, problem.k), problem.batch
+    bm, bn, bk = config.block_m, config.block_n, config.block_k
+    items = cdiv(m, bm) * cdiv(n, bn) * config.split_k * batch
+    stored = described(result, m, n, c, (bm, bn // config.subtiles), batch) if store_tma else None
+    return Launch(
+        gemm_tma,
+        (programs(items, target), 1),
+        (
+            described("a", m, k, a, (bm, bk), batch), described("b", k, n, b, (bk, bn), batch), stored,
+            None if store_tma else Operand(result), c.row, c.batch, m, n, k, batch,
+        ),
+        {
+            **blocks(config),
+            "SPLIT_K": config.split_k,
+            "A_TURNED": a.col != 1,
+            "B_TURNED": b.col != 1,
+            "BATCHED": batch > 1,
+            "STORE_TMA": store_tma,
+            "SUBTILES": config.subtiles,
+            "UPCAST": upcast,
+            "NAME": kernel_name(problem, config),
+        },
+        options(config),
+    )  # fmt: skip
+
+
+def programs(items: int, target: Target) -> int:
+    """One program a multiprocessor where each has two tiles or more, else one a tile."""
+    return target.sms if items >= 2 * target.sms else items
+
+
+def _matvec(
+    problem: Problem,
+    config: TileConfig,
+    target: Target,
+    strides: tuple[Strides, ...],
+    result: str,
+    _: bool,
+    upcast: bool,
+) -> Launch:
+    a, b, c = strides
+    rows, matrix, vector, a_row, a_col, x_step, y_step = problem.m, "a", "b", a.row, a.col, b.row, c.row
+    if problem.n != 1:
+        rows, matrix, vector, a_row, a_col, x_step, y_step = problem.n, "b", "a", b.col, b.row, a.col, c.col
+    bm, bk = config.block_m, config.block_k
+    wide = is_wide([(bm, a_row), (bk, a_col)]) or is_wide([(bk, x_step)]) or is_wide([(bm, y_step)])
+    return Launch(
+        matvec,
+        (cdiv(rows, bm), config.split_k),
+        (Operand(matrix), Operand(vector), Operand(result), rows, problem.k, a_row, a_col, x_step, y_step, c.batch),
+        {"BLOCK_M": bm, "BLOCK_K": bk, "SPLIT_K": config.split_k, "WIDE": wide, "NAME": kernel_name(problem, config)},
+        options(config),
+    )
+
+
+def _reduce(problem: Problem, config: TileConfig, c: Strides) -> Launch:
+    size = problem.m * problem.n
+    name = f"reduce_{number(problem)}_k{config.split_k}"
+    return Launch(
+        reduce,
+        (cdiv(size, REDUCE_BLOCK), problem.batch),
+        (Operand("work"), Operand("c"), size, problem.n, c.row, c.col, c.batch),
+        {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "NAME": name},
+        {"num_warps": 4, "num_stages": 1},
+    )
+
+
+def backward_launch(
+    problem: Problem,
+    config: TileConfig,
+    target: Target,
+    strides: tuple[Strides, Strides, Strides],
+    *,
+    store_tma: tuple[bool, bool] = (True, True),
+    bias: bool = False,
+    upcast: bool = False,
+) -> Launch:
+    """The one launch of a backward pass: "grad", "a", "b" to "da", "db" and, where asked, "bias".
+
+    problem: of the forward product. strides: of a, b, grad; the results are contiguous. store_tma: of da and db.
+    """
+    (a, b, grad), (m, n, k) = strides, (problem.m, problem.n, problem.k)
+    bm, bn, bk = config.block_m, config.block_n, config.block_k
+    items = cdiv(k, bm) * cdiv(n, bn) + cdiv(m, bm) * cdiv(k, bn)
+    da, db = Strides(k, 1), Strides(n, 1)
+    stored = (bm, bn // config.subtiles)
+    return Launch(
+        backward_tma,
+        (programs(items, target), 1),
+        (
+            described("a", m, k, a, (bk, bm), 1), described("b", k, n, b, (bn, bk), 1),
+            described("grad", m, n, grad, (bm, bk), 1), described("grad", m, n, grad, (bk, bn), 1),
+            described("da", m, k, da, stored, 1) if store_tma[0] else None,
+            described("db", k, n, db, stored, 1) if store_tma[1] else None,
+            None if store_tma[0] else Operand("da"), None if store_tma[1] else Operand("db"),
+            Operand("bias") if bias else None, k, n, m, n, k,
+        ),
+        {
+            **blocks(config),
+            "A_TURNED": a.col != 1,
+            "B_TURNED": b.col != 1,
+            "GRAD_TURNED": grad.col != 1,
+            "BIAS": bias,
+            "DA_TMA": store_tma[0],
+            "DB_TMA": store_tma[1],
+            "SUBTILES": config.subtiles,
+            "UPCAST": upcast,
+            "NAME": kernel_name(problem, config).replace("gemm_tma", "backward") + ("_bias" if bias else ""),
+        },
+        options(config),
+    )  # fmt: skip

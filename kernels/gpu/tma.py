@@ -1,0 +1,49 @@
+"""The Triton GEMM of the copy engine: operands and result through TMA descriptors, one program a multiprocessor."""
+
+import triton
+import triton.language as tl
+
+from .tiles import place, share_of_k, store_block, store_rows, tile_product
+
+
+@triton.jit(repr=lambda specialization: specialization.constants["NAME"])
+def gemm_tma(
+    a_desc, b_desc, c_desc, c_ptr, c_row, c_part,
+    m, n, k, batches,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, BATCHED: tl.constexpr,
+    STORE_TMA: tl.constexpr, SUBTILES: tl.constexpr, UPCAST: tl.constexpr, NAME: tl.constexpr,
+):  # fmt: skip
+    """C[z, i, j] = sum over t < k of A[z, i, t] * B[z, t, j]; the programs share out all tiles of all products.
+
+    Shapes: A (m, k), B (k, n), C (m, n), or `batches` of each (BATCHED); m, n, k >= 1. Grid: any number of
+    programs; each takes every so many-th tile.
+    Strides: of the descriptors: adjacent columns, or adjacent rows and a TURNED descriptor; what a descriptor
+    can hold is `launch.fits_tma`.
+    Dtypes: 16-bit, a, b and c alike, accumulated in float32.
+    Result: through c_desc where STORE_TMA, else to c_ptr with rows c_row and products c_part apart. With
+    SPLIT_K > 1 c_ptr is the workspace: SPLIT_K float32 partial results a product, for `reduce`.
+    Aliasing: c overlaps neither a nor b.
+    Rounding: once, at the store.
+    Edges: the copy engine reads zeros beyond an operand and writes nothing beyond C.
+    Determinism: t runs upward in steps of BLOCK_K inside a part of k; parts are cut by k alone; no atomics.
+    Source: after the persistent matrix multiplication of Triton's tutorials.
+    """
+    tiles_m = 1 + (m - 1) // BLOCK_M
+    tiles_n = 1 + (n - 1) // BLOCK_N
+    tiles = tiles_m * tiles_n
+    for item in range(tl.program_id(0), tiles * SPLIT_K * batches, tl.num_programs(0)):
+        part = item // tiles
+        row, col = place(item % tiles, tiles_m, tiles_n, GROUP_M)
+        first, last = share_of_k(part % SPLIT_K, k, BLOCK_K, SPLIT_K)
+        row0 = row * BLOCK_M
+        col0 = col * BLOCK_N
+        batch = part // SPLIT_K
+        acc = tile_product(
+            a_desc, b_desc, batch, row0, col0, first, last,
+            BLOCK_M, BLOCK_N, BLOCK_K, A_TURNED, B_TURNED, BATCHED, UPCAST,
+        )  # fmt: skip
+        if STORE_TMA:
+            store_block(acc, c_desc, batch, row0, col0, BLOCK_M, BLOCK_N, SUBTILES, BATCHED)
+        else:
+            store_rows(acc, c_ptr + part.to(tl.int64) * c_part, row0, col0, m, n, c_row, BLOCK_M, BLOCK_N)

@@ -1,0 +1,65 @@
+"""How the GPU kernels sum and multiply where torch leaves a choice."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from .kernels.gpu import modes
+
+FLOAT32 = ("ieee", "tf32x3")
+
+_lock = threading.Lock()
+_invariant = 0
+
+
+@contextlib.contextmanager
+def deterministic(*, batch_invariant: bool = False) -> Iterator[None]:
+    """The same bits from run to run; with ``batch_invariant``, a row of a product has the same bits for any m.
+
+    The kernels are deterministic without it: no atomics, and tiles are chosen without timing. On CPU a row's bits
+    never depend on m either. On a GPU they do unless ``batch_invariant``: then k is never cut into parts and a
+    vector is multiplied as a matrix is, forward and backward. Weight gradients sum over m, so theirs depend on it.
+    A context manager and a decorator; holds for all threads of the process, since autograd may run a backward in a
+    thread of its own.
+
+    >>> import torch, matmul_grad
+    >>> a, b = torch.randn(5, 300), torch.randn(300, 4)
+    >>> with matmul_grad.deterministic(batch_invariant=True):
+    ...     torch.equal(matmul_grad.mm(a, b)[:2], matmul_grad.mm(a[:2], b))
+    True
+    """
+    global _invariant
+    with _lock:
+        _invariant += batch_invariant
+        modes.invariant = _invariant > 0
+    try:
+        yield
+    finally:
+        with _lock:
+            _invariant -= batch_invariant
+            modes.invariant = _invariant > 0
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """How a GPU multiplies float32 where torch asks for its full precision ("highest").
+
+    "ieee": fused multiply-adds, as torch. "tf32x3": on the matrix units, each operand in two TF32 halves, three
+    products of four: an error near float32's own, no subnormals of the lower half. Where torch's setting allows TF32,
+    that is used, as in torch. On CPU float32 is always IEEE. Holds for all threads. ValueError for another name.
+
+    >>> import torch, matmul_grad
+    >>> with matmul_grad.float32_products("tf32x3"):
+    ...     matmul_grad.mm(torch.ones(1, 2), torch.ones(2, 1))
+    tensor([[2.]])
+    """
+    if precision not in FLOAT32:
+        raise ValueError(f"precision must be one of {', '.join(FLOAT32)}, got {precision!r}")
+    before = modes.float32
+    modes.float32 = precision
+    try:
+        yield
+    finally:
+        modes.float32 = before

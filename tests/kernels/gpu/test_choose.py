@@ -1,0 +1,217 @@
+"""choose is pure, total and valid over every shape that matters; measured winners go before the model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from matmul_grad.kernels.gpu import winners
+from matmul_grad.kernels.gpu.choose import (
+    SPLITS,
+    TILES,
+    TMA_TILES,
+    VECTOR_TILES,
+    candidates,
+    choose,
+    choose_backward,
+    gradients,
+    is_valid_backward,
+    seconds,
+)
+from matmul_grad.kernels.gpu.config import Problem, Target, TileConfig, is_valid
+
+TARGETS = {
+    "sm80": Target(80, 108, 163 << 10),
+    "sm86": Target(86, 84, 99 << 10),
+    "sm89": Target(89, 128, 99 << 10),
+    "sm90": Target(90, 132, 227 << 10),
+    "sm100": Target(100, 148, 227 << 10),
+    "sm120": Target(120, 170, 99 << 10),
+}
+NUMBERS = {
+    "fp16": ("float16", "ieee"),
+    "bf16": ("bfloat16", "ieee"),
+    "fp32": ("float32", "ieee"),
+    "tf32": ("float32", "tf32"),
+    "tf32x3": ("float32", "tf32x3"),
+    "fp64": ("float64", "ieee"),
+}
+LAYOUTS = ("NN", "NT", "TN", "TT", "SS", "NS")
+
+CUBES = [(n, n, n) for n in (64, 128, 256, 512, 1024, 2048, 4096)]
+TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
+WEIGHTS = (
+    (768, 768), (3072, 768), (768, 3072), (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336),
+    (4608, 3584), (37888, 3584), (3584, 18944),
+)  # fmt: skip
+DEEPGEMM = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+ODD = [(4095, 4095, 4095), (4097, 4097, 4097), (1000, 1000, 1000), (257, 129, 513), (16, 2, 30_000_000)]
+SMALL = list(itertools.product((0, 1, 17, 64, 129), repeat=3))
+HUGE = [(2**31, 1, 1), (1, 2**31, 1), (1, 1, 2**31), (2**40, 1, 2**40)]
+FORWARD = (
+    CUBES
+    + [(tokens, n, k) for tokens in TOKENS for n, k in WEIGHTS]
+    + [(m, n, k) for m in (1, 128, 4096) for n, k in DEEPGEMM]
+    + ODD
+)
+# dgrad is (m, n) . (n, k), wgrad is (k, m) . (m, n).
+SHAPES = [product for m, n, k in FORWARD for product in ((m, n, k), (m, k, n), (k, n, m))] + SMALL + HUGE
+
+
+@pytest.fixture(autouse=True)
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No table of the user's, but the one that a test writes."""
+    monkeypatch.setenv("MATMUL_GRAD_TUNED", str(tmp_path / "tuned.json"))
+    forget()
+    yield tmp_path / "tuned.json"
+    forget()
+
+
+def forget() -> None:
+    for cached in (winners.tables, choose, choose_backward):
+        cached.cache_clear()
+
+
+# Layouts, 16-byte loads, the copy engine.
+WAYS = (("NN", True, True), ("NN", True, False), ("TS", False, False))
+
+
+def problems(number: str, **fields: bool) -> list[Problem]:
+    dtype, precision = NUMBERS[number]
+    return [
+        Problem(m, n, k, dtype, letters[0], letters[1], precision, aligned, tma, **fields)
+        for (m, n, k), (letters, aligned, tma) in itertools.product(SHAPES, WAYS)
+    ]
+
+
+def whole(tile: TileConfig) -> TileConfig:
+    return replace(tile, split_k=1)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_choose_is_total_and_valid(arch: str, number: str) -> None:
+    target = TARGETS[arch]
+    chosen = {problem: choose(problem, target) for problem in problems(number)}
+    assert [problem for problem, tile in chosen.items() if not is_valid(tile, problem, target)] == []
+    depths = {tile.block_k for tile in chosen.values() if tile.path != "vector"}
+    assert len(depths) == 1
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_choose_is_pure(number: str) -> None:
+    first = [choose(problem, TARGETS["sm90"]) for problem in problems(number)]
+    choose.cache_clear()
+    again = [choose(problem, TARGETS["sm90"]) for problem in reversed(problems(number))]
+    assert first == again[::-1]
+
+
+def test_every_tile_is_chosen_somewhere() -> None:
+    """A tile that no problem gets on any GPU has no place in the tables."""
+    used = {
+        whole(choose(problem, target))
+        for target in TARGETS.values()
+        for number in NUMBERS
+        for problem in problems(number)
+    }
+    used |= {choose_backward(problem, "N", target) for target in TARGETS.values() for problem in problems("bf16")}
+    listed = {tile for tiles in TILES.values() for tile in tiles} | {*TMA_TILES, *VECTOR_TILES.values()}
+    assert listed - used == set()
+
+
+def test_every_number_of_parts_is_chosen_somewhere() -> None:
+    shapes = [(m, n, 64 << i) for m in (16, 64, 256) for n in (64, 512) for i in range(20)]
+    chosen = {choose(Problem(*shape, "bfloat16", tma=True), TARGETS["sm90"]).split_k for shape in shapes}
+    assert chosen >= {1, 4, 8, 64, 128}
+    assert chosen <= set(SPLITS)
+
+
+@pytest.mark.parametrize("number", ["bf16", "fp32"])
+def test_invariant_problems_have_one_order_of_k(number: str) -> None:
+    """Where the bits of a row may not depend on m, k is never cut and a vector is a matrix."""
+    for problem in problems(number, invariant=True):
+        tile = choose(problem, TARGETS["sm90"])
+        assert tile.split_k == 1 and tile.path != "vector"
+
+
+def test_a_large_problem_gets_a_large_tile_and_a_small_one_fills_the_gpu() -> None:
+    target = TARGETS["sm90"]
+    large = Problem(8192, 8192, 8192, "bfloat16", tma=True)
+    assert (choose(large, target).block_m, choose(large, target).block_n) == (128, 256)
+    assert choose(replace(large, m=16, n=4096, k=4096), target).block_n == 64
+    assert choose(replace(large, m=1, b="T"), target) == VECTOR_TILES["N"]
+    assert choose(replace(large, m=64, n=64, k=1 << 20), target).split_k == 128
+
+
+def test_the_model_grows_with_the_work_and_shrinks_with_the_gpu() -> None:
+    tile, problem, target = TMA_TILES[0], Problem(4096, 4096, 4096, "bfloat16", tma=True), TARGETS["sm90"]
+    once = seconds(tile, problem, target)
+    assert 1.9 < seconds(tile, replace(problem, k=8192), target) / once < 2.1
+    assert 3.5 < seconds(tile, replace(problem, batch=4), target) / once < 4.5
+    assert seconds(tile, problem, replace(target, sms=66)) > 1.8 * once
+
+
+def test_candidates_hold_every_path() -> None:
+    found = candidates(Problem(1, 4096, 4096, "bfloat16", "N", "T", tma=True), TARGETS["sm90"])
+    assert {tile.path for tile in found} == {"tma", "pointers", "vector"}
+    assert {tile.split_k for tile in found} >= {1, 2, 16}
+    assert len(set(found)) == len(found)
+
+
+def test_gradients_are_the_products_of_the_derivation() -> None:
+    dgrad, wgrad = gradients(Problem(2, 3, 5, "bfloat16", "N", "T"))
+    assert (dgrad.m, dgrad.n, dgrad.k, dgrad.a + dgrad.b) == (2, 5, 3, "NN")
+    assert (wgrad.m, wgrad.n, wgrad.k, wgrad.a + wgrad.b) == (5, 3, 2, "TN")
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_one_launch_for_both_gradients_is_valid_for_both(arch: str) -> None:
+    target, found = TARGETS[arch], []
+    for problem in problems("bf16"):
+        tile = choose_backward(problem, "N", target)
+        if tile is not None:
+            found.append(tile)
+            assert is_valid_backward(tile, problem, "N", target) and tile.split_k == 1
+            assert all(is_valid(tile, product, target) for product in gradients(problem))
+    assert bool(found) == (90 <= target.arch < 120)
+
+
+def test_a_measured_winner_goes_before_the_model(tables: Path) -> None:
+    problem, target = Problem(512, 512, 512, "bfloat16", tma=True), TARGETS["sm90"]
+    usual = choose(problem, target)
+    winner = next(tile for tile in candidates(problem, target) if tile != usual)
+    write(tables, {winners.key(problem, target): asdict(winner)})
+    assert choose(problem, target) == winner
+    assert choose(replace(problem, m=513), target) != winner
+    assert choose(problem, replace(target, sms=78)) == usual
+
+
+def test_a_winner_that_is_not_valid_is_passed_over(tables: Path) -> None:
+    problem, target = Problem(512, 512, 512, "bfloat16"), TARGETS["sm90"]
+    usual = choose(problem, target)
+    write(tables, {winners.key(problem, target): asdict(TMA_TILES[0])})
+    assert choose(problem, target) == usual
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"version": 2, "winners": {}}', '{"version": 1, "winners": {"x": {"y": 1}}}']
+)
+def test_a_table_that_is_none_is_passed_over_with_a_line(
+    text: str, tables: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = choose(Problem(512, 512, 512, "bfloat16"), TARGETS["sm90"])
+    tables.write_text(text, encoding="utf-8")
+    forget()
+    assert choose(Problem(512, 512, 512, "bfloat16"), TARGETS["sm90"]) == usual
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def write(path: Path, entries: dict[str, object]) -> None:
+    table = {"version": winners.VERSION, "provenance": {}, "winners": entries}
+    path.write_text(json.dumps(table), encoding="utf-8")
+    forget()
