@@ -16,31 +16,38 @@ class Runner:
     """A launch whose tensors alone change, and they keep shape, strides, dtype, device and alignment.
 
     The first call goes through Triton's JIT, which compiles; those after it call what it compiled, and skip the
-    binding, the specialisation and the look-up of its launch. A profiler's hooks get the long way.
+    binding, the specialisation and the look-up of its launch. Where a profiler listens all calls go the long way.
     """
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
         self._operands = [(i, x.name) for i, x in enumerate(launch.arguments) if isinstance(x, Operand)]
-        self._described = [(i, x) for i, x in enumerate(launch.arguments) if isinstance(x, Described)]
-        names = getattr(launch.kernel, "arg_names", ())[len(launch.arguments) :]
-        self._rest = [launch.constants[name] for name in names if name in launch.constants]
+        self._described = [
+            (i, x.name, list(x.shape), list(x.strides), list(x.block))
+            for i, x in enumerate(launch.arguments)
+            if isinstance(x, Described)
+        ]
+        constants = [launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :]]
+        self._arguments = [*launch.arguments, *constants]
         self._compiled: Any = None
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
-        arguments = list(self._launch.arguments)
+        arguments = self._arguments.copy()
         for position, name in self._operands:
             arguments[position] = tensors[name]
-        for position, x in self._described:
-            arguments[position] = TensorDescriptor(tensors[x.name], list(x.shape), list(x.strides), list(x.block))
+        for position, name, shape, strides, block in self._described:
+            arguments[position] = TensorDescriptor(tensors[name], shape, strides, block)
         compiled = self._compiled
-        if compiled is None or triton.knobs.runtime.launch_enter_hook or triton.knobs.runtime.launch_exit_hook:
+        if compiled is None or listened():
             launch = self._launch
-            self._compiled = launch.kernel[launch.grid](*arguments, **launch.constants, **launch.options)
+            self._compiled = launch.kernel[launch.grid](*arguments, **launch.options)
             return
-        index = torch.cuda.current_device()
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        compiled.run(
-            *self._launch.grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
-            *arguments, *self._rest,
-        )  # fmt: skip
+        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+        function, metadata = compiled.function, compiled.packed_metadata
+        compiled.run(*self._launch.grid, 1, stream, function, metadata, None, None, None, *arguments)
+
+
+def listened() -> bool:
+    """Whether a profiler has hooked itself into Triton's launches. Newer Tritons keep a chain of hooks there."""
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -1,0 +1,76 @@
+"""What reaches Triton and, from the second call on, the driver: by a kernel that notes how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from matmul_grad.kernels.gpu import run
+from matmul_grad.kernels.gpu.plan import Described, Launch, Operand
+from matmul_grad.kernels.gpu.run import Runner
+
+
+class Kernel:
+    """Stands for Triton's JIT function: launches on indexing and calling, and gives what it compiled."""
+
+    arg_names = ("a_desc", "b_ptr", "m", "none", "BLOCK", "NAME")
+
+    def __init__(self) -> None:
+        self.slow: list[Any] = []
+        self.fast: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, int]) -> Any:
+        def launch(*arguments: Any, **options: Any) -> Any:
+            self.slow.append((grid, arguments, options))
+            return SimpleNamespace(function="function", packed_metadata="metadata", run=lambda *x: self.fast.append(x))
+
+        return launch
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: f"stream of {index}", raising=False)
+    yield Kernel()
+
+
+def runner(kernel: Kernel) -> Runner:
+    described = Described("a", (8, 16), (16, 1), (8, 8))
+    arguments = (described, Operand("b"), 7, None)
+    return Runner(Launch(kernel, (5, 6), arguments, {"NAME": "name", "BLOCK": 32}, {"num_warps": 4}))
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {"a": torch.zeros(8, 16), "b": torch.ones(4)}
+
+
+def test_the_first_call_compiles_and_the_next_ones_go_to_the_driver(kernel: Kernel) -> None:
+    call, first, second = runner(kernel), tensors(), tensors()
+    call(first)
+    ((grid, arguments, options),) = kernel.slow
+    assert (grid, options, kernel.fast) == ((5, 6), {"num_warps": 4}, [])
+    assert arguments[0].base is first["a"] and arguments[0].block_shape == [8, 8] and arguments[0].shape == [8, 16]
+    assert arguments[1] is first["b"] and arguments[2:] == (7, None, 32, "name")
+    call(second)
+    ((*head, described, pointer, m, none, block, name),) = kernel.fast
+    assert head == [5, 6, 1, "stream of 3", "function", "metadata", None, None, None]
+    assert described.base is second["a"] and pointer is second["b"] and (m, none, block, name) == (7, None, 32, "name")
+    assert len(kernel.slow) == 1
+
+
+def test_where_a_profiler_listens_every_call_goes_the_long_way(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = runner(kernel)
+    call(tensors())
+    for hook in (print, SimpleNamespace(calls=[print])):
+        monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", hook)
+        assert run.listened()
+        call(tensors())
+    assert (len(kernel.slow), len(kernel.fast)) == (3, 0)
+    monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", SimpleNamespace(calls=[]))
+    call(tensors())
+    assert len(kernel.fast) == 1
