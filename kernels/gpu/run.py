@@ -12,6 +12,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .plan import Described, Launch, Operand
 
 
+class Checked:
+    """What Triton's launcher reads of a TensorDescriptor, without the checks that the first call has made."""
+
+    __slots__ = ("base", "block_shape", "padding", "round_f32_to_tf32", "shape", "strides")
+
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> None:
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
+        self.padding, self.round_f32_to_tf32 = "zero", False
+
+
 class Runner:
     """A launch whose tensors alone change, and they keep shape, strides, dtype, device and alignment.
 
@@ -35,10 +45,12 @@ class Runner:
         arguments = self._arguments.copy()
         for position, name in self._operands:
             arguments[position] = tensors[name]
-        for position, name, shape, strides, block in self._described:
-            arguments[position] = TensorDescriptor(tensors[name], shape, strides, block)
         compiled = self._compiled
-        if compiled is None or listened():
+        jit = compiled is None or listened()
+        describe = TensorDescriptor if jit else Checked
+        for position, name, shape, strides, block in self._described:
+            arguments[position] = describe(tensors[name], shape, strides, block)
+        if jit:
             launch = self._launch
             self._compiled = launch.kernel[launch.grid](*arguments, **launch.options)
             return

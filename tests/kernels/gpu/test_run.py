@@ -59,6 +59,9 @@ def test_the_first_call_compiles_and_the_next_ones_go_to_the_driver(kernel: Kern
     call(second)
     ((*head, described, pointer, m, none, block, name),) = kernel.fast
     assert head == [5, 6, 1, "stream of 3", "function", "metadata", None, None, None]
+    assert {name: getattr(described, name) for name in vars(arguments[0]) if name != "base"} == {
+        name: value for name, value in vars(arguments[0]).items() if name != "base"
+    }
     assert described.base is second["a"] and pointer is second["b"] and (m, none, block, name) == (7, None, 32, "name")
     assert len(kernel.slow) == 1
 
