@@ -47,6 +47,10 @@ TILES = {
         TileConfig(64, 64, 16, stages=3, warps=8),
         TileConfig(32, 32, 16, stages=3, warps=4),
     ),
+    ("fp8", True): (
+        TileConfig(128, 128, 128, stages=3, warps=8),
+        TileConfig(64, 64, 128, stages=3, warps=4),
+    ),
     ("fp64", False): (TileConfig(32, 32, 16, stages=3, warps=4),),
 }
 
@@ -59,6 +63,14 @@ TMA_TILES = (
     TileConfig(64, 256, 64, stages=4, warps=4, path="tma", subtiles=2),
     TileConfig(64, 128, 64, stages=5, warps=4, path="tma"),
     TileConfig(64, 64, 64, stages=6, warps=4, path="tma"),
+)
+
+# Twice as deep: as many bytes as in 16 bits.
+FP8_TMA_TILES = (
+    TileConfig(128, 256, 128, stages=3, warps=8, path="tma", subtiles=2),
+    TileConfig(128, 128, 128, stages=4, warps=8, path="tma", subtiles=2),
+    TileConfig(64, 128, 128, stages=5, warps=4, path="tma"),
+    TileConfig(64, 64, 128, stages=6, warps=4, path="tma"),
 )
 
 # By the letter of the matrix: a program's threads lie along what is adjacent in memory.
@@ -82,7 +94,8 @@ class Rates:
     memory: float
 
     def of(self, kind: str) -> float:
-        return self.tf32 / 3 if kind == "tf32x3" else getattr(self, kind)
+        derived = {"tf32x3": self.tf32 / 3, "fp8": 2 * self.half}
+        return derived[kind] if kind in derived else getattr(self, kind)
 
 
 # Peak rates by the vendor's data sheets (A100, RTX 3090, RTX 4090, H100 SXM, B200, RTX 5090) over the multiprocessors
@@ -111,7 +124,7 @@ def candidates(problem: Problem, target: Target) -> list[TileConfig]:
     """Every tile that `choose` weighs and `tune` times, k whole and cut."""
     tiles = list(TILES.get((kind(problem), problem.aligned), ()))
     if problem.tma:
-        tiles = [*TMA_TILES, *tiles]
+        tiles = [*(FP8_TMA_TILES if kind(problem) == "fp8" else TMA_TILES), *tiles]
     if 1 in (problem.m, problem.n):
         letter = problem.a if problem.n == 1 else {"N": "T", "T": "N"}.get(problem.b, "S")
         tiles.append(VECTOR_TILES[letter])

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-SHORT_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1}
+SHORT_NAMES = {
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "float8_e4m3fn": "fp8e4nv",
+    "float8_e5m2": "fp8e5",
+}
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 # A vector load is 16 bytes, and Triton proves that one is legal only from divisibility by 16 elements.
@@ -29,7 +36,7 @@ STEPS_OF_A_PART = 4
 class Problem:
     """C = A . B as the tile choice sees it: (m, k) . (k, n), dtype, how each operand lies in memory.
 
-    dtype: "float16", "bfloat16", "float32" or "float64", of a, b and c. precision: "ieee", or for float32 operands
+    dtype: a name of ITEM_BYTES, of a, b and c; in 8 bits of a and b, and then c has the dtype `result`. precision: "ieee", or for float32 operands
     "tf32" (rounded to 10 mantissa bits) or "tf32x3" (in two such halves). a, b: "N" (columns adjacent), "T" (rows
     adjacent) or "S" (neither). aligned: 16-byte loads are legal along the adjacent dimension of both operands.
     tma: the copy engine can read both. batch: how many products. invariant: a row of C has the same bits for any m.
@@ -46,6 +53,7 @@ class Problem:
     tma: bool = False
     batch: int = 1
     invariant: bool = False
+    result: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,11 @@ def layout(row_stride: int, col_stride: int) -> str:
 
 
 def kind(problem: Problem) -> str:
-    """Which unit multiplies: "half", "tf32", "tf32x3", "fp32" or "fp64"."""
+    """Which unit multiplies: "fp8", "half", "tf32", "tf32x3", "fp32" or "fp64"."""
     if problem.dtype not in ITEM_BYTES:
         raise ValueError(f"no GPU kernel for dtype {problem.dtype}")
-    if ITEM_BYTES[problem.dtype] == 2:
-        return "half"
+    if ITEM_BYTES[problem.dtype] <= 2:
+        return "half" if ITEM_BYTES[problem.dtype] == 2 else "fp8"
     return SHORT_NAMES[problem.dtype] if problem.precision == "ieee" else problem.precision
 
 
@@ -137,7 +145,7 @@ def shared_bytes(config: TileConfig, problem: Problem, target: Target) -> int:
     The tile of C that the copy engine stores lies beside the operands, others in their place.
     """
     item = ITEM_BYTES[problem.dtype]
-    result = config.block_m * config.block_n * item
+    result = config.block_m * config.block_n * ITEM_BYTES[problem.result or problem.dtype]
     operands = config.stages * (config.block_m + config.block_n) * config.block_k * item
     if problem.precision != "ieee" and target.arch >= 90:
         operands += (config.block_m + config.block_n) * config.block_k * item
@@ -157,6 +165,8 @@ def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
         return False
     if problem.precision not in PRECISIONS or (problem.precision != "ieee" and problem.dtype != "float32"):
         return False
+    if kind(problem) == "fp8" and not _is_valid_fp8(problem, target):
+        return False
     on_path = {"pointers": _is_valid_gemm, "tma": _is_valid_tma, "vector": _is_valid_vector}.get(config.path)
     return (
         on_path is not None
@@ -175,10 +185,16 @@ def _is_valid_split(config: TileConfig, problem: Problem) -> bool:
     return enough and not problem.invariant and workspace_bytes(problem, config) <= WORKSPACE_BYTES
 
 
+def _is_valid_fp8(problem: Problem, target: Target) -> bool:
+    # The matrix units read 8 bits along k alone.
+    wide = problem.result in ITEM_BYTES and ITEM_BYTES[problem.result] in (2, 4)
+    return wide and target.arch >= 89 and problem.a + problem.b == "NT" and problem.aligned and problem.batch == 1
+
+
 def _is_valid_gemm(config: TileConfig, problem: Problem, target: Target) -> bool:
     # 64-row matrix instructions (wgmma, tcgen05) sum k in another order than 16-row ones (mma.sync): with
     # one family an architecture, a row's bits do not depend on m.
-    rows = 64 if kind(problem) in ("half", "tf32", "tf32x3") and 90 <= target.arch < 120 else 16
+    rows = 64 if kind(problem) in ("fp8", "half", "tf32", "tf32x3") and 90 <= target.arch < 120 else 16
     words = 2 if problem.dtype == "float64" else 1
     most = MAX_ACCUMULATOR_REGISTERS if target.arch >= 90 else MAX_ACCUMULATOR_REGISTERS_BEFORE_90
     accumulators = config.block_m * config.block_n * words // (32 * config.warps)
@@ -195,7 +211,7 @@ def _is_valid_tma(config: TileConfig, problem: Problem, target: Target) -> bool:
     # sm_120 has the copy engine too, but no matrix instruction that reads what it brings from shared memory.
     return (
         problem.tma
-        and ITEM_BYTES[problem.dtype] == 2
+        and ITEM_BYTES[problem.dtype] <= 2
         and 90 <= target.arch < 120
         and max(config.block_m, config.block_n, config.block_k) <= 256
         and config.subtiles in (1, 2)
@@ -212,6 +228,7 @@ def _is_valid_vector(config: TileConfig, problem: Problem, target: Target) -> bo
         1 in (problem.m, problem.n)
         and problem.batch == 1
         and problem.precision == "ieee"
+        and kind(problem) != "fp8"
         and not problem.invariant
         and config.block_n == config.subtiles == 1
         and 16 <= config.block_m * config.block_k // (32 * config.warps) <= 64

@@ -3,17 +3,18 @@
 import triton
 import triton.language as tl
 
-from .tiles import place, round_to_tf32, share_of_k
+from .tiles import place, round_to_tf32, scale_of, share_of_k
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"])
 def gemm(
-    a_ptr, b_ptr, c_ptr,
+    a_ptr, b_ptr, c_ptr, scale_a_ptr, scale_b_ptr,
     m, n, k,
     a_row, a_col, b_row, b_col, c_row, c_col,
     a_batch, b_batch, c_part,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, NAME: tl.constexpr,
+    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    SCALED: tl.constexpr, IMPRECISE: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """C[z, i, j] = sum over t < k of A[z, i, t] * B[z, t, j], one BLOCK_M x BLOCK_N tile of C a program.
 
@@ -22,7 +23,8 @@ def gemm(
     Strides: any, in elements: row, column, sliced, expanded (0). Triton compiles a stride of 1, and sizes and
     strides divisible by 16, into vector loads. Tile origins are 64-bit; offsets inside a tile are 32-bit
     unless WIDE, which the launcher sets where a tile spans 2**31 elements or more.
-    Dtypes: a, b and c alike: float16, bfloat16, float32 (accumulated in float32), float64 (in float64).
+    Dtypes: a, b and c alike: float16, bfloat16, float32 (accumulated in float32), float64 (in float64); or 8-bit a
+    and b, IMPRECISE as in `tile_product`. SCALED multiplies the sums by two float32 before they are rounded.
     PRECISION "tf32" rounds float32 operands first; "tf32x3" adds the products of their two halves but the least;
     "ieee" multiplies them whole.
     Result: c_ptr; with SPLIT_K > 1 it is the workspace: SPLIT_K partial results a product, c_part apart, for
@@ -71,10 +73,12 @@ def gemm(
         if PRECISION == "tf32":
             a = round_to_tf32(a)
             b = round_to_tf32(b)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=SUM)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=SUM)
         a_base += a_step
         b_base += b_step
 
+    if SCALED:
+        acc *= scale_of(scale_a_ptr, scale_b_ptr)
     c_base = c_ptr + part * c_part + row0 * c_row + col0 * c_col
     c_offset = row[:, None] * c_row + col[None, :] * c_col
     tl.store(c_base + c_offset, acc.to(c_ptr.dtype.element_ty), mask=in_rows & in_cols)

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .backward import backward_tma
-from .config import Problem, Target, TileConfig, kernel_name, number, workspace_bytes
+from .config import Problem, Target, TileConfig, kernel_name, kind, number, workspace_bytes
 from .gemm import gemm
 from .reduce import reduce
 from .tma import gemm_tma
 from .vector import matvec
 
 REDUCE_BLOCK = 1024
+# 8-bit products that the matrix unit of sm_90 may add in 14 bits; torch's use_fast_accum=False promises no less.
+IMPRECISE = 128
 # Left to itself, ptxas spills a few registers to fit one more block on a multiprocessor.
 MAX_REGISTERS = 255
 
@@ -101,6 +103,17 @@ def blocks(config: TileConfig) -> dict[str, int]:
     }
 
 
+def scales(problem: Problem) -> tuple[Operand | None, Operand | None]:
+    """The two scales of 8-bit operands."""
+    return (Operand("scale_a"), Operand("scale_b")) if kind(problem) == "fp8" else (None, None)
+
+
+def of_8_bits(problem: Problem) -> dict[str, Any]:
+    """The constants that 8-bit operands alone set."""
+    narrow = kind(problem) == "fp8"
+    return {"SCALED": narrow, "IMPRECISE": IMPRECISE if narrow else None}
+
+
 def _gemm(
     problem: Problem,
     config: TileConfig,
@@ -120,7 +133,7 @@ def _gemm(
         gemm,
         (cdiv(m, bm) * cdiv(n, bn), config.split_k * problem.batch),
         (
-            Operand("a"), Operand("b"), Operand(result), m, n, k,
+            Operand("a"), Operand("b"), Operand(result), *scales(problem), m, n, k,
             a.row, a.col, b.row, b.col, c.row, c.col, a.batch, b.batch, c.batch,
         ),
         {
@@ -129,6 +142,7 @@ def _gemm(
             "PRECISION": problem.precision,
             "WIDE": wide,
             "UPCAST": upcast,
+            **of_8_bits(problem),
             "NAME": kernel_name(problem, config),
         },
         options(config),
@@ -163,7 +177,7 @@ def _gemm_tma(
         (programs(items, target), 1),
         (
             described("a", m, k, a, (bm, bk), batch), described("b", k, n, b, (bk, bn), batch), stored,
-            None if store_tma else Operand(result), c.row, c.batch, m, n, k, batch,
+            None if store_tma else Operand(result), *scales(problem), c.row, c.batch, m, n, k, batch,
         ),
         {
             **blocks(config),
@@ -174,6 +188,7 @@ def _gemm_tma(
             "STORE_TMA": store_tma,
             "SUBTILES": config.subtiles,
             "UPCAST": upcast,
+            **of_8_bits(problem),
             "NAME": kernel_name(problem, config),
         },
         options(config),

@@ -72,8 +72,12 @@ def tile_product(
     a_desc, b_desc, batch, row0, col0, first, last,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, BATCHED: tl.constexpr, UPCAST: tl.constexpr,
+    IMPRECISE: tl.constexpr = None,
 ):  # fmt: skip
-    """The float32 sums of one tile over the steps [first, last) of k, read through descriptors."""
+    """The float32 sums of one tile over the steps [first, last) of k, read through descriptors.
+
+    IMPRECISE: how many 8-bit products the matrix unit may add in its own narrow sums before they join the others.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(first, last):
         a = left_block(a_desc, batch, row0, step * BLOCK_K, BLOCK_M, BLOCK_K, A_TURNED, BATCHED)
@@ -81,8 +85,14 @@ def tile_product(
         if UPCAST:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc)
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=IMPRECISE)
     return acc
+
+
+@triton.jit
+def scale_of(scale_a_ptr, scale_b_ptr):
+    """What 8-bit operands were divided by, both at once."""
+    return tl.load(scale_a_ptr) * tl.load(scale_b_ptr)
 
 
 @triton.jit

@@ -3,16 +3,17 @@
 import triton
 import triton.language as tl
 
-from .tiles import place, share_of_k, store_block, store_rows, tile_product
+from .tiles import place, scale_of, share_of_k, store_block, store_rows, tile_product
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"])
 def gemm_tma(
-    a_desc, b_desc, c_desc, c_ptr, c_row, c_part,
+    a_desc, b_desc, c_desc, c_ptr, scale_a_ptr, scale_b_ptr, c_row, c_part,
     m, n, k, batches,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, BATCHED: tl.constexpr,
-    STORE_TMA: tl.constexpr, SUBTILES: tl.constexpr, UPCAST: tl.constexpr, NAME: tl.constexpr,
+    STORE_TMA: tl.constexpr, SUBTILES: tl.constexpr, UPCAST: tl.constexpr, SCALED: tl.constexpr,
+    IMPRECISE: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """C[z, i, j] = sum over t < k of A[z, i, t] * B[z, t, j]; the programs share out all tiles of all products.
 
@@ -20,7 +21,8 @@ def gemm_tma(
     programs; each takes every so many-th tile.
     Strides: of the descriptors: adjacent columns, or adjacent rows and a TURNED descriptor; what a descriptor
     can hold is `launch.fits_tma`.
-    Dtypes: 16-bit, a, b and c alike, accumulated in float32.
+    Dtypes: 16-bit, a, b and c alike, or 8-bit a and b, accumulated in float32; IMPRECISE as in `tile_product`.
+    SCALED multiplies the sums by two float32 before they are rounded.
     Result: through c_desc where STORE_TMA, else to c_ptr with rows c_row and products c_part apart. With
     SPLIT_K > 1 c_ptr is the workspace: SPLIT_K float32 partial results a product, for `reduce`.
     Aliasing: c overlaps neither a nor b.
@@ -41,8 +43,10 @@ def gemm_tma(
         batch = part // SPLIT_K
         acc = tile_product(
             a_desc, b_desc, batch, row0, col0, first, last,
-            BLOCK_M, BLOCK_N, BLOCK_K, A_TURNED, B_TURNED, BATCHED, UPCAST,
+            BLOCK_M, BLOCK_N, BLOCK_K, A_TURNED, B_TURNED, BATCHED, UPCAST, IMPRECISE,
         )  # fmt: skip
+        if SCALED:
+            acc *= scale_of(scale_a_ptr, scale_b_ptr)
         if STORE_TMA:
             store_block(acc, c_desc, batch, row0, col0, BLOCK_M, BLOCK_N, SUBTILES, BATCHED)
         else:

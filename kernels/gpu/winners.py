@@ -29,8 +29,9 @@ def key(problem: Problem, target: Target) -> str:
     >>> key(Problem(1, 2, 3, "bfloat16", "N", "T", tma=True), Target(90, 132, 232448))
     'sm90x132 1 2 3 bfloat16 N T ieee aligned tma 1'
     """
-    *sizes, aligned, tma, batch, invariant = astuple(problem)
+    *sizes, aligned, tma, batch, invariant, result = astuple(problem)
     flags = "aligned" if aligned else "narrow", "tma" if tma else "pointers", batch, *["invariant"] * invariant
+    flags += (result,) if result else ()
     return " ".join(map(str, (f"sm{target.arch}x{target.sms}", *sizes, *flags)))
 
 
