@@ -10,6 +10,7 @@ from .autograd import raised
 
 _mm = torch.ops.matmul_grad.mm.default
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
+_scaled_mm = torch.ops.matmul_grad.scaled_mm.default
 
 
 def mm(input: Tensor, mat2: Tensor) -> Tensor:
@@ -81,3 +82,29 @@ def mm_backward(
     ([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]], [[2.0], [2.0], [2.0]])
     """
     return _mm_backward(grad, input, mat2, list(output_mask))
+
+
+def scaled_mm(
+    input: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Product of two matrices of 8-bit floats, times their two scales; without a gradient, as in torch.
+
+    C = scale_a · scale_b · (A · B)
+
+    shapes      input (m, k), mat2 (k, n), each scale one element → (m, n)
+    strides     input row-major and mat2 column-major, k and n multiples of 16
+    dtypes      float8_e4m3fn, float8_e5m2 with float32 scales; the result out_dtype, by default input's.
+                On GPUs from sm_89 on, to float16, bfloat16 and float32; the rest is torch._scaled_mm
+    aliasing    the result is new memory
+    rounding    sums in float32, once at the store
+    errors      torch._scaled_mm's
+    determinism the same bits from run to run
+    source      kernels/gpu/tma.py
+
+    >>> import torch, matmul_grad
+    >>> a, one = torch.ones(16, 32).to(torch.float8_e4m3fn), torch.tensor(1.0)
+    >>> c = matmul_grad.scaled_mm(a, a.t(), one, one, torch.bfloat16)
+    >>> c.shape, c.dtype, c[0, 0].item()
+    (torch.Size([16, 16]), torch.bfloat16, 32.0)
+    """
+    return _scaled_mm(input, mat2, scale_a, scale_b, out_dtype)

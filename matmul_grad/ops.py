@@ -95,6 +95,26 @@ def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | N
     return launch.mm_backward(grad, self, mat2)
 
 
+def _scaled_mm(
+    self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Every device: these kernels on a GPU that has 8-bit matrix units, else torch's own."""
+    result = self.dtype if out_dtype is None else out_dtype
+    if self.is_cuda:
+        from .kernels.gpu import launch
+
+        if launch.takes_scaled(self, mat2, scale_a, scale_b, result):
+            return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
+    strictness.hand_over(self, mat2)
+    return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
+
+
+def _scaled_mm_fake(
+    self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
+
+
 def _mm_fake(self: Tensor, mat2: Tensor) -> Tensor:
     """Shape and errors are torch's own."""
     return torch.ops.aten.mm.default(self, mat2)
@@ -124,6 +144,13 @@ def _register() -> None:
     library.impl("mm", _mm_python, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::mm", _mm_fake, lib=library)
     torch.library.register_vmap(f"{NAMESPACE}::mm", _mm_vmap, lib=library)
+    library.define(
+        "scaled_mm(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, ScalarType? out_dtype=None) -> Tensor",
+        tags=tags,
+    )
+    library.impl("scaled_mm", _scaled_mm, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::scaled_mm", _scaled_mm_fake, lib=library)
+    count_flops(torch.ops.matmul_grad.scaled_mm, lambda self, mat2, *scales: 2 * self[0] * self[1] * mat2[1])
     count_flops(torch.ops.matmul_grad.mm, lambda self, mat2: 2 * self[0] * self[1] * mat2[1])
 
 

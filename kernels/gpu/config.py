@@ -36,10 +36,11 @@ STEPS_OF_A_PART = 4
 class Problem:
     """C = A . B as the tile choice sees it: (m, k) . (k, n), dtype, how each operand lies in memory.
 
-    dtype: a name of ITEM_BYTES, of a, b and c; in 8 bits of a and b, and then c has the dtype `result`. precision: "ieee", or for float32 operands
-    "tf32" (rounded to 10 mantissa bits) or "tf32x3" (in two such halves). a, b: "N" (columns adjacent), "T" (rows
-    adjacent) or "S" (neither). aligned: 16-byte loads are legal along the adjacent dimension of both operands.
-    tma: the copy engine can read both. batch: how many products. invariant: a row of C has the same bits for any m.
+    dtype: a name of ITEM_BYTES, of a, b and c; in 8 bits of a and b alone, and then `result` is c's. precision: "ieee",
+    or for float32 operands "tf32" (rounded to 10 mantissa bits) or "tf32x3" (in two such halves). a, b: "N" (columns
+    adjacent), "T" (rows adjacent) or "S" (neither). aligned: 16-byte loads are legal along the adjacent dimension of
+    both operands. tma: the copy engine can read both. batch: how many products. invariant: a row of C has the same
+    bits for any m.
     """
 
     m: int
@@ -195,7 +196,8 @@ def _is_valid_gemm(config: TileConfig, problem: Problem, target: Target) -> bool
     # 64-row matrix instructions (wgmma, tcgen05) sum k in another order than 16-row ones (mma.sync): with
     # one family an architecture, a row's bits do not depend on m.
     rows = 64 if kind(problem) in ("fp8", "half", "tf32", "tf32x3") and 90 <= target.arch < 120 else 16
-    words = 2 if problem.dtype == "float64" else 1
+    # Before sm_100, 8-bit products are added up beside the sums that they then join.
+    words = 2 if problem.dtype == "float64" or (kind(problem) == "fp8" and target.arch < 100) else 1
     most = MAX_ACCUMULATOR_REGISTERS if target.arch >= 90 else MAX_ACCUMULATOR_REGISTERS_BEFORE_90
     accumulators = config.block_m * config.block_n * words // (32 * config.warps)
     return (

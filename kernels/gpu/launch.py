@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from .run import Runner
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SUPPORTED}
+NAMES_OF_8_BITS = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}
+ALL_NAMES = NAMES | NAMES_OF_8_BITS
 
 # Triton decides this once, when it meets the kernel's decorator.
 INTERPRETED = not isinstance(gemm, triton.JITFunction)
@@ -194,6 +197,55 @@ def make_backward_plan(grad: Tensor, a: Tensor, b: Tensor, bias: bool) -> Plan:
     return Plan((Runner(launch),), (), 0, torch.float32)
 
 
+def scaled_mm(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, result: torch.dtype, *, config: TileConfig | None = None
+) -> Tensor:
+    """C = scale_a * scale_b * (A . B) of 8-bit floats, without a gradient.
+
+    Shapes: a (m, k), b (k, n), every size > 0; the scales have one element each.
+    Strides: a has its columns together and b its rows, in whole 16 bytes: `takes_scaled`.
+    Dtypes: a and b float8_e4m3fn or float8_e5m2, each its own; scales float32; result float16, bfloat16 or float32.
+    Rounding: products are exact, sums float32 (on sm_90 after every 128 products), one rounding at the store.
+    """
+    key = (
+        a.shape, a.stride(), b.shape, b.stride(), a.dtype, b.dtype, a.get_device(), b.get_device(),
+        a.data_ptr() % 16, b.data_ptr() % 16, result, modes.invariant, config,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _remember(key, make_scaled_plan(a, b, result, config))
+    c = a.new_empty(plan.shape, dtype=result)
+    tensors = {"a": a, "b": b, "c": c, "scale_a": scale_a, "scale_b": scale_b}
+    if plan.work:
+        tensors["work"] = a.new_empty(plan.work, dtype=plan.sums)
+    _run(plan.run, tensors, a)
+    return c
+
+
+def make_scaled_plan(a: Tensor, b: Tensor, result: torch.dtype, config: TileConfig | None) -> Plan:
+    c = torch.empty(a.shape[0], b.shape[1], dtype=result, device="meta")
+    problem, target = replace(describe(a, b, c, "ieee"), result=NAMES[result]), target_of(a)
+    if config is None:
+        config = choose(problem, target)
+    elif not is_valid(config, problem, target):
+        raise ValueError(f"{config} is not valid for {problem} on {target}")
+    strides = strides_of(a), strides_of(b), strides_of(c)
+    made = launches(problem, config, target, strides, store_tma=fits_tma(c), upcast=INTERPRETED)
+    return Plan(tuple(Runner(launch) for launch in made), tuple(c.shape), work_elements(problem, config), torch.float32)
+
+
+def takes_scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, result: torch.dtype) -> bool:
+    """Whether `scaled_mm` takes these: 8-bit matrices along k, scales of one element, a GPU from sm_89 on."""
+    matrices = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and 0 not in (*a.shape, *b.shape)
+    narrow = a.dtype in NAMES_OF_8_BITS and b.dtype in NAMES_OF_8_BITS and result in NAMES and result.itemsize <= 4
+    scales = all(scale.numel() == 1 and scale.dtype == torch.float32 for scale in (scale_a, scale_b))
+    together = a.device == b.device == scale_a.device == scale_b.device and (a.is_cuda or INTERPRETED)
+    if not (matrices and narrow and scales and together):
+        return False
+    along_k = a.stride(1) == b.stride(0) == 1 and is_aligned(a) and is_aligned(b)
+    return along_k and target_of(a).arch >= 89 and (INTERPRETED or torch.version.hip is None)
+
+
 def checked_shape(a: Tensor, b: Tensor, out: Tensor | None) -> tuple[int, ...]:
     """Shape of the product, or a ValueError that names what does not fit."""
     if not a.dim() == b.dim() in (2, 3) or a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
@@ -215,7 +267,7 @@ def describe(a: Tensor, b: Tensor, c: Tensor, precision: str) -> Problem:
         m=a.shape[-2],
         n=b.shape[-1],
         k=a.shape[-1],
-        dtype=NAMES[a.dtype],
+        dtype=ALL_NAMES[a.dtype],
         a=layout(*a.stride()[-2:]),
         b=layout(*b.stride()[-2:]),
         precision=precision if a.dtype == torch.float32 else "ieee",
@@ -255,9 +307,9 @@ def fits_tma(x: Tensor) -> bool:
     of 0; sizes that 32 bits hold. A meta tensor stands for new memory, which is aligned.
     """
     found = adjacent(x)
-    if found is None or x.dtype not in NAMES or max(x.shape) >= 2**31:
+    if found is None or x.dtype not in ALL_NAMES or max(x.shape) >= 2**31:
         return False
-    item = ITEM_BYTES[NAMES[x.dtype]]
+    item = ITEM_BYTES[ALL_NAMES[x.dtype]]
     extents = (found[0], *found[1])
     whole = all(size > 0 and size * item % 16 == 0 and size * item < 2**40 for size in extents)
     return whole and (x.is_meta or x.data_ptr() % 16 == 0)

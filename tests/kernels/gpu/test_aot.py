@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from matmul_grad.kernels.gpu import aot
-from matmul_grad.kernels.gpu.choose import SUMS_BYTES, TILES, TMA_TILES, VECTOR_TILES, is_valid_backward
+from matmul_grad.kernels.gpu.choose import FP8_TMA_TILES, SUMS_BYTES, TILES, TMA_TILES, VECTOR_TILES, is_valid_backward
 from matmul_grad.kernels.gpu.config import (
     ITEM_BYTES,
     SHORT_NAMES,
@@ -40,6 +40,8 @@ PARTS = 4
 
 # The matrix unit of each architecture; there is none for IEEE float32, and the oldest serves float64.
 INSTRUCTIONS = {
+    (90, "fp8"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.(e4m3|e5m2)\.(e4m3|e5m2)",
+    (100, "fp8"): r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4",
     (80, "half"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32",
     (90, "half"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(bf16\.bf16|f16\.f16)",
     (100, "half"): r"tcgen05\.mma\.cta_group::1\.kind::f16",
@@ -115,8 +117,19 @@ def products() -> Iterator[Case]:
                 yield from of_products(arch, problem_of("float16", "ieee", "NT"), tile)
 
 
+def scaled() -> Iterator[Case]:
+    """8-bit operands of every tile; the first also with k cut."""
+    for arch, (position, tile) in itertools.product((90, 100), enumerate((*FP8_TMA_TILES, *TILES["fp8", True]))):
+        problem = replace(problem_of("float8_e4m3fn", "ieee", "NT"), tma=True, result="bfloat16")
+        yield from of_products(arch, problem, tile)
+        if position == 1:
+            yield from of_products(arch, problem, replace(tile, split_k=PARTS))
+            yield from of_products(arch, replace(problem, dtype="float8_e5m2"), tile)
+
+
 def vectors() -> Iterator[Case]:
-    for arch, (letter, tile), dtype in itertools.product(ARCHES, VECTOR_TILES.items(), SHORT_NAMES):
+    dtypes = [dtype for dtype, item in ITEM_BYTES.items() if item > 1]
+    for arch, (letter, tile), dtype in itertools.product(ARCHES, VECTOR_TILES.items(), dtypes):
         problem = replace(problem_of(dtype, "ieee", letter + "N"), n=1)
         yield from of_products(arch, problem, tile)
 
@@ -138,14 +151,17 @@ def backwards() -> Iterator[Case]:
             yield Case(arch, problem, tile, backward_launch(problem, tile, target, strides, bias=bias))
 
 
-CASES = {str(case): case for case in (*products(), *vectors(), *backwards())}
+CASES = {str(case): case for case in (*products(), *scaled(), *vectors(), *backwards())}
 
 
 def compiled(case: Case) -> aot.CompiledReport:
     short = SHORT_NAMES[case.problem.dtype]
     sums = "fp64" if case.problem.dtype == "float64" else "fp32"
-    names = ("a", "b", "c", "grad", "da", "db", "bias")
-    return aot.compile_for(case.launch, {**dict.fromkeys(names, short), "work": sums}, case.arch)
+    types = dict.fromkeys(("a", "b", "c", "grad", "da", "db", "bias"), short)
+    types |= dict.fromkeys(("work", "scale_a", "scale_b"), sums)
+    if case.problem.result:
+        types["c"] = SHORT_NAMES[case.problem.result]
+    return aot.compile_for(case.launch, types, case.arch)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -163,9 +179,9 @@ def test_compiles_into_what_was_meant(name: str) -> None:
         unit = kind(problem).removesuffix("x3")
         wanted = r"fma\.rn\.f(32|64)(x2)?" if tile.path == "vector" else INSTRUCTIONS[arch, unit]
         assert re.fullmatch(wanted, report.instruction), report
-    if tile.path == "pointers" and not case.name.startswith("reduce"):
+    if tile.path == "pointers" and not case.name.startswith("reduce") and not problem.result:
         assert report.load_bytes == (16 if problem.aligned else ITEM_BYTES[problem.dtype]), report
-    if tile.path == "tma" and tile.split_k == 1:
+    if tile.path == "tma" and tile.split_k == 1 and not problem.result:
         assert report.load_bytes == 0, report
     assert_cost_known(str(case), report.registers)
 
@@ -182,9 +198,9 @@ def test_the_cases_reach_every_tile_layout_and_kind() -> None:
     found = CASES.values()
     aligned = {(case.arch, kind(case.problem), case.problem.aligned) for case in found}
     kinds = ("half", "tf32", "tf32x3", "fp32", "fp64")
-    assert aligned == set(itertools.product(ARCHES, kinds, (True, False)))
+    assert aligned == set(itertools.product(ARCHES, kinds, (True, False))) | {(90, "fp8", True), (100, "fp8", True)}
     assert {case.problem.a + case.problem.b for case in found} >= {*DENSE, "SS"}
-    listed = {tile for tiles in TILES.values() for tile in tiles} | {*TMA_TILES, *VECTOR_TILES.values()}
+    listed = {tile for tiles in TILES.values() for tile in tiles} | {*TMA_TILES, *FP8_TMA_TILES, *VECTOR_TILES.values()}
     assert {replace(case.tile, split_k=1) for case in found} == listed
 
 

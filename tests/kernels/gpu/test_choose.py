@@ -12,6 +12,7 @@ import pytest
 
 from matmul_grad.kernels.gpu import winners
 from matmul_grad.kernels.gpu.choose import (
+    FP8_TMA_TILES,
     SPLITS,
     TILES,
     TMA_TILES,
@@ -120,7 +121,13 @@ def test_every_tile_is_chosen_somewhere() -> None:
         for problem in problems(number)
     }
     used |= {choose_backward(problem, "N", target) for target in TARGETS.values() for problem in problems("bf16")}
-    listed = {tile for tiles in TILES.values() for tile in tiles} | {*TMA_TILES, *VECTOR_TILES.values()}
+    eight_bits = [
+        Problem(m, n, k, "float8_e4m3fn", "N", "T", tma=True, result="bfloat16")
+        for m, n, k in itertools.product((16, 512, 2048, 8192), repeat=3)
+    ]
+    hopper_and_after = [target for target in TARGETS.values() if target.arch >= 89]
+    used |= {whole(choose(problem, target)) for target in hopper_and_after for problem in eight_bits}
+    listed = {tile for tiles in TILES.values() for tile in tiles} | {*TMA_TILES, *FP8_TMA_TILES, *VECTOR_TILES.values()}
     assert listed - used == set()
 
 

@@ -31,6 +31,7 @@ LAYOUTS = ("NN", "NT", "TN", "TT", "SS", "NS")
 
 GOOD = TileConfig(128, 128, 64, stages=3, warps=8)
 HALF = Problem(512, 512, 512, "bfloat16")
+EIGHT = Problem(512, 512, 512, "float8_e4m3fn", "N", "T", result="bfloat16")
 VECTOR = TileConfig(16, 1, 256, stages=2, warps=4, path="vector")
 BAD_TILES = {
     "block_m-not-a-power-of-2": (replace(GOOD, block_m=96), HALF),
@@ -56,6 +57,9 @@ BAD_TILES = {
     "vector-of-a-matrix": (VECTOR, HALF),
     "vector-of-a-batch": (VECTOR, replace(HALF, n=1, batch=2)),
     "vector-of-an-invariant-problem": (VECTOR, replace(HALF, n=1, invariant=True)),
+    "8-bits-not-along-k": (replace(GOOD, block_k=128), replace(EIGHT, b="N")),
+    "8-bits-into-8-bits": (replace(GOOD, block_k=128), replace(EIGHT, result="float8_e5m2")),
+    "8-bits-of-two-sums-a-register": (TileConfig(128, 256, 128, stages=3, warps=8), EIGHT),
     "vector-of-tf32": (VECTOR, replace(HALF, n=1, dtype="float32", precision="tf32")),
     "dtype": (GOOD, replace(HALF, dtype="int32")),
     "tf32-of-bf16": (GOOD, replace(HALF, precision="tf32")),
@@ -69,6 +73,8 @@ def test_is_valid_rejects(case: str) -> None:
     assert is_valid(GOOD, HALF, TARGETS["sm90"])
     assert is_valid(replace(GOOD, split_k=2), HALF, TARGETS["sm90"])
     assert is_valid(replace(GOOD, path="tma", subtiles=2), replace(HALF, tma=True), TARGETS["sm90"])
+    assert is_valid(TileConfig(128, 128, 128, stages=3, warps=8), EIGHT, TARGETS["sm90"])
+    assert not is_valid(TileConfig(128, 128, 128, stages=3, warps=8), EIGHT, TARGETS["sm80"])
     assert is_valid(VECTOR, replace(HALF, n=1), TARGETS["sm90"])
     assert not is_valid(tile, problem, TARGETS["sm90"])
 

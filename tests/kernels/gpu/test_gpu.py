@@ -6,6 +6,7 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -216,6 +217,22 @@ def test_a_captured_graph_replays_with_new_values(device: torch.device) -> None:
     assert_same_bits(got[0], want)
     assert_same_bits(got[1], want[:1])
     assert_same_bits(got[2][1], (a.t().double() @ grad.double()).bfloat16())
+
+
+@pytest.mark.parametrize("size", [(272, 256, 144), (16, 80, 8192), (1, 16, 32), (1000, 2048, 4096)], ids=str)
+def test_scaled_products_of_8_bits(size: tuple[int, int, int], device: torch.device) -> None:
+    """Exact sums of every candidate, scaled and rounded once, beside torch's."""
+    if launch.target_of(torch.empty(0, device=device)).arch < 89:
+        pytest.skip("no 8-bit matrix unit")
+    m, n, k = size
+    a = integers(m, k, torch.float32, device, 1).to(torch.float8_e4m3fn)
+    b = integers(n, k, torch.float32, device, 2).to(torch.float8_e4m3fn).t()
+    scales = torch.tensor(0.5, device=device), torch.tensor(4.0, device=device)
+    want = (2 * (a.double() @ b.double())).bfloat16()
+    assert_same_bits(matmul_grad.scaled_mm(a, b, *scales, torch.bfloat16), want)
+    problem, target = problem_of(a, b, "ieee")
+    for tile in candidates(replace(problem, result="bfloat16"), target):
+        assert_same_bits(launch.scaled_mm(a, b, *scales, torch.bfloat16, config=tile), want)
 
 
 def test_three_tf32_products_are_nearly_float32(device: torch.device) -> None:

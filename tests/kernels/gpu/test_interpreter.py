@@ -319,7 +319,35 @@ def check_backward(m: int, n: int, k: int, layouts: str, bias: bool) -> None:
             assert_same_bits(da, wants[0])
 
 
+def check_scaled(m: int, n: int, k: int, left: str, right: str, path: str, parts: int) -> None:
+    """8-bit operands of two kinds, two scales: exact sums, scaled and rounded once."""
+    from matmul_grad.kernels.gpu import launch
+    from matmul_grad.kernels.gpu.config import TileConfig
+
+    a = integers(m, k, getattr(torch, left), 1)
+    b = integers(n, k, getattr(torch, right), 2).t()
+    scales = torch.tensor([0.5]), torch.tensor(8.0)
+    want = 4 * (a.float() @ b.float())
+    config = TileConfig(64, 16, 32, stages=2, warps=4, group_m=2, split_k=parts, path=path)
+    with at_arch(90):
+        for dtype in (torch.float32, torch.float16):
+            assert launch.takes_scaled(a, b, *scales, dtype)
+            assert_same_bits(launch.scaled_mm(a, b, *scales, dtype, config=config), want.to(dtype))
+        assert not launch.takes_scaled(a, b.contiguous(), *scales, dtype)
+        assert not launch.takes_scaled(a, b, scales[0], torch.ones(m), dtype)
+        assert not launch.takes_scaled(a, b, *scales, a.dtype)
+    with at_arch(80):
+        assert not launch.takes_scaled(a, b, *scales, dtype)
+
+
 CASES: dict[str, Callable[[], None]] = {
+    **{
+        f"scaled-{left}-{right}-{path}-{parts}": partial(check_scaled, 72, 48, 288, left, right, path, parts)
+        for (left, right), path, parts in itertools.product(
+            (("float8_e4m3fn", "float8_e4m3fn"), ("float8_e5m2", "float8_e4m3fn")), ("tma", "pointers"), (1, 2)
+        )
+    },
+    "scaled-odd": partial(check_scaled, 71, 37, 48, "float8_e4m3fn", "float8_e5m2", "tma", 1),
     **{
         f"tma-{dtype}-{layouts}-{m}x{n}x{k}": partial(check_tma, m, n, k, dtype, layouts, tma(subtiles=subtiles))
         for (m, n, k, subtiles), dtype, layouts in itertools.product(
