@@ -69,7 +69,11 @@ def _has_kernel(tensor: Tensor) -> bool:
         from .kernels.gpu import launch
 
         return launch.supports(tensor)
-    return tensor.device.type == "cpu" and tensor.dtype in DTYPES
+    if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
+        return False
+    from .kernels.cpu import native
+
+    return native.supports(tensor.dtype)
 
 
 def _mm_python(self: Tensor, mat2: Tensor) -> Tensor:

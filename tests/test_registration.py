@@ -373,6 +373,17 @@ torch.testing.assert_close(*hessian)
 compiled = torch.compile(lambda x, y: torch.relu(matmul_grad.mm(x, y)).sum(), fullgraph=True, backend="aot_eager")
 grads = [torch.autograd.grad(loss, (x, y)) for loss in (compiled(x, y), torch.relu(x @ y).sum())]
 torch.testing.assert_close(*grads)
+
+from dataclasses import replace
+from matmul_grad.kernels.cpu import host, native
+without = replace(host.cpu(), halves=False)
+host.cpu = lambda isa=None: without
+for cached in (native.config, native.supports):
+    cached.cache_clear()
+h = normal(3, 4, torch.float16, 1)
+assert_same_bits(matmul_grad.mm(h, h.t()), torch.mm(h, h.t()))
+with matmul_grad.strict():
+    assert outcome(matmul_grad.mm, h, h.t())[0] is RuntimeError
 """
 
 

@@ -82,6 +82,15 @@ def config(dtype: str, isa: str | None = None) -> BlockConfig:
     return choose(dtype, host.cpu(isa))
 
 
+@functools.cache
+def supports(dtype: torch.dtype) -> bool:
+    """Whether this CPU has what the kernels of a dtype need: float16 needs conversions."""
+    try:
+        return bool(config(str(dtype).removeprefix("torch.")))
+    except ValueError:
+        return False
+
+
 def gemm_address(block: BlockConfig) -> int:
     """Address of the driver for ``block``, compiled or loaded at the first call."""
     with _lock:
