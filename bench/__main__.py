@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from matmul_grad.cli import INTERRUPTED, UNUSABLE, Unusable, require
+from matmul_grad.exits import INTERRUPTED, UNUSABLE, Unusable, require
 
 PROGRAM = "python -m bench"
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from matmul_grad import machine, rivals, timing
-
-from .shapes import SETS
+from matmul_grad.shapes import SETS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

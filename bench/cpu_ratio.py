@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from matmul_grad import timing
-from matmul_grad.cli import DISAGREES, INTERRUPTED, Unusable, require_isa
+from matmul_grad.cli import require_isa
 from matmul_grad.console import make_console
+from matmul_grad.exits import DISAGREES, INTERRUPTED, Unusable
 
 from . import figures, openblas, plan, report, saved, worker
 from .plan import Job

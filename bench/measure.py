@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 
-from matmul_grad import ops, rivals, strict, timing
+from matmul_grad import ops, rivals, strict, timing, turns
 
-from . import peak, right, turns, worker
+from . import peak, right, worker
 from .plan import Job
 
 PEAK = "peak"
 TRIES = 3  # of a comparison on one thread, for a moment when nothing else runs
-DIGITS = 6
 
 Row = dict[str, Any]
 Calls = dict[str, Callable[[], object]]
@@ -56,7 +55,8 @@ def measure(job: Job, seconds: float) -> Row:
             break
     found = row(job, torch.get_num_threads(), times, rivals.THEIRS, had)
     if top:
-        found[PEAK] = {name: rounded(top.flops / s / 1e9) for name, s in quartiles(times[PEAK]).items()}
+        of_peak = timing.quartiles(times[PEAK])._asdict()
+        found[PEAK] = {name: timing.rounded(top.flops / s / 1e9) for name, s in of_peak.items()}
     return found
 
 
@@ -88,17 +88,9 @@ def row(job: Job, threads: int, times: dict[str, list[float]], theirs: str, shar
         "flops": job.flops,
         "rounds": len(times[theirs]),
         "share of core": round(share, 3),
-        "seconds": {name: {key: rounded(s) for key, s in quartiles(times[name]).items()} for name in names},
-        "ratio": rounded(timing.ratio(times[theirs], times[rivals.OURS])),
+        "seconds": {name: timing.summary(times[name]) for name in names},
+        "ratio": timing.rounded(timing.ratio(times[theirs], times[rivals.OURS])),
     }
-
-
-def quartiles(times: list[float]) -> dict[str, float]:
-    return timing.quartiles(times)._asdict()
-
-
-def rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
 
 
 if __name__ == "__main__":

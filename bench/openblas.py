@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 
-from matmul_grad import rivals, strict, timing
+from matmul_grad import rivals, strict, timing, turns
 
-from . import measure, right, turns, worker
+from . import measure, right, worker
 from .plan import Job
 
 NUMPY = "numpy"

@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from matmul_grad import rivals, testing
-
-from .shapes import CUBES, LAYERS_NK, TOKENS, Shape
+from matmul_grad.shapes import CUBES, LAYERS_NK, TOKENS, Shape
 
 PARTS = ("products", "step", "openblas", "overhead")
 DTYPES = ("f32", "f64", "bf16", "f16")

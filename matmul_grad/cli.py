@@ -1,4 +1,4 @@
-"""The command `matmul-grad`: check, info, warmup, bench.
+"""The command `matmul-grad`: check, info, warmup, bench, gpu-report, tune.
 
 Exit codes: 0 all is well, 1 something disagrees or does not compile, 2 what was asked for cannot be done here,
 130 interrupted.
@@ -7,7 +7,6 @@ Exit codes: 0 all is well, 1 something disagrees or does not compile, 2 what was
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,12 +15,9 @@ from pathlib import Path
 import torch
 
 from . import __version__, machine
-
-DISAGREES, UNUSABLE, INTERRUPTED = 1, 2, 130
-
-
-class Unusable(Exception):
-    """What was asked for cannot be done here; the message is the one line that says why."""
+from .exits import DISAGREES, INTERRUPTED, UNUSABLE, Unusable, require
+from .gpu_report import command as gpu_report
+from .tuning import command as tuning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command.name == "bench":
             return bench(rest)
-        return {"check": check, "info": info, "warmup": warm_up}[command.name](command)
+        known = {"check": check, "info": info, "warmup": warm_up, "gpu-report": report_gpu, "tune": tune}
+        return known[command.name](command)
     except Unusable as reason:
         print(f"matmul-grad: {reason}", file=sys.stderr)
         return UNUSABLE
@@ -55,6 +52,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     commands.add_parser("info", help="say what products run on here")
     commands.add_parser("warmup", help="compile every CPU kernel now")
     commands.add_parser("bench", help="run the benchmarks of a checkout; further arguments go to pytest")
+    gpu_report.add_options(commands.add_parser("gpu-report", help=gpu_report.HELP))
+    tuning.add_options(commands.add_parser("tune", help=tuning.HELP))
     command, rest = parser.parse_known_args(arguments)
     if rest and command.name != "bench":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -73,12 +72,6 @@ def seed(text: str) -> int:
     if not 0 <= value < 1 << 31:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 2^31, got {value}")
     return value
-
-
-def require(module: str, package: str, extra: str = "check") -> None:
-    """Unusable where ``module`` is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise Unusable(f"{package} is missing: pip install 'matmul-grad[{extra}]'")
 
 
 def require_isa() -> None:
@@ -135,3 +128,13 @@ def bench(arguments: list[str]) -> int:
         raise Unusable("the benchmarks are not part of the wheel: run `make bench` in a checkout of the sources")
     require("pytest_benchmark", "pytest-benchmark", "bench")
     return subprocess.call([sys.executable, "-m", "pytest", "bench", *arguments], cwd=checkout)
+
+
+def report_gpu(command: argparse.Namespace) -> int:
+    require("rich", "rich")
+    return gpu_report.run(command)
+
+
+def tune(command: argparse.Namespace) -> int:
+    require("rich", "rich")
+    return tuning.run(command)

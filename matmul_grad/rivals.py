@@ -35,8 +35,8 @@ class Operands(NamedTuple):
         """The two factors of forward, dgrad or wgrad: transposed by their strides."""
         views = {
             "forward": (self.a, self.b),
-            "dgrad": (self.grad, self.b.t()),
-            "wgrad": (self.a.t(), self.grad),
+            "dgrad": (self.grad, self.b.mT),
+            "wgrad": (self.a.mT, self.grad),
         }
         return views[product]
 

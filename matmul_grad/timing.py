@@ -15,7 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["AT_REST", "PROTOCOL", "Quartiles", "interleaved", "quartiles", "ratio", "share_of_core", "threads"]
+__all__ = [
+    "AT_REST", "PROTOCOL", "Quartiles", "interleaved", "quartiles", "ratio", "rounded", "share_of_core", "summary",
+    "threads",
+]  # fmt: skip
 
 BATCH = 1e-3  # seconds: a thousand times what reading the clock costs
 ROUNDS = (5, 199)
@@ -109,6 +112,24 @@ def quartiles(times: list[float]) -> Quartiles:
     Quartiles(low=2.0, median=3.0, high=4.0)
     """
     return Quartiles(*statistics.quantiles(times, n=4, method="inclusive"))
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """The quartiles as they are kept in a file.
+
+    >>> summary([3.0, 1.0, 2.0, 5.0, 4.0])
+    {'low': 2.0, 'median': 3.0, 'high': 4.0}
+    """
+    return {name: rounded(seconds) for name, seconds in quartiles(times)._asdict().items()}
+
+
+def rounded(value: float) -> float:
+    """Six digits: more than any clock here is good for.
+
+    >>> rounded(1 / 3)
+    0.333333
+    """
+    return float(f"{value:.6g}")
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from time import perf_counter
 
-from matmul_grad import timing
+from . import timing
 
 FEWEST, ENOUGH, MOST = 3, timing.ROUNDS[0], timing.ROUNDS[1]
 PATIENCE = 6

@@ -1,0 +1,95 @@
+"""Who multiplies: this package, torch, and the other packages that are installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import rivals
+from . import ours
+from .jobs import Job
+from .ours import Missing, Mm
+
+__all__ = ["copies", "draw", "float32_as", "mm_of", "work"]
+
+
+def mm_of(name: str, job: Job) -> Mm:
+    """The function that multiplies for a contender.
+
+    >>> mm_of("torch", Job("products", "forward", "f32", 1, 1, 1)) is torch.mm
+    True
+    """
+    if name == rivals.OURS:
+        return ours.bmm() if job.part == "bmm" else ours.mm(job.precision)
+    if name == rivals.THEIRS:
+        return torch.bmm if job.part == "bmm" else torch.mm
+    try:
+        return OTHERS[name]()
+    except Exception as error:  # a package that is there may still fail on this torch, or on this GPU
+        raise Missing(f"{name} cannot be used: {type(error).__name__}: {error}") from error
+
+
+OTHERS: dict[str, Callable[[], Mm]] = {
+    # CUDA graphs are recorded here, for all alike.
+    "torch.compile": lambda: torch.compile(torch.mm, mode="max-autotune-no-cudagraphs", dynamic=False),
+    "flag_gems": lambda: importlib.import_module("flag_gems.ops").mm,
+    "batch_invariant_ops": lambda: importlib.import_module("batch_invariant_ops").matmul_persistent,
+}
+
+
+def draw(job: Job, device: str, seed: int = 0) -> rivals.Operands:
+    """Standard normal operands, drawn where they are used: on the host it would take longer than all the rest.
+
+    >>> [tuple(x.shape) for x in draw(Job("bmm", "forward", "f32", 2, 3, 4, batch=5), "cpu")]
+    [(5, 2, 4), (5, 4, 3), (5, 2, 3)]
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    batch = (job.batch,) if job.part == "bmm" else ()
+    sizes = (job.m, job.k), (job.k, job.n), (job.m, job.n)
+
+    def one(size: tuple[int, int]) -> Tensor:
+        return torch.randn(*batch, *size, generator=generator, device=device).to(job.torch_dtype)
+
+    return rivals.Operands(*map(one, sizes))
+
+
+def copies(operands: rivals.Operands, count: int) -> list[rivals.Operands]:
+    """The operands and count - 1 copies of them, each in memory of its own.
+
+    >>> whole = copies(rivals.draw(2, 3, 4, torch.float32), 3)
+    >>> len({operands.a.data_ptr() for operands in whole})
+    3
+    """
+    return [operands, *(rivals.Operands(*(x.clone() for x in operands)) for _ in range(count - 1))]
+
+
+def work(mm: Mm, job: Job, operands: rivals.Operands) -> Any:
+    """The call that is timed.
+
+    >>> job = Job("products", "wgrad", "f32", 2, 3, 4)
+    >>> work(torch.mm, job, draw(job, "cpu"))().shape
+    torch.Size([4, 3])
+    """
+    return rivals.work(mm, job.product, operands)
+
+
+@contextlib.contextmanager
+def float32_as(precision: str) -> Iterator[None]:
+    """torch's own float32 products in this precision: TF32, or IEEE for everything else.
+
+    >>> with float32_as("tf32"):
+    ...     torch.backends.cuda.matmul.fp32_precision
+    'tf32'
+    """
+    setting: Any = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

@@ -1,0 +1,170 @@
+"""One comparison: right first, then timed, in turns on the same operands. What comes out is a row."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from .. import rivals, timing, turns
+from . import contenders, ours, right
+from .device import MOST_CALLS, REPLAY, Gpu
+from .jobs import Job
+from .ours import Mm
+
+DEVICE_SECONDS, CALL_SECONDS, LAUNCH_SECONDS = 0.12, 0.06, 0.25  # a comparison
+QUEUE = 200  # launches before the host must wait: fewer than the driver's queue takes
+HELD = 6  # times the operands' size: what a comparison holds at most, its float64 included
+
+Row = dict[str, Any]
+Mms = Mapping[str, Mm]
+
+
+class Skipped(Exception):
+    """What cannot be compared here; the message says why."""
+
+
+class Wrong(Exception):
+    """A product that is not right; the message is the verdict."""
+
+
+def compare(job: Job, gpu: Gpu) -> Row:
+    """Device time and call time of this package and of the job's rival, if both are right."""
+    if HELD * job.bytes > gpu.free_bytes():
+        raise Skipped(f"needs {HELD * job.bytes / 2**30:.0f} GiB of free memory")
+    theirs = job.part if job.part in contenders.OTHERS else rivals.THEIRS
+    invariant = ours.batch_invariant() if job.part == "invariant" else contextlib.nullcontext()
+    with invariant, contenders.float32_as("ieee"):
+        mms = {name: contenders.mm_of(name, job) for name in (theirs, rivals.OURS)}
+        operands = contenders.draw(job, gpu.device)
+        row: Row = {"name": job.name, **asdict(job), "flops": job.flops}
+        row["error"] = assert_right(mms, job, operands)
+        row["kernel"] = kernel(job, operands)
+        batches, calls = graphs(mms, job, operands, gpu)
+        row["device"] = timed(batches, DEVICE_SECONDS, theirs) | {"calls": calls}
+        del batches  # their graphs hold copies of the operands
+        row["call"] = timed(eager(mms, job, operands, gpu), CALL_SECONDS, theirs)
+    return row
+
+
+def assert_right(mms: Mms, job: Job, operands: rivals.Operands) -> dict[str, Any]:
+    """The verdicts on this package; Wrong where one is not right. A rival that is wrong has no time either."""
+    found = {}
+    for name, mm in mms.items():
+        if name == rivals.THEIRS:
+            continue  # the others are held against it
+        for verdict in right.verdicts(mm, job, operands):
+            if not verdict.right and name != rivals.OURS:
+                raise Skipped(f"{name} is wrong: {verdict}")
+            if not verdict.right:
+                raise Wrong(str(verdict))
+            if name == rivals.OURS:
+                found[verdict.what] = verdict.as_row()
+    return found
+
+
+def kernel(job: Job, operands: rivals.Operands) -> str:
+    """The name of the kernel that ``choose`` gives; "" where there is more than one, or none to be named."""
+    if job.product == rivals.STEP or job.part == "bmm":
+        return ""
+    with contextlib.suppress(Exception):  # nothing hangs on a name
+        problem, target = ours.describe(*operands.of(job.product), job.precision)
+        return ours.kernel_name(problem, ours.choose(problem, target))
+    return ""
+
+
+def graphs(mms: Mms, job: Job, operands: rivals.Operands, gpu: Gpu) -> tuple[dict[str, turns.Batch], int]:
+    """A CUDA graph a contender, of as many calls for each, and how many; operands come from L2 in none.
+
+    The calls go round over copies that together exceed the L2 cache twice.
+    """
+    sizes = 2 * gpu.cache_bytes() // max(1, job.bytes) + 1
+    count = min(sizes, MOST_CALLS, max(1, gpu.free_bytes() // (2 * max(1, job.bytes))))
+    whole = contenders.copies(operands, count)
+    works = {name: [contenders.work(mm, job, each) for each in whole] for name, mm in mms.items()}
+    slowest = max(gpu.seconds_a_call(work[0]) for work in works.values())
+    rounds = -(-max(1, min(MOST_CALLS, int(REPLAY / max(slowest, 1e-9)))) // count)
+    return {name: gpu.graph(rounds * work) for name, work in works.items()}, rounds * count
+
+
+def eager(mms: Mms, job: Job, operands: rivals.Operands, gpu: Gpu) -> dict[str, turns.Batch]:
+    """Calls from Python, one after the other, until all of a batch are done."""
+    found: dict[str, turns.Batch] = {}
+    for name, mm in mms.items():
+        call = contenders.work(mm, job, operands)
+        calls = timing.calls_in_batch(call, gpu.wait)
+        found[name] = functools.partial(timing.batch, call, calls, gpu.wait)
+    return found
+
+
+def timed(batches: Mapping[str, turns.Batch], seconds: float, theirs: str) -> Row:
+    times = turns.take_turns(batches, seconds)
+    return {
+        "rounds": len(times[theirs]),
+        "seconds": {name: timing.summary(rounds) for name, rounds in times.items()},
+        "ratio": timing.rounded(timing.ratio(times[theirs], times[rivals.OURS])),
+    }
+
+
+def launch_cost(n: int, dtype: str, gpu: Gpu) -> Row:
+    """Seconds of the host a call of n × n × n, never waiting for the GPU: public functions, then operators."""
+    job = Job("launch", "forward", dtype, n, n, n)
+    operands = contenders.draw(job, gpu.device)
+    a, b = operands.a, operands.b
+    gradients = [x.detach().clone().requires_grad_() for x in (a, b)]
+    ours_of = ours.mm("ieee")
+    operator = torch.ops.matmul_grad.mm.default
+    backward = torch.ops.matmul_grad.mm_backward.default
+    calls: dict[str, Callable[[], object]] = {
+        "torch.mm": lambda: torch.mm(a, b),
+        "matmul_grad.mm": lambda: ours_of(a, b),
+        "torch.ops.aten.mm": lambda: torch.ops.aten.mm.default(a, b),
+        "torch.ops.matmul_grad.mm": lambda: operator(a, b),
+        "torch.mm, recorded": lambda: torch.mm(*gradients),
+        "matmul_grad.mm, recorded": lambda: ours_of(*gradients),
+        "two torch.mm of a backward": lambda: (torch.mm(operands.grad, b.t()), torch.mm(a.t(), operands.grad)),
+        "torch.ops.matmul_grad.mm_backward": lambda: backward(operands.grad, a, b, [True, True]),
+    }
+    times = turns.take_turns({name: host_batch(call, gpu) for name, call in calls.items()}, LAUNCH_SECONDS)
+    seconds = {name: timing.summary(rounds) for name, rounds in times.items()}
+    return {"name": f"{dtype} {n}×{n}", "dtype": dtype, "n": n, "rounds": len(times["torch.mm"]), "seconds": seconds}
+
+
+def host_batch(call: Callable[[], object], gpu: Gpu) -> turns.Batch:
+    """Seconds of the host a call, over QUEUE of them into an empty queue."""
+    for _ in range(3):
+        call()
+
+    def batch() -> float:
+        gpu.wait()
+        start = perf_counter()
+        for _ in range(QUEUE):
+            call()
+        spent = perf_counter() - start
+        gpu.wait()
+        return spent / QUEUE
+
+    return batch
+
+
+def memory(job: Job, gpu: Gpu) -> Row:
+    """Device memory of a training step: the peak above the operands, and what stays after the results are gone.
+
+    kept: allocated by the first steps and not given back, a workspace. peak: of a later step, beside that.
+    """
+    operands = contenders.draw(job, gpu.device)
+    found: dict[str, dict[str, int]] = {}
+    for name in (rivals.OURS, rivals.THEIRS):
+        step = contenders.work(contenders.mm_of(name, job), job, operands)
+        before = gpu.allocated()
+        for _ in range(2):
+            step()
+        gpu.wait()
+        kept = gpu.allocated() - before
+        found[name] = {"peak": gpu.peak(step) - before - kept, "kept": kept}
+    return {"name": job.name, **asdict(job), "bytes": found}
