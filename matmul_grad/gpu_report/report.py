@@ -38,7 +38,7 @@ def markdown(result: dict[str, Any]) -> str:
     skipped = sorted({f"- {row['step']}, {row['name']}: {row['skipped']}" for row in rows if "skipped" in row})
     if skipped:
         parts += ["## Left out", "\n".join(skipped)]
-    parts += ["## Machine", table(["", ""], [[name, value] for name, value in stamp.items()])]
+    parts += ["## Machine", table(["", ""], [[name, value] for name, value in stamp.items()], left=2)]
     return "\n\n".join(parts) + "\n"
 
 

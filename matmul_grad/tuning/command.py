@@ -66,10 +66,10 @@ def shape(text: str) -> Shape:
 def planned(command: argparse.Namespace) -> list[jobs.Job]:
     """The problems: of each shape the forward product and both gradients, in every dtype."""
     found = []
-    for size in command.shapes or SUITES[command.suite]:
+    for m, n, k in command.shapes or SUITES[command.suite]:
         for dtype, precision in (NUMBERS[name] for name in command.dtype):
             for product in testing.PRODUCTS:
-                found.append(jobs.Job("products", product, dtype, *size, precision))
+                found.append(jobs.Job("products", product, dtype, m, n, k, precision))
     return list(dict.fromkeys(found))
 
 
