@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command.name == "bench":
             return bench(rest)
-        known = {"check": check, "info": info, "warmup": warm_up, "gpu-report": report_gpu, "tune": tune}
+        known = {"check": check, "info": info, "warmup": warm_up, "gpu-report": gpu_report.run, "tune": tuning.run}
         return known[command.name](command)
     except Unusable as reason:
         print(f"matmul-grad: {reason}", file=sys.stderr)
@@ -128,13 +128,3 @@ def bench(arguments: list[str]) -> int:
         raise Unusable("the benchmarks are not part of the wheel: run `make bench` in a checkout of the sources")
     require("pytest_benchmark", "pytest-benchmark", "bench")
     return subprocess.call([sys.executable, "-m", "pytest", "bench", *arguments], cwd=checkout)
-
-
-def report_gpu(command: argparse.Namespace) -> int:
-    require("rich", "rich")
-    return gpu_report.run(command)
-
-
-def tune(command: argparse.Namespace) -> int:
-    require("rich", "rich")
-    return tuning.run(command)

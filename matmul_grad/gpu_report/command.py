@@ -189,11 +189,9 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress(planned: Sequence[Step]) -> Iterator[Say]:
-    """What is running, on stderr: a line that changes on a terminal, nothing elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
+    """What is running, on stderr: a line that changes on a terminal, nothing elsewhere or where rich is missing."""
+    console = exits.terminal()
+    if console is None:
         yield lambda news: None
         return
     with console.status(f"{len(planned)} steps") as status:

@@ -34,9 +34,13 @@ def mm_of(name: str, job: Job) -> Mm:
         raise Missing(f"{name} cannot be used: {type(error).__name__}: {error}") from error
 
 
+def torch_mm(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b)
+
+
 OTHERS: dict[str, Callable[[], Mm]] = {
     # CUDA graphs are recorded here, for all alike.
-    "torch.compile": lambda: torch.compile(torch.mm, mode="max-autotune-no-cudagraphs", dynamic=False),
+    "torch.compile": lambda: torch.compile(torch_mm, mode="max-autotune-no-cudagraphs", dynamic=False),
     "flag_gems": lambda: importlib.import_module("flag_gems.ops").mm,
     "batch_invariant_ops": lambda: importlib.import_module("batch_invariant_ops").matmul_persistent,
 }

@@ -26,6 +26,7 @@ class Gpu:
 
     def ready(self) -> None:
         """Warm enough to time on: clocks that rise with the first work have risen."""
+        gc.freeze()  # what is there now stays, and need not be looked at between two comparisons
         x = torch.randn(4096, 4096, device=self.device, dtype=torch.bfloat16)
         end = perf_counter() + 0.5
         while perf_counter() < end:
@@ -45,7 +46,9 @@ class Gpu:
     def tidy(self) -> None:
         """Give back what the last graphs and operands held."""
         gc.collect()
-        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        if 2 * free < total:
+            torch.cuda.empty_cache()
 
     def seconds_a_call(self, call: Call, calls: int = 3) -> float:
         """A first guess, by events."""

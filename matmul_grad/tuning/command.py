@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--dtype", type=dtypes, default=("bf16",), metavar="X,X", help=f"of {','.join(NUMBERS)}; default: bf16")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--shapes", type=shape, nargs="+", metavar="M,N,K", help="each in forward, dgrad and wgrad")
-    which.add_argument("--suite", choices=sorted(SUITES), default="core", help="default: core")
+    which.add_argument("--suite", choices=sorted(SUITES), help="default: core")
     option("--minutes", type=reporting.minutes, default=MINUTES, help=f"at most; default: {MINUTES:.0f}")
     option("--out", type=Path, metavar="FILE", help="the table; default: the one that is read at each call")
 
@@ -66,7 +66,7 @@ def shape(text: str) -> Shape:
 def planned(command: argparse.Namespace) -> list[jobs.Job]:
     """The problems: of each shape the forward product and both gradients, in every dtype."""
     found = []
-    for m, n, k in command.shapes or SUITES[command.suite]:
+    for m, n, k in command.shapes or SUITES[command.suite or "core"]:
         for dtype, precision in (NUMBERS[name] for name in command.dtype):
             for product in testing.PRODUCTS:
                 found.append(jobs.Job("products", product, dtype, m, n, k, precision))
@@ -212,14 +212,13 @@ def short(fields: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def progress(count: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr on a terminal; elsewhere the lines say enough."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
+    """A bar on stderr on a terminal; elsewhere, and where rich is missing, the lines say enough."""
+    console = exits.terminal()
+    if console is None:
         yield lambda doing, done: None
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("tune", total=count)

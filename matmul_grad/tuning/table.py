@@ -34,10 +34,8 @@ class Table:
         before = self._whole["provenance"]
         for name in SAME:
             if self.keys and before.get(name) != facts.get(name):
-                differ = f"{name} {before.get(name)} there, {facts.get(name)} here"
-                raise Unusable(
-                    f"tune: {self.path} holds winners of another kind ({differ}): remove it, or name another"
-                )
+                found_on = f"winners of {name} {before.get(name)}, and this is {facts.get(name)}"
+                raise Unusable(f"tune: {self.path} holds {found_on}: remove it, or name another")
         self._whole["provenance"] = before | facts
 
     def put(self, row: Row) -> None:

@@ -51,7 +51,7 @@ class FakeGpu(Gpu):
         return 1e-3
 
     def graph(self, calls: Sequence[Call]) -> Batch:
-        mine, times = len(self.graphs), self.times[len(self.graphs) % len(self.times)]
+        mine, times = len(self.graphs), self.times_of(calls)
         self.graphs.append(calls)
 
         def batch() -> float:
@@ -59,6 +59,9 @@ class FakeGpu(Gpu):
             return times[(self.turns.count(mine) - 1) % len(times)]
 
         return batch
+
+    def times_of(self, calls: Sequence[Call]) -> list[float]:
+        return self.times[len(self.graphs) % len(self.times)]
 
     def allocated(self) -> int:
         return self.memory.pop(0) if len(self.memory) > 1 else self.memory[0]
