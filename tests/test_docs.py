@@ -18,6 +18,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = [
     "matmul_grad",
     *(f"matmul_grad.{path.stem}" for path in sorted((ROOT / "matmul_grad").glob("[!_]*.py"))),
+    *(
+        f"matmul_grad.{package}.{path.stem}"
+        for package in ("gpu_report", "tuning")
+        for path in sorted((ROOT / "matmul_grad" / package).glob("[!_]*.py"))
+    ),
     "matmul_grad.kernels.cpu.config",
     "matmul_grad.kernels.cpu.host",
     "matmul_grad.kernels.cpu.microkernel",

@@ -159,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60.0)
     command = parser.parse_args(arguments)
-    torch.set_float32_matmul_precision("highest")
     gpu = Gpu()
+    gpu.multiply_in_ieee()
     if command.step in ("ratios", "rivals", "launch"):
         gpu.ready()
     with speaking() as say:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from . import ours
 from .jobs import Job
 from .ours import Missing, Mm
 
-__all__ = ["copies", "draw", "float32_as", "mm_of", "work"]
+__all__ = ["copies", "draw", "mm_of", "work"]
 
 
 def mm_of(name: str, job: Job) -> Mm:
@@ -80,20 +79,3 @@ def work(mm: Mm, job: Job, operands: rivals.Operands) -> Any:
     torch.Size([4, 3])
     """
     return rivals.work(mm, job.product, operands)
-
-
-@contextlib.contextmanager
-def float32_as(precision: str) -> Iterator[None]:
-    """torch's own float32 products in this precision: TF32, or IEEE for everything else.
-
-    >>> with float32_as("tf32"):
-    ...     torch.backends.cuda.matmul.fp32_precision
-    'tf32'
-    """
-    setting: Any = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before

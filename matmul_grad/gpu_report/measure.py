@@ -39,7 +39,7 @@ def compare(job: Job, gpu: Gpu) -> Row:
         raise Skipped(f"needs {HELD * job.bytes / 2**30:.0f} GiB of free memory")
     theirs = job.part if job.part in contenders.OTHERS else rivals.THEIRS
     invariant = ours.batch_invariant() if job.part == "invariant" else contextlib.nullcontext()
-    with invariant, contenders.float32_as("ieee"):
+    with invariant:
         mms = {name: contenders.mm_of(name, job) for name in (theirs, rivals.OURS)}
         operands = contenders.draw(job, gpu.device)
         row: Row = {"name": job.name, **asdict(job), "flops": job.flops}

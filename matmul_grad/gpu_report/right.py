@@ -42,11 +42,12 @@ class Verdict(NamedTuple):
         return {name: rounded(value) if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
-def judge(what: str, result: Tensor, theirs: Tensor, x: Tensor, y: Tensor) -> Verdict:
+def judge(what: str, result: Tensor, theirs: Tensor, x: Tensor, y: Tensor, precision: str = "ieee") -> Verdict:
     """Error at most 2 × (torch's own + one rounding) + 8 roundings, in the dtype of the sums, of ‖row‖·‖column‖.
 
     The first part is the budget of this package's tests. The second allows a long sum in one chain where torch
-    adds several; it is nothing beside the rounding of a 16-bit result.
+    adds several; it is nothing beside the rounding of a 16-bit result. TF32 operands keep 11 bits: each of k terms is
+    off by 2^-11 of itself, in either direction.
 
     >>> x, y = torch.eye(2), torch.ones(2, 2)
     >>> judge("ones", x @ y, x @ y, x, y).right, judge("zeros", 0 * y, x @ y, x, y).right
@@ -61,17 +62,21 @@ def judge(what: str, result: Tensor, theirs: Tensor, x: Tensor, y: Tensor) -> Ve
     norms = float(x.float().norm(dim=-1).max() * y.float().norm(dim=-2).max())
     sums = torch.float64 if result.dtype == torch.float64 else torch.float32
     chain = rivals.ROUNDINGS * torch.finfo(sums).eps / 2 * norms
-    return Verdict(what, error, torchs, 2 * (torchs + rounding) + chain)
+    operands = rivals.ROUNDINGS * 2.0**-11 * norms / k**0.5 if precision == "tf32" else 0.0
+    return Verdict(what, error, torchs, 2 * (torchs + rounding) + chain + operands)
 
 
 def verdicts(mm: Mm, job: Job, operands: rivals.Operands) -> list[Verdict]:
-    """A verdict for the product of a job, two for a step; a third where rows alone must have the same bits."""
+    """A verdict for the product of a job, two for a step; a third where rows alone must have the same bits.
+
+    >>> job = Job("products", "step", "f32", 3, 4, 5)
+    >>> [verdict.what for verdict in verdicts(torch.mm, job, contenders.draw(job, "cpu")) if verdict.right]
+    ['dgrad', 'wgrad']
+    """
     theirs = torch.bmm if job.part == "bmm" else torch.mm
     if job.product != rivals.STEP:
         x, y = operands.of(job.product)
-        with contenders.float32_as(job.precision):
-            expected = theirs(x, y)
-        return [judge(job.product, mm(x, y), expected, x, y)]
+        return [judge(job.product, mm(x, y), theirs(x, y), x, y, job.precision)]
     products, expected_step = (contenders.work(which, job, operands)() for which in (mm, theirs))
     found = [
         judge(which, result, expected, *operands.of(which))

@@ -179,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser.parse_args(arguments)
     plan = json.loads(command.plan.read_text(encoding="utf-8"))
     gpu = Gpu()
+    gpu.multiply_in_ieee()
     gpu.ready()
     with reporting.speaking() as say:
         compiler = Compilers(min(reporting.COMPILERS, os.cpu_count() or 1))

@@ -197,8 +197,22 @@ def test_memory_tells_the_peak_from_what_is_kept(gpu: Any) -> None:
     assert row["bytes"] == {"matmul_grad": {"peak": 500, "kept": 32}, "torch": {"peak": 600, "kept": 8}}
 
 
-def test_torchs_setting_is_put_back() -> None:
-    before = torch.backends.cuda.matmul.fp32_precision
-    with pytest.raises(KeyError), contenders.float32_as("tf32"):
-        raise KeyError
-    assert torch.backends.cuda.matmul.fp32_precision == before
+def test_float32_is_ieee_whatever_was_set(gpu: Any) -> None:
+    setting: Any = torch.backends.cuda.matmul
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "tf32"
+        gpu.multiply_in_ieee()
+        assert setting.fp32_precision == "ieee"
+    finally:
+        setting.fp32_precision = before
+
+
+def test_tf32_is_judged_by_its_operands() -> None:
+    x, y = rivals.draw(64, 64, 1024, torch.float32).of("forward")
+    short = [(v.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32) for v in (x, y)]
+    exact, rounded = (x.double() @ y.double()).float(), (short[0].double() @ short[1].double()).float()
+    assert right.judge("tf32", rounded, exact, x, y, "tf32").right
+    assert not right.judge("tf32", rounded, exact, x, y, "ieee").right
+    lost = (short[0][:, :-1].double() @ short[1][:-1].double()).float()
+    assert not right.judge("lost", lost, exact, x, y, "tf32").right
