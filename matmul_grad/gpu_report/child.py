@@ -1,8 +1,8 @@
 """One step of `gpu-report` in a process of its own: tasks in order, a line of JSON on stdout for each.
 
-    {"begin": 7, "name": "forward-bf16-256x256x256"}      before the task
-    {"row": {...}}                                        after it: what was measured, or why not
-    {"left": 12}                                          the time was up, and so many tasks were not begun
+    {"begin": 7, "of": 20, "name": "forward-bf16-256x256x256"}      before the task
+    {"row": {...}}                                                  after it: what was measured, or why not
+    {"left": 12}                                                    the time was up, so many were not begun
 
 A task that leaves the GPU's context broken ends the process with BROKEN; whoever started it may start another one
 behind that task. Those who ask get the same tasks in the same order in every process.
@@ -33,6 +33,7 @@ from .jobs import Job
 from .measure import Row, Skipped, Wrong
 
 BROKEN = 3
+LOG = 2000  # characters of a traceback that a row keeps
 COMPILERS = 8  # processes at a time, each with a context of its own on the GPU
 LAUNCHES = tuple((dtype, n) for n in (8, 256) for dtype in ("bf16", "f32"))
 MEMORY = (
@@ -69,7 +70,7 @@ def serve(tasks: Sequence[Task], gpu: Gpu, start: int, seconds: float, say: Call
         if perf_counter() > end:
             say({"left": len(tasks) - index})
             break
-        say({"begin": index, "name": task.name})
+        say({"begin": index, "of": len(tasks), "name": task.name})
         row, broken = attempt(task, gpu)
         say({"row": row})
         if broken:
@@ -90,9 +91,8 @@ def attempt(task: Task, gpu: Gpu) -> tuple[Row, bool]:
     except torch.cuda.OutOfMemoryError:
         return {"name": task.name, "skipped": "out of device memory"}, False
     except Exception as error:
-        traceback.print_exc()
         said = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        return {"name": task.name, "failed": said}, is_broken(gpu)
+        return {"name": task.name, "failed": said, "log": traceback.format_exc()[-LOG:]}, is_broken(gpu)
 
 
 def is_broken(gpu: Gpu) -> bool:

@@ -21,10 +21,12 @@ from .measure import Row
 COMPLETE, FAILED, LATE, MISSING, STOPPED = "complete", "failed", "timed out", "missing", "interrupted"
 SILENCE = 60.0  # seconds without a word from a child: a kernel that never ends
 AGAIN = 8  # processes more that a step may take, where tasks break theirs
+WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))  # of pytest: most of a test's time is its kernel's compilation
 OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?:\s|$)")
 TEST = re.compile(r"\S+::\S+")
 SUMMARY = re.compile(r"(ERROR SUMMARY|RACECHECK SUMMARY): (\d+).*")
 FOUND = 99  # the exit code of a sanitizer that found something
+LAST = 200  # lines of pytest that are kept where a test fails
 LOG = 4000  # characters of what it said that are kept
 HOMES = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # where the toolkit is when it is not on the path
 
@@ -68,6 +70,7 @@ class Listener:
     given: Given
     step: str
     index: int = -1
+    of: int = 0
     running: str = ""
     rows: int = 0
     bad: int = 0
@@ -81,7 +84,7 @@ class Listener:
             self.other.append(line)
             return
         if "begin" in message:
-            self.index, self.running = message["begin"], message["name"]
+            self.index, self.of, self.running = message["begin"], message["of"], message["name"]
             self.given.said(self.running)
         elif "left" in message:
             self.left = message["left"]
@@ -133,12 +136,15 @@ def tasks(
             return listener, "", ""
         late = ended.status is None and clock.left() < 1
         if listener.running and not late:
-            listener.take({"name": listener.running, "failed": f"its process ended: {ended.reason}"})
+            why = {"failed": f"its process ended: {ended.reason}", "log": ended.said}
+            listener.take({"name": listener.running, **why})
         elif late:
             return listener, LATE, f"stopped in {listener.running or 'its beginning'}"
         elif ended.status != child.BROKEN:
             return listener, FAILED, ended.reason
         listener.running, start = "", listener.index + 1
+        if start == listener.of:
+            return listener, "", ""
     return listener, FAILED, f"{1 + AGAIN} of its processes ended early"
 
 
@@ -187,8 +193,10 @@ def gpu_tests(given: Given) -> Outcome:
         return Outcome(MISSING, "pytest is not installed")
     found = sorted(path for path in tests.rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
     results: dict[str, str] = {}
+    last: collections.deque[str] = collections.deque(maxlen=LAST)
 
     def heard(line: str) -> None:
+        last.append(line)
         outcome, test = OUTCOME.search(line), TEST.search(line)
         if outcome and test:
             results[test[0]] = outcome[1]
@@ -204,9 +212,9 @@ def gpu_tests(given: Given) -> Outcome:
     if ended.status == 0:
         given.keep(row)
         return Outcome(COMPLETE, note)
-    late = ended.status is None
-    given.keep(row | {"failed": "its time was up" if late and not bad else ended.reason, "tests": bad})
-    return Outcome(LATE if late and not bad else FAILED, f"{note}; {ended.reason}")
+    reason = f"{len(bad)} of the tests failed" if bad else ended.reason
+    given.keep(row | {"failed": reason, "tests": bad, "log": "\n".join(last)})
+    return Outcome(LATE if ended.status is None and not bad else FAILED, f"{note}; {reason}")
 
 
 def pytest(files: Sequence[Path]) -> list[str]:
@@ -215,7 +223,7 @@ def pytest(files: Sequence[Path]) -> list[str]:
     if importlib.util.find_spec("pytest_timeout") is None:
         options += ["-c", os.devnull, "--rootdir=.", "--import-mode=importlib"]
     if importlib.util.find_spec("xdist") is not None:
-        options += ["-n", "4", "-p", "no:benchmark"]  # which has nothing to time here, and warns beside xdist
+        options += ["-n", str(WORKERS), "-p", "no:benchmark"]  # which has nothing to time here, and warns beside xdist
     return process.python("-m", "pytest", *options, *map(str, files))
 
 

@@ -32,8 +32,8 @@ def test_a_line_before_and_a_line_after(gpu: Any) -> None:
     status, said = serve(tasks, gpu, start=1)
     assert status == 0
     assert said == [
-        {"begin": 1, "name": "b"}, {"row": {"name": "b", "got": "b"}},
-        {"begin": 2, "name": "c"}, {"row": {"name": "c", "got": "c"}},
+        {"begin": 1, "of": 3, "name": "b"}, {"row": {"name": "b", "got": "b"}},
+        {"begin": 2, "of": 3, "name": "c"}, {"row": {"name": "c", "got": "c"}},
     ]  # fmt: skip
 
 
@@ -56,7 +56,9 @@ def test_time_is_up(gpu: Any) -> None:
 def test_the_next_task_follows_one_that_raises(error: Exception, row: Row, gpu: Any) -> None:
     status, said = serve([raises(error), Task("next", lambda gpu: {})], gpu)
     assert status == 0
+    log = said[1]["row"].pop("log", "")
     assert said[1] == {"row": {"name": "x", **row}}
+    assert ("Traceback" in log) == ("failed" in row)
     assert said[3] == {"row": {"name": "next"}}
 
 
@@ -67,7 +69,7 @@ def test_broken_context_ends_the_process(gpu: Any) -> None:
 
     status, said = serve([Task("x", run), Task("next", lambda gpu: {})], gpu)
     assert status == child.BROKEN
-    assert said[-1] == {"row": {"name": "x", "failed": "RuntimeError: CUDA error"}}
+    assert said[-1]["row"]["failed"] == "RuntimeError: CUDA error"
 
 
 def test_environment(gpu: Any) -> None:
@@ -128,7 +130,6 @@ def test_child_without_a_gpu_says_so_in_its_row() -> None:
     heard: list[str] = []
     ended = process.run(process.python("-m", child.__name__, "environment"), heard.append, seconds=120)
     messages = [json.loads(line) for line in heard]
-    assert messages[0] == {"begin": 0, "name": "environment"}
-    assert "failed" in messages[1]["row"]
+    assert messages[0] == {"begin": 0, "of": 1, "name": "environment"}
+    assert "failed" in messages[1]["row"] and "Traceback" in messages[1]["row"]["log"]
     assert ended.status == child.BROKEN
-    assert "Traceback" in ended.said

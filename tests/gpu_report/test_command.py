@@ -81,7 +81,7 @@ def test_some_steps(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_every_step(run: Run, launcher: Any, tmp_path: Path, says: Any) -> None:
-    row = {"begin": 0, "name": "x"}, {"row": {"name": "x"}}
+    row = {"begin": 0, "of": 1, "name": "x"}, {"row": {"name": "x"}}
     launcher.scripts = {name: [says(*row)] for name in ("sanitized", "compile", "rivals")}
     assert run() == 0
     found = result(tmp_path)
@@ -122,7 +122,7 @@ def test_step_that_cannot_even_be_run(run: Run, tmp_path: Path, monkeypatch: pyt
 
 
 def test_interruption_keeps_what_is_there(run: Run, launcher: Any, says: Any, tmp_path: Path) -> None:
-    begun = {"begin": 0, "name": "a"}, {"row": {"name": "a", "x": 1}}
+    begun = {"begin": 0, "of": 1, "name": "a"}, {"row": {"name": "a", "x": 1}}
     launcher.scripts["ratios"] = [says(*begun, KeyboardInterrupt())]
     assert run(SOME) == 130
     found = result(tmp_path)
@@ -139,7 +139,7 @@ def test_files_are_there_before_the_end(
     seen: list[tuple[str, int]] = []
 
     def look(heard: Any) -> Any:
-        heard(json.dumps({"begin": 0, "name": "a"}))
+        heard(json.dumps({"begin": 0, "of": 1, "name": "a"}))
         heard(json.dumps({"row": {"name": "a"}}))
         seen.extend((name, text.count('"name": "a"')) for name, text in written(tmp_path).items())
         return steps.process.Ended(0, "")

@@ -13,7 +13,7 @@ import pytest
 from matmul_grad.gpu_report import child, process, steps
 from matmul_grad.gpu_report.steps import COMPLETE, FAILED, LATE, MISSING, STEPS, Given
 
-ROWS = {"begin": 0, "name": "a"}, {"row": {"name": "a", "x": 1}}
+ROWS = {"begin": 0, "of": 99, "name": "a"}, {"row": {"name": "a", "x": 1}}
 
 
 def given(launcher: Any, **more: Any) -> tuple[Given, list[Any], list[str]]:
@@ -37,8 +37,8 @@ def test_rows_of_a_step(launcher: Any, says: Any) -> None:
 
 @pytest.mark.parametrize("end", [{"status": -11}, {"status": None}, {"status": 1, "said": "Boom: x\n"}], ids=str)
 def test_a_task_that_ends_the_process_is_passed_over(end: Any, launcher: Any, says: Any) -> None:
-    dies = says(*ROWS, {"begin": 1, "name": "b"}, **end)
-    launcher.scripts["ratios"] = [dies, says({"begin": 2, "name": "c"}, {"row": {"name": "c"}})]
+    dies = says(*ROWS, {"begin": 1, "of": 99, "name": "b"}, **end)
+    launcher.scripts["ratios"] = [dies, says({"begin": 2, "of": 99, "name": "c"}, {"row": {"name": "c"}})]
     order, rows, _ = given(launcher)
     assert steps.tasks_of("ratios")(order) == (FAILED, "3 done; 1 of them failed")
     assert starts(launcher) == ["--start=0", "--start=2"]
@@ -55,8 +55,15 @@ def test_a_broken_context_is_left_behind(launcher: Any, says: Any) -> None:
     assert starts(launcher) == ["--start=0", "--start=1"] and len(rows) == 1
 
 
+def test_no_process_behind_the_last_task(launcher: Any, says: Any) -> None:
+    launcher.scripts["ratios"] = [says({"begin": 0, "of": 1, "name": "a"}, status=-6, said="Boom\n")]
+    order, rows, _ = given(launcher)
+    assert steps.tasks_of("ratios")(order) == (FAILED, "1 done; 1 of them failed")
+    assert len(launcher.commands) == 1 and rows[0]["log"] == "Boom\n"
+
+
 def test_not_more_processes_than_that(launcher: Any, says: Any) -> None:
-    launcher.scripts["ratios"] = [says({"begin": i, "name": str(i)}, status=-6) for i in range(99)]
+    launcher.scripts["ratios"] = [says({"begin": i, "of": 99, "name": str(i)}, status=-6) for i in range(99)]
     order, rows, _ = given(launcher)
     status, note = steps.tasks_of("ratios")(order)
     assert status == FAILED and "9 of its processes ended early" in note and len(rows) == 9
@@ -70,7 +77,7 @@ def test_a_child_that_never_begins(launcher: Any, says: Any) -> None:
 
 
 def test_a_step_whose_time_is_up_keeps_its_rows(launcher: Any, says: Any) -> None:
-    launcher.scripts["ratios"] = [says(*ROWS, {"begin": 1, "name": "b"}, status=None)]
+    launcher.scripts["ratios"] = [says(*ROWS, {"begin": 1, "of": 99, "name": "b"}, status=None)]
     order, rows, _ = given(launcher)
     order.seconds = 0.0
     assert steps.tasks_of("ratios")(order) == (LATE, "1 done; stopped in b")
@@ -79,7 +86,7 @@ def test_a_step_whose_time_is_up_keeps_its_rows(launcher: Any, says: Any) -> Non
 
 def sanitize(launcher: Any, log: str, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> tuple[Any, list[Any]]:
     def run(heard: Any) -> process.Ended:
-        for line in ('{"begin": 0, "name": "a"}', '{"row": {"name": "a"}}'):
+        for line in ('{"begin": 0, "of": 99, "name": "a"}', '{"row": {"name": "a"}}'):
             heard(line)
         if log:
             (option,) = (part for part in launcher.commands[-1] if part.startswith("--log-file="))
@@ -153,6 +160,7 @@ def test_failing_tests_are_named(launcher: Any, says: Any, checkout: Path) -> No
     order, rows, _ = given(launcher, checkout=checkout)
     assert steps.gpu_tests(order).status == FAILED
     assert rows[0]["tests"] == ["tests/test_gpu.py::test_z"] and "failed" in rows[0]
+    assert XDIST[0] in rows[0]["log"]
 
 
 def test_tests_whose_time_is_up(launcher: Any, says: Any, checkout: Path) -> None:
