@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from time import perf_counter
+from time import perf_counter, time
 from typing import NamedTuple
 
 import torch
@@ -138,6 +138,7 @@ def compile_kernels(seconds: float, gpu: Gpu) -> Row:
 def compile_part(part: Sequence[Job], seconds: float) -> int:
     """Each product once; how many went through before the time was up."""
     gpu, end, done = Gpu(), perf_counter() + seconds, 0
+    gpu.multiply_in_ieee()
     for job in part:
         if perf_counter() > end:
             break
@@ -157,14 +158,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("step")
     parser.add_argument("--start", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--until", type=float, required=True, help="on the clock of time.time()")
     command = parser.parse_args(arguments)
     gpu = Gpu()
     gpu.multiply_in_ieee()
     if command.step in ("ratios", "rivals", "launch"):
         gpu.ready()
     with speaking() as say:
-        return serve(tasks(command.step, command.seconds), gpu, command.start, command.seconds, say)
+        left = command.until - time()
+        return serve(tasks(command.step, left), gpu, command.start, left, say)
 
 
 @contextlib.contextmanager

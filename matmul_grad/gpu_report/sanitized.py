@@ -33,13 +33,11 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """The first shape in every layout, the others in one; then what takes more than two matrices."""
-    found = []
-    for (dtype, precision), shape in itertools.product(NUMBERS, SHAPES):
-        for layout in testing.LAYOUTS if shape == SHAPES[0] else ("NN",):
-            found.append(product(dtype, precision, layout, shape))
-    for dtype in ("bf16", "f32"):
-        found += [backward(dtype), batched(dtype)]
+    """Every kind of kernel early, since a sanitizer is slow: one shape, what is more than a product, the rest."""
+    first = SHAPES[0]
+    ordered = [("NN", shape) for shape in SHAPES] + [(letters, first) for letters in ("NT", "TN", "TT")]
+    found = [product(*number, *how) for how, number in itertools.product(ordered, NUMBERS)]
+    found[len(NUMBERS) : len(NUMBERS)] = [make(dtype) for dtype in ("bf16", "f32") for make in (backward, batched)]
     return found
 
 

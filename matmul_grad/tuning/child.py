@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import torch
@@ -164,6 +164,7 @@ class Compilers:
 def compile_one(job: Job, config: Any) -> None:
     """One product with a candidate; a process whose context it breaks ends."""
     gpu = Gpu()
+    gpu.multiply_in_ieee()
     try:
         with_config(config, job, *contenders.draw(job, gpu.device).of(job.product))
         gpu.wait()
@@ -175,7 +176,7 @@ def compile_one(job: Job, config: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("plan", type=Path)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--until", type=float, required=True, help="on the clock of time.time()")
     command = parser.parse_args(arguments)
     plan = json.loads(command.plan.read_text(encoding="utf-8"))
     gpu = Gpu()
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gpu.ready()
     with reporting.speaking() as say:
         compiler = Compilers(min(reporting.COMPILERS, os.cpu_count() or 1))
-        return serve(plan, gpu, command.seconds, say, compiler)
+        return serve(plan, gpu, command.until - time(), say, compiler)
 
 
 if __name__ == "__main__":

@@ -138,8 +138,7 @@ class Tuner:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "plan.json")
             path.write_text(json.dumps(plan), encoding="utf-8")
-            limit = f"--seconds={max(1.0, 0.95 * seconds - 3):.0f}"
-            command = process.python("-m", child.__name__, str(path), limit)
+            command = process.python("-m", child.__name__, str(path), f"--until={process.deadline(seconds):.1f}")
             return self.launcher(command, self.heard, seconds=seconds, silence=SILENCE)
 
     def blame(self, ended: process.Ended) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ def test_small_set_meets_every_dtype_layout_and_path(gpu: Any, monkeypatch: pyte
         for layout in ("NN", "NT", "TN", "TT"):
             assert f"forward-{number}-128x256x192-{layout}" in names
         assert f"forward-{number}-1x160x96-NN" in names
-    assert {"mm_backward-bf16", "bmm-f32"} < set(names)
+    assert {"mm_backward-bf16", "bmm-f32"} < set(names[:10])
 
 
 def test_small_set_sees_what_is_wrong(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +129,9 @@ def test_small_set_sees_what_is_wrong(gpu: Any, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a child does without a GPU")
 def test_child_without_a_gpu_says_so_in_its_row() -> None:
     heard: list[str] = []
-    ended = process.run(process.python("-m", child.__name__, "environment"), heard.append, seconds=120)
+    ended = process.run(
+        process.python("-m", child.__name__, "environment", f"--until={time.time() + 60}"), heard.append, seconds=120
+    )
     messages = [json.loads(line) for line in heard]
     assert messages[0] == {"begin": 0, "of": 1, "name": "environment"}
     assert "failed" in messages[1]["row"] and "Traceback" in messages[1]["row"]["log"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def test_rows_of_a_step(launcher: Any, says: Any) -> None:
     assert steps.tasks_of("ratios")(order) == (COMPLETE, "1 done; no time for 7 more")
     assert rows == [{"step": "ratios", "name": "a", "x": 1}] and news == ["a"]
     assert launcher.commands[0][:4] == [sys.executable, "-m", child.__name__, "ratios"]
-    assert "--seconds=54" in launcher.commands[0]
+    until = float(launcher.commands[0][-1].removeprefix("--until="))
+    assert time.time() + 50 < until < time.time() + 55.1
 
 
 @pytest.mark.parametrize("end", [{"status": -11}, {"status": None}, {"status": 1, "said": "Boom: x\n"}], ids=str)
@@ -82,6 +84,14 @@ def test_a_step_whose_time_is_up_keeps_its_rows(launcher: Any, says: Any) -> Non
     order.seconds = 0.0
     assert steps.tasks_of("ratios")(order) == (LATE, "1 done; stopped in b")
     assert [row["name"] for row in rows] == ["a"]
+
+
+def test_a_rival_may_take_its_time(launcher: Any, says: Any) -> None:
+    launcher.scripts["rivals"] = [says({"begin": 0, "of": 2, "name": "torch.compile"}, status=None)]
+    order, rows, _ = given(launcher)
+    order.seconds = 0.0
+    assert steps.rivals_of(order) == (COMPLETE, "0 done; stopped in torch.compile")
+    assert rows == []
 
 
 def sanitize(launcher: Any, log: str, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> tuple[Any, list[Any]]:
