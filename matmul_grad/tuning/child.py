@@ -1,8 +1,9 @@
 """The candidates of problem after problem, in a process of its own; lines of JSON on stdout, as `gpu_report.child`.
 
     {"facts": {...}}                                   first: the GPU and the versions
-    {"begin": 3, "name": ..., "candidates": 12}        before a problem; {"known": name} where its winner is known
-    {"try": {config}}                                  before a candidate runs for the first time
+    {"begin": 3, "name": ...}                          before a problem; {"known": name} where its winner is known
+    {"candidates": 12}                                 before they are compiled
+    {"try": {config}}                                  before a candidate runs for the first time; null: all have
     {"dropped": {config}, "why": ...}                  a candidate that is wrong or cannot run
     {"row": {...}}                                     the winner
     {"left": 2}                                        the time was up
@@ -32,9 +33,11 @@ from ..gpu_report import child as reporting
 from ..gpu_report import contenders, measure, ours, right
 from ..gpu_report.device import Gpu
 from ..gpu_report.jobs import Job
+from ..kernels.gpu.config import TileConfig
 
 FIRST_SECONDS, FINAL_SECONDS = 0.02, 0.3  # a candidate in the first turns, all finalists in the last
 FINALISTS = 4
+COMPILING = 45.0  # seconds for all candidates of a problem, less than the silence that ends this process
 GAIN = 1.02  # that a winner must have over the default: less is noise, and the default is the simpler answer
 
 Fields = dict[str, Any]
@@ -45,7 +48,9 @@ class Broken(Exception):
     """A candidate left the GPU's context broken; the message says how."""
 
 
-def serve(plan: dict[str, Any], gpu: Gpu, seconds: float, say: Say, compiler: Callable[[Job, list[Any]], None]) -> int:
+def serve(
+    plan: dict[str, Any], gpu: Gpu, seconds: float, say: Say, compiler: Callable[[Job, list[TileConfig]], None]
+) -> int:
     """The problems of ``plan`` until the time is up."""
     end, done = perf_counter() + seconds, set(plan["known"])
     say({"facts": reporting.environment(gpu)["facts"] | files.stamp()})
@@ -54,15 +59,13 @@ def serve(plan: dict[str, Any], gpu: Gpu, seconds: float, say: Say, compiler: Ca
         if perf_counter() > end:
             say({"left": len(plan["jobs"]) - index})
             break
+        say({"begin": index, "name": job.name})
         try:
             gpu.tidy()
-            found = tune(job, done, plan["bad"].get(job.name, []), gpu, partial(announce, say, index), compiler)
+            found = tune(job, done, plan["bad"].get(job.name, []), gpu, say, compiler)
         except Broken as reason:
             print(f"{job.name}: {reason}", file=sys.stderr)
             return reporting.BROKEN
-        except ours.Missing as reason:
-            say({"missing": str(reason)})
-            return 0
         except (measure.Skipped, torch.cuda.OutOfMemoryError) as reason:
             found = {"skipped": str(reason).splitlines()[0]}
         except Exception as reason:
@@ -74,12 +77,13 @@ def serve(plan: dict[str, Any], gpu: Gpu, seconds: float, say: Say, compiler: Ca
     return 0
 
 
-def announce(say: Say, index: int, message: dict[str, Any]) -> None:
-    say(message | ({"begin": index} if "candidates" in message else {}))
-
-
 def tune(
-    job: Job, known: set[str], bad: Sequence[Fields], gpu: Gpu, say: Say, compiler: Callable[[Job, list[Any]], None]
+    job: Job,
+    known: set[str],
+    bad: Sequence[Fields],
+    gpu: Gpu,
+    say: Say,
+    compiler: Callable[[Job, list[TileConfig]], None],
 ) -> dict[str, Any]:
     """The row of a problem: every candidate that is right, timed; the winner beside `choose`'s default."""
     if measure.HELD * job.bytes > gpu.free_bytes():
@@ -92,11 +96,12 @@ def tune(
     default = ours.choose(problem, target)
     every = list(dict.fromkeys([default, *ours.candidates(problem, target)]))
     tried = [config for config in every if asdict(config) not in bad]
-    say({"name": job.name, "candidates": len(tried)})
+    say({"candidates": len(tried)})
     compiler(job, tried)
     good = [config for config in tried if is_good(config, job, operands, gpu, say)]
     if not good:
         return {"failed": f"none of {len(every)} candidates is right"}
+    say({"try": None})
     seconds = times(good, default, job, operands, gpu)
     best = min(seconds, key=lambda config: seconds[config])
     winner = best if default not in seconds or seconds[default] > GAIN * seconds[best] else default
@@ -105,7 +110,7 @@ def tune(
     return row | {"candidates": len(every), "timed": len(good), **files.stamp()}
 
 
-def is_good(config: Any, job: Job, operands: rivals.Operands, gpu: Gpu, say: Say) -> bool:
+def is_good(config: TileConfig, job: Job, operands: rivals.Operands, gpu: Gpu, say: Say) -> bool:
     """Whether a candidate compiles, runs and is right; it is named before it is tried."""
     say({"try": asdict(config)})
     mm = partial(with_config, config, job)
@@ -123,11 +128,13 @@ def is_good(config: Any, job: Job, operands: rivals.Operands, gpu: Gpu, say: Say
     return not wrong
 
 
-def with_config(config: Any, job: Job, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def with_config(config: TileConfig, job: Job, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return ours.with_config(x, y, job.precision, config)
 
 
-def times(good: list[Any], default: Any, job: Job, operands: rivals.Operands, gpu: Gpu) -> dict[Any, float]:
+def times(
+    good: list[TileConfig], default: TileConfig, job: Job, operands: rivals.Operands, gpu: Gpu
+) -> dict[TileConfig, float]:
     """Median seconds of device time: all in turns, then the fastest and the default again for longer."""
     mms = {str(index): partial(with_config, config, job) for index, config in enumerate(good)}
     batches, _ = measure.graphs(mms, job, operands, gpu)
@@ -152,16 +159,19 @@ class Compilers:
     def _new(processes: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
 
-    def __call__(self, job: Job, configs: list[Any]) -> None:
+    def __call__(self, job: Job, configs: list[TileConfig]) -> None:
         try:
-            list(self._pool.map(compile_one, [job] * len(configs), configs))
-        except Exception as error:  # a candidate that ended its process
+            list(self._pool.map(compile_one, [job] * len(configs), configs, timeout=COMPILING))
+        except Exception as error:  # a candidate that ended its process, or never ends
             print(f"{job.name}: compiling: {type(error).__name__}: {error}", file=sys.stderr)
+            processes = list((self._pool._processes or {}).values())
             self._pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
             self._pool = self._new(self._processes)
 
 
-def compile_one(job: Job, config: Any) -> None:
+def compile_one(job: Job, config: TileConfig) -> None:
     """One product with a candidate; a process whose context it breaks ends."""
     gpu = Gpu()
     gpu.multiply_in_ieee()

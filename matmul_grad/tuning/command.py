@@ -29,7 +29,7 @@ from .table import Table
 
 HELP = "time every candidate tile for some problems on this GPU, and keep the winners for later calls"
 MINUTES = 8.0
-SILENCE = 120.0  # seconds without a word: a candidate that never ends, or a compiler
+SILENCE = 60.0  # seconds without a word: a candidate that never ends, or a compiler
 AGAIN = 20  # processes more, where candidates end theirs
 NUMBERS = {
     "bf16": ("bf16", "ieee"), "f16": ("f16", "ieee"), "f32": ("f32", "ieee"), "tf32": ("f32", "tf32"),
@@ -77,7 +77,7 @@ def run(command: argparse.Namespace, launcher: process.Run = process.run) -> int
     """Everything; ``launcher`` starts the processes."""
     if not torch.cuda.is_available():
         raise exits.Unusable(f"tune: torch {torch.__version__} finds no CUDA device here")
-    table = Table(writable(command.out or default_path()))
+    table = Table(writable(command.out or ours.user_path()))
     with reporting.terminated_as_interrupted(), progress(len(planned(command))) as news:
         tuner = Tuner(table, planned(command), launcher, news)
         tuner.run(60 * command.minutes)
@@ -85,13 +85,6 @@ def run(command: argparse.Namespace, launcher: process.Run = process.run) -> int
     if tuner.left:
         print(f"no time for {tuner.left} more: the same command goes on from here")
     return exits.DISAGREES if tuner.failed else 0
-
-
-def default_path() -> Path:
-    try:
-        return ours.user_path()
-    except ours.Missing as reason:
-        raise exits.Unusable(f"tune: {reason}: name a file with --out") from reason
 
 
 def writable(path: Path) -> Path:
@@ -143,7 +136,7 @@ class Tuner:
 
     def blame(self, ended: process.Ended) -> None:
         """The candidate that was tried when the process ended is not tried again; without one, its problem is not."""
-        if self.at is None:
+        if self.at is None:  # between two problems there is nothing that can fail, but at the first
             raise exits.Unusable(f"tune: no measurement can be begun: {ended.reason}")
         if self.tried is None:
             self.row({"name": self.at.name, "failed": ended.reason})
@@ -159,11 +152,10 @@ class Tuner:
             return
         if "facts" in message:
             self.table.begin(message["facts"])
-        elif "missing" in message:
-            raise exits.Unusable(f"tune: {message['missing']}")
-        elif "candidates" in message:
+        elif "begin" in message:
             self.at, self.tried = self.waiting_for(message["name"]), None
-            self.news(f"{message['name']}, {message['candidates']} candidates", 0)
+        elif "candidates" in message and self.at:
+            self.news(f"{self.at.name}, {message['candidates']} candidates", 0)
         elif "try" in message:
             self.tried = message["try"]
         elif "dropped" in message:
@@ -190,7 +182,7 @@ class Tuner:
 
     def finish(self, name: str) -> None:
         self.waiting.remove(self.waiting_for(name))
-        self.tried = None
+        self.at = self.tried = None
         self.news(name, 1)
 
     def waiting_for(self, name: str) -> jobs.Job:

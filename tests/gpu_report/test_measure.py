@@ -62,7 +62,7 @@ def test_operands_go_round_over_twice_the_cache(gpu: Any, monkeypatch: pytest.Mo
     gpu.l2 = 0
     assert measure.graphs({"torch": torch.mm}, SMALL, operands, gpu)[1] == 1
     monkeypatch.setattr(gpu, "seconds_a_call", lambda call: measure.REPLAY / 7.5)
-    assert measure.graphs({"torch": torch.mm}, SMALL, operands, gpu)[1] == 7
+    assert measure.graphs({"torch": torch.mm}, SMALL, operands, gpu)[1] == len(gpu.graphs[-1]) == 7
 
 
 @pytest.mark.parametrize("change", [lambda c: c + 1, lambda c: c * float("nan"), lambda c: c * 1.001])
@@ -140,9 +140,6 @@ INVARIANT = Job("invariant", "step", "f32", 40, 8, 300)
 
 
 def test_batch_invariant_mode(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(matmul_grad, "deterministic", raising=False)
-    with pytest.raises(ours.Missing, match="no deterministic"):
-        measure.compare(INVARIANT, gpu)
     inside: list[bool] = []
     monkeypatch.setattr(matmul_grad, "deterministic", functools.partial(mode, inside), raising=False)
     row = measure.compare(INVARIANT, gpu)
