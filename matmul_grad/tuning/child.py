@@ -42,15 +42,14 @@ GAIN = 1.02  # that a winner must have over the default: less is noise, and the 
 
 Fields = dict[str, Any]
 Say = Callable[[dict[str, Any]], None]
+Compile = Callable[[Job, list[TileConfig]], None]
 
 
 class Broken(Exception):
     """A candidate left the GPU's context broken; the message says how."""
 
 
-def serve(
-    plan: dict[str, Any], gpu: Gpu, seconds: float, say: Say, compiler: Callable[[Job, list[TileConfig]], None]
-) -> int:
+def serve(plan: dict[str, Any], gpu: Gpu, seconds: float, say: Say, compiler: Compile) -> int:
     """The problems of ``plan`` until the time is up."""
     end, done = perf_counter() + seconds, set(plan["known"])
     say({"facts": reporting.environment(gpu)["facts"] | files.stamp()})
@@ -83,7 +82,7 @@ def tune(
     bad: Sequence[Fields],
     gpu: Gpu,
     say: Say,
-    compiler: Callable[[Job, list[TileConfig]], None],
+    compiler: Compile,
 ) -> dict[str, Any]:
     """The row of a problem: every candidate that is right, timed; the winner beside `choose`'s default."""
     if measure.HELD * job.bytes > gpu.free_bytes():
