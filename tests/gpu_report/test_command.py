@@ -109,6 +109,14 @@ def test_step_that_fails_is_status_1_and_the_rest_goes_on(run: Run, launcher: An
     assert done == {"environment": "complete", "ratios": "failed", "launch": "complete", "memory": "complete"}
 
 
+def test_wrong_row_counts_in_a_step_that_is_complete(tmp_path: Path) -> None:
+    record = command.Record(tmp_path, whole=True)
+    record.ended("rivals", Outcome(steps.COMPLETE), 1.0)
+    assert not record.is_bad
+    record.keep({"step": "rivals", "name": "x", "wrong": "forward: error 1"})
+    assert record.is_bad
+
+
 def test_step_that_cannot_even_be_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(given: Any) -> Outcome:
         raise OSError("no memory to fork")

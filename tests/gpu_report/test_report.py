@@ -144,6 +144,10 @@ def test_page(result: Row) -> None:
     assert "Not a whole run" in report.markdown(result | {"whole": False})
 
 
+def test_a_bar_in_a_cell_is_no_column() -> None:
+    assert report.table(["a"], [["x | y"]]).splitlines()[-1] == r"| x \| y |"
+
+
 def test_json_comes_back_as_it_was_a_row_a_line(result: Row) -> None:
     text = files.as_json(result)
     assert json.loads(text) == result
