@@ -437,7 +437,7 @@ def give_back():
     return delete_library(library)
 
 
-KERNELS = {
+KERNELS: dict[str, tuple[Callable, object]] = {
     "matmul_grad_aten_product": (product, PRODUCT_SIGNATURE),
     **{entry_name(name): (make_entry(name), BOXED_SIGNATURE) for name in OVERLOADS},
     "matmul_grad_take_over": (take_over, INT64(INT64)),
