@@ -25,7 +25,8 @@ MANGLED = {
     "matmul_grad_library_impl": "_ZNR5torch7Library5_implEPKcONS_11CppFunctionENS_17_RegisterOrVerifyE",
     "matmul_grad_resize_output": "_ZN2at6native13resize_outputERKNS_6TensorEN3c108ArrayRefIlEE",
 }
-_torchs: dict[str, object] = {}  # torch's own kernels by name and address: what a running call uses must not go away
+_own: dict[str, _Kernel] = {}  # by torch's words on where a kernel comes from
+_given: dict[tuple[int, int], object] = {}  # what Python was given: what a running call uses must not go away
 
 
 class _Kernel(ctypes.Structure):
@@ -83,16 +84,24 @@ def _entries() -> build.Kernels:
 
 
 def _torchs_kernel(overload: str) -> _Kernel:
-    """The kernel that aten has now under CPU: torch's own, or what somebody has put there."""
-    kernel = torch._C._dispatch_get_computed_kernel_for_dispatch_key(f"aten::{overload}", torch._C.DispatchKey.CPU)
-    value = ctypes.c_int64.from_address(id(kernel) + 2 * ctypes.sizeof(ctypes.c_void_p)).value  # as pybind11 keeps it
-    found = _Kernel.from_buffer_copy(ctypes.string_at(value, ctypes.sizeof(_Kernel)))
-    if not _is_code(found.boxed) or (found.unboxed and not _is_code(found.unboxed)):
-        raise Unavailable(f"torch {torch.__version__} keeps its kernel of {overload} in a way that is not known")
-    _torchs.setdefault(f"{overload} {found.boxed} {found.functor}", kernel)
-    return found
+    """The kernel that aten has now under CPU: torch's own, or what somebody has put there.
+
+    torch keeps a few bytes for each one that it gives, so its own are asked for once.
+    """
+    dump = torch._C._dispatch_dump(f"aten::{overload}").split("\n")
+    registered = next((line for line in dump if line.startswith("CPU: ")), "")
+    if "RegisterCPU" not in registered or registered not in _own:
+        kernel = torch._C._dispatch_get_computed_kernel_for_dispatch_key(f"aten::{overload}", torch._C.DispatchKey.CPU)
+        value = ctypes.c_int64.from_address(id(kernel) + 2 * ctypes.sizeof(ctypes.c_void_p)).value  # pybind11's layout
+        found = _Kernel.from_buffer_copy(ctypes.string_at(value, ctypes.sizeof(_Kernel)))
+        if not _is_code(found.boxed) or (found.unboxed and not _is_code(found.unboxed)):
+            raise Unavailable(f"torch {torch.__version__} keeps its kernel of {overload} in a way that is not known")
+        _given.setdefault((found.boxed, found.functor), kernel)
+        _own[registered] = found
+    return _own[registered]
 
 
+@functools.cache
 def _is_code(address: int) -> bool:
     """Whether an address lies in a loaded library."""
     return bool(ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), (ctypes.c_void_p * 4)()))

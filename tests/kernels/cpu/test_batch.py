@@ -128,10 +128,10 @@ def test_scaled_and_added_to(block: BlockConfig, alpha: float, beta: float) -> N
     dtype = getattr(torch, block.dtype)
     for batch, m, n, k in [*SHAPES, (3, 8, 7, 4 * block.chain + 6)]:
         a, b = integers(batch, m, k, dtype=dtype, seed=1), integers(batch, k, n, dtype=dtype, seed=2)
-        sources = {
-            **{shape: integers(*shape, dtype=dtype, seed=3) for shape in ((1, 1, n), (batch, m, 1), (1, 1, 1), (1, m, n))},
-            **{name: between_nan(integers(batch, m, n, dtype=dtype, seed=4), order, 2)[0] for name, order in ORDERS.items()},
-        }  # fmt: skip
+        shared = ((1, 1, n), (batch, m, 1), (1, 1, 1), (1, m, n))
+        sources = {str(shape): integers(*shape, dtype=dtype, seed=3) for shape in shared}
+        whole = integers(batch, m, n, dtype=dtype, seed=4)
+        sources |= {name: between_nan(whole, order, 2)[0] for name, order in ORDERS.items()}
         for (name, source), order in zip(sources.items(), itertools.cycle(ORDERS.values())):
             out, whole = between_nan(torch.zeros(batch, m, n, dtype=dtype), order, 1)
             source = source.expand(batch, m, n)
