@@ -129,6 +129,21 @@ def test_scalars(dtype: torch.dtype, which: str, scalar: Any, name: str) -> None
     assert_same_outcome(lambda: (getattr(torch, operator)(*operands, **{which: scalar}) + 0).nan_to_num(nan=7.0))
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, HALF], ids=str)
+def test_alpha_of_zero_is_torchs(dtype: torch.dtype) -> None:
+    """Which may leave the product out, even where it is NaN."""
+    a, nan = ones(3, 3, dtype=dtype), torch.full((3, 3), float("nan"), dtype=dtype)
+    assert_same_outcome(lambda: torch.addmm(a, a, nan, alpha=0).nan_to_num(nan=7.0))
+    assert_same_outcome(lambda: a.clone().addmm_(nan, a, alpha=0.0).nan_to_num(nan=7.0))
+
+
+def test_more_than_there_is_memory_for() -> None:
+    a = ones(1, 1).expand(1 << 23, 1 << 10)
+    assert_same_outcome(lambda: torch.mm(a, a.t()))
+    assert_same_outcome(lambda: torch.bmm(a[None], a.t()[None]))
+    assert_same_outcome(lambda: torch.addmm(ones(1), a, a.t()))
+
+
 def target(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """(a, b, where to write): a (3, 4), b (4, 2)."""
     a, b = counting(3, 4), counting(4, 2)

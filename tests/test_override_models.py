@@ -205,6 +205,14 @@ def test_evaluation_takes_torchs_fast_path() -> None:
         assert_close(on_and_off(lambda: layer(x), "addmm"), 1e-5)
 
 
+def test_inference_tensors() -> None:
+    a, batch = normal(3, 3, DOUBLE), normal(6, 3, DOUBLE).view(2, 3, 3)
+    with torch.inference_mode(), matmul_grad.enabled():
+        for x in (torch.mm(a, a), torch.addmm(a, a, a), torch.bmm(batch, batch), torch.baddbmm(a, batch, batch)):
+            assert x.is_inference()
+            assert not x.requires_grad
+
+
 def test_lstm_and_bilinear() -> None:
     torch.manual_seed(0)
     lstm, bilinear, x = nn.LSTM(6, 8).double(), nn.Bilinear(6, 6, 3).double(), normal(5 * 2, 6, DOUBLE).view(5, 2, 6)

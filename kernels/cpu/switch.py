@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import warnings
 
 import torch
@@ -25,7 +26,7 @@ MANGLED = {
     "matmul_grad_library_impl": "_ZNR5torch7Library5_implEPKcONS_11CppFunctionENS_17_RegisterOrVerifyE",
     "matmul_grad_resize_output": "_ZN2at6native13resize_outputERKNS_6TensorEN3c108ArrayRefIlEE",
 }
-_own: dict[str, _Kernel] = {}  # by torch's words on where a kernel comes from
+_own: dict[tuple[str, str], _Kernel] = {}  # by overload and torch's words on where its kernel comes from
 _given: dict[tuple[int, int], object] = {}  # what Python was given: what a running call uses must not go away
 
 
@@ -74,6 +75,8 @@ def _load() -> build.Loaded:
     version = torch.__version__
     if ".".join(version.split(".")[:2]) not in KNOWN:
         raise Unavailable(f"the switch knows torch {', '.join(KNOWN)}, not {version}")
+    if sys.platform != "linux" or not torch._C._GLIBCXX_USE_CXX11_ABI:
+        raise Unavailable(f"the switch knows torch as it is built for Linux, not for {sys.platform}")
     return native.load_entries("aten_abi", _entries, native.symbols(native.MANGLED | MANGLED))
 
 
@@ -89,8 +92,8 @@ def _torchs_kernel(overload: str) -> _Kernel:
     torch keeps a few bytes for each one that it gives, so its own are asked for once.
     """
     dump = torch._C._dispatch_dump(f"aten::{overload}").split("\n")
-    registered = next((line for line in dump if line.startswith("CPU: ")), "")
-    if "RegisterCPU" not in registered or registered not in _own:
+    registered = overload, next((line for line in dump if line.startswith("CPU: ")), "")
+    if "RegisterCPU" not in registered[1] or registered not in _own:
         kernel = torch._C._dispatch_get_computed_kernel_for_dispatch_key(f"aten::{overload}", torch._C.DispatchKey.CPU)
         value = ctypes.c_int64.from_address(id(kernel) + 2 * ctypes.sizeof(ctypes.c_void_p)).value  # pybind11's layout
         found = _Kernel.from_buffer_copy(ctypes.string_at(value, ctypes.sizeof(_Kernel)))
