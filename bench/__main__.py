@@ -3,6 +3,7 @@
 python -m bench cpu-ratio             every target of the CPU, a quarter of an hour on a machine at rest
 python -m bench cpu-ratio --quick     the same in a minute, on a few shapes: to see it run
 python -m bench cpu-paths             what packing repays: the measurements behind kernels/cpu/config.py
+python -m bench switch                torch with the switch on over torch with it off: overhead, and training steps
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         require("rich", "rich", "bench")
-        from . import cpu_ratio, paths
+        from . import cpu_ratio, paths, switch
 
         parser = Parser(prog=PROGRAM, description="benchmarks that are commands")
         commands = parser.add_subparsers(dest="name", required=True, metavar="command")
-        known = {module.KIND: module for module in (cpu_ratio, paths)}
+        known = {module.KIND: module for module in (cpu_ratio, paths, switch)}
         for name, module in known.items():
             module.add_options(commands.add_parser(name, help=module.HELP, description=module.HELP))
         command = parser.parse_args(arguments)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, ops
+from . import __version__, ops, override
 
 __all__ = ["describe", "describe_cache", "lines", "processor", "version"]
 
@@ -18,7 +18,7 @@ def describe() -> dict[str, str]:
     """Name → fact, in the order to be read. Registers the compiled operator, as a first product would.
 
     >>> print(*describe(), sep=", ")
-    CPU, instruction set, caches, CPU kernels, GPU, operator, threads, versions
+    CPU, instruction set, caches, CPU kernels, GPU, operator, switch, threads, versions
     """
     from .kernels.cpu import config, host, native
 
@@ -32,6 +32,7 @@ def describe() -> dict[str, str]:
         "CPU kernels": ", ".join(kernels),
         "GPU": gpus(),
         "operator": operator(),
+        "switch": switch(),
         "threads": f"{torch.get_num_threads()} of torch's own pool",
         "versions": ", ".join(
             [f"matmul_grad {__version__}", f"python {platform.python_version()}"]
@@ -78,6 +79,18 @@ def gpus() -> str:
 def operator() -> str:
     why_not = ops.native_status()
     return f"in Python, since {why_not}" if why_not else "native, over torch's stable C ABI"
+
+
+def switch() -> str:
+    """Whether torch's own products run on these kernels, and how many have."""
+    known = override.info()
+    counted = [
+        f"{outcome.replace('_', ' ')} {operator} {dtype} {calls}"
+        for outcome in ("accelerated", "handed_over")
+        for operator, dtypes in known[outcome].items()
+        for dtype, calls in dtypes.items()
+    ]
+    return "; ".join([f"on for {', '.join(known['on'])}" if known["on"] else "off", *counted])
 
 
 def version(package: str) -> str:

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import matmul_grad
 from matmul_grad import api, rivals, timing
 
 ROOT = Path(__file__).parents[1]
@@ -158,3 +160,13 @@ def test_paths_refuses_another_result(readme: ModuleType, monkeypatch: pytest.Mo
     monkeypatch.setattr(paths.native, "multiply", lambda block, a, b, out, threads=1: torch.rand_like(out))
     with pytest.raises(AssertionError, match="elements differ"):
         paths.compare(paths.Case("direct_rows", "float32", "NN", 5, 70, 40, 1), 0.01)
+
+
+def test_switch_is_compared_on_and_off(capsys: pytest.CaptureFixture[str]) -> None:
+    switch = importlib.import_module("bench.switch")
+    before = matmul_grad.info()["accelerated"].get("addmm", {}).get("float32", 0)
+    assert switch.run(argparse.Namespace(seconds=0.01, models=False)) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.search(r"\d\.\d{3}$", line)]
+    assert len(rows) == 5
+    assert matmul_grad.info()["on"] == []
+    assert matmul_grad.info()["accelerated"]["addmm"]["float32"] > before

@@ -222,3 +222,30 @@ def useful_threads(work: float, threads: int) -> int:
     (1, 64)
     """
     return max(1, min(threads, int(min(work / THREAD_GRAIN, 1024.0))))
+
+
+def threads_of_one(batch: int, threads: int) -> int:
+    """Threads that share one product of a batch: as few as keep all of them busy to the end, or nearly.
+
+    >>> threads_of_one(1, 2), threads_of_one(3, 2), threads_of_one(4, 2), threads_of_one(6, 4), threads_of_one(9, 2)
+    (2, 2, 1, 2, 1)
+    """
+    if batch >= 4 * threads:
+        return 1
+    common, rest = threads, batch % threads
+    while rest > 0:
+        common, rest = rest, common % rest
+    return threads // common
+
+
+def worth_turning(m: int, n: int, c_rs: int, c_cs: int, lanes: int) -> bool:
+    """Whether C is computed as its transpose: it has few columns, or its rows together and not few of them.
+
+    >>> worth_turning(100, 3, 3, 1, 16), worth_turning(100, 64, 64, 1, 16), worth_turning(100, 64, 1, 100, 16)
+    (True, False, True)
+    """
+    wide, tall = (n + lanes - 1) // lanes, (m + lanes - 1) // lanes
+    if n < lanes and n * tall <= TURNED * m * wide:
+        return True
+    few_rows = m < lanes and m * wide <= TURNED * n * tall
+    return c_rs == 1 and c_cs != 1 and not few_rows

@@ -1,10 +1,10 @@
-"""One or two products by all threads, for one dtype and one configuration: the plan, the parts, the only driver.
+"""Products by all threads, for one dtype and one configuration: the plan, the parts, the only driver.
 
 C is cut into rectangles, one or more a thread, and each is a product of its own (loops.py), so that threads share
 nothing but the operands and wait for each other once. Where C is small and k is long, chunks of k are the parts.
 
 The three products of a matmul and its gradients are this one function on other strides; a backward pass is two of
-them in one call.
+them in one call, and so is a batch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,23 @@ from collections.abc import Callable
 from numba.core import types
 
 from . import job as words
-from .config import CHAIN, SHORT_CHAIN, SPLIT_BYTES, TURNED, BlockConfig, steps
+from .config import CHAIN, SHORT_CHAIN, SPLIT_BYTES, BlockConfig, steps
 from .cores import clear_cores, leave_core, take_core
-from .job import ceil_div, copy, job_words, parts_of, product, product_words, restrict, restrict_k, share
+from .job import (
+    ceil_div,
+    copy,
+    is_plain,
+    job_words,
+    parts_of,
+    parts_of_one,
+    product,
+    product_words,
+    restrict,
+    restrict_k,
+    restrict_to_one,
+    share,
+    sums_bytes,
+)
 from .loops import make_multiply
 from .memory import get, jit, next_number, put, symbol
 from .microkernel import microkernel_ir, transposed_ir
@@ -66,8 +80,8 @@ def make_task(config: BlockConfig) -> Callable:
         first, last = share(ceil_div(m, mr), get(part, words.ROW_PARTS), index // columns)
         left, right = share(ceil_div(n, nr), columns, index % columns)
         i, j = first * mr, left * nr
-        restrict(part, i, min(m, last * mr) - i, j, min(n, right * nr) - j, size, size)
-        if narrow or get(part, words.TURNED) != 0 or get(part, words.K) > chunk:
+        restrict(part, i, min(m, last * mr) - i, j, min(n, right * nr) - j, size)
+        if narrow or get(part, words.K) > chunk or not is_plain(part):
             multiply_by_sums(part, work)
         else:
             multiply(part, work)
@@ -92,6 +106,9 @@ def make_task(config: BlockConfig) -> Callable:
             if index >= parts_of(product(job, 0)):
                 index, chosen = index - parts_of(product(job, 0)), 1
             copy(part, product(job, chosen), words.WORDS)
+            parts = parts_of_one(part)
+            restrict_to_one(part, index // parts, size, lane_bytes)
+            index = index % parts
             if get(part, words.CHUNK_PARTS) > 1:
                 one_chunk(part, index, work)
             else:
@@ -109,31 +126,30 @@ def make_plan(config: BlockConfig) -> Callable:
 
     @jit
     def plan(part, threads):
-        m, n, k = get(part, words.M), get(part, words.N), get(part, words.K)
-        put(part, words.TURNED, 0)
+        m, n, k, batch = get(part, words.M), get(part, words.N), get(part, words.K), get(part, words.BATCH)
         put(part, words.CHUNK_PARTS, 1)
         put(part, words.ROW_PARTS, 0)
         put(part, words.COLUMN_PARTS, 0)
-        if m == 0 or n == 0:
+        if m == 0 or n == 0 or batch == 0:
             return 0
         if k == 0:
             for i in range(m):
                 memset(get(part, words.C) + i * get(part, words.C_RS) * size, 0, n * size)
             return 0
-        if n * ceil_div(m, lanes) <= TURNED * m * ceil_div(n, lanes) and n < lanes:
+        if words.plan_turn(m, n, get(part, words.C_RS), get(part, words.C_CS), lanes):
             words.turn(part)
             m, n = n, m
-            put(part, words.TURNED, m > 1 or get(part, words.C_RS) != 1)
         put(part, words.CHAIN, words.plan_chain(k, short, long) if fold == 1 else long)
         row_tiles, panels, chunks = ceil_div(m, mr), ceil_div(n, nr), ceil_div(k, chunk)
-        wide = ceil_div(n, lanes) * lanes
-        if chunks > 1 and row_tiles * panels < 2 * threads and m * wide * chunks * lane_bytes <= SPLIT_BYTES:
-            put(part, words.ROW_PARTS, 1)
-            put(part, words.COLUMN_PARTS, 1)
+        if chunks > 1 and batch * row_tiles * panels < 2 * threads:
+            put(part, words.SUMS_RS, ceil_div(n, lanes) * lanes)
             put(part, words.CHUNK_PARTS, chunks)
-            put(part, words.SUMS_RS, wide)
-            return m * wide * chunks * lane_bytes
-        rows, columns = words.plan_parts(row_tiles, panels, threads)
+            if batch * sums_bytes(part, lane_bytes) <= SPLIT_BYTES:
+                put(part, words.ROW_PARTS, 1)
+                put(part, words.COLUMN_PARTS, 1)
+                return batch * sums_bytes(part, lane_bytes)
+            put(part, words.CHUNK_PARTS, 1)
+        rows, columns = words.plan_parts(row_tiles, panels, words.plan_threads_of_one(batch, threads))
         put(part, words.ROW_PARTS, rows)
         put(part, words.COLUMN_PARTS, columns)
         return 0
@@ -144,14 +160,15 @@ def make_plan(config: BlockConfig) -> Callable:
 def make_gemm(config: BlockConfig) -> Callable:
     """gemm(products, count, threads) → 0, or 1 when memory ran out
 
-    C = A · B      for each of one or two products: m, n, k, a, a_rs, a_cs, b, b_rs, b_cs, c, c_rs (int64)
+    C = alpha · (A · B) + beta · input      for each of one or two products, or of a batch; words as in job.py
 
-    shapes      a (m, k), b (k, n), c (m, n); every size ≥ 0
-    strides     elements, any for a and b (0 and overlapping too); c has rows c_rs apart, columns together
-    dtypes      config.dtype for all three; addresses are int64
-    aliasing    c must not overlap a or b; c is written in full and never read before
+    shapes      a (m, k), b (k, n), c and input (m, n); every size ≥ 0, and k > 0 unless c is ``single``
+    strides     elements, any for a, b, input (0 and overlapping too), any for c that keep its elements apart
+    dtypes      config.dtype for all four; addresses are int64, alpha and beta float64
+    aliasing    c must not overlap a or b; input may be c itself; else c is written in full and never read before
     rounding    chains of fused multiply-adds, added in order (see ``config.CHAIN``), in chunks of k, added in
-                order; 16-bit results are rounded once, at the end
+                order; then one product with alpha and one multiply-add of beta and input; 16-bit results are
+                rounded once, at the end
     edges       packing pads partial tiles; the microkernel writes no element outside c
     determinism same bits for any m, n, strides, threads
     source      five loops after Goto and van de Geijn (2008), doi 10.1145/1356052.1356053, and BLIS (2015)
@@ -166,7 +183,7 @@ def make_gemm(config: BlockConfig) -> Callable:
         for index in range(count):
             source, part = products + 8 * index * words.PRODUCT, product(job, index)
             copy(part, source, words.PRODUCT)
-            work += float(get(part, words.M)) * get(part, words.N) * get(part, words.K)
+            work += float(get(part, words.M)) * get(part, words.N) * get(part, words.K) * get(part, words.BATCH)
         threads = 1 if forked() else words.plan_threads(work, threads)
         for index in range(count):
             part = product(job, index)

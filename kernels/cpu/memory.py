@@ -45,6 +45,26 @@ def put(typingctx, address, index, value):
 
 
 @intrinsic
+def bits_of(typingctx, number):
+    """The bits of a float64, as int64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], I64)
+
+    return INT64(types.float64), codegen
+
+
+@intrinsic
+def number_of(typingctx, bits):
+    """The float64 of these bits."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(INT64), codegen
+
+
+@intrinsic
 def next_number(typingctx, address, index):
     """The int64 at ``address[index]``, which grows by 1: each of all threads gets another."""
 

@@ -12,13 +12,14 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from . import build, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose
+from .product import ALPHA, BATCH, C_CS, ONE, PRODUCT
 from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, PYTHON_KEY, raised
 from .state import words as state
 
@@ -27,8 +28,8 @@ SHIMS = (
     "aoti_torch_get_dim", "aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_dtype",
     "aoti_torch_get_data_ptr", "aoti_torch_get_layout", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object",
     "aoti_torch_is_defined", "aoti_torch_grad_mode_is_enabled", "torch_get_num_threads", "torch_call_dispatcher",
-    "torch_library_impl", "aoti_torch_library_init_impl", "torch_parallel_for", "torch_list_get_item",
-    "torch_delete_list",
+    "torch_library_impl", "aoti_torch_library_init_impl", "aoti_torch_delete_library_object", "torch_parallel_for",
+    "torch_list_get_item", "torch_delete_list",
 )  # fmt: skip
 # Functions of c10 and of the C++ runtime by their mangled names: promised by nobody, so each may be missing.
 MANGLED = {
@@ -51,13 +52,13 @@ class Unavailable(RuntimeError):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def libtorch() -> ctypes.CDLL:
     return ctypes.CDLL(torch._C.__file__)
 
 
 def _address(name: str) -> int:
     try:
-        return ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value or 0
+        return ctypes.cast(getattr(libtorch(), name), ctypes.c_void_p).value or 0
     except AttributeError:
         return 0
 
@@ -133,7 +134,7 @@ def _last_error(exception):
         raised.error = ctypes.cast(exception, ctypes.py_object).value
         message = str(raised.error)
     else:
-        what = getattr(_library(), "torch_exception_get_what_without_backtrace", None)
+        what = getattr(libtorch(), "torch_exception_get_what_without_backtrace", None)
         message = "matmul_grad: a torch operator failed"  # torch < 2.13 does not tell
         if what is not None:
             what.restype = ctypes.c_char_p
@@ -143,26 +144,39 @@ def _last_error(exception):
     return ctypes.addressof(_messages.kept)
 
 
+def symbols(mangled: Mapping[str, str]) -> dict[str, int]:
+    """Addresses that entry points are linked with: SHIMS, ``mangled``, and what this module offers them.
+
+    Raises Unavailable where torch's C ABI, or one of the few C++ functions beside it, is missing.
+    """
+    found = {name: _address(name) for name in SHIMS} | {name: _address(cpp) for name, cpp in mangled.items()}
+    missing = sorted(name for name, address in found.items() if address == 0)
+    if missing:
+        raise Unavailable(f"torch {torch.__version__} has no {', '.join(missing)}")
+    for name in ("PyGILState_Ensure", "PyGILState_Release", "PyErr_Fetch"):
+        found[name] = ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0
+    found["matmul_grad_last_error"] = ctypes.cast(_last_error, ctypes.c_void_p).value or 0
+    found["matmul_grad_load_gemm"] = ctypes.cast(_load_gemm, ctypes.c_void_p).value or 0
+    found["matmul_grad_state"] = ctypes.addressof(state)
+    _fill_state()
+    return found
+
+
+def load_entries(name: str, kernels: Callable[[], build.Kernels], linked: Mapping[str, int]) -> build.Loaded:
+    """A set of entry points, which live as long as the process."""
+    loaded = build.load(name, name, kernels, host.machine(host.cpu().isa), linked)
+    _kept.append(loaded)
+    return loaded
+
+
 def register() -> None:
     """Put the compiled entries under ``matmul_grad::mm`` and its backward for the keys CPU and AutogradCPU.
 
-    Raises Unavailable where torch's C ABI, or one of the few c10 functions beside it, is missing.
+    Raises Unavailable as ``symbols`` does.
     """
     with _lock:
-        symbols = {name: _address(name) for name in SHIMS} | {
-            name: _address(mangled) for name, mangled in MANGLED.items()
-        }
-        missing = sorted(name for name, address in symbols.items() if address == 0)
-        if missing:
-            raise Unavailable(f"torch {torch.__version__} has no {', '.join(missing)}")
-        for name in ("PyGILState_Ensure", "PyGILState_Release", "PyErr_Fetch"):
-            symbols[name] = ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0
-        symbols["matmul_grad_last_error"] = ctypes.cast(_last_error, ctypes.c_void_p).value or 0
-        symbols["matmul_grad_load_gemm"] = ctypes.cast(_load_gemm, ctypes.c_void_p).value or 0
-        symbols["matmul_grad_state"] = ctypes.addressof(state)
-        _fill_state()
-        loaded = build.load("torch_abi", "torch_abi", _entries, host.machine(host.cpu().isa), symbols)
-        _kept.append(loaded)
+        linked = symbols(MANGLED)
+        loaded = load_entries("torch_abi", _entries, linked)
         for name in ("mm", "mm_backward"):
             _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
@@ -174,6 +188,7 @@ def _entries() -> build.Kernels:
     return KERNELS
 
 
+@functools.cache
 def _fill_state() -> None:
     major, minor, patch = (int(part) for part in torch.__version__.split("+")[0].split(".")[:3])
     state[ABI_VERSION] = major << 56 | minor << 48 | patch << 40
@@ -190,7 +205,7 @@ def _key(name: str) -> int:
 
 def _implement(name: str, key: str, entry: int) -> None:
     library = ctypes.c_void_p()
-    functions = _library()
+    functions = libtorch()
     init: Callable = functions.aoti_torch_library_init_impl
     strings = b"matmul_grad", key.encode(), b"matmul_grad", name.encode()
     _kept.extend(strings)
@@ -218,8 +233,9 @@ def multiply(block: BlockConfig, a: torch.Tensor, b: torch.Tensor, out: torch.Te
     (m, k), n = a.shape, b.shape[1]
     driver = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(gemm_address(block))
     operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), out.stride(0)
-    product = (ctypes.c_int64 * 11)(m, n, k, *operands)
-    if driver(ctypes.addressof(product), 1, threads):
+    words = (ctypes.c_int64 * PRODUCT)(m, n, k, *operands)
+    words[C_CS], words[BATCH], words[ALPHA] = 1, 1, ONE
+    if driver(ctypes.addressof(words), 1, threads):
         raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
     return out
 

@@ -40,6 +40,10 @@ forward_grad = _c("matmul_grad_forward_grad", INT64, INT64, INT64, INT64)
 exclude_key = _c("matmul_grad_exclude_key", types.void, types.uint16, types.uint8)
 key_included = _c("matmul_grad_key_included", types.uint8, types.uint16)
 new = _c("matmul_grad_new", INT64, INT64)
+delete_library = _c("aoti_torch_delete_library_object", INT32, INT64)
+init_impl = _c("aoti_torch_library_init_impl", INT32, INT64, INT64, INT64, UINT32, INT64)
+library_impl = _c("matmul_grad_library_impl", INT64, INT64, INT64, INT64, INT32)
+resize_output = _c("matmul_grad_resize_output", types.uint8, INT64, INT64, INT64)
 
 last_error = _c("matmul_grad_last_error", INT64, INT64)
 gil_ensure = _c("PyGILState_Ensure", INT32)
@@ -58,6 +62,10 @@ facts = stack_words(FACTS)
 answer = stack_words(3)
 shape = stack_words(4)
 unknown_error = text("matmul_grad: torch's kernel failed")
+strict_message = text(
+    "matmul_grad.strict(): this product goes to torch's own kernel; these kernels take two dense matrices of one "
+    "dtype on one device: float16, bfloat16, float32 or float64, on CPU or CUDA"
+)
 no_overload = text("")
 
 

@@ -1,39 +1,26 @@
 """Products whose sums cannot go straight to C: kept in lanes, chunk of k by chunk, then rounded and stored once.
 
-    C[i, j] = round(S₀ + S₁ + …)      S_c = the sum over chunk c of k
+    C[i, j] = round(alpha · S + beta · input[i, j])      S = S₀ + S₁ + …, S_c = the sum over chunk c of k
 
-That is so for 16-bit results, which are rounded once; for more than one chunk of k; and for a C that is computed as
-its transpose, which turns on the way out.
+That is so for 16-bit results, which are rounded once; for more than one chunk of k; where something is added, or the
+sum is scaled; and for a C whose columns do not lie together, a transpose among them, which is scattered on the way out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from .config import SUM_COLUMNS, BlockConfig
-from .job import (
-    C_RS,
-    CHUNK_PARTS,
-    SUMS,
-    SUMS_RS,
-    TURNED,
-    WORDS,
-    C,
-    K,
-    M,
-    N,
-    ceil_div,
-    copy,
-    product_words,
-    restrict,
-    restrict_k,
-)
+from .job import CHUNK_PARTS, SUMS, SUMS_RS, WORDS, ceil_div, copy, product_words, restrict, restrict_k, restrict_to_one
 from .memory import get, jit, put, stack_words
-from .operand import operand_of
+from .operand import Operand, operand_of
 from .pack import element_copier
+from .product import ALPHA, BATCH, BETA, C_CS, C_RS, I_CS, I_RS, INPUT, C, K, M, N
+from .simd import I32, Vector
 
 
 def make_multiply_by_sums(config: BlockConfig, multiply: Callable) -> Callable:
@@ -69,7 +56,7 @@ def make_multiply_by_sums(config: BlockConfig, multiply: Callable) -> Callable:
             for column in range(ceil_div(n, wide)):
                 copy(part, words, WORDS)
                 i, j = row * tall, column * wide
-                restrict(part, i, min(tall, m - i), j, min(wide, n - j), size, size)
+                restrict(part, i, min(tall, m - i), j, min(wide, n - j), size)
                 one_block(part, work)
 
     return multiply_by_sums
@@ -77,16 +64,20 @@ def make_multiply_by_sums(config: BlockConfig, multiply: Callable) -> Callable:
 
 def make_finish(config: BlockConfig) -> Callable:
     """``finish(words)``: add up the chunks that threads have shared, in order, and store."""
-    lane_bytes = config.lane_bytes
+    size, lane_bytes = operand_of(config).size, config.lane_bytes
     add, store = make_add(config), make_store(config)
 
     @jit
     def finish(words):
-        sums, wide = get(words, SUMS), get(words, SUMS_RS)
-        count = get(words, M) * wide
-        for block in range(1, get(words, CHUNK_PARTS)):
-            add(sums, sums + block * count * lane_bytes, count)
-        store(words, sums, wide)
+        part = product_words()
+        for item in range(get(words, BATCH)):
+            copy(part, words, WORDS)
+            restrict_to_one(part, item, size, lane_bytes)
+            sums, wide = get(part, SUMS), get(part, SUMS_RS)
+            count = get(part, M) * wide
+            for block in range(1, get(part, CHUNK_PARTS)):
+                add(sums, sums + block * count * lane_bytes, count)
+            store(part, sums, wide)
 
     return finish
 
@@ -114,33 +105,82 @@ def make_add(config: BlockConfig) -> Callable:
 
 
 def make_store(config: BlockConfig) -> Callable:
-    """``store(words, sums, wide)``: round rows of sums, ``wide`` apart, into C, or into Cᵀ."""
+    """``store(words, sums, wide)``: scale rows of sums, ``wide`` apart, add the input, and round them into C."""
     operand, lanes, lane_bytes = operand_of(config), config.lanes, config.lane_bytes
-    vector, size = operand.vector, operand.size
-    copy_element, scratch = element_copier(size), stack_words(lanes * lane_bytes // 8)
+    size, copy_element, write = operand.size, element_copier(operand.size), make_write(config)
+    scratch, taken = stack_words(lanes * lane_bytes // 8), stack_words(lanes * lane_bytes // 8)
 
-    @intrinsic
-    def write(typingctx, target, source, count):
-        def codegen(context, builder, signature, args):
-            target, source, count = args
-            value = vector.load(builder, vector.at(builder, source))
-            operand.write(builder, value, target, count)
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 3), codegen
+    @jit
+    def gather(target, source, step, count):
+        for lane in range(lanes):
+            copy_element(target + lane * size, source + lane * step * size, lane < count)
 
     @jit
     def store(words, sums, wide):
-        m, n, c, c_rs, buffer = get(words, M), get(words, N), get(words, C), get(words, C_RS), scratch()
+        m, n, c, c_rs, c_cs = get(words, M), get(words, N), get(words, C), get(words, C_RS), get(words, C_CS)
+        start, i_rs, i_cs = get(words, INPUT), get(words, I_RS), get(words, I_CS)
+        alpha, beta, buffer, added = get(words, ALPHA), get(words, BETA), scratch(), taken()
         for i in range(m):
             for j in range(0, n, lanes):
-                at = sums + (i * wide + j) * lane_bytes
-                if get(words, TURNED) == 0:
-                    write(c + (i * c_rs + j) * size, at, n - j)
+                target, at = c + (i * c_rs + j * c_cs) * size, sums + (i * wide + j) * lane_bytes
+                source = start
+                if start != 0:
+                    source = start + (i * i_rs + j * i_cs) * size
+                    if i_cs != 1:
+                        gather(added, source, i_cs, n - j)
+                        source = added
+                if c_cs == 1:
+                    write(target, at, n - j, alpha, source, beta)
                 else:
-                    write(buffer, at, lanes)
+                    write(buffer, at, min(lanes, n - j), alpha, source, beta)
                     for lane in range(lanes):
                         if j + lane < n:
-                            copy_element(c + ((j + lane) * c_rs + i) * size, buffer + lane * size, True)
+                            copy_element(target + lane * c_cs * size, buffer + lane * size, True)
 
     return store
+
+
+def make_write(config: BlockConfig) -> Callable:
+    """``write(target, sums, count, alpha, source, beta)``: one vector of C; source is 0 where nothing is added."""
+    operand, lanes = operand_of(config), config.lanes
+    plain = Operand(Vector(config.accumulator, lanes, config.fused), config.dtype)  # an element a lane
+    vector = plain.vector
+
+    def every(builder, bits):
+        """A vector of one number, from the bits of a float64."""
+        number = builder.bitcast(bits, ir.DoubleType())
+        if vector.scalar != number.type:
+            number = builder.fptrunc(number, vector.scalar)
+        first = builder.insert_element(ir.Constant(vector.type, ir.Undefined), number, I32(0))
+        lane = ir.Constant(ir.VectorType(I32, lanes), [I32(0)] * lanes)
+        return builder.shuffle_vector(first, ir.Constant(vector.type, ir.Undefined), lane)
+
+    @intrinsic
+    def scale(typingctx, target, sums, count, alpha):
+        def codegen(context, builder, signature, args):
+            target, sums, count, alpha = args
+            value = builder.fmul(vector.load(builder, vector.at(builder, sums)), every(builder, alpha))
+            operand.write(builder, value, target, count)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    @intrinsic
+    def scale_and_add(typingctx, target, sums, count, alpha, source, beta):
+        def codegen(context, builder, signature, args):
+            target, sums, count, alpha, source, beta = args
+            value = builder.fmul(vector.load(builder, vector.at(builder, sums)), every(builder, alpha))
+            value = vector.fma(builder, every(builder, beta), plain.read(builder, source, count), value)
+            operand.write(builder, value, target, count)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    @jit
+    def write(target, sums, count, alpha, source, beta):
+        if source == 0:
+            scale(target, sums, count, alpha)
+        else:
+            scale_and_add(target, sums, count, alpha, source, beta)
+
+    return write

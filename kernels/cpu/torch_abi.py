@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from numba.core import types
 
-from .job import A_CS, A_RS, B_CS, B_RS, C_RS, MOST, PRODUCT, A, B, C, K, M, N
+from .job import MOST, single
 from .memory import INT64, call_address, get, jit, print_four, put, stack_words, text
+from .product import A_CS, A_RS, B_CS, B_RS, PRODUCT, A, B, C, K, M, N
 from .shims import (
     DATA,
     DIM,
@@ -36,6 +37,7 @@ from .shims import (
     no_overload,
     size,
     state,
+    strict_message,
     stride,
     threads,
     unknown_error,
@@ -49,10 +51,6 @@ self_not_matrix = text("self must be a matrix")
 mat2_not_matrix = text("mat2 must be a matrix")
 shapes_format = text("mat1 and mat2 shapes cannot be multiplied (%lldx%lld and %lldx%lld)")
 out_of_memory = text("matmul_grad: the packing buffers cannot be allocated")
-strict_message = text(
-    "matmul_grad.strict(): this product goes to torch's own kernel; these kernels take two dense matrices of one "
-    "dtype on one device: float16, bfloat16, float32 or float64, on CPU or CUDA"
-)
 aten_mm, mm_name, mm_in_python = (text(name) for name in ("aten::mm", "matmul_grad::mm", "matmul_grad::_mm_in_python"))
 backward_name, backward_in_python = (
     text(name) for name in ("matmul_grad::mm_backward", "matmul_grad::_mm_backward_in_python")
@@ -98,7 +96,7 @@ def put_product(words, about_a, turned_a, about_b, turned_b, out):
     put(words, B_RS, stride(about_b, turned_b))
     put(words, B_CS, stride(about_b, 1 - turned_b))
     put(words, C, data_of(out))
-    put(words, C_RS, size(about_b, 1 - turned_b))
+    single(words, size(about_b, 1 - turned_b))
 
 
 def mm(stack, inputs, outputs):
