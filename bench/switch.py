@@ -13,9 +13,7 @@ import torch
 from torch import nn
 
 import matmul_grad
-from matmul_grad import timing
-
-from . import turns
+from matmul_grad import timing, turns
 
 KIND = "switch"
 HELP = "torch's own products and training steps with the switch on, over the same with it off"
