@@ -219,7 +219,8 @@ def test_interrupts_at_any_moment_leave_a_state_that_is_told() -> None:
                 time.sleep(random.random() / 300)
                 signal.pthread_kill(main, signal.SIGINT)
 
-        for _ in range(60):
+        end = time.monotonic() + 150
+        while hits < 100 and time.monotonic() < end:
             pesterer = threading.Thread(target=pester)
             pesterer.start()
             while pesterer.is_alive():
@@ -236,7 +237,7 @@ def test_interrupts_at_any_moment_leave_a_state_that_is_told() -> None:
         matmul_grad.disable()
         assert not ours()
         assert "CPU: registered at matmul_grad" not in torch._C._dispatch_dump("aten::mm")
-        print(hits > 100)
+        print(hits >= 100)
         """
     )
     assert printed == "True\n"
