@@ -16,11 +16,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import build, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose
 from .product import ALPHA, BATCH, C_CS, ONE, PRODUCT
-from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, PYTHON_KEY, raised
+from .state import (
+    ABI_VERSION,
+    AUTOGRAD_KEY,
+    DTYPE_CODES,
+    FUNCTIONALIZE_KEY,
+    FUNCTORCH_KEY,
+    GEMMS,
+    KEYS_AT,
+    NOT_ACCELERATED,
+    NOT_LOADED,
+    PLAIN_KEYS,
+    PYTHON_KEY,
+    raised,
+)
 from .state import words as state
 
 # Entry points of torch's stable C ABI that torch_abi.py calls.
@@ -41,6 +55,7 @@ MANGLED = {
     "matmul_grad_new": "_Znwm",
     "matmul_grad_exclude_key": "_ZN3c104impl29tls_set_dispatch_key_excludedENS_11DispatchKeyEb",
 }
+IMPL_WORDS = 24  # of a TensorImpl: no torch known has a smaller one
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
 _lock = threading.RLock()
 _messages = threading.local()
@@ -194,8 +209,26 @@ def _fill_state() -> None:
     state[ABI_VERSION] = major << 56 | minor << 48 | patch << 40
     state[AUTOGRAD_KEY] = _key("AutogradFunctionality")
     state[PYTHON_KEY] = _key("Python")
+    state[FUNCTORCH_KEY] = _key("FuncTorchDynamicLayerBackMode")
+    state[FUNCTIONALIZE_KEY] = _key("Functionalize")
+    state[KEYS_AT], state[PLAIN_KEYS] = _plain_keys()
     for code in DTYPE_CODES.values():
         state[GEMMS + code] = NOT_LOADED
+
+
+def _plain_keys() -> tuple[int, int]:
+    """Which word of a TensorImpl holds its dispatch keys, and what an ordinary tensor has there; (0, 0) if unknown.
+
+    torch promises the place to nobody, so it is looked for: the one word that in tensors of several kinds is what
+    torch says of their keys. (0, 0) fits no tensor, since a TensorImpl begins with the address of its methods.
+    """
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False):
+        plain = torch.empty(1, device="cpu")
+        kinds = [plain, torch.empty(1, dtype=torch.complex64, device="cpu").conj(), torch.empty(1, device="meta")]
+        known = [int(torch._C._dispatch_keys(tensor).raw_repr()) for tensor in kinds]
+        words = [(ctypes.c_uint64 * IMPL_WORDS).from_address(tensor._cdata)[:] for tensor in kinds]
+    places = [place for place in range(IMPL_WORDS) if [found[place] for found in words] == known]
+    return (places[0], known[0]) if len(places) == 1 else (0, 0)
 
 
 def _key(name: str) -> int:
