@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autocast, batching, strictness
-from .autograd import raised
-from .ops import DTYPES, are_scales
+from .ops import DTYPES, are_scales, raised
 from .out import into
 
 autocast.register()
@@ -49,7 +48,7 @@ def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out
     ([[1.0, 4.0], [3.0, 8.0]], [[1.0, 2.0], [1.0, 2.0]])
     """
     if out is not None or out_dtype is not None:
-        return into(torch.mm, (input, mat2), {}, out_dtype, out)
+        return into("mm", (input, mat2), {}, out_dtype, out)
     try:
         return _mm(input, mat2)
     except RuntimeError as error:
@@ -92,7 +91,7 @@ def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, ou
     [5.0, 25.0]
     """
     if out is not None or out_dtype is not None:
-        return into(torch.bmm, (input, mat2), {}, out_dtype, out)
+        return into("bmm", (input, mat2), {}, out_dtype, out)
     try:
         return _bmm(input, mat2)
     except RuntimeError as error:
@@ -133,7 +132,7 @@ def addmm(
     ([[16.0, 26.0], [16.0, 26.0]], [2.0, 2.0])
     """
     if out is not None or out_dtype is not None or not _is_real(mat1, beta, alpha):
-        return into(torch.addmm, (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
+        return into("addmm", (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
     try:
         return _addmm(input, mat1, mat2, beta=beta, alpha=alpha)
     except RuntimeError as error:
@@ -170,7 +169,7 @@ def baddbmm(
     [8.0, 28.0]
     """
     if out is not None or out_dtype is not None or not _is_real(batch1, beta, alpha):
-        return into(torch.baddbmm, (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
+        return into("baddbmm", (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
     try:
         return _baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
     except RuntimeError as error:

@@ -29,10 +29,10 @@ from .ops import (
     PRODUCTS,
     addition,
     both_gradients,
+    from_native,
     library,
     native_status,
     product,
-    raised,
     rank_of,
     torchs_addition,
 )
@@ -214,22 +214,6 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
     return addition_autograd if "add" in name else product_autograd
 
 
-def from_native(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """What the compiled Autograd kernel calls when there is a graph to record or a Python mode to meet.
-
-    Its way back is a C interface that knows messages only, so the exception itself waits in ``raised``, for api.py.
-    """
-
-    def called_from_native(*arguments: Any, **named: Any) -> Any:
-        try:
-            return kernel(*arguments, **named)
-        except BaseException as error:
-            raised.error = error
-            raise
-
-    return called_from_native
-
-
 def mm_backward(
     grad: Tensor, self: Tensor, mat2: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -246,12 +230,12 @@ def mm_backward(
 def is_plain(*tensors: Tensor) -> bool:
     """Whether nobody follows what is done with them: no graph, tangent, transform, Python mode or subclass."""
     return (
-        all(type(tensor) is Tensor for tensor in tensors)
+        not torch.compiler.is_compiling()
+        and all(type(tensor) is Tensor for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
@@ -205,12 +206,31 @@ def _scaled_mm_fake(
     return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
 
 
+def from_native(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel in Python that a compiled one calls, as when there is a graph to record or a Python mode to meet.
+
+    Its way back is a C interface that knows messages only, so the exception itself waits in ``raised``, for api.py.
+    """
+
+    def called_from_native(*arguments: Any, **named: Any) -> Any:
+        try:
+            return kernel(*arguments, **named)
+        except BaseException as error:
+            raised.error = error
+            raise
+
+    return called_from_native
+
+
 def _register() -> None:
     for name, schema in PRODUCTS.items():
         for form in (name, f"_{name}_in_python"):
             library.define(f"{form}{schema}", tags=TAGS)
         adds = "add" in name
         library.impl(name, multiply_and_add if adds else multiply, "CompositeExplicitAutograd")
+        if adds:
+            library.define(f"_{name}_by_torch{schema}", tags=TAGS)
+            library.impl(f"_{name}_by_torch", from_native(torchs_addition), "CompositeExplicitAutograd")
         # Shape and errors of a traced product are torch's own.
         fake = torchs_addition if adds else getattr(torch.ops.aten, name).default
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
