@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import autocast, batching, strictness
 from .ops import DTYPES, are_scales, raised
-from .out import into
+from .out import given, into
 
 autocast.register()
 batching.register()
@@ -60,13 +60,14 @@ def _raise_as_torch(error: RuntimeError, torchs: Callable[..., Tensor], *operand
     """Raise what a hook or mode of the user's raised below, else torch's own error; return where it has none."""
     original = getattr(raised, "error", None)
     raised.error = None
-    if original is not None and str(error).endswith(str(original)):
+    tensors = all(isinstance(x, Tensor) for x in operands)
+    if tensors and original is not None and str(error).endswith(str(original)):
         raise original from None
     if strictness.is_on():
         return
     with torch.no_grad():
         try:
-            torchs(*operands, **scales)
+            torchs(*operands, **given(scales))
         except Exception as torchs_error:
             raise torchs_error from None
 

@@ -34,7 +34,7 @@ from .ops import (
     native_status,
     product,
     rank_of,
-    torchs_addition,
+    torchs_own,
 )
 
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
@@ -183,7 +183,7 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
 
 def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
     """The Autograd key of every device for one of PRODUCTS, until the compiled one takes the CPU's place."""
-    rank, torchs = rank_of(name), getattr(torch.ops.aten, name).default
+    rank, torchs = rank_of(name), torchs_own(name)
 
     def product_autograd(self: Tensor, mat2: Tensor) -> Tensor:
         if not has_own_graph(self, mat2):
@@ -201,7 +201,7 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
     def addition_autograd(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         if not has_own_graph(mat1, mat2) or not has_own_graph(self, mat1):
             strictness.hand_over(mat1, mat2)
-            return torchs_addition(self, mat1, mat2, beta=beta, alpha=alpha)
+            return torchs(self, mat1, mat2, beta=beta, alpha=alpha)
         if not mat1.dim() == mat2.dim() == rank:
             return torchs(self, mat1, mat2)
         if self.device.type == "cpu":

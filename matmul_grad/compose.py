@@ -84,7 +84,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _matmul(input: Tensor, other: Tensor) -> Tensor:
     ranks = input.dim(), other.dim()
-    if 0 in ranks:
+    if 0 in ranks or input.device != other.device:
         return torch.matmul(input, other)  # which says so
     if ranks == (1, 1):
         return mm(input.unsqueeze(0), other.unsqueeze(1)).reshape(())
@@ -143,4 +143,5 @@ def _matmul_into(input: Tensor, other: Tensor, out: Tensor) -> Tensor:
         return torch.matmul(input, other, out=out)
     if input.dim() == other.dim() == 2:
         return mm(input, other, out=out)
-    return copied(_matmul(input, other), out)
+    with torch.autocast(out.device.type, enabled=False):  # as for torch's own with out=
+        return copied(_matmul(input, other), out)

@@ -21,23 +21,31 @@ def into(name: str, operands: Operands, scales: Scales, out_dtype: torch.dtype |
     What they cannot is torch's, with its results and its errors: an ``out`` of another dtype or device, or one that
     shares memory with an operand or with itself; scales that are no real numbers; and every ``out_dtype``.
     """
-    own = getattr(torch.ops.matmul_grad, name).default
-    plain = out is not None and out_dtype is None
+    *_, mat1, mat2 = operands
     if says_torch(operands, out):
         pass
-    elif plain and torch.compiler.is_compiling():
-        return copied(own(*operands, **scales), out)
-    elif not plain or not _fit(operands, scales, out):
-        strictness.hand_over(*operands[-2:])
+    elif out is None or out_dtype is not None:
+        strictness.hand_over(mat1, mat2)
+    elif torch.compiler.is_compiling() and out.dtype == mat1.dtype:
+        return _traced(name, operands, scales, out)
+    elif not _fit(operands, scales, out):
+        strictness.hand_over(mat1, mat2)
     elif not is_plain(*operands, out):
-        return copied(own(*operands, **scales), out)
-    elif has_work(*operands[-2:], **scales):
-        resize(out, (*operands[-2].shape[:-1], operands[-1].shape[-1]))
+        return _traced(name, operands, scales, out)
+    elif has_work(mat1, mat2, **scales):
+        if out.shape != (*mat1.shape[:-1], mat2.shape[-1]):
+            own = torch.bmm if mat1.dim() == 3 else torch.mm
+            own(mat1[..., :0], mat2[..., :0, :], out=out)  # resizes it, with torch's warning
         if _can_write(out, operands):
             return _written(out, operands, scales)
-        strictness.hand_over(*operands[-2:])
-    named = {name: value for name, value in (("out_dtype", out_dtype), ("out", out)) if value is not None}
-    return getattr(torch, name)(*operands, **scales, **named)
+        strictness.hand_over(mat1, mat2)
+    more = {key: value for key, value in (("out_dtype", out_dtype), ("out", out)) if value is not None}
+    return getattr(torch, name)(*operands, **given(scales), **more)
+
+
+def given(scales: Scales) -> Scales:
+    """Those that are not the default: torch names in an error what it is called with."""
+    return {name: value for name, value in scales.items() if type(value) is not int or value != 1}
 
 
 def says_torch(operands: Operands, out: Tensor | None) -> bool:
@@ -56,19 +64,15 @@ def _fit(operands: Operands, scales: Scales, out: Tensor) -> bool:
     return alike and accelerated(mat1, mat2) and added and are_scales(*scales.values())
 
 
-def resize(out: Tensor, shape: tuple[int, ...]) -> None:
-    """With torch's warning; tracers have it not."""
-    if out.shape != shape:
-        if is_plain(out):
-            torch.ops.aten._resize_output_(out, shape, out.device)
-        else:
-            out.resize_(shape)
+def _traced(name: str, operands: Operands, scales: Scales, out: Tensor) -> Tensor:
+    """For tracers and subclasses, which do not see what is written past them."""
+    with torch.autocast(out.device.type, enabled=False):  # as for torch's own with out=
+        return copied(getattr(torch.ops.matmul_grad, name).default(*operands, **scales), out)
 
 
 def copied(result: Tensor, out: Tensor) -> Tensor:
-    """For tracers and subclasses, which do not see what is written past them."""
-    resize(out, result.shape)
-    return out.copy_(result)
+    """Copy, and resize as torch does, with its warning."""
+    return torch.mul(result, 1, out=out)
 
 
 def _written(out: Tensor, operands: Operands, scales: Scales) -> Tensor:
