@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import build, host
+from . import build, host, table
 from .config import WORKSPACE_SLOTS, BlockConfig, choose
 from .product import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, I_BS, I_CS, I_RS, INPUT, PRODUCT
 from .state import (
@@ -45,7 +45,7 @@ SHIMS = (
     "aoti_torch_get_data_ptr", "aoti_torch_get_layout", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object",
     "aoti_torch_is_defined", "aoti_torch_grad_mode_is_enabled", "torch_get_num_threads", "torch_call_dispatcher",
     "torch_library_impl", "aoti_torch_library_init_impl", "aoti_torch_delete_library_object", "torch_parallel_for",
-    "torch_list_get_item", "torch_delete_list",
+    "torch_list_get_item", "torch_delete_list", "aoti_torch_get_device_index",
 )  # fmt: skip
 # Functions of c10 and of the C++ runtime by their mangled names: promised by nobody, so each may be missing.
 MANGLED = {
@@ -203,6 +203,37 @@ def _entries() -> build.Kernels:
     from . import function_abi, torch_abi
 
     return torch_abi.KERNELS | function_abi.KERNELS
+
+
+def register_cuda(driver: Mapping[str, int]) -> None:
+    """Put the compiled entries of ``cuda_abi.py`` under ``matmul_grad::mm`` for the keys CUDA and AutogradCUDA.
+
+    driver: addresses of what they call of CUDA's driver. Raises Unavailable as ``symbols`` does.
+    """
+    with _lock:
+        loaded = load_cuda(dict(driver) | {"matmul_grad_cuda_stream": _needed("aoti_torch_get_current_cuda_stream")})
+        table.words[table.PLAIN_KEYS] = torch._C._dispatch_keys(torch.empty(1, device="cuda")).raw_repr()
+        for key, entry in (("CUDA", "matmul_grad_mm_cuda"), ("AutogradCUDA", "matmul_grad_mm_cuda_autograd")):
+            _implement("mm", key, loaded.address(entry))
+
+
+def load_cuda(driver: Mapping[str, int]) -> build.Loaded:
+    """The entries of ``cuda_abi.py``, linked with these functions of the driver's, or with what stands for them."""
+
+    def entries() -> build.Kernels:
+        from .cuda_abi import KERNELS
+
+        return KERNELS
+
+    linked = symbols(MANGLED) | {"matmul_grad_cuda_table": ctypes.addressof(table.words)}
+    return load_entries("cuda_abi", entries, linked | driver)
+
+
+def _needed(name: str) -> int:
+    address = _address(name)
+    if address == 0:
+        raise Unavailable(f"torch {torch.__version__} has no {name}")
+    return address
 
 
 @functools.cache

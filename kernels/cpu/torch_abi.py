@@ -227,9 +227,12 @@ def dispatch_below_autograd(stack, name):
 
 
 @jit
-def is_direct(tensors, count):
-    """No graph to record, and nothing between autograd and CPU that must have its turn: ordinary tensors, no mode."""
-    place, plain = get(state(), KEYS_AT), get(state(), PLAIN_KEYS)
+def is_direct(tensors, count, plain):
+    """No graph to record, and nothing between autograd and the device that must have its turn.
+
+    That is so without a mode, for tensors whose dispatch keys are those of an ordinary one, ``plain``.
+    """
+    place = get(state(), KEYS_AT)
     for index in range(count):
         if get(get(get(tensors, index), 0), place) != plain or needs_gradient(get(tensors, index)):
             return False
@@ -253,7 +256,7 @@ def is_python(tensors, count):
 
 def mm_autograd(stack, inputs, outputs):
     """The Autograd key of ``mm``."""
-    if is_direct(stack, 2):
+    if is_direct(stack, 2, get(state(), PLAIN_KEYS)):
         linked_mm(stack, inputs, outputs)
     elif is_python(stack, 2):
         forward_to(stack, mm_in_python())
@@ -263,7 +266,7 @@ def mm_autograd(stack, inputs, outputs):
 
 def mm_backward_autograd(stack, inputs, outputs):
     """The Autograd key of ``mm_backward``."""
-    if is_direct(stack, 3):
+    if is_direct(stack, 3, get(state(), PLAIN_KEYS)):
         linked_backward(stack, inputs, outputs)
     elif is_python(stack, 3):
         forward_to(stack, backward_in_python())
