@@ -244,6 +244,7 @@ def test_a_recipe_that_is_wrong_is_never_followed_again(
 ) -> None:
     a, b = operands()
     monkeypatch.setattr(torch.ops.matmul_grad, "mm", SimpleNamespace(default=mm))
+    refused = table.counts()[1]
     for wrong, launched in ((True, 1), (False, 2)):
         driver.reset()
         table.forget()
@@ -252,6 +253,8 @@ def test_a_recipe_that_is_wrong_is_never_followed_again(
         cuda.prove(cuda.key_of(a, b), a, b, a @ b)
         assert_same_bits(mm(a, b), a @ b)
         assert len(driver.launches) == launched
+        assert table.counts()[1] - refused == wrong
+        refused = table.counts()[1]
 
 
 def test_what_python_has_launched_is_written_down(driver: Driver, mm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,7 @@ def register_cuda(driver: Mapping[str, int]) -> None:
     driver: addresses of what they call of CUDA's driver. Raises Unavailable as ``symbols`` does.
     """
     with _lock:
-        loaded = load_cuda(dict(driver) | {"matmul_grad_cuda_stream": _needed("aoti_torch_get_current_cuda_stream")})
+        loaded = load_cuda({**driver, "matmul_grad_cuda_stream": _needed("aoti_torch_get_current_cuda_stream")})
         table.words[table.PLAIN_KEYS] = torch._C._dispatch_keys(torch.empty(1, device="cuda")).raw_repr()
         for key, entry in (("CUDA", "matmul_grad_mm_cuda"), ("AutogradCUDA", "matmul_grad_mm_cuda_autograd")):
             _implement("mm", key, loaded.address(entry))
@@ -226,7 +226,7 @@ def load_cuda(driver: Mapping[str, int]) -> build.Loaded:
         return KERNELS
 
     linked = symbols(MANGLED) | {"matmul_grad_cuda_table": ctypes.addressof(table.words)}
-    return load_entries("cuda_abi", entries, linked | driver)
+    return load_entries("cuda_abi", entries, {**linked, **driver})
 
 
 def _needed(name: str) -> int:

@@ -59,6 +59,11 @@ def refuse(key: Sequence[int]) -> None:
     recipe[LAUNCHES] = 0
 
 
+def counts() -> tuple[int, int]:
+    """How many recipes were made, and how many of them refused."""
+    return len(_recipes), sum(recipe[LAUNCHES] == 0 for recipe in _recipes)
+
+
 def forget() -> None:
     """Empty the table. What it pointed at stays: at most MOST recipes are ever made in a process."""
     for slot in range(SLOT, SLOT + SLOTS):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -405,3 +407,57 @@ def test_the_current_stream_is_used(device: torch.device) -> None:
         got = launch.mm(a, b, "ieee")
     stream.synchronize()
     assert_same_bits(got, torch.full_like(got, 3.0))
+
+
+NATIVE = """
+import threading
+import torch, matmul_grad
+from matmul_grad import cuda
+from matmul_grad.kernels.cpu import table
+from matmul_grad.kernels.gpu import launch
+
+def draw(rows, cols, dtype, letter):
+    x = torch.randint(-1, 2, (rows, cols), device="cuda").to(dtype)
+    return x.t().contiguous().t() if letter == "T" else x
+
+def check(a, b):
+    want = launch.mm(a, b)
+    for _ in range(3):
+        assert torch.equal(matmul_grad.mm(a, b), want), (a.shape, b.shape, a.dtype)
+
+sizes = (1, 512, 256), (512, 1, 256), (8, 128, 4096), (256, 384, 512), (257, 129, 513), (64, 64, 65536)
+for dtype in (torch.bfloat16, torch.float16, torch.float64):
+    for m, n, k in sizes:
+        for letters in ("NN", "NT", "TN", "TT"):
+            check(draw(m, k, dtype, letters[0]), draw(k, n, dtype, letters[1]))
+assert cuda.status() == "", cuda.status()
+made, refused = table.counts()
+assert made >= 60 and refused == 0, (made, refused)
+a, b = draw(256, 512, torch.bfloat16, "N"), draw(512, 384, torch.bfloat16, "N")
+check(a, b)
+side = torch.cuda.Stream()
+with torch.cuda.stream(side):
+    check(a, b)
+side.synchronize()
+thread = threading.Thread(target=check, args=(a, b))
+thread.start()
+thread.join()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    got = matmul_grad.mm(a, b)
+a.copy_(draw(256, 512, torch.bfloat16, "N"))
+graph.replay()
+torch.cuda.synchronize()
+assert torch.equal(got, launch.mm(a, b))
+x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
+matmul_grad.mm(x, y).sum().backward()
+assert torch.equal(x.grad, launch.mm(torch.ones_like(got), b.t()))
+assert table.counts()[1] == 0
+"""
+
+
+def test_the_native_entry(device: torch.device) -> None:
+    """Every path and layout through the compiled entry, on side streams, other threads, in a graph, under autograd."""
+    environment = os.environ | {"MATMUL_GRAD_NATIVE_CUDA": "1"}
+    done = subprocess.run([sys.executable, "-c", NATIVE], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
