@@ -59,6 +59,11 @@ def outer_levels_record() -> Iterator[None]:
         yield
 
 
+def may_have_tangents() -> bool:
+    """Whether forward mode may be on. Compiled code enters the level of a transform without telling forward_ad."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def gradients(
     grad: Tensor, self: Tensor | None, mat2: Tensor | None, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -88,7 +93,7 @@ class Mm(torch.autograd.Function):
     def forward(ctx: Any, self: Tensor, mat2: Tensor) -> Tensor:
         needs_self, needs_mat2 = ctx.needs_input_grad
         ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
-        if forward_ad._current_level >= 0:
+        if may_have_tangents():
             ctx.save_for_forward(self, mat2)
         if not torch._C._are_functorch_transforms_active():
             return forward_only(self, mat2)
@@ -120,7 +125,7 @@ class Addmm(torch.autograd.Function):
         _, needs_self, needs_mat2, *_ = ctx.needs_input_grad
         ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
         ctx.input_shape, ctx.beta, ctx.alpha = input.shape, beta, alpha
-        if forward_ad._current_level >= 0:
+        if may_have_tangents():
             ctx.save_for_forward(self, mat2)
         if not torch._C._are_functorch_transforms_active():
             return addition_forward_only(input, self, mat2, beta, alpha)
@@ -196,7 +201,7 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
         elif self.is_cuda:
             cuda.status()
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
-        if recorded or forward_ad._current_level >= 0:
+        if recorded or may_have_tangents():
             return with_graph(_record, self, mat2)
         return forward_only(self, mat2)
 
@@ -209,7 +214,7 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
         if self.device.type == "cpu":
             native_status()
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat1.requires_grad or mat2.requires_grad)
-        if recorded or forward_ad._current_level >= 0:
+        if recorded or may_have_tangents():
             return with_graph(_record_addition, self, mat1, mat2, beta, alpha)
         return addition_forward_only(self, mat1, mat2, beta, alpha)
 

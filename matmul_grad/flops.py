@@ -17,7 +17,7 @@ _formulas: dict[Any, Callable[..., int]] = {}
 
 
 def count_flops(packet: Any, formula: Callable[..., int]) -> None:
-    """Make FlopCounterMode count ``packet`` as ``formula(*shapes)`` says."""
+    """Make FlopCounterMode count ``packet`` as ``formula(*shapes)`` says, whatever it was called with by name."""
     _formulas[packet] = formula
     counter = sys.modules.get(COUNTER)
     if counter is not None:
@@ -30,7 +30,7 @@ def _hand_over(counter: ModuleType) -> None:
     for packet, formula in _formulas.items():
         if packet not in counter.flop_registry:
 
-            def shapes_only(*shapes: Any, out_shape: Any = None, _formula: Callable[..., int] = formula) -> int:
+            def shapes_only(*shapes: Any, _formula: Callable[..., int] = formula, **_: Any) -> int:
                 return _formula(*shapes)
 
             counter.register_flop_formula(packet)(shapes_only)

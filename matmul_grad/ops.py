@@ -251,7 +251,7 @@ def _flops(self: Any, mat2: Any, *_: Any) -> int:
     return 2 * math.prod(self) * mat2[-1]
 
 
-def _flops_of_sum(_: Any, mat1: Any, mat2: Any, **scales: Any) -> int:
+def _flops_of_sum(_: Any, mat1: Any, mat2: Any) -> int:
     return _flops(mat1, mat2)
 
 

@@ -160,6 +160,39 @@ def test_batches(number: str, layouts: str, device: torch.device) -> None:
     assert bool(out.isnan().all()), "written outside of out"
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm", "matmul", "linear"])
+def test_functions(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Exact results and gradients of every function, with an out where torch has one, and strictly on these kernels."""
+    rows, columns = integers(24, 40, dtype, device, 1), integers(40, 16, dtype, device, 2)
+    a, b = torch.stack([rows, rows.roll(1)]), torch.stack([columns, columns.roll(1)])
+    bias = integers(1, 16, dtype, device, 3)[0]
+    found = {"mm": (rows, columns), "bmm": (a, b), "addmm": (bias, rows, columns), "baddbmm": (bias, a, b),
+             "matmul": (a[:, None], b), "linear": (a, columns.mT, bias)}[name]  # fmt: skip
+    ours, torchs = getattr(matmul_grad, name), torch.nn.functional.linear if name == "linear" else getattr(torch, name)
+    results = []
+    for call, kind in ((ours, dtype), (torchs, torch.float64)):
+        operands = [x.to(kind).requires_grad_() for x in found]
+        with matmul_grad.strict():
+            c = call(*operands)
+            c.sum().backward()
+        results.append([c.detach().to(dtype), *(x.grad.to(dtype) for x in operands)])
+    for got, want in zip(*results, strict=True):
+        assert_same_bits(got, want)
+    if name != "linear":
+        out = torch.empty_like(results[0][0])
+        with matmul_grad.strict():
+            assert_same_bits(ours(*found, out=out), results[0][0])
+
+
+def test_autocast(device: torch.device) -> None:
+    a, w = torch.ones(3, 4, device=device), torch.ones(2, 4, device=device, requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        c = matmul_grad.linear(a, w)
+    c.sum().backward()
+    assert (c.dtype, w.grad.dtype) == (torch.bfloat16, torch.float32)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layouts", ["NNN", "NNT", "NTN", "NTT", "TNN", "TTT"])
 @pytest.mark.parametrize("size", [(256, 512, 384), (264, 136, 520), (255, 136, 520)], ids=str)
