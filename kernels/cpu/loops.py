@@ -161,8 +161,10 @@ def make_loops_2_to_1(config: BlockConfig) -> Callable:
                 b_ks = b_cs
             elif place == BY_ROWS:
                 columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
-            elif ic == 0 and is_vectors and b_cs == 1 and columns == nr and m >= mr:
+            elif ic == 0 and columns == nr and m >= mr and (b_rs == 1 or (b_cs == 1 and is_vectors)):
                 b_copy = target
+                if not (b_cs == 1 and is_vectors):
+                    b_ks = b_cs
             else:
                 b, b_ks = target, nr
                 if ic == 0:
@@ -179,10 +181,11 @@ def make_one_panel(config: BlockConfig) -> Callable:
     """``one_panel(…)``: the rows of a block times one panel of B, by the tiles that fit.
 
     Where rows of A are ``missing`` they are packed, each tile's just before it; where there is a ``b_copy`` the first
-    tile leaves the panel there, and the others read that.
+    tile leaves the panel there, and transposes it if need be, and the others read that.
     """
     operand, nr, lanes, lane_bytes, mc_max = operand_of(config), config.nr, config.lanes, config.lane_bytes, config.mc
     size, fold, row_steps, vector_steps = operand.size, operand.fold, steps(config.mr), steps(config.vectors)
+    is_vectors = not operand.converts
     copying, widest = (len(tiles(row_steps, vector_steps)) - last for last in (2, 1))
     pack_rows = types.ExternalFunction(f"{config.name}_pack_rows", PACK_ROWS_SIGNATURE)
     microkernel = types.ExternalFunction(f"{config.name}_microkernel", types.void(*[types.int64] * ARGUMENTS))
@@ -196,15 +199,16 @@ def make_one_panel(config: BlockConfig) -> Callable:
             min(mc_max, get(words, M) - ic),
             ceil_div(kc, fold),
         )
-        i = 0
+        turned, i = not (get(words, B_CS) == 1 and is_vectors), 0
         while i < rows:
             step = largest(row_steps, rows - i)
             a_tile, c_tile = a + i * a_rs * lane_bytes, get(words, C) + ((ic + i) * c_rs + j) * lane_bytes
             if missing:
                 source = get(words, A) + ((ic + i) * a_row + pc * a_step) * size
                 pack_rows(a_tile, row_steps[step], a_rs, source, kc, a_step, a_row)
-            if place == BY_COLUMNS:
-                transposed(step, columns, kc, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, pc == 0, chain)
+            if place == BY_COLUMNS or (turned and b_copy != 0):
+                tile = len(row_steps) if b_copy != 0 else step
+                transposed(tile, columns, kc, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, pc == 0, chain, b_copy)
             else:
                 tile = step * len(vector_steps) + vector_step
                 if columns > nr:

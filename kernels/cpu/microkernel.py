@@ -12,7 +12,7 @@ from .operand import Operand
 from .simd import I64, Vector, repeat
 
 ARGUMENTS = 13
-TRANSPOSED_ARGUMENTS = 12
+TRANSPOSED_ARGUMENTS = 13
 UNROLL = 4  # k-steps a turn: enough to hide the loop's own instructions, little enough for the op cache
 WIDE = 4  # times the vectors of a tile that one row takes, to read B in place in longer pieces
 
@@ -55,19 +55,20 @@ def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tu
 
 
 def transposed_ir(name: str, operand: Operand, rows: tuple[int, ...]) -> str:
-    """IR of ``void name(row_step, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain)``, all int64.
+    """IR of ``void name(tile, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy)``, all int64.
 
-    As ``microkernel_ir`` where the k-steps of B lie together and its columns apart, B[p, j] = b[p + j·b_cs], for
-    products of too few rows to repay packing: lanes × lanes blocks of B are transposed in registers. A and C hold
-    lanes, B elements of ``operand``; kc and b_cs count elements. ``columns`` is a multiple of the lanes. The chains,
-    and so the bits, are the same.
+    As ``microkernel_ir`` where the k-steps of B lie together and its columns apart, B[p, j] = b[p + j·b_cs]: lanes ×
+    lanes blocks of B are transposed in registers, for products of too few rows to repay packing, and by the tile that
+    copies, the last one, for all tiles behind it: it leaves the block's ``columns`` packed at ``b_copy``. Between
+    multiply-adds the shuffles are free. A and C hold lanes, B elements of ``operand``; kc and b_cs count elements.
+    ``columns`` is a multiple of the lanes. The chains, and so the bits, are the same.
     """
 
-    def choose_tile(builder: ir.IRBuilder, row_step, *arguments) -> tuple[ir.Value, list]:
-        def emit(mr):
-            return lambda builder: _transposed(builder, operand, mr, *arguments)
+    def choose_tile(builder: ir.IRBuilder, tile, *arguments) -> tuple[ir.Value, list]:
+        def emit(mr, copies):
+            return lambda builder: _transposed(builder, operand, mr, copies, *arguments)
 
-        return row_step, [emit(mr) for mr in rows]
+        return tile, [*(emit(mr, False) for mr in rows), emit(rows[0], True)]
 
     return _switch_ir(name, TRANSPOSED_ARGUMENTS, choose_tile)
 
@@ -173,7 +174,7 @@ def _k_step(builder, walk, nv, places, acc):
     return [vector.at(builder, a, walk.a_ks), vector.at(builder, b, walk.b_ks), *copies, *acc]
 
 
-def _transposed(builder, operand, mr, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain):
+def _transposed(builder, operand, mr, copies, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy):
     vector, fold, lanes = operand.vector, operand.fold, operand.vector.lanes
     row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
     tail_walk = _Walk(vector, row_offsets, a_ks, I64(lanes))
@@ -182,34 +183,43 @@ def _transposed(builder, operand, mr, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_
     column_bytes = builder.mul(b_cs, I64(operand.size))
 
     def k_block(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
-        a_now, b_now, *acc = state
+        a_now, b_now, *more = state
+        copy, acc = more[:copies], more[copies:]
         for step in vector.transpose(builder, _spread(builder, operand, b_now, column_bytes)):
+            for place in copy:
+                vector.store(builder, step, place)
+            copy = [vector.at(builder, place, columns) for place in copy]
             for i in range(mr):
                 x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
                 acc[i] = vector.fma(builder, x, step, acc[i])
             a_now = vector.at(builder, a_now, a_ks)
-        return [a_now, builder.add(b_now, I64(lanes * fold * operand.size)), *acc]
+        return [a_now, builder.add(b_now, I64(lanes * fold * operand.size)), *copy, *acc]
 
     def column_group(j: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
         c_rows = [vector.at(builder, c, builder.add(j, builder.mul(c_rs, I64(i)))) for i in range(mr)]
 
         def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
             length = _chain_length(builder, p, depth, chain)
-            whole = builder.and_(length, I64(-lanes))
+            # Of whole pairs alone: half of one is the last, and what stands behind it is not this column's.
+            whole = builder.and_(_chain_length(builder, p, builder.sdiv(kc, I64(fold)), chain), I64(-lanes))
             rest = builder.sub(length, whole)
             start = [*state, *[vector.zero()] * mr]
-            _, (a_rest, b_rest, *acc) = repeat(builder, I64(0), whole, lanes, start, k_block)
+            _, (a_rest, b_rest, *more) = repeat(builder, I64(0), whole, lanes, start, k_block)
+            copy, acc = more[:copies], more[copies:]
             with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
                 left = builder.sub(kc, builder.mul(builder.add(p, whole), I64(fold)))
                 steps = vector.transpose(builder, _spread(builder, operand, b_rest, column_bytes, left))
                 for step, value in enumerate(steps):
                     vector.store(builder, value, vector.at(builder, tail, step * lanes))
+                    for place in copy:
+                        vector.store(builder, value, vector.at(builder, place, builder.mul(columns, I64(step))))
             (a_next, _), acc = _k_loop(builder, tail_walk, rest, [a_rest, tail], [[x] for x in acc])
             _store_full(builder, vector, acc, c_rows, _adds(builder, p, first))
-            return [a_next, b_rest]
+            return [a_next, b_rest, *copy]
 
         b_group = builder.add(b, builder.mul(j, column_bytes))
-        repeat(builder, I64(0), depth, chain, [vector.at(builder, a), b_group], one_chain)
+        copy = [vector.at(builder, b_copy, j)] if copies else []
+        repeat(builder, I64(0), depth, chain, [vector.at(builder, a), b_group, *copy], one_chain)
         return []
 
     repeat(builder, I64(0), columns, lanes, [], column_group)

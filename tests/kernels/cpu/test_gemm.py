@@ -58,6 +58,8 @@ def shapes(block: BlockConfig) -> list[tuple[int, int, int]]:
         (5 * mr, 5 * nr, 50),
         (mr + 2, nr + 3, 2 * block.chain + 9),
         (4 * mr + 3, 3 * nr + 1, 2 * block.lanes),  # packed behind the tiles that read first
+        (mr - 1, 2 * nr, 2 * block.lanes - 1),  # the last pair along k is a half
+        (2 * mr + 1, 2 * nr, 4 * block.lanes - 1),
         (1, 9 * nr + 2, 26),  # wide rows
         (5 * block.lanes, 3, 40),  # C computed as its transpose
         (7, 5, 4 * block.chain + 6),  # in small blocks: chunks of k
@@ -159,6 +161,8 @@ def test_nothing_is_read_beyond_the_operands(block: BlockConfig, layout: str, at
         (1, 4 * nr, 9),
         (3 * lanes, 2, 18),
         (mr, nr, 2 * lanes),
+        (mr - 1, nr, 2 * lanes - 1),
+        (2 * mr, 2 * nr, 2 * lanes - 1),
     ):
         stored_a = Guarded(*((k, m) if layout[0] == "T" else (m, k)), dtype, at_end)
         stored_b = Guarded(*((n, k) if layout[1] == "T" else (k, n)), dtype, at_end)
