@@ -36,9 +36,9 @@ SUM_COLUMNS = 2048  # columns of C at a time whose 16-bit sums are kept: wide en
 PAD = 16  # elements that keep the packed rows of A off one common cache set
 
 # A with its steps of k together is read in place, always. Up to these limits the other layouts are too: each element is
-# used too rarely to repay a copy. `python -m bench cpu-paths` measures both ways around them.
+# used too rarely to repay a copy. `python -m bench cpu-paths` measures both ways around them. B by columns is read in
+# place by one row tile alone: where there are more, the first one leaves it packed for the others.
 DIRECT_ROWS = 16  # row tiles of C that share an element of B, where its columns lie together
-TRANSPOSED_ROWS = {"float32": 12, "float64": 36, "bfloat16": 6, "float16": 6}  # rows, where its steps of k do
 DIRECT_PANELS = 2  # column panels of C that share an element of A
 TURNED = 0.75  # with so many times the vectors, or fewer, C is computed as its transpose
 
@@ -78,7 +78,7 @@ class BlockConfig:
     chunk: int = CHUNK
     sums: int = SUM_BYTES // 4
     direct_rows: int = DIRECT_ROWS
-    transposed_rows: int = TRANSPOSED_ROWS["float32"]
+    transposed_rows: int = 6
     direct_panels: int = DIRECT_PANELS
 
     @property
@@ -162,7 +162,7 @@ def choose(dtype: str, cpu: Cpu) -> BlockConfig:
     nc = max(nr, int(B_SHARE * min(cpu.l3, L3_USED) / (KC * size)) // nr * nr)
     return BlockConfig(
         dtype, cpu.isa, cpu.fused, pairs, lanes, mr, nr, mc, kc, nc,
-        sums=SUM_BYTES // size, transposed_rows=TRANSPOSED_ROWS[dtype],
+        sums=SUM_BYTES // size, transposed_rows=mr,
     )  # fmt: skip
 
 
