@@ -28,8 +28,8 @@ from .shims import (
     unknown_error,
     word,
 )
-from .state import NOT_ACCELERATED, STRICT
-from .torch_abi import ENTRY_SIGNATURE, dispatch_below_autograd, is_python, out_of_memory
+from .state import NOT_ACCELERATED, PLAIN_KEYS, STRICT
+from .torch_abi import ENTRY_SIGNATURE, dispatch_below_autograd, is_direct, is_python, out_of_memory
 
 # Batches or not, and whether something is added; who takes what is not for these kernels.
 OPERATORS = {
@@ -124,9 +124,12 @@ def make_autograd_entry(name: str) -> Callable:
     """The Autograd key of one of OPERATORS."""
     tensors = 2 + OPERATORS[name][1]
     below, in_python = text(f"matmul_grad::{name}"), text(f"matmul_grad::_{name}_in_python")
+    linked = types.ExternalFunction(f"matmul_grad_{name}", ENTRY_SIGNATURE)
 
     def entry(stack, inputs, outputs):
-        if is_python(stack, tensors):
+        if is_direct(stack, tensors, get(state(), PLAIN_KEYS)):
+            linked(stack, inputs, outputs)
+        elif is_python(stack, tensors):
             forward_to(stack, in_python())
         else:
             dispatch_below_autograd(stack, below())
