@@ -26,7 +26,7 @@ KC = 384
 # broadcast fill 29 of 32 registers; on Zen 4 it beat 12 × 2, 14 × 2 and 8 × 3 by 2-5 % as a whole GEMM.
 TILES = {"avx512": (6, 4, 64), "avx2": (6, 2, 32), "neon": (6, 4, 16), "generic": (3, 2, 16)}
 
-A_SHARE = 0.3  # of L2, for a packed block of A: the rest is for the panel of B that it meets, and for C
+A_SHARE = 0.42  # of L2, for a packed block of A: the rest is for the panel of B that it meets, and for C
 B_SHARE = 0.3  # of a core's part of L3, for its packed panel of B
 L2_USED, L3_USED = 2 << 20, 16 << 20  # more would not make a product faster, and each thread holds its blocks
 SUM_BYTES = 5 << 19  # a thread's sums of a block of C that must not go to C itself, or not yet; it has two such
