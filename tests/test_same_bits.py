@@ -9,7 +9,7 @@ from torch import Tensor
 
 import matmul_grad
 from matmul_grad.kernels.cpu import host
-from matmul_grad.kernels.cpu.config import CHAIN, KC, k_block
+from matmul_grad.kernels.cpu.config import CHAIN, KC, SHORT_CHAIN, k_block
 from matmul_grad.testing import DTYPES, LAYOUTS, assert_same_bits, lay_out, normal
 
 FLOATS = [pytest.param(DTYPES[name], id=name) for name in ("f32", "f64")]
@@ -202,7 +202,7 @@ def test_rounding_of_the_emulation(value: Fraction, digits: int, expected: Fract
     assert rounded(Fraction(value), digits) == expected
 
 
-@pytest.mark.parametrize("k", [1, 31, 32, 33, 63, 65, 128, 129, KC - 1, KC, KC + 5, 2 * KC + 3, 8192 + 9])
+@pytest.mark.parametrize("k", [1, 31, 32, 33, 63, 65, 128, 129, 511, 512, 517, 1027, 8192 + 9])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", ["NN", "TT"])
 def test_element_is_the_documented_chain(layout: str, dtype: torch.dtype, k: int) -> None:
@@ -222,11 +222,13 @@ def test_elements_of_a_larger_product_are_the_documented_chain(m: int, n: int, k
         assert c[i, j].item() == chain(a[i].tolist(), b[:, j].tolist(), dtype), f"element ({i}, {j})"
 
 
-@pytest.mark.parametrize("length", sorted({*CHAIN.values(), 8, 128}))
-def test_panels_of_k_are_whole_chains(length: int) -> None:
+@pytest.mark.parametrize("dtype", CHAIN)
+def test_panels_of_k_are_whole_chains(dtype: str) -> None:
     """Where k is cut for packing cannot show in the bits: no chain is cut, no panel is longer than KC."""
-    for k in (1, 7, KC - 1, KC, KC + 1, 2 * KC, 2 * KC + 1, 20000):
-        step = k_block(k, KC, length)
-        assert 0 < step <= KC
-        assert step % length == 0
-        assert -(-k // step) == -(-k // (KC // length * length)), f"k = {k}: as few panels as there can be"
+    kc = KC[dtype]
+    for length in (CHAIN[dtype], SHORT_CHAIN[dtype]):
+        assert kc % length == 0
+        for k in (1, 7, kc - 1, kc, kc + 1, 2 * kc, 2 * kc + 1, 20000):
+            step = k_block(k, kc, length)
+            assert 0 < step <= kc and step % length == 0
+            assert -(-k // step) == -(-k // kc), f"k = {k}: as few panels as there can be"
