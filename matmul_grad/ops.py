@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import strictness
+from . import sharding, strictness
 from .flops import count_flops
 from .kernels.cpu.state import raised as raised
 
@@ -159,3 +159,4 @@ def _register() -> None:
 
 
 _register()
+sharding.register()
