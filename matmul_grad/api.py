@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import strictness
+from . import autocast, batching, strictness
 from .autograd import raised
+from .ops import DTYPES, are_scales
+from .out import into
+
+autocast.register()
+batching.register()
 
 _mm = torch.ops.matmul_grad.mm.default
+_bmm = torch.ops.matmul_grad.bmm.default
+_addmm = torch.ops.matmul_grad.addmm.default
+_baddbmm = torch.ops.matmul_grad.baddbmm.default
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
 _scaled_mm = torch.ops.matmul_grad.scaled_mm.default
 
 
-def mm(input: Tensor, mat2: Tensor) -> Tensor:
+def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
     """Matrix product of two matrices, differentiable to any order.
 
     C = A · B,  dA = dC · Bᵀ,  dB = Aᵀ · dC
@@ -21,11 +32,13 @@ def mm(input: Tensor, mat2: Tensor) -> Tensor:
     shapes      input (m, k), mat2 (k, n) → (m, n); every size ≥ 0
     strides     any, read as they are; the result is contiguous
     dtypes      float16, bfloat16, float32, float64 on CPU and CUDA; the rest is torch.mm
-    aliasing    the result is new memory
+    aliasing    the result is new memory, or ``out``; an ``out`` that shares memory is left to torch.mm
     rounding    accumulated in float32 (float64 for float64); 16-bit results are rounded once, at the store
     errors      torch.mm's: RuntimeError for ranks, shapes, dtypes and devices, TypeError for what is no tensor
     determinism on CPU the same bits for any m, n, strides and number of threads
     source      docs/derivation.md; kernels/cpu/gemm.py, kernels/gpu/gemm.py
+
+    Under autocast it casts as torch.mm does. An ``out_dtype`` is torch.mm's, which has it on CUDA.
 
     >>> import torch, matmul_grad
     >>> a = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
@@ -35,15 +48,17 @@ def mm(input: Tensor, mat2: Tensor) -> Tensor:
     >>> c.tolist(), a.grad.tolist()
     ([[1.0, 4.0], [3.0, 8.0]], [[1.0, 2.0], [1.0, 2.0]])
     """
+    if out is not None or out_dtype is not None:
+        return into(torch.mm, (input, mat2), {}, out_dtype, out)
     try:
         return _mm(input, mat2)
     except RuntimeError as error:
-        _raise_as_torch(error, input, mat2)
+        _raise_as_torch(error, torch.mm, input, mat2)
         raise
 
 
-def _raise_as_torch(error: RuntimeError, input: Tensor, mat2: Tensor) -> None:
-    """Raise what a hook or mode of the user's raised below, else torch.mm's own error; return where it has none."""
+def _raise_as_torch(error: RuntimeError, torchs: Callable[..., Tensor], *operands: Any, **scales: Any) -> None:
+    """Raise what a hook or mode of the user's raised below, else torch's own error; return where it has none."""
     original = getattr(raised, "error", None)
     raised.error = None
     if original is not None and str(error).endswith(str(original)):
@@ -52,9 +67,120 @@ def _raise_as_torch(error: RuntimeError, input: Tensor, mat2: Tensor) -> None:
         return
     with torch.no_grad():
         try:
-            torch.mm(input, mat2)
-        except Exception as torchs:
-            raise torchs from None
+            torchs(*operands, **scales)
+        except Exception as torchs_error:
+            raise torchs_error from None
+
+
+def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+    """Products of two batches of matrices, differentiable to any order.
+
+    C[i] = A[i] · B[i]
+
+    shapes      input (b, m, k), mat2 (b, k, n) → (b, m, n); every size ≥ 0
+    strides     as ``mm``
+    dtypes      as ``mm``; the rest is torch.bmm
+    aliasing    as ``mm``
+    rounding    as ``mm``
+    errors      torch.bmm's
+    determinism as ``mm``: an item has the bits that ``mm`` gives it alone
+    source      as ``mm``
+
+    >>> import torch, matmul_grad
+    >>> a = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    >>> matmul_grad.bmm(a, a.mT).flatten().tolist()
+    [5.0, 25.0]
+    """
+    if out is not None or out_dtype is not None:
+        return into(torch.bmm, (input, mat2), {}, out_dtype, out)
+    try:
+        return _bmm(input, mat2)
+    except RuntimeError as error:
+        _raise_as_torch(error, torch.bmm, input, mat2)
+        raise
+
+
+def addmm(
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    out_dtype: torch.dtype | None = None,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Matrix product to which something is added, differentiable to any order.
+
+    C = beta · input + alpha · (A · B),  dinput = beta · dC,  dA = alpha · dC · Bᵀ,  dB = alpha · Aᵀ · dC
+
+    shapes      input any that expands to (m, n), mat1 (m, k), mat2 (k, n) → (m, n); every size ≥ 0
+    strides     as ``mm``
+    dtypes      as ``mm``, one for all three; the rest is torch.addmm, and so are scales that are not real numbers
+    aliasing    as ``mm``; ``out`` may be ``input``
+    rounding    as ``mm`` on CPU, once, after the addition; on a GPU the product is rounded, and then the sum
+    errors      torch.addmm's
+    determinism as ``mm``
+    source      kernels/cpu/sums.py
+
+    With ``beta`` = 0 the input is not read, so that NaN in it is not passed on.
+
+    >>> import torch, matmul_grad
+    >>> a, b, bias = torch.ones(2, 3), torch.ones(3, 2), torch.tensor([10.0, 20.0], requires_grad=True)
+    >>> c = matmul_grad.addmm(bias, a, b, alpha=2)
+    >>> c.sum().backward()
+    >>> c.tolist(), bias.grad.tolist()
+    ([[16.0, 26.0], [16.0, 26.0]], [2.0, 2.0])
+    """
+    if out is not None or out_dtype is not None or not _is_real(mat1, beta, alpha):
+        return into(torch.addmm, (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
+    try:
+        return _addmm(input, mat1, mat2, beta=beta, alpha=alpha)
+    except RuntimeError as error:
+        _raise_as_torch(error, torch.addmm, input, mat1, mat2, beta=beta, alpha=alpha)
+        raise
+
+
+def baddbmm(
+    input: Tensor,
+    batch1: Tensor,
+    batch2: Tensor,
+    out_dtype: torch.dtype | None = None,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Products of two batches of matrices, to which something is added; differentiable to any order.
+
+    C[i] = beta · input[i] + alpha · (A[i] · B[i])
+
+    shapes      input any that expands to (b, m, n), batch1 (b, m, k), batch2 (b, k, n) → (b, m, n); every size ≥ 0
+    strides     as ``mm``
+    dtypes      as ``addmm``; the rest is torch.baddbmm
+    aliasing    as ``addmm``
+    rounding    as ``addmm``
+    errors      torch.baddbmm's
+    determinism as ``mm``
+    source      as ``addmm``
+
+    >>> import torch, matmul_grad
+    >>> a = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]])
+    >>> matmul_grad.baddbmm(torch.ones(1), a, a.mT, beta=3).flatten().tolist()
+    [8.0, 28.0]
+    """
+    if out is not None or out_dtype is not None or not _is_real(batch1, beta, alpha):
+        return into(torch.baddbmm, (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
+    try:
+        return _baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
+    except RuntimeError as error:
+        _raise_as_torch(error, torch.baddbmm, input, batch1, batch2, beta=beta, alpha=alpha)
+        raise
+
+
+def _is_real(operand: Any, beta: Any, alpha: Any) -> bool:
+    """Whether an operator is called; it takes float64 for beta and alpha, where torch takes any number."""
+    return getattr(operand, "dtype", None) in DTYPES and are_scales(beta, alpha)
 
 
 def mm_backward(

@@ -4,13 +4,18 @@
     dA = dC · Bᵀ      dgrad, only where A needs it
     dB = Aᵀ · dC      wgrad, only where B needs it
 
-The backward calls the differentiable operator, so that every further derivative comes from the same three lines.
+Where something is added, C = beta · input + alpha · (A · B): the last two are multiplied by alpha, and
+
+    dinput = beta · dC      summed over what input was expanded by
+
+Batches are the same lines, item by item. The backward calls the differentiable operators, so that every further
+derivative comes from the same lines.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +24,18 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import strictness
-from .ops import DTYPES, both_gradients, library, native_status, product, raised
+from .ops import (
+    DTYPES,
+    PRODUCTS,
+    addition,
+    both_gradients,
+    library,
+    native_status,
+    product,
+    raised,
+    rank_of,
+    torchs_addition,
+)
 
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
 
@@ -27,7 +43,13 @@ _mm_backward = torch.ops.matmul_grad.mm_backward.default
 def forward_only(self: Tensor, mat2: Tensor) -> Tensor:
     """The operator below autograd: no graph is recorded."""
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.matmul_grad.mm.default(self, mat2)
+        return product(self, mat2)
+
+
+def addition_forward_only(input: Tensor, self: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
+    """As ``forward_only``."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return addition(input, self, mat2, beta, alpha)
 
 
 @contextlib.contextmanager
@@ -41,13 +63,22 @@ def gradients(
     grad: Tensor, self: Tensor | None, mat2: Tensor | None, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dgrad, wgrad), None for what ``needs`` leaves out; an operand that only that one uses may be None."""
-    dgrad = product(grad, mat2.t()) if needs[0] and mat2 is not None else None
-    wgrad = product(self.t(), grad) if needs[1] and self is not None else None
+    dgrad = product(grad, mat2.mT) if needs[0] and mat2 is not None else None
+    wgrad = product(self.mT, grad) if needs[1] and self is not None else None
     return dgrad, wgrad
 
 
+def fused_gradients(
+    grad: Tensor, self: Tensor | None, mat2: Tensor | None, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """``gradients``, both in one call where the operator for that takes them."""
+    if self is None or mat2 is None or self.dim() != 2 or not type(grad) is type(self) is type(mat2) is Tensor:
+        return gradients(grad, self, mat2, needs)
+    return _mm_backward(grad, self, mat2, [True, True])
+
+
 class Mm(torch.autograd.Function):
-    """``mm`` as a node of the graph. One call makes output and context, which costs least in eager mode.
+    """``mm`` or ``bmm`` as a node of the graph. One call makes output and context, which costs least in eager mode.
 
     Both gradients are computed where both inputs need one, even if ``torch.autograd.grad`` was asked for one of
     them: torch tells that to its own nodes and not to a Function in Python.
@@ -67,9 +98,7 @@ class Mm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         self, mat2 = ctx.saved_tensors
-        if self is None or mat2 is None or not type(grad) is type(self) is type(mat2) is Tensor:
-            return gradients(grad, self, mat2, ctx.needs_input_grad)
-        return _mm_backward(grad, self, mat2, [True, True])
+        return fused_gradients(grad, self, mat2, ctx.needs_input_grad)
 
     @staticmethod
     def jvp(ctx: Any, dself: Tensor | None, dmat2: Tensor | None) -> Tensor:
@@ -83,19 +112,62 @@ class Mm(torch.autograd.Function):
             return sum(terms[1:], terms[0])
 
 
+class Addmm(torch.autograd.Function):
+    """``addmm`` or ``baddbmm`` as a node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, self: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
+        _, needs_self, needs_mat2, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
+        ctx.input_shape, ctx.beta, ctx.alpha = input.shape, beta, alpha
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(self, mat2)
+        if not torch._C._are_functorch_transforms_active():
+            return addition_forward_only(input, self, mat2, beta, alpha)
+        with outer_levels_record():
+            return addition(input, self, mat2, beta, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        self, mat2 = ctx.saved_tensors
+        needs_input, *needs = ctx.needs_input_grad[:3]
+        dinput = scaled(grad, ctx.beta).sum_to_size(ctx.input_shape) if needs_input else None
+        both = fused_gradients(grad, self, mat2, tuple(needs))
+        dself, dmat2 = (None if one is None else scaled(one, ctx.alpha) for one in both)
+        return dinput, dself, dmat2, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dinput: Tensor | None, dself: Tensor | None, dmat2: Tensor | None, *_: Any) -> Tensor:
+        """dC = beta · dinput + alpha · (dA · B + A · dB)"""
+        self, mat2 = ctx.saved_tensors
+        functorch = torch._C._are_functorch_transforms_active()
+        with outer_levels_record() if functorch else contextlib.nullcontext():
+            terms = [] if dinput is None else [scaled(dinput, ctx.beta)]
+            if dself is not None:
+                terms.append(scaled(product(dself, mat2), ctx.alpha))
+            if dmat2 is not None:
+                terms.append(scaled(product(self, dmat2), ctx.alpha))
+            return sum(terms[1:], terms[0]).expand(*self.shape[:-1], mat2.shape[-1])
+
+
+def scaled(tensor: Tensor, by: float) -> Tensor:
+    return tensor if by == 1 else tensor * by
+
+
 _record = super(torch.autograd.Function, Mm).apply
+_record_addition = super(torch.autograd.Function, Addmm).apply
 
 
-def mm_with_graph(self: Tensor, mat2: Tensor) -> Tensor:
+def with_graph(record: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """The product, recorded for backward and forward mode.
 
     This runs inside the dispatcher, at autograd's turn of one functorch level, where torch's own formulas run
     too. ``Function.apply`` would start over from the outermost level; its base class records at this one.
     """
     if not torch._C._are_functorch_transforms_active():
-        return _record(self, mat2)
+        return record(*arguments)
     with enable_single_level_autograd_function():
-        return _record(self, mat2)
+        return record(*arguments)
 
 
 def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
@@ -109,40 +181,53 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
     )
 
 
-def mm_autograd(self: Tensor, mat2: Tensor) -> Tensor:
-    """The Autograd key of every device, until the compiled one takes the CPU's place."""
-    if not has_own_graph(self, mat2):
-        strictness.hand_over(self, mat2)
-        return torch.ops.aten.mm.default(self, mat2)
-    if self.device.type == "cpu":
-        native_status()
-    recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
-    if recorded or forward_ad._current_level >= 0:
-        return mm_with_graph(self, mat2)
-    return forward_only(self, mat2)
+def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
+    """The Autograd key of every device for one of PRODUCTS, until the compiled one takes the CPU's place."""
+    rank, torchs = rank_of(name), getattr(torch.ops.aten, name).default
+
+    def product_autograd(self: Tensor, mat2: Tensor) -> Tensor:
+        if not has_own_graph(self, mat2):
+            strictness.hand_over(self, mat2)
+            return torchs(self, mat2)
+        if not self.dim() == mat2.dim() == rank:
+            return torchs(self, mat2)  # which says so
+        if self.device.type == "cpu":
+            native_status()
+        recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
+        if recorded or forward_ad._current_level >= 0:
+            return with_graph(_record, self, mat2)
+        return forward_only(self, mat2)
+
+    def addition_autograd(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+        if not has_own_graph(mat1, mat2) or not has_own_graph(self, mat1):
+            strictness.hand_over(mat1, mat2)
+            return torchs_addition(self, mat1, mat2, beta=beta, alpha=alpha)
+        if not mat1.dim() == mat2.dim() == rank:
+            return torchs(self, mat1, mat2)
+        if self.device.type == "cpu":
+            native_status()
+        recorded = torch.is_grad_enabled() and (self.requires_grad or mat1.requires_grad or mat2.requires_grad)
+        if recorded or forward_ad._current_level >= 0:
+            return with_graph(_record_addition, self, mat1, mat2, beta, alpha)
+        return addition_forward_only(self, mat1, mat2, beta, alpha)
+
+    return addition_autograd if "add" in name else product_autograd
 
 
-def mm_from_native(self: Tensor, mat2: Tensor) -> Tensor:
+def from_native(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """What the compiled Autograd kernel calls when there is a graph to record or a Python mode to meet.
 
     Its way back is a C interface that knows messages only, so the exception itself waits in ``raised``, for api.py.
     """
-    try:
-        return mm_autograd(self, mat2)
-    except BaseException as error:
-        raised.error = error
-        raise
 
+    def called_from_native(*arguments: Any, **named: Any) -> Any:
+        try:
+            return kernel(*arguments, **named)
+        except BaseException as error:
+            raised.error = error
+            raise
 
-def mm_backward_from_native(
-    grad: Tensor, self: Tensor, mat2: Tensor, output_mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """As ``mm_from_native``."""
-    try:
-        return mm_backward(grad, self, mat2, output_mask)
-    except BaseException as error:
-        raised.error = error
-        raise
+    return called_from_native
 
 
 def mm_backward(
@@ -170,9 +255,11 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
-library.impl("mm", mm_autograd, "Autograd")
-library.impl("_mm_in_python", mm_from_native, "CompositeImplicitAutograd")
+for name in PRODUCTS:
+    kernel = make_autograd_kernel(name)
+    library.impl(name, kernel, "Autograd")
+    library.impl(f"_{name}_in_python", from_native(kernel), "CompositeImplicitAutograd")
 library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")
 for batched in ("FuncTorchBatched", "Batched"):  # a composite still under vmap, where the CPU has its own kernel
     library.impl("mm_backward", mm_backward, batched)
-library.impl("_mm_backward_in_python", mm_backward_from_native, "CompositeImplicitAutograd")
+library.impl("_mm_backward_in_python", from_native(mm_backward), "CompositeImplicitAutograd")

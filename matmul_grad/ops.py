@@ -1,11 +1,13 @@
 """The operators ``torch.ops.matmul_grad.*``: schemas, kernels, shapes for tracing, vmap rule, FLOP counts.
 
     key                          kernel                                        from
-    AutogradCPU                  mm_autograd, compiled; mm_backward's too      the first CPU call on
-    CPU                          mm and mm_backward, compiled                  the first CPU call on
+    AutogradCPU                  compiled, of every product and mm_backward    the first CPU call on
+    CPU                          compiled, of every product and mm_backward    the first CPU call on
+    AutocastCPU, AutocastCUDA    Python, in autocast.py: operands are cast     import
     Autograd                     Python, in autograd.py: every other device    import
     CompositeExplicitAutograd    Python, here: every other device              import
     CompositeImplicitAutograd    mm_backward in Python: two products           import
+    FuncTorchBatched             Python, in batching.py: the rules of vmap     import
 
 The compiled kernels are more specific than those in Python, so nothing is overridden. Where torch's C ABI is not
 to be had the Python kernels stay and call the same drivers.
@@ -13,7 +15,9 @@ to be had the Python kernels stay and call the same drivers.
 
 from __future__ import annotations
 
+import math
 import threading
+from math import inf
 from typing import Any
 
 import torch
@@ -26,6 +30,14 @@ from .kernels.cpu.state import raised as raised
 NAMESPACE = "matmul_grad"
 library = torch.library.Library(NAMESPACE, "DEF")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+PRODUCTS = {
+    "mm": "(Tensor self, Tensor mat2) -> Tensor",
+    "bmm": "(Tensor self, Tensor mat2) -> Tensor",
+    "addmm": "(Tensor self, Tensor mat1, Tensor mat2, *, float beta=1, float alpha=1) -> Tensor",
+    "baddbmm": "(Tensor self, Tensor batch1, Tensor batch2, *, float beta=1, float alpha=1) -> Tensor",
+}
+LARGEST = torch.finfo(torch.float32).max  # torch refuses a larger alpha or beta, unless the product is in float64
 
 _lock = threading.Lock()
 _native: str | None = None  # None: not tried; "": registered; else why not
@@ -47,21 +59,59 @@ def native_status() -> str:
     return _native
 
 
+def rank_of(name: str) -> int:
+    """Of the operands of one of PRODUCTS."""
+    return 3 if "bmm" in name else 2
+
+
 def product(self: Tensor, mat2: Tensor) -> Tensor:
-    """The differentiable operator."""
+    """The differentiable operator for two matrices, or two batches of them."""
+    if self.dim() == 3:
+        return torch.ops.matmul_grad.bmm.default(self, mat2)
     return torch.ops.matmul_grad.mm.default(self, mat2)
 
 
+def addition(input: Tensor, self: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
+    """The differentiable operator for beta · input + alpha · (A · B), of matrices or batches."""
+    operator = torch.ops.matmul_grad.baddbmm if self.dim() == 3 else torch.ops.matmul_grad.addmm
+    return operator.default(input, self, mat2, beta=beta, alpha=alpha)
+
+
 def accelerated(self: Tensor, mat2: Tensor) -> bool:
-    """Whether these kernels take the product: dense matrices that fit, of one dtype with a kernel, on one device."""
+    """Whether these kernels take the product: dense matrices, or batches of them, that fit, of one dtype with a kernel,
+    on one device."""
     return (
         self.device == mat2.device
         and self.dtype == mat2.dtype
         and self.layout == mat2.layout == torch.strided
-        and self.dim() == mat2.dim() == 2
-        and self.shape[1] == mat2.shape[0]
+        and self.dim() == mat2.dim() in (2, 3)
+        and self.shape[:-2] == mat2.shape[:-2]
+        and self.shape[-1] == mat2.shape[-2]
         and _has_kernel(self)
     )
+
+
+def can_be_added(input: Tensor, self: Tensor, mat2: Tensor) -> bool:
+    """Whether these kernels add ``input`` to the product of two that they take: it expands to the result."""
+    shape = (*self.shape[:-1], mat2.shape[-1])
+    return (
+        input.device == self.device
+        and input.dtype == self.dtype
+        and input.layout == torch.strided
+        and input.dim() <= len(shape)
+        and all(size in (1, whole) for size, whole in zip(reversed(input.shape), reversed(shape), strict=False))
+    )
+
+
+def has_work(self: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1) -> bool:
+    """Whether there is anything to multiply, and the scales are numbers that torch takes; else torch's own says."""
+    sizes = self.numel() and mat2.numel() and alpha
+    return bool(sizes) and (self.dtype == torch.float64 or not any(LARGEST < abs(x) < inf for x in (beta, alpha)))
+
+
+def are_scales(*scales: Any) -> bool:
+    """Whether float64, as the operators take them, means by these numbers what torch does."""
+    return all(type(x) is float or (type(x) is int and abs(x) <= 2**53) for x in scales)
 
 
 def _has_kernel(tensor: Tensor) -> bool:
@@ -76,18 +126,54 @@ def _has_kernel(tensor: Tensor) -> bool:
     return native.supports(tensor.dtype)
 
 
-def _mm_python(self: Tensor, mat2: Tensor) -> Tensor:
-    """Every backend without a compiled kernel of its own."""
+def multiply(self: Tensor, mat2: Tensor) -> Tensor:
+    """``mm`` and ``bmm`` on every backend without a compiled kernel of its own."""
     if not accelerated(self, mat2):
         strictness.hand_over(self, mat2)
-        return torch.ops.aten.mm.default(self, mat2)
+        return _torchs_product(self, mat2)
+    if not has_work(self, mat2):
+        return _torchs_product(self, mat2)
+    return compute(self, mat2)
+
+
+def multiply_and_add(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """``addmm`` and ``baddbmm`` on every backend without a compiled kernel of its own."""
+    if not accelerated(mat1, mat2) or not can_be_added(self, mat1, mat2):
+        strictness.hand_over(mat1, mat2)
+        return torchs_addition(self, mat1, mat2, beta=beta, alpha=alpha)
+    if not has_work(mat1, mat2, beta, alpha):
+        return torchs_addition(self, mat1, mat2, beta=beta, alpha=alpha)
+    return compute(mat1, mat2, self, beta, alpha)
+
+
+def compute(
+    self: Tensor,
+    mat2: Tensor,
+    input: Tensor | None = None,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """What these kernels take, on them, into new memory or into ``out``."""
     if self.is_cuda:
         from .kernels.gpu import launch
 
-        return launch.mm(self, mat2)
+        return launch.product(self, mat2, input, beta, alpha, out)
     from .kernels.cpu import native
 
-    return native.mm(self, mat2)
+    return native.product(self, mat2, input, beta, alpha, out)
+
+
+def _torchs_product(self: Tensor, mat2: Tensor) -> Tensor:
+    return (torch.ops.aten.bmm if self.dim() == 3 else torch.ops.aten.mm).default(self, mat2)
+
+
+def torchs_addition(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """aten's own; of whole numbers it takes scales that are whole numbers too."""
+    if not (mat1.is_floating_point() or mat1.is_complex()):
+        beta, alpha = (int(x) if float(x).is_integer() else x for x in (beta, alpha))
+    operator = torch.ops.aten.baddbmm if mat1.dim() == 3 else torch.ops.aten.addmm
+    return operator.default(self, mat1, mat2, beta=beta, alpha=alpha)
 
 
 def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
@@ -119,43 +205,34 @@ def _scaled_mm_fake(
     return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
 
 
-def _mm_fake(self: Tensor, mat2: Tensor) -> Tensor:
-    """Shape and errors are torch's own."""
-    return torch.ops.aten.mm.default(self, mat2)
-
-
-def _mm_vmap(info: Any, in_dims: tuple[int | None, int | None], self: Tensor, mat2: Tensor) -> tuple[Tensor, int]:
-    """One product where one operand is batched (its batch joins m or n); a product an item where both are."""
-    self_dim, mat2_dim = in_dims
-    if mat2_dim is None and self_dim is not None:
-        items = self.movedim(self_dim, 0)
-        return product(items.reshape(-1, items.shape[2]), mat2).unflatten(0, items.shape[:2]), 0
-    if self_dim is None and mat2_dim is not None:
-        columns = mat2.movedim(mat2_dim, 1)
-        wide = product(self, columns.reshape(columns.shape[0], -1))
-        return wide.unflatten(1, columns.shape[1:]), 1
-    pairs = zip(self.unbind(self_dim or 0), mat2.unbind(mat2_dim or 0), strict=True)
-    return torch.stack([product(x, y) for x, y in pairs]), 0
-
-
 def _register() -> None:
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-    library.define("mm(Tensor self, Tensor mat2) -> Tensor", tags=tags)
-    library.define("_mm_in_python(Tensor self, Tensor mat2) -> Tensor", tags=tags)
+    for name, schema in PRODUCTS.items():
+        for form in (name, f"_{name}_in_python"):
+            library.define(f"{form}{schema}", tags=TAGS)
+        adds = "add" in name
+        library.impl(name, multiply_and_add if adds else multiply, "CompositeExplicitAutograd")
+        # Shape and errors of a traced product are torch's own.
+        fake = torchs_addition if adds else getattr(torch.ops.aten, name).default
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        count_flops(getattr(torch.ops.matmul_grad, name), _flops_of_sum if adds else _flops)
     for name in ("mm_backward", "_mm_backward_in_python"):
         backward = "(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)"
-        library.define(f"{name}{backward}", tags=tags)
-    library.impl("mm", _mm_python, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::mm", _mm_fake, lib=library)
-    torch.library.register_vmap(f"{NAMESPACE}::mm", _mm_vmap, lib=library)
+        library.define(f"{name}{backward}", tags=TAGS)
     library.define(
         "scaled_mm(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, ScalarType? out_dtype=None) -> Tensor",
-        tags=tags,
+        tags=TAGS,
     )
     library.impl("scaled_mm", _scaled_mm, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::scaled_mm", _scaled_mm_fake, lib=library)
-    count_flops(torch.ops.matmul_grad.scaled_mm, lambda self, mat2, *scales: 2 * self[0] * self[1] * mat2[1])
-    count_flops(torch.ops.matmul_grad.mm, lambda self, mat2: 2 * self[0] * self[1] * mat2[1])
+    count_flops(torch.ops.matmul_grad.scaled_mm, _flops)
+
+
+def _flops(self: Any, mat2: Any, *_: Any) -> int:
+    return 2 * math.prod(self) * mat2[-1]
+
+
+def _flops_of_sum(_: Any, mat1: Any, mat2: Any, **scales: Any) -> int:
+    return _flops(mat1, mat2)
 
 
 _register()

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import os
 import re
+import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ import torch
 
 from . import build, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose
-from .product import ALPHA, BATCH, C_CS, ONE, PRODUCT
+from .product import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, I_BS, I_CS, I_RS, INPUT, PRODUCT
 from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, PYTHON_KEY, raised
 from .state import words as state
 
@@ -225,23 +226,52 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-def multiply(block: BlockConfig, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, threads: int = 1) -> torch.Tensor:
-    """out = a · b by the driver for ``block``, called from Python: for tests, and where the C ABI is not to be had.
+def multiply(
+    block: BlockConfig,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    threads: int = 1,
+    source: torch.Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """out = alpha · (a · b) + beta · source by the driver for ``block``, called from Python: for tests, for results
+    that the caller has, and where the C ABI is not to be had.
 
-    Dense (m, k) and (k, n) of ``block.dtype`` and any strides; out (m, n) with its columns together.
+    Dense (m, k) and (k, n) of ``block.dtype``, or a batch of each, and any strides, k > 0 in a batch or where something
+    is added; out (m, n) with its elements apart. A source expands to out; where beta is 0 it is not read.
     """
-    (m, k), n = a.shape, b.shape[1]
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     driver = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(gemm_address(block))
-    operands = a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), out.data_ptr(), out.stride(0)
+    operands = (x for tensor in (a, b, out) for x in (tensor.data_ptr(), *tensor.stride()[-2:]))
     words = (ctypes.c_int64 * PRODUCT)(m, n, k, *operands)
-    words[C_CS], words[BATCH], words[ALPHA] = 1, 1, ONE
+    words[BATCH], words[ALPHA], words[BETA] = 1, _bits(alpha), _bits(beta)
+    if a.dim() == 3:
+        words[BATCH], words[A_BS], words[B_BS], words[C_BS] = a.shape[0], a.stride(0), b.stride(0), out.stride(0)
+    if source is not None and beta != 0:
+        expanded = source.expand(out.shape)
+        words[INPUT], (words[I_RS], words[I_CS]) = expanded.data_ptr(), expanded.stride()[-2:]
+        words[I_BS] = expanded.stride(0)
     if driver(ctypes.addressof(words), 1, threads):
         raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
     return out
 
 
-def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of two matrices as the Python registration computes it; threads where torch lends its pool."""
+def _bits(number: float) -> int:
+    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
+
+
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    source: torch.Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``multiply`` with the configuration of a dtype, into new memory; threads where torch lends its pool."""
     block = config(str(a.dtype).removeprefix("torch."))
     threads = torch.get_num_threads() if _address("torch_parallel_for") else 1
-    return multiply(block, a, b, a.new_empty((a.shape[0], b.shape[1])), threads)
+    result = a.new_empty((*a.shape[:-1], b.shape[-1])) if out is None else out
+    return multiply(block, a, b, result, threads, source, beta, alpha)
