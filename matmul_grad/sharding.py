@@ -17,8 +17,13 @@ from .late import after_import
 
 TENSOR = "torch.distributed.tensor"
 
-# The letters of each operand; those of the result are written after the arrow.
-EQUATIONS = {"mm": "mk,kn->mn"}
+# The letters of each operand, first of what is added to the product; those of the result come after the arrow.
+EQUATIONS = {
+    "mm": "mk,kn->mn",
+    "bmm": "bmk,bkn->bmn",
+    "addmm": "mn,mk,kn->mn",
+    "baddbmm": "bmn,bmk,bkn->bmn",
+}
 
 
 def added(names: str, shape: tuple[int, ...]) -> str:

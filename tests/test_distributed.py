@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -36,8 +36,14 @@ R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)
 
 # --- operators: integers, so every sharding has the same bits -----------------------------------------------
 
-# Of each operand the size; 7 does not divide by two, and is sharded all the same.
-SIZES: dict[str, list[tuple[tuple[int, ...], ...]]] = {"mm": [((4, 7), (7, 6))]}
+# Of each operand the size. What does not divide by two is sharded all the same; an input may be repeated.
+SIZES: dict[str, list[tuple[tuple[int, ...], ...]]] = {
+    "mm": [((4, 7), (7, 6))],
+    "bmm": [((3, 4, 5), (3, 5, 2))],
+    "addmm": [(size, (4, 7), (7, 6)) for size in [(4, 6), (6,), (4, 1), (1, 6), (1,), ()]],
+    "baddbmm": [(size, (2, 4, 3), (2, 3, 5)) for size in [(2, 4, 5), (4, 5), (2, 1, 5)]],
+}
+SCALES: dict[str, dict[str, float]] = {name: {"beta": 2.0, "alpha": -3.0} if "add" in name else {} for name in SIZES}
 
 
 def arranged(values: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
@@ -65,23 +71,26 @@ def operator_case(name: str) -> Callable[[DeviceMesh], None]:
         for sizes in SIZES[name]:
             values = [whole_numbers(size, seed, device) for seed, size in enumerate(sizes)]
             whole = [x.clone().requires_grad_() for x in values]
-            product = operator(*whole)
+            product = operator(*whole, **SCALES[name])
             grad = whole_numbers(tuple(product.shape), 9, device)
             expected = [product, *torch.autograd.grad(product, whole, grad)]
             for placing in itertools.product(*(placements(len(size)) for size in sizes)):
                 parts = [arranged(x, mesh, p).requires_grad_() for x, p in zip(values, placing, strict=True)]
-                sharded = operator(*parts)
+                sharded = operator(*parts, **SCALES[name])
                 grads = torch.autograd.grad(sharded, parts, distribute_tensor(grad, mesh, [R]))
                 found.append((f"{name} {sizes} {placing}", expected, [x.full_tensor() for x in (sharded, *grads)]))
         for what, expected, got in found:
             for x, y in zip(got, expected, strict=True):
-                assert_same_bits(x.detach(), y.detach(), what)
+                assert_same_bits(x.detach() + 0.0, y.detach() + 0.0, what)  # sums of parts have no -0.0
 
     return case
 
 
 LOCAL: dict[str, list[tuple[tuple[Placement, ...], Placement]]] = {
-    "mm": [((R, R), R), ((S0, R), S0), ((R, S1), S1), ((S1, S0), Partial())]
+    "mm": [((R, R), R), ((S0, R), S0), ((R, S1), S1), ((S1, S0), Partial())],
+    "bmm": [((R, R), R), ((S0, S0), S0), ((S1, R), S1), ((R, S2), S2), ((S2, S1), Partial())],
+    "addmm": [((R, R, R), R), ((S0, S0, R), S0), ((S1, R, S1), S1), ((Partial(), S1, S0), Partial())],
+    "baddbmm": [((S0, S0, S0), S0), ((S1, S1, R), S1), ((S2, R, S2), S2), ((Partial(), S2, S1), Partial())],
 }
 
 
@@ -155,7 +164,17 @@ def switched(net: nn.Module) -> Iterator[None]:
         assert accelerated("addmm") > before[0] and accelerated("mm") > before[1], matmul_grad.info()
 
 
-WAYS = {"switched": switched}
+@contextmanager
+def converted(net: nn.Module) -> Iterator[None]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, matmul_grad.strict():
+        yield
+    ran = {event.key for event in profile.key_averages()}
+    assert {"matmul_grad::addmm", "matmul_grad::mm"} <= ran, ran
+    if isinstance(net, FSDPModule | nn.parallel.DistributedDataParallel):  # the other one asks aten for shapes
+        assert "matmul_grad::mm_backward" in ran and not ran & {"aten::addmm", "aten::mm"}, ran
+
+
+WAYS = {"switched": switched, "converted": converted}
 
 
 def model_case(parallel: str, way: str) -> Callable[[DeviceMesh], None]:
@@ -166,7 +185,8 @@ def model_case(parallel: str, way: str) -> Callable[[DeviceMesh], None]:
         truth = step(model(torch.float64, device), *data(torch.float64, device))
 
         def together(context: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
-            net = PARALLEL[parallel](model(torch.float32, device), mesh)
+            net = model(torch.float32, device)
+            net = PARALLEL[parallel](matmul_grad.convert(net) if context is converted else net, mesh)
             parts = [t if whole_batch else t.chunk(mesh.size())[mesh.get_local_rank()]
                      for t in data(torch.float32, device)]  # fmt: skip
             with context(net):
