@@ -85,7 +85,7 @@ def timm_vit() -> nn.Module:
 
 def timm_convnext() -> nn.Module:
     """Convolutions, which stay torch's, and between them an MLP of linear layers."""
-    return timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 16, 24, WIDTH), num_classes=CLASSES,
+    return timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(24, WIDTH, WIDTH, 48), num_classes=CLASSES,
                              conv_mlp=False, ls_init_value=1.0)  # fmt: skip
 
 
