@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import matmul_grad
@@ -37,10 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     losses = fit(model, options.seed, options.steps, device)
     if dist.get_rank() == 0:
-        part = model[0].weight.to_local()
+        weight = next(model.parameters())
+        part = weight.to_local() if isinstance(weight, DTensor) else weight
         console.print(
             f"{mesh.size()} processes, {options.backend}: loss {losses[0]:.4f} → {losses[-1]:.4f}; "
-            f"each holds {tuple(part.shape)} of the {tuple(model[0].weight.shape)} of layer 0"
+            f"each holds {tuple(part.shape)} of the {tuple(weight.shape)} of layer 0"
         )
     dist.destroy_process_group()
     return losses
