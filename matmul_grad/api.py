@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from . import autocast, batching, strictness
-from .autograd import raised
-from .ops import DTYPES, are_scales
-from .out import into
+from .ops import DTYPES, are_scales, raised
+from .out import given, into
 
 autocast.register()
 batching.register()
@@ -49,7 +48,7 @@ def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out
     ([[1.0, 4.0], [3.0, 8.0]], [[1.0, 2.0], [1.0, 2.0]])
     """
     if out is not None or out_dtype is not None:
-        return into(torch.mm, (input, mat2), {}, out_dtype, out)
+        return into("mm", (input, mat2), {}, out_dtype, out)
     try:
         return _mm(input, mat2)
     except RuntimeError as error:
@@ -61,13 +60,14 @@ def _raise_as_torch(error: RuntimeError, torchs: Callable[..., Tensor], *operand
     """Raise what a hook or mode of the user's raised below, else torch's own error; return where it has none."""
     original = getattr(raised, "error", None)
     raised.error = None
-    if original is not None and str(error).endswith(str(original)):
+    tensors = all(isinstance(x, Tensor) for x in operands)
+    if tensors and original is not None and str(error).endswith(str(original)):
         raise original from None
     if strictness.is_on():
         return
     with torch.no_grad():
         try:
-            torchs(*operands, **scales)
+            torchs(*operands, **given(scales))
         except Exception as torchs_error:
             raise torchs_error from None
 
@@ -92,7 +92,7 @@ def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, ou
     [5.0, 25.0]
     """
     if out is not None or out_dtype is not None:
-        return into(torch.bmm, (input, mat2), {}, out_dtype, out)
+        return into("bmm", (input, mat2), {}, out_dtype, out)
     try:
         return _bmm(input, mat2)
     except RuntimeError as error:
@@ -133,7 +133,7 @@ def addmm(
     ([[16.0, 26.0], [16.0, 26.0]], [2.0, 2.0])
     """
     if out is not None or out_dtype is not None or not _is_real(mat1, beta, alpha):
-        return into(torch.addmm, (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
+        return into("addmm", (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
     try:
         return _addmm(input, mat1, mat2, beta=beta, alpha=alpha)
     except RuntimeError as error:
@@ -170,7 +170,7 @@ def baddbmm(
     [8.0, 28.0]
     """
     if out is not None or out_dtype is not None or not _is_real(batch1, beta, alpha):
-        return into(torch.baddbmm, (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
+        return into("baddbmm", (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
     try:
         return _baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
     except RuntimeError as error:

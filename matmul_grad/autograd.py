@@ -29,12 +29,12 @@ from .ops import (
     PRODUCTS,
     addition,
     both_gradients,
+    from_native,
     library,
     native_status,
     product,
-    raised,
     rank_of,
-    torchs_addition,
+    torchs_own,
 )
 
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
@@ -57,6 +57,11 @@ def outer_levels_record() -> Iterator[None]:
     """A Function's forward and jvp run with recording off; the functorch levels around its own still record."""
     with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         yield
+
+
+def may_have_tangents() -> bool:
+    """Whether forward mode may be on. Compiled code enters the level of a transform without telling forward_ad."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def gradients(
@@ -88,7 +93,7 @@ class Mm(torch.autograd.Function):
     def forward(ctx: Any, self: Tensor, mat2: Tensor) -> Tensor:
         needs_self, needs_mat2 = ctx.needs_input_grad
         ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
-        if forward_ad._current_level >= 0:
+        if may_have_tangents():
             ctx.save_for_forward(self, mat2)
         if not torch._C._are_functorch_transforms_active():
             return forward_only(self, mat2)
@@ -120,7 +125,7 @@ class Addmm(torch.autograd.Function):
         _, needs_self, needs_mat2, *_ = ctx.needs_input_grad
         ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
         ctx.input_shape, ctx.beta, ctx.alpha = input.shape, beta, alpha
-        if forward_ad._current_level >= 0:
+        if may_have_tangents():
             ctx.save_for_forward(self, mat2)
         if not torch._C._are_functorch_transforms_active():
             return addition_forward_only(input, self, mat2, beta, alpha)
@@ -183,7 +188,7 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
 
 def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
     """The Autograd key of every device for one of PRODUCTS, until the compiled one takes the CPU's place."""
-    rank, torchs = rank_of(name), getattr(torch.ops.aten, name).default
+    rank, torchs = rank_of(name), torchs_own(name)
 
     def product_autograd(self: Tensor, mat2: Tensor) -> Tensor:
         if not has_own_graph(self, mat2):
@@ -194,40 +199,24 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
         if self.device.type == "cpu":
             native_status()
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
-        if recorded or forward_ad._current_level >= 0:
+        if recorded or may_have_tangents():
             return with_graph(_record, self, mat2)
         return forward_only(self, mat2)
 
     def addition_autograd(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         if not has_own_graph(mat1, mat2) or not has_own_graph(self, mat1):
             strictness.hand_over(mat1, mat2)
-            return torchs_addition(self, mat1, mat2, beta=beta, alpha=alpha)
+            return torchs(self, mat1, mat2, beta=beta, alpha=alpha)
         if not mat1.dim() == mat2.dim() == rank:
             return torchs(self, mat1, mat2)
         if self.device.type == "cpu":
             native_status()
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat1.requires_grad or mat2.requires_grad)
-        if recorded or forward_ad._current_level >= 0:
+        if recorded or may_have_tangents():
             return with_graph(_record_addition, self, mat1, mat2, beta, alpha)
         return addition_forward_only(self, mat1, mat2, beta, alpha)
 
     return addition_autograd if "add" in name else product_autograd
-
-
-def from_native(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """What the compiled Autograd kernel calls when there is a graph to record or a Python mode to meet.
-
-    Its way back is a C interface that knows messages only, so the exception itself waits in ``raised``, for api.py.
-    """
-
-    def called_from_native(*arguments: Any, **named: Any) -> Any:
-        try:
-            return kernel(*arguments, **named)
-        except BaseException as error:
-            raised.error = error
-            raise
-
-    return called_from_native
 
 
 def mm_backward(
@@ -246,12 +235,12 @@ def mm_backward(
 def is_plain(*tensors: Tensor) -> bool:
     """Whether nobody follows what is done with them: no graph, tangent, transform, Python mode or subclass."""
     return (
-        all(type(tensor) is Tensor for tensor in tensors)
+        not torch.compiler.is_compiling()
+        and all(type(tensor) is Tensor for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -7,7 +7,7 @@ both                 bmm; a batch of batches is one longer batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def baddbmm_rule(
     return long.unflatten(0, a.shape[:2]), 0
 
 
-RULES = {"mm": mm_rule, "bmm": bmm_rule, "addmm": addmm_rule, "baddbmm": baddbmm_rule}
+RULES: dict[str, Callable[..., Any]] = {"mm": mm_rule, "bmm": bmm_rule, "addmm": addmm_rule, "baddbmm": baddbmm_rule}
 
 
 def register() -> None:

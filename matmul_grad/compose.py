@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import strictness
 from .api import addmm, bmm, mm
+from .out import copied, says_torch
 
 
 def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -32,9 +33,9 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
     >>> matmul_grad.matmul(torch.ones(3), torch.arange(3.0))
     tensor(3.)
     """
-    if out is not None:
-        return _matmul_into(input, other, out)
-    return _as_torch(torch.matmul, _matmul, input, other)
+    if out is None:
+        return _as_torch(torch.matmul, _matmul, input, other)
+    return _as_torch(torch.matmul, _matmul_into, input, other, out=out)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,31 +59,32 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _as_torch(torch.nn.functional.linear, _linear, input, weight, bias)
 
 
-def _as_torch(torchs: Callable[..., Tensor], ours: Callable[..., Tensor], *operands: Any) -> Tensor:
+def _as_torch(torchs: Callable[..., Tensor], ours: Callable[..., Tensor], *operands: Any, **named: Any) -> Tensor:
     """``ours``; where it fails, torch's own error, if it has one."""
     try:
-        return ours(*operands)
+        return ours(*operands, **named)
     except Exception:
         if not strictness.is_on():
             with torch.no_grad():
-                torchs(*operands)
+                torchs(*operands, **named)
         raise
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if weight.dim() == 2 and bias is not None and bias.dim() == 1 and input.dim() >= 1:
-        rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-        result = addmm(bias, rows, weight.t())
-        return result if input.dim() == 2 else result.view(*input.shape[:-1], weight.shape[0])
     if bias is None and weight.dim() <= 2:
         return _matmul(input, weight.t())
+    if bias is not None and weight.dim() == 2 and (input.dim() == 2 or (bias.dim() == 1 and input.dim() > 0)):
+        if input.dim() == 2:
+            return addmm(bias, input, weight.t())
+        rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
+        return addmm(bias, rows, weight.t()).view(*input.shape[:-1], weight.shape[0])
     strictness.hand_over(input, weight)
     return torch.nn.functional.linear(input, weight, bias)
 
 
-def _matmul(input: Tensor, other: Tensor, keeps: bool = False) -> Tensor:
+def _matmul(input: Tensor, other: Tensor) -> Tensor:
     ranks = input.dim(), other.dim()
-    if 0 in ranks:
+    if 0 in ranks or input.device != other.device:
         return torch.matmul(input, other)  # which says so
     if ranks == (1, 1):
         return mm(input.unsqueeze(0), other.unsqueeze(1)).reshape(())
@@ -115,7 +117,7 @@ def _is_folded(input: Tensor, other: Tensor) -> bool:
 def _folded(input: Tensor, other: Tensor) -> Tensor:
     first_is_longer = input.dim() >= other.dim()
     long, short = (input, other) if first_is_longer else (other.mT, input.t())
-    rows = long.reshape(-1, long.shape[-1])
+    rows = long.flatten(0, -2)
     if short.dim() == 1:
         return mm(rows, short.unsqueeze(1)).view(long.shape[:-1])
     result = mm(rows, short).view(*long.shape[:-1], short.shape[1])
@@ -131,11 +133,15 @@ def _batched(input: Tensor, other: Tensor) -> Tensor:
     left = input.unsqueeze(0) if input.dim() == 1 else input
     right = other.unsqueeze(1) if other.dim() == 1 else other
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    a = left.expand(*batch, *left.shape[-2:]).reshape(-1, *left.shape[-2:])
-    b = right.expand(*batch, *right.shape[-2:]).reshape(-1, *right.shape[-2:])
-    result = bmm(a, b).view(*batch, *left.shape[-2:-1] * (input.dim() > 1), *right.shape[-1:] * (other.dim() > 1))
-    return result
+    a = left.expand(*batch, *left.shape[-2:]).flatten(0, -3)
+    b = right.expand(*batch, *right.shape[-2:]).flatten(0, -3)
+    return bmm(a, b).view(*batch, *left.shape[-2:-1] * (input.dim() > 1), *right.shape[-1:] * (other.dim() > 1))
 
 
 def _matmul_into(input: Tensor, other: Tensor, out: Tensor) -> Tensor:
-    raise NotImplementedError
+    if says_torch((input, other), out) or out.dtype != input.dtype or out.device != input.device:
+        return torch.matmul(input, other, out=out)
+    if input.dim() == other.dim() == 2:
+        return mm(input, other, out=out)
+    with torch.autocast(out.device.type, enabled=False):  # as for torch's own with out=
+        return copied(_matmul(input, other), out)

@@ -14,6 +14,7 @@ from .compose import linear
 __all__ = ["Linear", "convert", "converted", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
+BEFORE = "_before_it_was_converted"  # the class that torch generated, kept on the one that takes its place
 _log = logging.getLogger("matmul_grad")
 
 
@@ -36,7 +37,7 @@ class Converted(Linear):
     """What ``convert`` makes of ``torch.nn.Linear``, and ``restore`` takes back."""
 
     def _get_name(self) -> str:
-        return "Linear"
+        return "Linear" if type(self) is Converted else super()._get_name()
 
 
 def convert(model: Model, filter: Callable[[nn.Module, str], bool] | None = None) -> Model:
@@ -101,5 +102,8 @@ def _on_base(module: nn.Module, base: type, other: type) -> type:
     kind = type(module)
     if not _is_generated(module, base):
         return other
-    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(kind.__name__, (other,), members)
+    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__", BEFORE)}
+    before = vars(kind).get(BEFORE)
+    if before is not None and members.keys() <= vars(before).keys():
+        return before  # unless something else was parametrised since
+    return type(kind.__name__, (other,), members | ({BEFORE: kind} if other is Converted else {}))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
@@ -126,24 +127,37 @@ def _has_kernel(tensor: Tensor) -> bool:
     return native.supports(tensor.dtype)
 
 
-def multiply(self: Tensor, mat2: Tensor) -> Tensor:
-    """``mm`` and ``bmm`` on every backend without a compiled kernel of its own."""
-    if not accelerated(self, mat2):
-        strictness.hand_over(self, mat2)
-        return _torchs_product(self, mat2)
-    if not has_work(self, mat2):
-        return _torchs_product(self, mat2)
-    return compute(self, mat2)
+def make_kernel(name: str) -> Callable[..., Tensor]:
+    """One of PRODUCTS on every backend without a compiled kernel of its own."""
+    rank, torchs = rank_of(name), torchs_own(name)
+
+    def multiply(self: Tensor, mat2: Tensor) -> Tensor:
+        if self.dim() != rank or not accelerated(self, mat2):
+            strictness.hand_over(self, mat2)
+        elif has_work(self, mat2):
+            return compute(self, mat2)
+        return torchs(self, mat2)
+
+    def multiply_and_add(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+        if mat1.dim() != rank or not accelerated(mat1, mat2) or not can_be_added(self, mat1, mat2):
+            strictness.hand_over(mat1, mat2)
+        elif has_work(mat1, mat2, beta, alpha):
+            return compute(mat1, mat2, self, beta, alpha)
+        return torchs(self, mat1, mat2, beta=beta, alpha=alpha)
+
+    return multiply_and_add if "add" in name else multiply
 
 
-def multiply_and_add(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """``addmm`` and ``baddbmm`` on every backend without a compiled kernel of its own."""
-    if not accelerated(mat1, mat2) or not can_be_added(self, mat1, mat2):
-        strictness.hand_over(mat1, mat2)
-        return torchs_addition(self, mat1, mat2, beta=beta, alpha=alpha)
-    if not has_work(mat1, mat2, beta, alpha):
-        return torchs_addition(self, mat1, mat2, beta=beta, alpha=alpha)
-    return compute(mat1, mat2, self, beta, alpha)
+def torchs_own(name: str) -> Callable[..., Tensor]:
+    """aten's own of one of PRODUCTS; of whole numbers it takes scales that are whole numbers too."""
+    operator = getattr(torch.ops.aten, name).default
+
+    def torchs(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+        if not (mat1.is_floating_point() or mat1.is_complex()):
+            beta, alpha = (int(x) if float(x).is_integer() else x for x in (beta, alpha))
+        return operator(self, mat1, mat2, beta=beta, alpha=alpha)
+
+    return torchs if "add" in name else operator
 
 
 def compute(
@@ -162,18 +176,6 @@ def compute(
     from .kernels.cpu import native
 
     return native.product(self, mat2, input, beta, alpha, out)
-
-
-def _torchs_product(self: Tensor, mat2: Tensor) -> Tensor:
-    return (torch.ops.aten.bmm if self.dim() == 3 else torch.ops.aten.mm).default(self, mat2)
-
-
-def torchs_addition(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """aten's own; of whole numbers it takes scales that are whole numbers too."""
-    if not (mat1.is_floating_point() or mat1.is_complex()):
-        beta, alpha = (int(x) if float(x).is_integer() else x for x in (beta, alpha))
-    operator = torch.ops.aten.baddbmm if mat1.dim() == 3 else torch.ops.aten.addmm
-    return operator.default(self, mat1, mat2, beta=beta, alpha=alpha)
 
 
 def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
@@ -205,15 +207,33 @@ def _scaled_mm_fake(
     return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
 
 
+def from_native(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel in Python that a compiled one calls, as when there is a graph to record or a Python mode to meet.
+
+    Its way back is a C interface that knows messages only, so the exception itself waits in ``raised``, for api.py.
+    """
+
+    def called_from_native(*arguments: Any, **named: Any) -> Any:
+        try:
+            return kernel(*arguments, **named)
+        except BaseException as error:
+            raised.error = error
+            raise
+
+    return called_from_native
+
+
 def _register() -> None:
     for name, schema in PRODUCTS.items():
         for form in (name, f"_{name}_in_python"):
             library.define(f"{form}{schema}", tags=TAGS)
         adds = "add" in name
-        library.impl(name, multiply_and_add if adds else multiply, "CompositeExplicitAutograd")
+        library.impl(name, make_kernel(name), "CompositeExplicitAutograd")
+        if adds:
+            library.define(f"_{name}_by_torch{schema}", tags=TAGS)
+            library.impl(f"_{name}_by_torch", from_native(torchs_own(name)), "CompositeExplicitAutograd")
         # Shape and errors of a traced product are torch's own.
-        fake = torchs_addition if adds else getattr(torch.ops.aten, name).default
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", torchs_own(name), lib=library)
         count_flops(getattr(torch.ops.matmul_grad, name), _flops_of_sum if adds else _flops)
     for name in ("mm_backward", "_mm_backward_in_python"):
         backward = "(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)"
@@ -231,7 +251,7 @@ def _flops(self: Any, mat2: Any, *_: Any) -> int:
     return 2 * math.prod(self) * mat2[-1]
 
 
-def _flops_of_sum(_: Any, mat1: Any, mat2: Any, **scales: Any) -> int:
+def _flops_of_sum(_: Any, mat1: Any, mat2: Any) -> int:
     return _flops(mat1, mat2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,29 +15,40 @@ Operands = tuple[Any, ...]
 Scales = dict[str, Any]
 
 
-def into(
-    torchs: Callable[..., Tensor], operands: Operands, scales: Scales, out_dtype: torch.dtype | None, out: Tensor | None
-) -> Tensor:
-    """``torchs(*operands, **scales, out=out)``, by these kernels where they can write to ``out``.
+def into(name: str, operands: Operands, scales: Scales, out_dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+    """``torch.<name>(*operands, **scales, out=out)``, by these kernels where they can write to ``out``.
 
     What they cannot is torch's, with its results and its errors: an ``out`` of another dtype or device, or one that
     shares memory with an operand or with itself; scales that are no real numbers; and every ``out_dtype``.
     """
-    if not _says_torch(operands, out):
-        if out is None or out_dtype is not None or not _fit(operands, scales, out):
-            strictness.hand_over(*operands[-2:])
-        elif not is_plain(*operands, out):
-            return _copied(getattr(torch.ops.matmul_grad, torchs.__name__)(*operands, **scales), out)
-        elif has_work(*operands[-2:], **scales):
-            _resize(out, (*operands[-2].shape[:-1], operands[-1].shape[-1]))
-            if _can_write(out, operands):
-                return _written(out, operands, scales)
-            strictness.hand_over(*operands[-2:])
-    named = {name: value for name, value in (("out_dtype", out_dtype), ("out", out)) if value is not None}
-    return torchs(*operands, **scales, **named)
+    *_, mat1, mat2 = operands
+    if says_torch(operands, out):
+        pass
+    elif out is None or out_dtype is not None:
+        strictness.hand_over(mat1, mat2)
+    elif torch.compiler.is_compiling() and out.dtype == mat1.dtype:
+        return _traced(name, operands, scales, out)
+    elif not _fit(operands, scales, out):
+        strictness.hand_over(mat1, mat2)
+    elif not is_plain(*operands, out):
+        return _traced(name, operands, scales, out)
+    elif has_work(mat1, mat2, **scales):
+        if out.shape != (*mat1.shape[:-1], mat2.shape[-1]):
+            own = torch.bmm if mat1.dim() == 3 else torch.mm
+            own(mat1[..., :0], mat2[..., :0, :], out=out)  # resizes it, with torch's warning
+        if _can_write(out, operands):
+            return _written(out, operands, scales)
+        strictness.hand_over(mat1, mat2)
+    more = {key: value for key, value in (("out_dtype", out_dtype), ("out", out)) if value is not None}
+    return getattr(torch, name)(*operands, **given(scales), **more)
 
 
-def _says_torch(operands: Operands, out: Tensor | None) -> bool:
+def given(scales: Scales) -> Scales:
+    """Those that are not the default: torch names in an error what it is called with."""
+    return {name: value for name, value in scales.items() if type(value) is not int or value != 1}
+
+
+def says_torch(operands: Operands, out: Tensor | None) -> bool:
     """Whether torch has an error for it: no tensors, or an ``out`` where a gradient or a transform follows."""
     tensors = operands if out is None else (*operands, out)
     if not all(isinstance(x, Tensor) for x in tensors):
@@ -54,20 +64,20 @@ def _fit(operands: Operands, scales: Scales, out: Tensor) -> bool:
     return alike and accelerated(mat1, mat2) and added and are_scales(*scales.values())
 
 
-def _resize(out: Tensor, shape: tuple[int, ...]) -> None:
-    if out.shape != shape:
-        torch.ops.aten._resize_output_(out, shape, out.device)  # with torch's warning
-
-
-def _copied(result: Tensor, out: Tensor) -> Tensor:
+def _traced(name: str, operands: Operands, scales: Scales, out: Tensor) -> Tensor:
     """For tracers and subclasses, which do not see what is written past them."""
-    _resize(out, result.shape)
-    return out.copy_(result)
+    with torch.autocast(out.device.type, enabled=False):  # as for torch's own with out=
+        return copied(getattr(torch.ops.matmul_grad, name).default(*operands, **scales), out)
+
+
+def copied(result: Tensor, out: Tensor) -> Tensor:
+    """Copy, and resize as torch does, with its warning."""
+    return torch.mul(result, 1, out=out)
 
 
 def _written(out: Tensor, operands: Operands, scales: Scales) -> Tensor:
     *inputs, mat1, mat2 = operands
-    compute(mat1, mat2, *inputs, **scales, out=out)
+    compute(mat1, mat2, inputs[0] if inputs else None, out=out, **scales)
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out

@@ -116,6 +116,27 @@ def test_the_cpp_wrapper_passes_the_switch_by_and_calls_the_operators() -> None:
     assert {"matmul_grad::addmm", "matmul_grad::mm", "matmul_grad::bmm"} <= ran
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_max_autotune_keeps_the_products_as_calls() -> None:
+    x = normal(5, 16, torch.float32).requires_grad_()
+    of_torch, of_ours = (
+        torch.compile(Net(functions), fullgraph=True, mode="max-autotune") for functions in (torch, matmul_grad)
+    )
+    expected = of_torch(x)
+    expected.sum().backward()
+    before = accelerated()
+    with matmul_grad.enabled():
+        switched = of_torch(x)
+        switched.sum().backward()
+    assert accelerated() - before == 3 + 6, "three products, and two gradients of each"
+    of_ours(x).sum().backward()
+    ran = operators_of(lambda: of_ours(x).sum().backward())
+    torch.testing.assert_close((switched, of_ours(x)), (expected, expected))
+    assert {"matmul_grad::addmm", "matmul_grad::mm", "matmul_grad::bmm"} <= ran
+    assert not {"aten::mm", "aten::bmm", "aten::addmm"} & ran
+
+
 # --- CUDA graphs ---------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
-"""PyTorch's own operator data: every sample and error input of each product, on every CPU dtype, switch on against off.
+"""PyTorch's own operator data: every sample and error input of each product, on every CPU dtype, against torch: by the
+switch, and by this package's functions.
 
 Results, gradients, second gradients (in float64) and forward AD agree within tolerance, and errors in every letter.
 """
 
+import contextlib
 import functools
 import re
 import warnings
@@ -28,6 +30,11 @@ NAMES = (
 )  # fmt: skip
 OURS = ("mm", "addmm", "bmm", "baddbmm"), (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPERATORS = [op for op in op_db if op.name in NAMES]
+FUNCTIONS = {
+    **{name: getattr(matmul_grad, name) for name in ("mm", "addmm", "bmm", "baddbmm", "matmul")},
+    "nn.functional.linear": matmul_grad.linear,
+}
+Product = Callable[..., Any]
 CASES = [
     pytest.param(op, dtype, id=f"{op.formatted_name}-{str(dtype).removeprefix('torch.')}")
     for op in OPERATORS
@@ -83,13 +90,13 @@ def as_list(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [x for x in result if isinstance(x, Tensor)]
 
 
-def results(op: OpInfo, sample: SampleInput) -> list[Tensor]:
+def results(op: Product, sample: SampleInput) -> list[Tensor]:
     tensors, rebuild = leaves(sample)
     input, args, kwargs = rebuild(fresh(tensors))
     return as_list(seeded(lambda: op(input, *args, **kwargs)))
 
 
-def gradients(op: OpInfo, sample: SampleInput, second: bool) -> list[Tensor]:
+def gradients(op: Product, sample: SampleInput, second: bool) -> list[Tensor]:
     tensors, rebuild = leaves(sample)
     copies = fresh(tensors, needs=True)
     wanted = [x for x in copies if x.requires_grad]
@@ -108,7 +115,7 @@ def gradients(op: OpInfo, sample: SampleInput, second: bool) -> list[Tensor]:
     return [x.detach() for x in found] + [x for x in twice if x is not None]
 
 
-def tangents(op: OpInfo, sample: SampleInput) -> list[Tensor]:
+def tangents(op: Product, sample: SampleInput) -> list[Tensor]:
     tensors, rebuild = leaves(sample)
     with forward_ad.dual_level():
         duals = [
@@ -119,22 +126,28 @@ def tangents(op: OpInfo, sample: SampleInput) -> list[Tensor]:
     return [x for x in found if x is not None]
 
 
-def both(call: Callable[[], list[Tensor]]) -> tuple[Any, Any]:
-    """What comes back, or the error, with the switch off and on."""
+Way = Callable[[OpInfo, Callable[[Product], list[Tensor]]], Any]
 
-    def outcome() -> Any:
-        try:
-            return call()
-        except Exception as error:
-            return type(error), re.sub(r"\nCPU: registered at .*", "", str(error))
 
-    expected = outcome()
+def outcome(call: Callable[[], list[Tensor]]) -> Any:
+    """What comes back, or the error."""
+    try:
+        return call()
+    except Exception as error:
+        return type(error), re.sub(r"\nCPU: registered at .*", "", str(error))
+
+
+def by_switch(op: OpInfo, call: Callable[[Product], list[Tensor]]) -> Any:
     with matmul_grad.enabled():
-        return outcome(), expected
+        return outcome(lambda: call(op))
 
 
-def assert_agrees(kind: str, call: Callable[[], list[Tensor]]) -> None:
-    actual, expected = both(call)
+def by_function(op: OpInfo, call: Callable[[Product], list[Tensor]]) -> Any:
+    return outcome(lambda: call(FUNCTIONS[op.name]))
+
+
+def assert_agrees(kind: str, op: OpInfo, call: Callable[[Product], list[Tensor]], way: Way = by_switch) -> None:
+    actual, expected = way(op, call), outcome(lambda: call(op))
     ran[kind] += 1
     if not isinstance(expected, list) or not isinstance(actual, list):
         assert actual == expected, kind
@@ -148,33 +161,46 @@ def assert_agrees(kind: str, call: Callable[[], list[Tensor]]) -> None:
         )
 
 
-@pytest.mark.parametrize(("op", "dtype"), CASES)
-def test_samples(op: OpInfo, dtype: torch.dtype) -> None:
+def assert_samples_agree(op: OpInfo, dtype: torch.dtype, way: Way) -> None:
     differentiable = dtype in op.supported_backward_dtypes("cpu")
     torch.manual_seed(0)
     samples = list(op.sample_inputs("cpu", dtype, requires_grad=False))
-    before = matmul_grad.info()["accelerated"]
     assert samples
     for sample in samples:
-        assert_agrees("results", functools.partial(results, op, sample))
+        assert_agrees("results", op, functools.partial(results, sample=sample), way)
         if differentiable and op.supports_autograd:
             second = dtype == torch.float64 and op.supports_gradgrad
             kind = "gradients of both orders" if second else "gradients"
-            assert_agrees(kind, functools.partial(gradients, op, sample, second))
+            assert_agrees(kind, op, functools.partial(gradients, sample=sample, second=second), way)
         if differentiable and op.supports_forward_ad:
-            assert_agrees("tangents", functools.partial(tangents, op, sample))
+            assert_agrees("tangents", op, functools.partial(tangents, sample=sample), way)
+
+
+@pytest.mark.parametrize(("op", "dtype"), CASES)
+def test_samples(op: OpInfo, dtype: torch.dtype) -> None:
+    before = matmul_grad.info()["accelerated"]
+    assert_samples_agree(op, dtype, by_switch)
     if op.name in OURS[0] and dtype in OURS[1]:
         assert matmul_grad.info()["accelerated"] != before, "none of it ran on these kernels"
+
+
+@pytest.mark.parametrize(("op", "dtype"), [case for case in CASES if case.values[0].name in FUNCTIONS])
+def test_samples_by_function(op: OpInfo, dtype: torch.dtype) -> None:
+    """Strict for the dtypes that have kernels: so each ran on them."""
+    with matmul_grad.strict() if dtype in OURS[1] else contextlib.nullcontext():
+        assert_samples_agree(op, dtype, by_function)
 
 
 def test_error_inputs() -> None:
     """Those that torch has; of these operators most have none, and test_override_errors.py has a table of its own."""
     for op in OPERATORS:
         for error in op.error_inputs("cpu") if op.error_inputs_func is not None else ():
-            actual, expected = both(functools.partial(results, op, error.sample_input))
+            call = functools.partial(results, sample=error.sample_input)
+            expected = outcome(functools.partial(call, op))
             assert isinstance(expected, tuple)
-            assert actual == expected
-            ran["errors"] += 1
+            for way in (by_switch, by_function) if op.name in FUNCTIONS else (by_switch,):
+                assert way(op, call) == expected
+                ran["errors"] += 1
 
 
 def test_every_operator_is_there() -> None:

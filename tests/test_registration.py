@@ -47,20 +47,24 @@ def assert_runs(code: str, *options: str, arguments: tuple[str, ...] = (), quiet
 # --- registration -------------------------------------------------------------------------------------------
 
 
-def test_compiled_kernels_are_registered() -> None:
+@pytest.mark.parametrize("name", [*ops.PRODUCTS, "mm_backward"])
+def test_compiled_kernels_are_registered(name: str) -> None:
     assert ops.native_status() == ""
-    dump = torch._C._dispatch_dump("matmul_grad::mm")
+    dump = torch._C._dispatch_dump(f"matmul_grad::{name}")
     for key in ("CPU", "AutogradCPU"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key("matmul_grad::mm", key)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"matmul_grad::{name}", key)
         assert f"\n{key}: registered at matmul_grad:0" in dump, dump
 
 
 def test_schemas() -> None:
     assert str(MM.default._schema) == "matmul_grad::mm(Tensor self, Tensor mat2) -> Tensor"
+    for name in ("addmm", "baddbmm"):
+        schema = str(getattr(torch.ops.matmul_grad, name).default._schema)
+        assert schema.endswith(" *, float beta=1., float alpha=1.) -> Tensor")
     assert str(MM_BACKWARD.default._schema) == (
         "matmul_grad::mm_backward(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)"
     )
-    for operator in (MM.default, MM_BACKWARD.default):
+    for operator in (*(getattr(torch.ops.matmul_grad, name).default for name in ops.PRODUCTS), MM_BACKWARD.default):
         assert torch.Tag.pt2_compliant_tag in operator.tags
         assert torch.Tag.needs_fixed_stride_order in operator.tags
 
@@ -74,6 +78,42 @@ def test_opcheck_mm(transposed: bool, needs: bool) -> None:
     checked = opcheck(MM, tuple(x.detach().requires_grad_(needs) for x in operands))
     assert set(checked.values()) == {"SUCCESS"}
     assert len(checked) == 4
+
+
+def batches(*shape: int, seed: int) -> Tensor:
+    return normal(1, torch.Size(shape).numel(), DOUBLE, seed).view(shape)
+
+
+OPERANDS = {
+    "bmm": lambda: (batches(2, 3, 4, seed=1), batches(2, 4, 2, seed=2).mT.contiguous().mT),
+    "addmm": lambda: (batches(2, seed=3), *pair()),
+    "baddbmm": lambda: (batches(3, 1, seed=3), batches(2, 3, 4, seed=1), batches(2, 4, 2, seed=2)),
+}
+
+
+@compiles
+@pytest.mark.parametrize("needs", [True, False], ids=["requires_grad", "constants"])
+@pytest.mark.parametrize(("name", "scales"), [("bmm", {}), ("addmm", {}), ("baddbmm", {"beta": 0.5, "alpha": 2.0})])
+def test_opcheck(name: str, scales: dict[str, float], needs: bool) -> None:
+    operands = tuple(x.detach().requires_grad_(needs) for x in OPERANDS[name]())
+    checked = opcheck(getattr(torch.ops.matmul_grad, name), operands, scales)
+    assert set(checked.values()) == {"SUCCESS"}
+    assert len(checked) == 4
+
+
+def test_opcheck_scaled_mm() -> None:
+    a, one = torch.ones(16, 32).to(torch.float8_e4m3fn), torch.tensor(1.0)
+    checks = "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"  # test_schema multiplies by 0
+    checked = opcheck(torch.ops.matmul_grad.scaled_mm, (a, a.t(), one, one, torch.bfloat16), test_utils=checks)
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+def test_every_operator_is_checked() -> None:
+    """Those with a name of their own; the others are ways of theirs into Python."""
+    public = {name for name in dir(torch.ops.matmul_grad) if not name.startswith("_")} - {"name"}
+    known = torch._C._dispatch_get_all_op_names()
+    public |= {name.split("::")[1] for name in known if name.startswith("matmul_grad::") and "::_" not in name}
+    assert public == {"mm", "mm_backward", "scaled_mm", *OPERANDS}
 
 
 @compiles
@@ -380,6 +420,24 @@ without = replace(host.cpu(), halves=False)
 host.cpu = lambda isa=None: without
 for cached in (native.config, native.supports):
     cached.cache_clear()
+for name in ("bmm", "addmm", "baddbmm"):
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"matmul_grad::{name}", "CPU")
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        one, many = normal(3, 4, dtype, 1), normal(12, 4, dtype, 2).view(3, 4, 4)
+        operands = (many, many.mT) if "bmm" in name else (one, one.t())
+        scales = {"beta": 0.5, "alpha": 2.0} if "add" in name else {}
+        operands = (normal(1, 1, dtype, 3), *operands) if scales else operands
+        with matmul_grad.strict():
+            ours = getattr(matmul_grad, name)(*operands, **scales)
+        torch.testing.assert_close(ours, getattr(torch, name)(*operands, **scales))
+    operands = tuple(x.double().requires_grad_() for x in operands)
+    assert torch.autograd.gradcheck(getattr(matmul_grad, name), operands)
+    assert torch.autograd.gradgradcheck(getattr(matmul_grad, name), operands)
+for args in ((torch.ones(2), torch.ones(3, 2), torch.ones(3, 2)), (torch.ones(5), torch.ones(3, 2), torch.ones(2, 2)),
+             (torch.ones(2), torch.ones(1, 3, 2), torch.ones(1, 2, 2)), [torch.ones(2, 2).int()] * 3):
+    assert outcome(matmul_grad.addmm, *args) == outcome(torch.addmm, *args), args
+torch.testing.assert_close(matmul_grad.bmm(torch.ones(2, 3, 0), torch.ones(2, 0, 4)), torch.zeros(2, 3, 4))
+
 h = normal(3, 4, torch.float16, 1)
 assert_same_bits(matmul_grad.mm(h, h.t()), torch.mm(h, h.t()))
 with matmul_grad.strict():

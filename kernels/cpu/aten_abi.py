@@ -12,15 +12,26 @@ from collections.abc import Callable
 
 from numba.core import types
 
-from .memory import INT64, bits_of, call_address, get, jit, next_number, number_of, put, stack_words, text
+from .call import (
+    FLOAT32,
+    FLOAT64,
+    NOT_OURS,
+    OURS,
+    TORCHS_TO_SAY,
+    allocate,
+    fit,
+    is_empty,
+    last,
+    last_stride,
+    put_input,
+    put_operands,
+    put_sizes,
+    shape_words,
+    weighed,
+)
+from .memory import INT64, bits_of, call_address, get, jit, next_number, put, stack_words, text
 from .product import (
-    A_BS,
-    A_CS,
-    A_RS,
     ALPHA,
-    B_BS,
-    B_CS,
-    B_RS,
     BATCH,
     BETA,
     C_BS,
@@ -30,12 +41,8 @@ from .product import (
     I_CS,
     I_RS,
     INPUT,
-    ONE,
     PRODUCT,
-    A,
-    B,
     C,
-    K,
     M,
     N,
 )
@@ -45,12 +52,10 @@ from .shims import (
     DTYPE,
     answer,
     check_fail,
-    data_of,
     delete_library,
     delete_tensor,
     describe,
     driver_of,
-    empty_strided,
     facts,
     init_impl,
     library_impl,
@@ -68,7 +73,6 @@ from .state import (
     ACCELERATED,
     CODES,
     COUNTS,
-    DTYPE_CODES,
     HANDED_OVER,
     NOT_ACCELERATED,
     OPERATORS,
@@ -86,60 +90,12 @@ NONE, DOUBLE, INT = 0, 3, 5  # tags of c10::IValue
 
 NEW, OUT, IN_PLACE = range(3)  # where the result goes
 
-# What is to become of a call: a product of ours; torch's own kernel, since there is nothing to multiply or something
-# is wrong; torch's own kernel, since ours do not take it.
-OURS, TORCHS_TO_SAY, NOT_OURS = range(3)
-
-LARGEST = 3.4028234663852886e38  # of float32: torch refuses a larger alpha or beta, unless the product is in float64
-FLOAT32, FLOAT64 = DTYPE_CODES["float32"], DTYPE_CODES["float64"]
-
-
 linked_product = types.ExternalFunction("matmul_grad_aten_product", PRODUCT_SIGNATURE)
 call_gemm = call_address(3)
 call_boxed = call_address(4)
 product_words = stack_words(PRODUCT)
-shape_words = stack_words(6)
 handle_word = stack_words(1)
 aten, cpu, matmul_grad = (text(name) for name in ("aten", "CPU", "matmul_grad"))
-
-
-@jit
-def last(about, dim, rank):
-    """Size of dimension ``dim`` of ``rank``, counted so that a batch comes first; 1 where there is no such one."""
-    index = dim - 3 + rank
-    return size(about, index) if index >= 0 else 1
-
-
-@jit
-def last_stride(about, dim, rank):
-    index = dim - 3 + rank
-    return stride(about, index) if index >= 0 else 0
-
-
-@jit
-def fit(about_a, about_b, rank):
-    """Two (batches of) matrices of one dtype whose sizes agree: torch says what is wrong with any others."""
-    if get(about_a, DIM) != rank or get(about_b, DIM) != rank or word(about_a + 8 * DTYPE) != word(about_b + 8 * DTYPE):
-        return False
-    return last(about_a, 0, rank) == last(about_b, 0, rank) and last(about_a, 2, rank) == last(about_b, 1, rank)
-
-
-@jit
-def put_operands(words, about_a, about_b, rank):
-    put(words, BATCH, last(about_a, 0, rank))
-    put(words, M, last(about_a, 1, rank))
-    put(words, K, last(about_a, 2, rank))
-    put(words, N, last(about_b, 2, rank))
-    put(words, A, get(about_a, DATA))
-    put(words, A_BS, last_stride(about_a, 0, rank))
-    put(words, A_RS, last_stride(about_a, 1, rank))
-    put(words, A_CS, last_stride(about_a, 2, rank))
-    put(words, B, get(about_b, DATA))
-    put(words, B_BS, last_stride(about_b, 0, rank))
-    put(words, B_RS, last_stride(about_b, 1, rank))
-    put(words, B_CS, last_stride(about_b, 2, rank))
-    put(words, INPUT, 0)
-    put(words, ALPHA, ONE)
 
 
 @jit
@@ -154,44 +110,13 @@ def number(slot, target):
 
 
 @jit
-def is_too_large(bits, dtype):
-    return dtype != FLOAT64 and LARGEST < abs(number_of(bits)) < float("inf")
-
-
-@jit
-def expanded_stride(about, from_end, wanted):
-    """Stride of a dimension expanded to ``wanted``; -1 where it cannot be."""
-    index = get(about, DIM) - 1 - from_end
-    if index < 0:
-        return 0
-    if size(about, index) == wanted:
-        return stride(about, index)
-    return 0 if size(about, index) == 1 else -1
-
-
-@jit
-def put_input(words, about, rank):
-    """Describe what is added; False where it cannot be expanded to the result."""
-    put(words, INPUT, get(about, DATA))
-    put(words, I_CS, expanded_stride(about, 0, get(words, N)))
-    put(words, I_RS, expanded_stride(about, 1, get(words, M)))
-    put(words, I_BS, expanded_stride(about, 2, get(words, BATCH)))
-    return get(about, DIM) <= rank and min(get(words, I_CS), get(words, I_RS), get(words, I_BS)) >= 0
-
-
-@jit
 def added(slots, words, about, dtype, rank):
     """Read input, beta and alpha of an addmm into ``words``; what is to become of it."""
     if not describe(slots, about) or word(about + 8 * DTYPE) != dtype or not put_input(words, about, rank):
         return TORCHS_TO_SAY
     if not number(slots + 3 * SLOT, words + 8 * BETA) or not number(slots + 4 * SLOT, words + 8 * ALPHA):
         return NOT_OURS
-    beta, alpha = get(words, BETA), get(words, ALPHA)
-    if is_too_large(beta, dtype) or is_too_large(alpha, dtype) or number_of(alpha) == 0.0:
-        return TORCHS_TO_SAY  # alpha = 0 leaves the product out, even where it is NaN
-    if number_of(beta) == 0.0:
-        put(words, INPUT, 0)
-    return OURS
+    return weighed(words, dtype)
 
 
 @jit
@@ -199,20 +124,6 @@ def sizes_agree(words, about, rank):
     if get(about, DIM) != rank or last(about, 0, rank) != get(words, BATCH):
         return False
     return last(about, 1, rank) == get(words, M) and last(about, 2, rank) == get(words, N)
-
-
-@jit
-def put_sizes(words, target, rank):
-    """Sizes of the result; behind three words, its strides if it is contiguous."""
-    m, n, at = get(words, M), get(words, N), target
-    if rank == 3:
-        put(target, 0, get(words, BATCH))
-        put(target, 3, m * n)
-        at = target + 8
-    put(at, 0, m)
-    put(at, 1, n)
-    put(at, 3, n)
-    put(at, 4, 1)
 
 
 @jit
@@ -283,20 +194,6 @@ def written_to(out, words, about, about_a, about_b, about_input, dtype, rank, re
 
 
 @jit
-def allocate(words, dtype, rank):
-    """A handle of a new contiguous result; 0 where torch has no memory for it."""
-    sizes, handle = shape_words(), answer()
-    put_sizes(words, sizes, rank)
-    if empty_strided(rank, sizes, sizes + 8 * 3, dtype, 0, 0, handle) != 0:
-        return 0
-    put(words, C, data_of(get(handle, 0)))
-    put(words, C_BS, get(words, M) * get(words, N))
-    put(words, C_RS, get(words, N))
-    put(words, C_CS, 1)
-    return get(handle, 0)
-
-
-@jit
 def drop(slot):
     """Give back the tensor in a slot: a handle takes it over and is deleted."""
     handle = new(8)
@@ -329,7 +226,7 @@ def look(slots, words, about_a, about_b, about_input, about_out, rank, adds, res
     if driver_of(dtype) == NOT_ACCELERATED:
         return NOT_OURS
     put_operands(words, about_a, about_b, rank)
-    if get(words, M) == 0 or get(words, N) == 0 or get(words, K) == 0 or get(words, BATCH) == 0:
+    if is_empty(words):
         return TORCHS_TO_SAY
     if adds:
         outcome = added(slots, words, about_input, dtype, rank)

@@ -21,7 +21,17 @@ import torch
 from . import build, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose
 from .product import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, I_BS, I_CS, I_RS, INPUT, PRODUCT
-from .state import ABI_VERSION, AUTOGRAD_KEY, DTYPE_CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, PYTHON_KEY, raised
+from .state import (
+    ABI_VERSION,
+    AUTOGRAD_KEY,
+    DTYPE_CODES,
+    GEMMS,
+    NOT_ACCELERATED,
+    NOT_LOADED,
+    OPERATORS,
+    PYTHON_KEY,
+    raised,
+)
 from .state import words as state
 
 # Entry points of torch's stable C ABI that torch_abi.py calls.
@@ -171,22 +181,22 @@ def load_entries(name: str, kernels: Callable[[], build.Kernels], linked: Mappin
 
 
 def register() -> None:
-    """Put the compiled entries under ``matmul_grad::mm`` and its backward for the keys CPU and AutogradCPU.
+    """Put the compiled entries under the operators of ``matmul_grad`` for the keys CPU and AutogradCPU.
 
     Raises Unavailable as ``symbols`` does.
     """
     with _lock:
         linked = symbols(MANGLED)
         loaded = load_entries("torch_abi", _entries, linked)
-        for name in ("mm", "mm_backward"):
+        for name in (*OPERATORS, "mm_backward"):
             _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
 
 
 def _entries() -> build.Kernels:
-    from .torch_abi import KERNELS
+    from . import function_abi, torch_abi
 
-    return KERNELS
+    return torch_abi.KERNELS | function_abi.KERNELS
 
 
 @functools.cache

@@ -1,0 +1,269 @@
+"""Linear, convert and restore: the same module in all but what computes it, and back."""
+
+import copy
+import io
+import logging
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import matmul_grad
+from matmul_grad.testing import assert_same_bits
+
+compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+
+class Mlp(nn.Module):
+    """Layers by names, in lists, without bias, one used twice, and tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8, bias=False), nn.GELU()) for _ in range(2)])
+        self.again = self.first
+        self.embedding = nn.Embedding(5, 8)
+        self.head = nn.Linear(8, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.again(x[..., :6]))
+
+
+NAMES = ["first", "blocks.0.0", "blocks.1.0", "head"]
+
+
+def seeded(make: Callable[..., nn.Module], *arguments: Any, **named: Any) -> Any:
+    torch.manual_seed(0)
+    return make(*arguments, **named)
+
+
+def step(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """The result, and the gradient of every parameter."""
+    model.zero_grad()
+    c = model(*inputs)
+    c.sin().sum().backward()
+    return [c.detach(), *(x.grad for x in model.parameters())]
+
+
+def strictly(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    with matmul_grad.strict():
+        return step(model, *inputs)
+
+
+def everything(model: nn.Module) -> dict[str, Any]:
+    """Each module with its class and all that it holds, by identity."""
+    return {name: (type(module), dict(vars(module))) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+# --- the module ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [{}, {"bias": False}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
+def test_linear_is_torchs_module(named: dict[str, Any]) -> None:
+    ours, torchs = seeded(matmul_grad.Linear, 7, 5, **named), seeded(nn.Linear, 7, 5, **named)
+    assert isinstance(ours, nn.Linear)
+    assert repr(ours) == repr(torchs)
+    assert list(ours.state_dict()) == list(torchs.state_dict())
+    for one, other in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert (one.dtype, one.device, one.shape) == (other.dtype, other.device, other.shape)
+        if one.device.type != "meta":
+            assert_same_bits(one.detach(), other.detach())
+    ours.load_state_dict(torchs.state_dict(), assign=True)
+    if named.get("device") != "meta":
+        x = torch.randn(2, 3, 7, dtype=named.get("dtype"))
+        torch.testing.assert_close(strictly(ours, x), step(torchs, x))
+
+
+def test_a_layer_that_is_reset_draws_as_torchs() -> None:
+    ours, torchs = matmul_grad.Linear(7, 5), nn.Linear(7, 5)
+    for layer in (ours, torchs):
+        torch.manual_seed(3)
+        layer.reset_parameters()
+    assert_same_bits(ours.weight.detach(), torchs.weight.detach())
+
+
+def test_on_meta_and_then_on_cpu() -> None:
+    layer = nn.utils.skip_init(matmul_grad.Linear, 4, 3)
+    assert type(layer) is matmul_grad.Linear
+    assert layer.weight.device.type == "cpu"
+
+
+# --- convert and restore ------------------------------------------------------------------------------------
+
+
+def test_convert_swaps_in_place_and_restore_undoes_it() -> None:
+    model = seeded(Mlp).eval()
+    x, before, shown, state = torch.randn(3, 6), everything(model), repr(model), list(model.state_dict())
+    expected = step(model, x)
+    assert matmul_grad.convert(model) is model
+    assert matmul_grad.converted(model) == NAMES
+    assert all(isinstance(model.get_submodule(name), matmul_grad.Linear) for name in NAMES)
+    torch.testing.assert_close(strictly(model, x), expected)
+    now = everything(model)
+    assert {name: held for name, (_, held) in now.items()} == {name: held for name, (_, held) in before.items()}
+    assert repr(model) == shown
+    assert list(model.state_dict()) == state
+    assert model.head.weight is model.embedding.weight
+    assert model.again is model.first
+    assert matmul_grad.convert(model) is model  # twice is once
+    assert matmul_grad.restore(model) is model
+    assert everything(model) == before
+    assert matmul_grad.converted(model) == []
+    torch.testing.assert_close(step(model, x), expected, rtol=0, atol=0)
+    assert everything(matmul_grad.restore(model)) == before
+
+
+def test_it_says_what_it_swaps(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="matmul_grad"):
+        matmul_grad.convert(seeded(Mlp))
+        matmul_grad.convert(nn.Linear(2, 3))
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        *(f"converted {name}" for name in NAMES), "converted the model"
+    ]  # fmt: skip
+
+
+def test_filter_is_asked_of_each_module_by_name() -> None:
+    model, asked = seeded(Mlp), []
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        asked.append((name, model.get_submodule(name) is module))
+        return name.startswith("blocks")
+
+    matmul_grad.convert(model, filter=wanted)
+    assert asked == [(name, True) for name in NAMES]
+    assert matmul_grad.converted(model) == ["blocks.0.0", "blocks.1.0"]
+    assert type(model.first) is type(model.head) is nn.Linear
+
+
+def test_what_is_not_torchs_own_linear_is_left() -> None:
+    class Special(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    patched = nn.Linear(3, 3)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    built = matmul_grad.Linear(3, 3)
+    model = nn.Sequential(Special(3, 3), nn.LazyLinear(3), patched, built, nn.Bilinear(3, 3, 3))
+    classes = [type(module) for module in model]
+    matmul_grad.convert(model)
+    assert [type(module) for module in model] == classes
+    assert matmul_grad.converted(model) == []
+    matmul_grad.restore(model)
+    assert [type(module) for module in model] == classes
+
+
+def test_hooks_stay() -> None:
+    model, seen = nn.Sequential(nn.Linear(4, 3)), []
+    handle = model[0].register_forward_hook(lambda module, args, out: seen.append("forward") or out * 2)
+    model[0].register_forward_pre_hook(lambda module, args: seen.append("before"))
+    model[0].register_full_backward_hook(lambda module, grads, out: seen.append("backward"))
+    x = torch.randn(2, 4, requires_grad=True)
+    expected = step(model, x)
+    seen.clear()
+    torch.testing.assert_close(strictly(matmul_grad.convert(model), x), expected)
+    assert seen == ["before", "forward", "backward"]
+    handle.remove()
+    torch.testing.assert_close(model(x) * 2, expected[0])
+
+
+@pytest.mark.parametrize("parametrization", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrizations_stay(parametrization: str) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    getattr(parametrizations, parametrization)(model[0])
+    model.eval()
+    before, kind, expected = everything(model), type(model[0]), step(model, x)
+    shared = copy.deepcopy(model)  # of the same generated class
+    torch.testing.assert_close(strictly(matmul_grad.convert(model), x), expected)
+    assert matmul_grad.converted(model) == ["0"]
+    assert repr(model) == repr(shared)
+    assert type(shared[0]) is kind
+    assert not isinstance(shared[0], matmul_grad.Linear)
+    assert parametrize.is_parametrized(model[0], "weight")
+    torch.testing.assert_close(strictly(copy.deepcopy(model), x), expected)
+    matmul_grad.restore(model)
+    assert everything(model).keys() == before.keys()
+    assert type(model[0]) is kind
+    torch.testing.assert_close(step(model, x), expected, rtol=0, atol=0)
+    parametrize.remove_parametrizations(matmul_grad.convert(model)[0], "weight")
+    torch.testing.assert_close(strictly(model, x)[0], expected[0])
+    assert type(matmul_grad.restore(model)[0]) is nn.Linear
+
+
+def test_parametrized_after_it_was_converted() -> None:
+    model, x = matmul_grad.convert(nn.Sequential(nn.Linear(4, 3))), torch.randn(2, 4)
+    parametrizations.weight_norm(model[0])
+    expected = strictly(model, x)
+    assert matmul_grad.converted(matmul_grad.restore(model)) == []
+    assert type(model[0]).__bases__ == (nn.Linear,)
+    torch.testing.assert_close(step(model, x), expected)
+
+
+def test_the_optimizer_and_the_mode_stay() -> None:
+    model, x = seeded(Mlp), torch.randn(3, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    twin = copy.deepcopy(model)
+    others = torch.optim.SGD(twin.parameters(), lr=0.5)
+    matmul_grad.convert(model)
+    for one, by in ((model, optimizer), (twin, others)):
+        step(one, x)
+        by.step()
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
+    assert model.training
+    assert not matmul_grad.convert(nn.Linear(2, 2).eval()).training
+    assert matmul_grad.convert(nn.Linear(2, 2).to("meta").half()).weight.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "model", [matmul_grad.Linear(6, 5), matmul_grad.convert(seeded(Mlp))], ids=["Linear", "converted"]
+)
+def test_copies(model: nn.Module) -> None:
+    x = torch.randn(3, 6)
+    expected, kinds = strictly(model, x), [type(module) for module in model.modules()]
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
+        assert [type(module) for module in twin.modules()] == kinds
+        assert_same_bits(strictly(twin, x)[0], expected[0])
+        assert matmul_grad.converted(twin) == matmul_grad.converted(model)
+        assert matmul_grad.converted(matmul_grad.restore(twin)) == []
+    assert matmul_grad.converted(model) == matmul_grad.converted(copy.copy(model))
+
+
+def test_a_pickle_is_read_by_a_fresh_process(tmp_path: Any) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(matmul_grad.convert(nn.Sequential(nn.Linear(2, 3))), path)
+    code = f"import torch; print(type(torch.load({str(path)!r}, weights_only=False)[0]).__mro__[1].__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "Linear\n", done.stderr
+
+
+@compiles
+@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+def test_compiled_model(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    model = seeded(Mlp)
+    expected = [step(model, torch.ones(size, 6)) for size in (3, 5)]
+    compiled = torch.compile(matmul_grad.convert(model), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size, torchs in zip((3, 5), expected, strict=True):
+        torch.testing.assert_close(step(compiled, torch.ones(size, 6)), torchs)
+    torch._dynamo.reset()
+
+
+def test_in_training_by_parts_of_torch() -> None:
+    """A transformer layer of torch's: its Linear modules are swapped, the attention's own product is not a module's."""
+    layer, x = seeded(nn.TransformerEncoderLayer, 8, 2, 16, batch_first=True, dropout=0.0), torch.randn(2, 5, 8)
+    expected = step(layer, x)
+    matmul_grad.convert(layer)
+    assert matmul_grad.converted(layer) == ["linear1", "linear2"]
+    torch.testing.assert_close(step(layer, x), expected, rtol=1e-4, atol=1e-5)
