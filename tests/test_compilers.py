@@ -20,6 +20,7 @@ ROWS = torch.export.Dim("rows", min=2, max=64)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning"),
 ]
 
 
@@ -55,8 +56,10 @@ def operators_of(call: Callable[[], object]) -> set[str]:
     return {event.key for event in profile.key_averages()}
 
 
-def accelerated() -> int:
-    return sum(sum(dtypes.values()) for dtypes in matmul_grad.info()["accelerated"].values())
+def accelerated(*operators: str) -> int:
+    """Calls on these kernels, of these operators or of all."""
+    counts = matmul_grad.info()["accelerated"]
+    return sum(sum(counts.get(operator, {}).values()) for operator in operators or counts)
 
 
 LOAD = "import sys, torch\n{}\nprint(torch._inductor.aoti_load_package(sys.argv[1])(torch.ones(3, 16)).shape)"
@@ -118,18 +121,19 @@ def test_the_cpp_wrapper_passes_the_switch_by_and_calls_the_operators() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-def test_max_autotune_keeps_the_products_as_calls() -> None:
+def test_max_autotune_calls_the_operators_and_makes_batches_of_aten_its_own() -> None:
     x = normal(5, 16, torch.float32).requires_grad_()
     of_torch, of_ours = (
         torch.compile(Net(functions), fullgraph=True, mode="max-autotune") for functions in (torch, matmul_grad)
     )
     expected = of_torch(x)
     expected.sum().backward()
-    before = accelerated()
+    before = accelerated("mm"), accelerated("addmm"), accelerated("bmm")
     with matmul_grad.enabled():
         switched = of_torch(x)
         switched.sum().backward()
-    assert accelerated() - before == 3 + 6, "three products, and two gradients of each"
+    assert (accelerated("mm") - before[0], accelerated("addmm") - before[1]) == (5, 1)
+    assert accelerated("bmm") - before[2] <= 3, "some are templates of Inductor's, as it finds them faster"
     of_ours(x).sum().backward()
     ran = operators_of(lambda: of_ours(x).sum().backward())
     torch.testing.assert_close((switched, of_ours(x)), (expected, expected))
