@@ -48,17 +48,17 @@ print(all(getattr(torch.ops.matmul_grad, name).default in known for name in shar
 """
 
 
-@pytest.mark.parametrize("first", ["torch.distributed.tensor", "matmul_grad"])
-def test_sharding_is_told_in_either_order(first: str) -> None:
-    assert run(f"import torch, {first}\nfrom matmul_grad import sharding\n{SHARDS}") == "True\n"
+def test_import_leaves_distributed_alone_and_tells_it_when_it_comes() -> None:
+    code = "import sys, torch, matmul_grad\nprint([m for m in sys.modules if m.startswith('torch.distributed.tensor')])"
+    assert run(f"{code}\nfrom matmul_grad import sharding\n{SHARDS}") == "[]\nTrue\n"
+
+
+def test_sharding_is_told_where_dtensor_was_before() -> None:
+    code = "import torch, torch.distributed.tensor, matmul_grad\nfrom matmul_grad import sharding\n"
+    assert run(code + SHARDS) == "True\n"
 
 
 def test_sharding_is_told_where_the_compiler_brings_dtensor() -> None:
     """torch._dynamo imports it halfway through its own import."""
-    compiles = "import torch, matmul_grad, torch._dynamo\nfrom matmul_grad import sharding\n"
-    assert run(compiles + SHARDS) == "True\n"
-
-
-def test_import_leaves_distributed_alone() -> None:
-    code = "import sys, torch, matmul_grad\nprint([m for m in sys.modules if m.startswith('torch.distributed.tensor')])"
-    assert run(code) == "[]\n"
+    code = "import torch, matmul_grad, torch._dynamo\nfrom matmul_grad import sharding\n"
+    assert run(code + SHARDS) == "True\n"
