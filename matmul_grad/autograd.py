@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from . import strictness
+from . import cuda, strictness
 from .ops import (
     DTYPES,
     PRODUCTS,
@@ -198,6 +198,8 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
             return torchs(self, mat2)  # which says so
         if self.device.type == "cpu":
             native_status()
+        elif self.is_cuda:
+            cuda.status()
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
         if recorded or may_have_tangents():
             return with_graph(_record, self, mat2)

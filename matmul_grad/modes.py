@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+from .kernels.cpu import table
 from .kernels.gpu import modes
 
 FLOAT32 = ("ieee", "tf32x3")
@@ -30,16 +31,19 @@ def deterministic(*, batch_invariant: bool = False) -> Iterator[None]:
     ...     torch.equal(matmul_grad.mm(a, b)[:2], matmul_grad.mm(a[:2], b))
     True
     """
-    global _invariant
-    with _lock:
-        _invariant += batch_invariant
-        modes.invariant = _invariant > 0
+    _change(int(batch_invariant))
     try:
         yield
     finally:
-        with _lock:
-            _invariant -= batch_invariant
-            modes.invariant = _invariant > 0
+        _change(-int(batch_invariant))
+
+
+def _change(by: int) -> None:
+    global _invariant
+    with _lock:
+        _invariant += by
+        modes.invariant = _invariant > 0
+        table.words[table.MODE] = modes.invariant
 
 
 @contextlib.contextmanager

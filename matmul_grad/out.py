@@ -36,7 +36,7 @@ def into(name: str, operands: Operands, scales: Scales, out_dtype: torch.dtype |
         if out.shape != (*mat1.shape[:-1], mat2.shape[-1]):
             own = torch.bmm if mat1.dim() == 3 else torch.mm
             own(mat1[..., :0], mat2[..., :0, :], out=out)  # resizes it, with torch's warning
-        if _can_write(out, operands):
+        if can_write(out, operands):
             return _written(out, operands, scales)
         strictness.hand_over(mat1, mat2)
     more = {key: value for key, value in (("out_dtype", out_dtype), ("out", out)) if value is not None}
@@ -83,7 +83,7 @@ def _written(out: Tensor, operands: Operands, scales: Scales) -> Tensor:
     return out
 
 
-def _can_write(out: Tensor, operands: Operands) -> bool:
+def can_write(out: Tensor, operands: Operands) -> bool:
     """Whether ``out`` keeps its elements apart, and from those of the operands; it may be what is added."""
     *inputs, mat1, mat2 = operands
     shared = [

@@ -1,9 +1,7 @@
 """The switch: torch's own matrix products on these kernels.
 
-Only the kernels under aten's CPU key change. Whatever reaches them, from torch.nn, einsum, torch's own backward
-formulas or compiled code, runs on the kernels of this package; all that lies above that key stays torch's.
-
-CUDA has its place beside CPU in ``take_over`` and ``give_back``, and nothing there yet.
+Only the kernels under aten's keys CPU and CUDA change. Whatever reaches them, from torch.nn, einsum, torch's own
+backward formulas or compiled code, runs on the kernels of this package; all that lies above those keys stays torch's.
 """
 
 from __future__ import annotations
@@ -11,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from .kernels.cpu import state
+from .override_cuda import Switch, calls
 
 __all__ = ["disable", "enable", "enabled", "info"]
 
 _lock = threading.RLock()
+_cuda = Switch()
 _blocks: list[list[bool]] = []  # of the open enabled() blocks, in order: whether the switch was on before
 
 
@@ -34,17 +37,38 @@ def is_on() -> bool:
 
 
 def _set(on: bool) -> None:
-    if on == is_on():
-        return
+    """On or off everywhere; where an error says that it cannot be on, it is as it was."""
+    was = is_on()
+    try:
+        if on:
+            _take_over()
+    except BaseException:
+        if not was:
+            _give_back()
+        raise
+    if not on:
+        _give_back()
+
+
+def _take_over() -> None:
     from .kernels.cpu import native, switch
 
-    if not on:
-        switch.give_back()
-        return
     try:
-        switch.take_over()
+        if not is_on():
+            switch.take_over()
     except native.Unavailable as reason:
         raise RuntimeError(f"matmul_grad.enable(): torch's own products cannot be replaced here: {reason}") from None
+    if not _cuda.is_on() and torch.cuda.is_available():
+        _cuda.take_over()
+
+
+def _give_back() -> None:
+    if _cuda.is_on():
+        _cuda.give_back()
+    if is_on():
+        from .kernels.cpu import switch
+
+        switch.give_back()
 
 
 def enable() -> None:
@@ -54,11 +78,12 @@ def enable() -> None:
 
     shapes      as torch's
     strides     any, read as they are; results lie as torch's do
-    dtypes      float16, bfloat16, float32, float64 on CPU; the rest stays torch's
+    dtypes      float16, bfloat16, float32, float64 on CPU and CUDA; the rest stays torch's
     aliasing    as torch's; an ``out`` that overlaps an operand is left to torch
-    rounding    accumulated in float32 (float64 for float64); 16-bit results are rounded once, after the addition
+    rounding    accumulated in float32 (float64 for float64); 16-bit results are rounded once, after the addition, on
+                a GPU before it and after it
     errors      torch's own, raised by torch's own kernels
-    determinism the same bits for any m, n, batch, strides and number of threads
+    determinism on CPU the same bits for any m, n, batch, strides and number of threads
     source      docs/design.md, "The switch"
 
     For all threads of the process, and only once if called again. Where torch is of a version that is not known,
@@ -135,10 +160,12 @@ def info() -> dict[str, Any]:
     1
     """
     outcomes = {"accelerated": state.ACCELERATED, "handed_over": state.HANDED_OVER}
-    return {"on": ["cpu"] if is_on() else []} | {
-        name: {operator: dtypes for operator in state.OPERATORS if (dtypes := state.calls(operator, outcome))}
-        for name, outcome in outcomes.items()
-    }
+    devices = {"cpu": is_on(), "cuda": _cuda.is_on()}
+    found: dict[str, Any] = {"on": [device for device, on in devices.items() if on]}
+    for outcome, code in outcomes.items():
+        sums = {name: Counter(state.calls(name, code)) + calls[name, outcome] for name in state.OPERATORS}
+        found[outcome] = {name: dict(dtypes) for name, dtypes in sums.items() if dtypes}
+    return found
 
 
 if hasattr(os, "register_at_fork"):  # a child must not find the lock taken by a thread that it has not

@@ -62,8 +62,10 @@ def test_examples_give_what_they_say(name: str) -> None:
 
 
 def public_functions(module: ModuleType) -> dict[str, object]:
+    """Of the package itself its classes too."""
     named = {name: getattr(module, name) for name in getattr(module, "__all__", ())}
-    return {name: value for name, value in named.items() if inspect.isfunction(value)}
+    wanted = callable if module is matmul_grad else inspect.isfunction
+    return {name: value for name, value in named.items() if wanted(value)}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -74,7 +76,17 @@ def test_public_functions_have_an_example(name: str) -> None:
 
 
 def test_public_functions_are_found() -> None:
-    assert set(public_functions(matmul_grad)) >= {"mm", "mm_backward", "strict"}
+    assert set(public_functions(matmul_grad)) == set(matmul_grad.__all__) >= {"mm", "strict", "Linear", "convert"}
+
+
+def test_a_public_function_without_an_example_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def function() -> None:
+        """No example."""
+
+    monkeypatch.setattr(matmul_grad, "mm", function)
+    monkeypatch.setattr(matmul_grad, "Linear", type("Class", (), {"__doc__": "No example."}))
+    with pytest.raises(AssertionError, match="Linear, mm"):
+        test_public_functions_have_an_example("matmul_grad")
 
 
 def test_figures_of_readme_come_from_kept_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """bmm, addmm, baddbmm, matmul and linear as functions: exact integers, ``out=``, what torch means by the rest."""
 
+import contextlib
+import gc
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 import matmul_grad
+from matmul_grad.ops import raised
 from matmul_grad.testing import DTYPES, STRIDINGS, assert_same_bits, assert_within_budget, integers, lay_out, normal
 
 DOUBLE = torch.float64
@@ -472,3 +475,26 @@ def test_an_error_of_a_hook_passes_through() -> None:
         found = [x.requires_grad_() for x in operands(name)]
         with pytest.raises(KeyError, match="as raised"), torch.autograd.graph.saved_tensors_hooks(stop, stop):
             ours(*found)
+
+
+def test_no_call_keeps_its_operands() -> None:
+    """Done, handed over, refused or failed, with a graph or without: afterwards each tensor is held once, as before."""
+    one, i, a, b = torch.ones, torch.ones(4, 5), torch.ones(4, 3), torch.ones(3, 5)
+    calls: list[tuple[str, tuple[Tensor, ...], dict[str, Any]]] = [
+        ("addmm", (i, a, b), {}), ("addmm", (i, a, b), {"beta": 0}), ("addmm", (i, a, b), {"alpha": 0}),
+        ("addmm", (i, a, a), {}), ("addmm", (one(7), a, b), {}), ("addmm", (i.double(), a, b), {}),
+        ("addmm", (i.int(), a.int(), b.int()), {}), ("addmm", (i, a[:, :0], b[:0]), {}),
+        ("addmm", (i, a.clone().requires_grad_(), b), {}), ("addmm", (i, a.clone().requires_grad_(), a), {}),
+        ("bmm", (a[None], b[None]), {}), ("bmm", (a[None], a[None]), {}), ("bmm", (a[None].int(), b[None].int()), {}),
+        ("baddbmm", (i, a[None], b[None]), {}), ("baddbmm", (i, a[None], a[None]), {}),
+        ("baddbmm", (i[None].int(), a[None].int(), b[None].int()), {}),
+    ]  # fmt: skip
+    for strictly, (name, operands, scales) in itertools.product((False, True), calls):
+        before = [x._use_count() for x in operands]
+        for call in (getattr(matmul_grad, name), getattr(torch.ops.matmul_grad, name)):
+            with matmul_grad.strict() if strictly else contextlib.nullcontext(), contextlib.suppress(RuntimeError):
+                assert call(*operands, **scales)._use_count() == 1
+        raised.error = None  # the last exception, which a bare operator leaves for the next function
+        if [x._use_count() for x in operands] != before:
+            gc.collect()  # exceptions and their frames hold each other
+        assert [x._use_count() for x in operands] == before, (name, operands, scales, strictly)

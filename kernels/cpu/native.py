@@ -17,18 +17,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from . import build, host
+from . import build, host, table
 from .config import WORKSPACE_SLOTS, BlockConfig, choose
 from .product import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, I_BS, I_CS, I_RS, INPUT, PRODUCT
 from .state import (
     ABI_VERSION,
     AUTOGRAD_KEY,
     DTYPE_CODES,
+    FUNCTIONALIZE_KEY,
+    FUNCTORCH_KEY,
     GEMMS,
+    KEYS_AT,
     NOT_ACCELERATED,
     NOT_LOADED,
     OPERATORS,
+    PLAIN_KEYS,
     PYTHON_KEY,
     raised,
 )
@@ -40,7 +45,7 @@ SHIMS = (
     "aoti_torch_get_data_ptr", "aoti_torch_get_layout", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object",
     "aoti_torch_is_defined", "aoti_torch_grad_mode_is_enabled", "torch_get_num_threads", "torch_call_dispatcher",
     "torch_library_impl", "aoti_torch_library_init_impl", "aoti_torch_delete_library_object", "torch_parallel_for",
-    "torch_list_get_item", "torch_delete_list",
+    "torch_list_get_item", "torch_delete_list", "aoti_torch_get_device_index",
 )  # fmt: skip
 # Functions of c10 and of the C++ runtime by their mangled names: promised by nobody, so each may be missing.
 MANGLED = {
@@ -52,6 +57,7 @@ MANGLED = {
     "matmul_grad_new": "_Znwm",
     "matmul_grad_exclude_key": "_ZN3c104impl29tls_set_dispatch_key_excludedENS_11DispatchKeyEb",
 }
+IMPL_WORDS = 24  # of a TensorImpl: no torch known has a smaller one
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
 _lock = threading.RLock()
 _messages = threading.local()
@@ -199,14 +205,63 @@ def _entries() -> build.Kernels:
     return torch_abi.KERNELS | function_abi.KERNELS
 
 
+def register_cuda(driver: Mapping[str, int]) -> None:
+    """Put the compiled entries of ``cuda_abi.py`` under ``matmul_grad::mm`` for the keys CUDA and AutogradCUDA.
+
+    driver: addresses of what they call of CUDA's driver. Raises Unavailable as ``symbols`` does.
+    """
+    with _lock:
+        loaded = load_cuda({**driver, "matmul_grad_cuda_stream": _needed("aoti_torch_get_current_cuda_stream")})
+        table.words[table.PLAIN_KEYS] = torch._C._dispatch_keys(torch.empty(1, device="cuda")).raw_repr()
+        for key, entry in (("CUDA", "matmul_grad_mm_cuda"), ("AutogradCUDA", "matmul_grad_mm_cuda_autograd")):
+            _implement("mm", key, loaded.address(entry))
+
+
+def load_cuda(driver: Mapping[str, int]) -> build.Loaded:
+    """The entries of ``cuda_abi.py``, linked with these functions of the driver's, or with what stands for them."""
+
+    def entries() -> build.Kernels:
+        from .cuda_abi import KERNELS
+
+        return KERNELS
+
+    linked = symbols(MANGLED) | {"matmul_grad_cuda_table": ctypes.addressof(table.words)}
+    return load_entries("cuda_abi", entries, {**linked, **driver})
+
+
+def _needed(name: str) -> int:
+    address = _address(name)
+    if address == 0:
+        raise Unavailable(f"torch {torch.__version__} has no {name}")
+    return address
+
+
 @functools.cache
 def _fill_state() -> None:
     major, minor, patch = (int(part) for part in torch.__version__.split("+")[0].split(".")[:3])
     state[ABI_VERSION] = major << 56 | minor << 48 | patch << 40
     state[AUTOGRAD_KEY] = _key("AutogradFunctionality")
     state[PYTHON_KEY] = _key("Python")
+    state[FUNCTORCH_KEY] = _key("FuncTorchDynamicLayerBackMode")
+    state[FUNCTIONALIZE_KEY] = _key("Functionalize")
+    state[KEYS_AT], state[PLAIN_KEYS] = _plain_keys()
     for code in DTYPE_CODES.values():
         state[GEMMS + code] = NOT_LOADED
+
+
+def _plain_keys() -> tuple[int, int]:
+    """Which word of a TensorImpl holds its dispatch keys, and what an ordinary tensor has there; (0, 0) if unknown.
+
+    torch promises the place to nobody, so it is looked for: the one word that in tensors of several kinds is what
+    torch says of their keys. (0, 0) fits no tensor, since a TensorImpl begins with the address of its methods.
+    """
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False):
+        plain = torch.empty(1, device="cpu")
+        kinds = [plain, torch.empty(1, dtype=torch.complex64, device="cpu").conj(), torch.empty(1, device="meta")]
+        known = [int(torch._C._dispatch_keys(tensor).raw_repr()) for tensor in kinds]
+        words = [(ctypes.c_uint64 * IMPL_WORDS).from_address(tensor._cdata)[:] for tensor in kinds]
+    places = [place for place in range(IMPL_WORDS) if [found[place] for found in words] == known]
+    return (places[0], known[0]) if len(places) == 1 else (0, 0)
 
 
 def _key(name: str) -> int:

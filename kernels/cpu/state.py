@@ -3,6 +3,8 @@
 STRICT        how many strict() blocks are open, in the process
 ABI_VERSION   torch's version as its C ABI takes it
 AUTOGRAD_KEY  the dispatch key to exclude below autograd
+PYTHON_KEY    of Python modes; two more that may be on between autograd and CPU
+KEYS_AT       which word of a TensorImpl holds its dispatch keys, PLAIN_KEYS what is in that of an ordinary tensor
 GEMMS + code  by dtype code: a driver's address, NOT_LOADED, or NOT_ACCELERATED
 TORCHS + 2i   of overload i of aten: torch's own kernel, that is a boxed function and its functor
 SWITCH        torch's handle of the registration while the switch is on, else 0
@@ -14,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import threading
 
-STRICT, ABI_VERSION, AUTOGRAD_KEY, PYTHON_KEY, GEMMS = range(5)
+STRICT, ABI_VERSION, AUTOGRAD_KEY, PYTHON_KEY, FUNCTORCH_KEY, FUNCTIONALIZE_KEY, KEYS_AT, PLAIN_KEYS, GEMMS = range(9)
 NOT_ACCELERATED, NOT_LOADED = range(2)
 DTYPE_CODES = {
     "float32": 6,

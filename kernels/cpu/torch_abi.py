@@ -43,7 +43,17 @@ from .shims import (
     unknown_error,
     word,
 )
-from .state import ABI_VERSION, AUTOGRAD_KEY, NOT_ACCELERATED, PYTHON_KEY, STRICT
+from .state import (
+    ABI_VERSION,
+    AUTOGRAD_KEY,
+    FUNCTIONALIZE_KEY,
+    FUNCTORCH_KEY,
+    KEYS_AT,
+    NOT_ACCELERATED,
+    PLAIN_KEYS,
+    PYTHON_KEY,
+    STRICT,
+)
 
 ENTRY_SIGNATURE = types.void(INT64, INT64, INT64)
 
@@ -59,6 +69,9 @@ backward_name, backward_in_python = (
 buffer = stack_words(32)
 products = stack_words(MOST * PRODUCT)
 call_gemm = call_address(3)
+linked_mm, linked_backward = (
+    types.ExternalFunction(f"matmul_grad_{name}", ENTRY_SIGNATURE) for name in ("mm", "mm_backward")
+)
 
 
 @jit
@@ -214,6 +227,20 @@ def dispatch_below_autograd(stack, name):
 
 
 @jit
+def is_direct(tensors, count, plain):
+    """No graph to record, and nothing between autograd and the device that must have its turn.
+
+    That is so without a mode, for tensors whose dispatch keys are those of an ordinary one, ``plain``.
+    """
+    place = get(state(), KEYS_AT)
+    for index in range(count):
+        if get(get(get(tensors, index), 0), place) != plain or needs_gradient(get(tensors, index)):
+            return False
+    modes = key_included(get(state(), PYTHON_KEY)) | key_included(get(state(), FUNCTORCH_KEY))
+    return modes | key_included(get(state(), FUNCTIONALIZE_KEY)) == 0
+
+
+@jit
 def is_python(tensors, count):
     """A graph to record, a Python mode or another layout: autograd.py's affair.
 
@@ -229,7 +256,9 @@ def is_python(tensors, count):
 
 def mm_autograd(stack, inputs, outputs):
     """The Autograd key of ``mm``."""
-    if is_python(stack, 2):
+    if is_direct(stack, 2, get(state(), PLAIN_KEYS)):
+        linked_mm(stack, inputs, outputs)
+    elif is_python(stack, 2):
         forward_to(stack, mm_in_python())
     else:
         dispatch_below_autograd(stack, mm_name())
@@ -237,7 +266,9 @@ def mm_autograd(stack, inputs, outputs):
 
 def mm_backward_autograd(stack, inputs, outputs):
     """The Autograd key of ``mm_backward``."""
-    if is_python(stack, 3):
+    if is_direct(stack, 3, get(state(), PLAIN_KEYS)):
+        linked_backward(stack, inputs, outputs)
+    elif is_python(stack, 3):
         forward_to(stack, backward_in_python())
     else:
         dispatch_below_autograd(stack, backward_name())

@@ -67,10 +67,7 @@ def mm(
         precision = "ieee"
     elif precision is None:
         precision = precision_now()
-    key: tuple = (
-        a.shape, a.stride(), b.shape, b.stride(), a.dtype, b.dtype, a.get_device(), b.get_device(),
-        a.data_ptr() % 16, b.data_ptr() % 16, precision, modes.invariant, config,
-    )  # fmt: skip
+    key = _key(a, b, precision, config)
     if out is not None:
         key += (out.shape, out.stride(), out.dtype, out.get_device(), out.data_ptr() % 16)
     plan = _plans.get(key)
@@ -109,6 +106,18 @@ def product(
     if beta != 0:
         result.add_(source, alpha=beta)
     return result if out is None else out.copy_(result)
+
+
+def _key(a: Tensor, b: Tensor, precision: str, config: TileConfig | None) -> tuple:
+    return (
+        a.shape, a.stride(), b.shape, b.stride(), a.dtype, b.dtype, a.get_device(), b.get_device(),
+        a.data_ptr() % 16, b.data_ptr() % 16, precision, modes.invariant, config,
+    )  # fmt: skip
+
+
+def plan_of(a: Tensor, b: Tensor) -> Plan | None:
+    """The plan that ``mm`` has for two operands that are not float32, after the first such call."""
+    return _plans.get(_key(a, b, "ieee", None))
 
 
 def forget() -> None:

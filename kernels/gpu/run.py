@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .plan import Described, Launch, Operand
+from .recipe import Recipe, recipe
 
 
 class Checked:
@@ -40,6 +41,10 @@ class Runner:
         constants = [launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :]]
         self._arguments = [*launch.arguments, *constants]
         self._compiled: Any = None
+
+    def recipe(self) -> Recipe | None:
+        """What the driver was given, but for the addresses; None before the first call, and where that is not all."""
+        return None if self._compiled is None else recipe(self._launch, self._compiled)
 
     def __call__(self, tensors: dict[str, Tensor]) -> None:
         arguments = self._arguments.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from time import perf_counter
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .. import rivals, timing, turns
+from .. import cuda, rivals, timing, turns
+from ..kernels.cpu import table
 from . import contenders, ours, right
 from .device import MOST_CALLS, REPLAY, Gpu
 from .jobs import Job
@@ -132,7 +134,20 @@ def launch_cost(n: int, dtype: str, gpu: Gpu) -> Row:
     }
     times = turns.take_turns({name: host_batch(call, gpu) for name, call in calls.items()}, LAUNCH_SECONDS)
     seconds = {name: timing.summary(rounds) for name, rounds in times.items()}
-    return {"name": f"{dtype} {n}×{n}", "dtype": dtype, "n": n, "rounds": len(times["torch.mm"]), "seconds": seconds}
+    row: Row = {
+        "name": f"{dtype} {n}×{n}",
+        "dtype": dtype,
+        "n": n,
+        "rounds": len(times["torch.mm"]),
+        "seconds": seconds,
+    }
+    if os.environ.get(cuda.VARIABLE) == "1":
+        row["recipes"], row["refused"] = table.counts()
+        if cuda.status():
+            raise Skipped(cuda.status())
+        if row["refused"]:
+            raise Wrong(f"{row['refused']} of {row['recipes']} recipes gave other bits than Triton's own launch")
+    return row
 
 
 def host_batch(call: Callable[[], object], gpu: Gpu) -> turns.Batch:

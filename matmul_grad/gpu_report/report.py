@@ -80,12 +80,13 @@ def launches(rows: Sequence[Row]) -> str:
     """The host's microseconds a call; the target is one of this package's public product."""
     lines = []
     for row in rows:
-        if row["step"] != "launch" or "seconds" not in row:
+        if row["step"] not in ("launch", "native") or "seconds" not in row:
             continue
+        product = row["name"] + ", native" * (row["step"] == "native")
         for name, seconds in row["seconds"].items():
             median, between = seconds["median"], f"{seconds['low'] * 1e6:.2f}–{seconds['high'] * 1e6:.2f}"
             met = figures.launch_met(median) if name == "matmul_grad.mm" else ""
-            lines.append([row["name"], name, f"{median * 1e6:.2f}", between, met])
+            lines.append([product, name, f"{median * 1e6:.2f}", between, met])
     columns = ["product", "called", "µs of the host", "quartiles", f"≤ {figures.HOST_SECONDS * 1e6:.0f} µs"]
     return table(columns, lines, left=2) if lines else ""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
+from .. import cuda
 from . import child, process
 from .measure import Row
 
@@ -233,6 +234,11 @@ def rivals_of(given: Given) -> Outcome:
     return outcome._replace(status=COMPLETE) if outcome.status == LATE else outcome
 
 
+def natively(given: Given) -> Outcome:
+    """The launch costs again, with `mm` registered natively."""
+    return conclude(*tasks(given, "launch", SILENCE, environment={cuda.VARIABLE: "1"}, step="native"))
+
+
 # Shares of eight minutes, in seconds. What a step leaves goes to those behind it.
 STEPS = (
     Step("environment", 15, tasks_of("environment")),
@@ -243,8 +249,9 @@ STEPS = (
     Step("compile", 40, tasks_of("compile", float("inf"))),
     Step("ratios", 145, tasks_of("ratios")),
     Step("rivals", 30, rivals_of),
-    Step("launch", 15, tasks_of("launch")),
-    Step("memory", 15, tasks_of("memory")),
+    Step("launch", 10, tasks_of("launch")),
+    Step("native", 10, natively),
+    Step("memory", 10, tasks_of("memory")),
 )
 
 

@@ -187,6 +187,23 @@ def test_launch_cost_never_waits_inside(gpu: Any, monkeypatch: pytest.MonkeyPatc
     assert {"torch.mm", "matmul_grad.mm", "torch.ops.matmul_grad.mm"} < set(row["seconds"])
 
 
+def test_launch_cost_of_the_native_entry_tells_what_became_of_its_recipes(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure.cuda, "status", lambda: "")
+    monkeypatch.setattr(measure.table, "counts", lambda: (7, 0))
+    assert "recipes" not in measure.launch_cost(8, "f32", gpu)
+    monkeypatch.setenv(measure.cuda.VARIABLE, "1")
+    row = measure.launch_cost(8, "f32", gpu)
+    assert (row["recipes"], row["refused"]) == (7, 0)
+    monkeypatch.setattr(measure.table, "counts", lambda: (7, 2))
+    with pytest.raises(measure.Wrong, match="2 of 7 recipes"):
+        measure.launch_cost(8, "f32", gpu)
+    monkeypatch.setattr(measure.cuda, "status", lambda: "no libcuda")
+    with pytest.raises(measure.Skipped, match="no libcuda"):
+        measure.launch_cost(8, "f32", gpu)
+
+
 def test_memory_tells_the_peak_from_what_is_kept(gpu: Any) -> None:
     gpu.memory = [1000, 1032, 1032, 1040]
     gpu.peaks = [1532, 1640]

@@ -64,6 +64,14 @@ def test_no_process_behind_the_last_task(launcher: Any, says: Any) -> None:
     assert len(launcher.commands) == 1 and rows[0]["log"] == "Boom\n"
 
 
+def test_native_launches_are_asked_for_in_the_environment(launcher: Any, says: Any) -> None:
+    launcher.scripts["launch"] = [says(*ROWS)]
+    order, rows, _ = given(launcher)
+    assert steps.natively(order).status == COMPLETE
+    assert launcher.environments == [{"MATMUL_GRAD_NATIVE_CUDA": "1"}]
+    assert {row["step"] for row in rows} == {"native"}
+
+
 def test_not_more_processes_than_that(launcher: Any, says: Any) -> None:
     launcher.scripts["ratios"] = [says({"begin": i, "of": 99, "name": str(i)}, status=-6) for i in range(99)]
     order, rows, _ = given(launcher)

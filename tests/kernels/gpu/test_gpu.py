@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -156,6 +158,39 @@ def test_batches(number: str, layouts: str, device: torch.device) -> None:
     assert_same_bits(launch.bmm(a, b, precision, out=out[1:4, 2:74, :80]), want)
     out[1:4, 2:74, :80] = float("nan")
     assert bool(out.isnan().all()), "written outside of out"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm", "matmul", "linear"])
+def test_functions(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Exact results and gradients of every function, with an out where torch has one, and strictly on these kernels."""
+    rows, columns = integers(24, 40, dtype, device, 1), integers(40, 16, dtype, device, 2)
+    a, b = torch.stack([rows, rows.roll(1)]), torch.stack([columns, columns.roll(1)])
+    bias = integers(1, 16, dtype, device, 3)[0]
+    found = {"mm": (rows, columns), "bmm": (a, b), "addmm": (bias, rows, columns), "baddbmm": (bias, a, b),
+             "matmul": (a[:, None], b), "linear": (a, columns.mT, bias)}[name]  # fmt: skip
+    ours, torchs = getattr(matmul_grad, name), torch.nn.functional.linear if name == "linear" else getattr(torch, name)
+    results = []
+    for call, kind in ((ours, dtype), (torchs, torch.float64)):
+        operands = [x.to(kind).requires_grad_() for x in found]
+        with matmul_grad.strict():
+            c = call(*operands)
+            c.sum().backward()
+        results.append([c.detach().to(dtype), *(x.grad.to(dtype) for x in operands)])
+    for got, want in zip(*results, strict=True):
+        assert_same_bits(got, want)
+    if name != "linear":
+        out = torch.empty_like(results[0][0])
+        with matmul_grad.strict():
+            assert_same_bits(ours(*found, out=out), results[0][0])
+
+
+def test_autocast(device: torch.device) -> None:
+    a, w = torch.ones(3, 4, device=device), torch.ones(2, 4, device=device, requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        c = matmul_grad.linear(a, w)
+    c.sum().backward()
+    assert (c.dtype, w.grad.dtype) == (torch.bfloat16, torch.float32)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -405,3 +440,57 @@ def test_the_current_stream_is_used(device: torch.device) -> None:
         got = launch.mm(a, b, "ieee")
     stream.synchronize()
     assert_same_bits(got, torch.full_like(got, 3.0))
+
+
+NATIVE = """
+import threading
+import torch, matmul_grad
+from matmul_grad import cuda
+from matmul_grad.kernels.cpu import table
+from matmul_grad.kernels.gpu import launch
+
+def draw(rows, cols, dtype, letter):
+    x = torch.randint(-1, 2, (rows, cols), device="cuda").to(dtype)
+    return x.t().contiguous().t() if letter == "T" else x
+
+def check(a, b):
+    want = launch.mm(a, b)
+    for _ in range(3):
+        assert torch.equal(matmul_grad.mm(a, b), want), (a.shape, b.shape, a.dtype)
+
+sizes = (1, 512, 256), (512, 1, 256), (8, 128, 4096), (256, 384, 512), (257, 129, 513), (64, 64, 65536)
+for dtype in (torch.bfloat16, torch.float16, torch.float64):
+    for m, n, k in sizes:
+        for letters in ("NN", "NT", "TN", "TT"):
+            check(draw(m, k, dtype, letters[0]), draw(k, n, dtype, letters[1]))
+assert cuda.status() == "", cuda.status()
+made, refused = table.counts()
+assert made >= 60 and refused == 0, (made, refused)
+a, b = draw(256, 512, torch.bfloat16, "N"), draw(512, 384, torch.bfloat16, "N")
+check(a, b)
+side = torch.cuda.Stream()
+with torch.cuda.stream(side):
+    check(a, b)
+side.synchronize()
+thread = threading.Thread(target=check, args=(a, b))
+thread.start()
+thread.join()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    got = matmul_grad.mm(a, b)
+a.copy_(draw(256, 512, torch.bfloat16, "N"))
+graph.replay()
+torch.cuda.synchronize()
+assert torch.equal(got, launch.mm(a, b))
+x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
+matmul_grad.mm(x, y).sum().backward()
+assert torch.equal(x.grad, launch.mm(torch.ones_like(got), b.t()))
+assert table.counts()[1] == 0
+"""
+
+
+def test_the_native_entry(device: torch.device) -> None:
+    """Every path and layout through the compiled entry, on side streams, other threads, in a graph, under autograd."""
+    environment = os.environ | {"MATMUL_GRAD_NATIVE_CUDA": "1"}
+    done = subprocess.run([sys.executable, "-c", NATIVE], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]

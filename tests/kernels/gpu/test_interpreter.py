@@ -220,6 +220,30 @@ def check_batch(dtype: str, layouts: str, config: Any, arch: int = 80) -> None:
     assert bool(out.isnan().all()), "written outside of out"
 
 
+def check_sums(dtype: str) -> None:
+    """Of matrices and of batches, with what expands to them, scaled; into new memory, into out, into what is added."""
+    from matmul_grad.kernels.gpu import launch
+
+    a = torch.stack([integers(20, 24, DTYPES[dtype], seed) for seed in (1, 2)])
+    b = torch.stack([integers(24, 18, DTYPES[dtype], seed) for seed in (3, 4)])
+    for x, y, ranks in ((a, b, 3), (a[0], b[0], 2)):
+        product = (x.long() @ y.long()).double()
+        whole = torch.stack([integers(20, 18, DTYPES[dtype], seed) for seed in (5, 6)])
+        whole = whole if ranks == 3 else whole[0]
+        for source in (whole, whole.mT.contiguous().mT, whole[..., :1, :], whole[..., :1], whole.flatten()[0]):
+            for beta, alpha in ((1, 1), (0, 1), (2, 1), (0.5, 2), (0, -1)):
+                want = (alpha * product + beta * source.double()).to(x.dtype)
+                assert_same_bits(launch.product(x, y, source, beta, alpha), want)
+                out = torch.full_like(want.mT, float("nan")).mT
+                assert launch.product(x, y, source, beta, alpha, out) is out
+                assert_same_bits(out, want)
+        spoilt = torch.full_like(whole, float("nan"))
+        assert_same_bits(launch.product(x, y, spoilt, 0, 1, spoilt), product.to(x.dtype))
+        own = whole.clone()
+        launch.product(x, y, own, 2, 1, own)
+        assert_same_bits(own, (product + 2 * whole.double()).to(x.dtype))
+
+
 @contextlib.contextmanager
 def at_arch(arch: int) -> Iterator[None]:
     """As if on a GPU of three multiprocessors, so that programs have several tiles each."""
@@ -401,6 +425,7 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"nan-{dtype}": partial(check_nan_and_inf, dtype) for dtype in DTYPES},
     **{f"rounding-{dtype}": partial(check_rounding, dtype) for dtype in DTYPES},
     **{f"prefix-{dtype}": partial(check_prefix, dtype) for dtype in DTYPES},
+    **{f"sums-{dtype}": partial(check_sums, dtype) for dtype in DTYPES},
     "tf32": check_tf32,
     "refusals": check_refusals,
 }

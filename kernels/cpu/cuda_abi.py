@@ -1,0 +1,285 @@
+"""The boxed entry of ``matmul_grad::mm`` for CUDA tensors: from torch's dispatcher to the driver, no Python between.
+
+It knows no Triton and no tile. What a product of these shapes, strides, dtype and alignment takes stands in a recipe,
+words made from a launch of kernels/gpu (``recipe.py`` there, ``matmul_grad/cuda.py``) and put into the table. The entry
+finds the recipe, allocates, fills in addresses, and has the driver launch what Triton compiled. Where there is no
+recipe, and wherever anything is not as expected, it calls the operator in Python, which launches the longer way.
+
+The table, behind the symbol ``matmul_grad_cuda_table``:
+
+    DEVICE_TYPE   torch's code of CUDA
+    MODE          a number for the settings under which recipes hold
+    PLAIN_KEYS    the dispatch keys of an ordinary CUDA tensor
+    SLOT + i      address of a recipe, or 0; a key's place is its hash, or the next free one
+
+A recipe:
+
+    KEY           dtype, device, mode, m, n, k, strides of a and b, alignments of a and b
+    WORK …        elements of the workspace, torch's code of their dtype; how many launches; then each of them:
+    FUNCTION …    the driver's handle, grid, threads, shared bytes; how many parameters; then each of them
+    KIND …        CONSTANT: its 8 bytes. POINTER: of which tensor. DESCRIPTOR: of which, and what the driver encodes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from numba.core import types
+
+from .memory import INT64, get, jit, put, stack_words, symbol, text
+from .shims import (
+    DATA,
+    DIM,
+    DTYPE,
+    answer,
+    data_of,
+    delete_tensor,
+    describe,
+    empty_strided,
+    facts,
+    forward_to,
+    shape,
+    size,
+    stride,
+    word,
+)
+from .table import (
+    ALIGNMENT,
+    BOX,
+    CONSTANT,
+    DESCRIPTORS,
+    DEVICE_TYPE,
+    DIMENSIONS,
+    ELEMENT,
+    FIRST,
+    FUNCTION,
+    GRID_X,
+    GRID_Y,
+    HEADER,
+    KEYS,
+    KIND,
+    L2_PROMOTION,
+    LAUNCHES,
+    MAP_BYTES,
+    MODE,
+    MOST_PARAMETERS,
+    PARAMETER,
+    PARAMETERS,
+    PLAIN_KEYS,
+    POINTER,
+    RANK,
+    SHARED,
+    SLOT,
+    SLOTS,
+    STEPS,
+    STRIDES,
+    SWIZZLE,
+    THREADS,
+    VALUE,
+    WORK,
+    WORK_DTYPE,
+    A,
+    B,
+    C,
+    W,
+)
+from .table import mixed as mix
+from .torch_abi import ENTRY_SIGNATURE, dispatch_below_autograd, is_direct, is_python, mm_name
+from .torch_abi import mm_in_python as mm_with_graph
+
+INT32, UINT32 = types.int32, types.uint32
+
+get_device_index = types.ExternalFunction("aoti_torch_get_device_index", INT32(INT64, INT64))
+get_stream = types.ExternalFunction("matmul_grad_cuda_stream", INT32(INT32, INT64))
+get_current_device = types.ExternalFunction("matmul_grad_cuda_device", INT32(INT64))
+encode = types.ExternalFunction(
+    "matmul_grad_cuda_encode",
+    INT32(INT64, INT32, UINT32, INT64, INT64, INT64, INT64, INT64, INT32, INT32, INT32, INT32),
+)
+linked_mm_cuda = types.ExternalFunction("matmul_grad_mm_cuda", ENTRY_SIGNATURE)
+launch_kernel = types.ExternalFunction("matmul_grad_cuda_launch", INT32(INT64, *[UINT32] * 7, INT64, INT64, INT64))
+
+table = symbol("matmul_grad_cuda_table")
+mm_in_python = text("matmul_grad::_mm_cuda_in_python")
+key_words = stack_words(KEYS)
+stream_word = stack_words(1)
+tensor_words = stack_words(4)
+value_words = stack_words(MOST_PARAMETERS)
+argument_words = stack_words(MOST_PARAMETERS)
+map_bytes = stack_words((DESCRIPTORS * MAP_BYTES + MAP_BYTES) // 8)
+mixed = jit(mix)
+
+
+@jit
+def device_of(tensor):
+    at = answer()
+    put(at, 0, 0)
+    get_device_index(tensor, at)
+    return word(at)
+
+
+@jit
+def current_device():
+    """The driver's; no tensor is on the number that stands for none."""
+    at = answer()
+    put(at, 0, 0)
+    return word(at) if get_current_device(at) == 0 else -1
+
+
+@jit
+def put_key(key, about_a, about_b, device):
+    put(key, 0, word(about_a + 8 * DTYPE))
+    put(key, 1, device)
+    put(key, 2, get(table(), MODE))
+    put(key, 3, size(about_a, 0))
+    put(key, 4, size(about_b, 1))
+    put(key, 5, size(about_a, 1))
+    put(key, 6, stride(about_a, 0))
+    put(key, 7, stride(about_a, 1))
+    put(key, 8, stride(about_b, 0))
+    put(key, 9, stride(about_b, 1))
+    put(key, 10, get(about_a, DATA) % ALIGNMENT)
+    put(key, 11, get(about_b, DATA) % ALIGNMENT)
+
+
+@jit
+def is_for(recipe, key):
+    for index in range(KEYS):  # noqa: SIM110 (Numba takes no generator)
+        if get(recipe, index) != get(key, index):
+            return False
+    return True
+
+
+@jit
+def look_up(key):
+    """The recipe for a key, or 0. Half of the table is free, so the search ends."""
+    place = 0
+    for index in range(KEYS):
+        place = mixed(place, get(key, index))
+    recipe = get(table(), SLOT + place % SLOTS)
+    while recipe != 0 and not is_for(recipe, key):
+        place += 1
+        recipe = get(table(), SLOT + place % SLOTS)
+    return recipe
+
+
+@jit
+def find(a, b, about_a, about_b, device):
+    """The recipe for two matrices that fit, on the current device; 0 where there is none."""
+    if not describe(a, about_a) or not describe(b, about_b) or get(about_a, DIM) != 2 or get(about_b, DIM) != 2:
+        return 0
+    if size(about_a, 1) != size(about_b, 0) or word(about_a + 8 * DTYPE) != word(about_b + 8 * DTYPE):
+        return 0
+    if device != device_of(b) or device != current_device():
+        return 0
+    key = key_words()
+    put_key(key, about_a, about_b, device)
+    return look_up(key)
+
+
+@jit
+def allocate(rows, columns, dtype, device):
+    """A handle of a new row-major matrix on the device; 0 where torch has no memory."""
+    at, handle = shape(), answer()
+    put(at, 0, rows)
+    put(at, 1, columns)
+    put(at, 2, columns)
+    put(at, 3, 1)
+    failed = empty_strided(2, at, at + 16, dtype, get(table(), DEVICE_TYPE), device, handle)
+    return 0 if failed != 0 else get(handle, 0)
+
+
+@jit
+def describe_to_driver(parameter, target, address):
+    """Encode a TMA descriptor; True where the driver took it."""
+    sizes, strides = parameter + 8 * DIMENSIONS, parameter + 8 * STRIDES
+    return encode(
+        target, get(parameter, ELEMENT), get(parameter, RANK), address, sizes, strides, parameter + 8 * BOX,
+        parameter + 8 * STEPS, 0, get(parameter, SWIZZLE), L2_PROMOTION, 0,
+    ) == 0  # fmt: skip
+
+
+@jit
+def launch(at, tensors, stream):
+    """One launch on the addresses of ``tensors``; True where the driver took it."""
+    values, arguments, maps = value_words(), argument_words(), map_bytes()
+    target = (maps + MAP_BYTES - 1) // MAP_BYTES * MAP_BYTES
+    for index in range(get(at, PARAMETERS)):
+        parameter = at + 8 * (HEADER + index * PARAMETER)
+        kind = get(parameter, KIND)
+        if kind == CONSTANT:
+            put(arguments, index, parameter + 8 * VALUE)
+        elif kind == POINTER:
+            put(values, index, get(tensors, get(parameter, VALUE)))
+            put(arguments, index, values + 8 * index)
+        else:
+            if not describe_to_driver(parameter, target, get(tensors, get(parameter, VALUE))):
+                return False
+            put(arguments, index, target)
+            target += MAP_BYTES
+    return launch_kernel(
+        get(at, FUNCTION), get(at, GRID_X), get(at, GRID_Y), 1, get(at, THREADS), 1, 1, get(at, SHARED),
+        stream, arguments, 0,
+    ) == 0  # fmt: skip
+
+
+@jit
+def run(recipe, about_a, about_b, device):
+    """A handle of the product, its launches under way; 0 where anything failed."""
+    stream = stream_word()
+    put(stream, 0, 0)
+    if get(recipe, LAUNCHES) == 0 or get_stream(device, stream) != 0:
+        return 0
+    out = allocate(size(about_a, 0), size(about_b, 1), word(about_a + 8 * DTYPE), device)
+    if out == 0:
+        return 0
+    tensors, work = tensor_words(), 0
+    put(tensors, A, get(about_a, DATA))
+    put(tensors, B, get(about_b, DATA))
+    put(tensors, C, data_of(out))
+    put(tensors, W, 0)
+    done = True
+    if get(recipe, WORK) > 0:
+        work = allocate(1, get(recipe, WORK), get(recipe, WORK_DTYPE), device)
+        done = work != 0
+        if done:
+            put(tensors, W, data_of(work))
+    at = recipe + 8 * FIRST
+    for _ in range(get(recipe, LAUNCHES)):
+        done = done and launch(at, tensors, get(stream, 0))
+        at += 8 * (HEADER + get(at, PARAMETERS) * PARAMETER)
+    if work != 0:
+        delete_tensor(work)  # torch gives this memory to nobody before the stream has passed the launches
+    if not done:
+        delete_tensor(out)
+        return 0
+    return out
+
+
+def mm_cuda(stack, inputs, outputs):
+    """``matmul_grad::mm`` of CUDA tensors."""
+    a, b, about_a, about_b = get(stack, 0), get(stack, 1), facts(), facts()
+    device = device_of(a)
+    recipe = find(a, b, about_a, about_b, device)
+    out = run(recipe, about_a, about_b, device) if recipe != 0 else 0
+    if out == 0:
+        forward_to(stack, mm_in_python())
+        return
+    delete_tensor(a)
+    delete_tensor(b)
+    put(stack, 0, out)
+
+
+def mm_cuda_autograd(stack, inputs, outputs):
+    """The key AutogradCUDA of ``mm``, as ``mm_autograd`` of ``torch_abi.py``."""
+    if is_direct(stack, 2, get(table(), PLAIN_KEYS)):
+        linked_mm_cuda(stack, inputs, outputs)
+    elif is_python(stack, 2):
+        forward_to(stack, mm_with_graph())
+    else:
+        dispatch_below_autograd(stack, mm_name())
+
+
+KERNELS: dict[str, tuple[Callable, object]] = {
+    f"matmul_grad_{entry.__name__}": (entry, ENTRY_SIGNATURE) for entry in (mm_cuda, mm_cuda_autograd)
+}

@@ -1,0 +1,80 @@
+"""The table of recipes that ``cuda_abi.py`` reads: where its words are, and how it is filled. Imports nothing heavy.
+
+A key's twelve words are dtype, device, mode, m, n, k, the strides of a and of b, and the alignments of a and of b.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+DEVICE_TYPE, MODE, PLAIN_KEYS, SLOT = range(4)
+SLOTS = 4096
+MOST = SLOTS // 2  # recipes: beyond that a search would be long, and new shapes take the way through Python
+
+KEYS = 12
+WORK, WORK_DTYPE, LAUNCHES, FIRST = range(KEYS, KEYS + 4)
+FUNCTION, GRID_X, GRID_Y, THREADS, SHARED, PARAMETERS, HEADER = range(7)
+
+# A parameter: VALUE is what is passed, or which tensor's address is; the rest describes that tensor to the copy engine.
+KIND, VALUE, ELEMENT, RANK, SWIZZLE = range(5)
+DIMENSIONS, STRIDES, BOX, STEPS, PARAMETER = 5, 10, 15, 18, 21  # five words each, then five halves each
+CONSTANT, POINTER, DESCRIPTOR = range(3)
+A, B, C, W = range(4)  # the tensors: operands, result, workspace
+MOST_PARAMETERS, DESCRIPTORS = 64, 4  # of a launch
+MAP_BYTES = 128  # of an encoded descriptor; the driver wants 64-byte alignment
+L2_PROMOTION = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B, as Triton asks for
+ALIGNMENT = 16
+CUDA = 1  # torch's code of the device type
+
+words = (ctypes.c_int64 * (SLOT + SLOTS))()
+words[DEVICE_TYPE] = CUDA
+
+_recipes: list[ctypes.Array] = []  # never freed: a call may be reading one
+
+
+def mixed(place: int, word: int) -> int:
+    """One more word in the hash of a key, which stays below 2^31."""
+    return (place * 31 + word + (word >> 15)) & 0x7FFFFFFF
+
+
+def find(key: Sequence[int]) -> int:
+    """Address of the recipe for a key, or 0."""
+    return words[_slot(key)]
+
+
+def put(recipe: Sequence[int]) -> bool:
+    """Add a recipe for the key that it begins with, which is new; False where the table is full."""
+    if len(_recipes) >= MOST:
+        return False
+    _recipes.append((ctypes.c_int64 * len(recipe))(*recipe))
+    words[_slot(recipe[:KEYS])] = ctypes.addressof(_recipes[-1])
+    return True
+
+
+def refuse(key: Sequence[int]) -> None:
+    """Leave a key to Python for good: its recipe has no launches, which a compiled call takes for a failure."""
+    recipe = (ctypes.c_int64 * FIRST).from_address(find(key))
+    recipe[LAUNCHES] = 0
+
+
+def counts() -> tuple[int, int]:
+    """How many recipes were made, and how many of them refused."""
+    return len(_recipes), sum(recipe[LAUNCHES] == 0 for recipe in _recipes)
+
+
+def forget() -> None:
+    """Empty the table. What it pointed at stays: at most MOST recipes are ever made in a process."""
+    for slot in range(SLOT, SLOT + SLOTS):
+        words[slot] = 0
+
+
+def _slot(key: Sequence[int]) -> int:
+    """Where a key's recipe is, or belongs: MOST leaves places free, so the search ends."""
+    place = functools.reduce(mixed, key, 0)
+    while True:
+        slot = SLOT + place % SLOTS
+        if words[slot] == 0 or (ctypes.c_int64 * KEYS).from_address(words[slot])[:] == list(key):
+            return slot
+        place += 1

@@ -1,0 +1,100 @@
+"""The switch on CUDA: aten's own products, by kernels in Python that launch those of this package.
+
+As on CPU only the kernels under one key change. torch's own are kept, and called with what they were called with
+where these do not take it: so its results, its errors and their words are torch's.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import strictness
+from .ops import accelerated, are_scales, can_be_added, compute, has_work, rank_of
+from .out import can_write
+
+OVERLOADS = (
+    "mm", "mm.out", "addmm", "addmm.out", "addmm_", "bmm", "bmm.out", "baddbmm", "baddbmm.out", "baddbmm_"
+)  # fmt: skip
+OURS, TORCHS_TO_SAY, NOT_OURS = range(3)  # what is to become of a call
+
+calls: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by operator and outcome: how many of a dtype
+_counting = threading.Lock()
+
+
+class Switch:
+    """Kernels under aten's products for one dispatch key, while it is on."""
+
+    def __init__(self, key: str = "CUDA") -> None:
+        self.key = key
+        self._library: Any = None
+
+    def is_on(self) -> bool:
+        return self._library is not None
+
+    def take_over(self) -> None:
+        """Switch on, for all of OVERLOADS or, where that fails, for none."""
+        library = torch.library.Library("aten", "IMPL")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, that a kernel is overridden
+                for name in OVERLOADS:
+                    kept = torch.library.get_kernel(f"aten::{name}", self.key)
+                    library.impl(name, make_kernel(name, kept), self.key, with_keyset=True)
+        except BaseException:
+            library._destroy()
+            raise
+        self._library = library
+
+    def give_back(self) -> None:
+        """Switch off: what ``take_over`` found is there again."""
+        library, self._library = self._library, None
+        library._destroy()
+
+
+def make_kernel(overload: str, kept: Any) -> Callable[..., Tensor]:
+    """The kernel for one of OVERLOADS; ``kept`` is torch's own."""
+    operator = overload.removesuffix(".out").removesuffix("_")
+    rank, adds, in_place = rank_of(operator), "add" in operator, overload.endswith("_")
+
+    def kernel(keys: Any, *operands: Tensor, beta: Any = 1, alpha: Any = 1, out: Tensor | None = None) -> Tensor:
+        *inputs, mat1, mat2 = operands
+        target = operands[0] if in_place else out
+        outcome = look(rank, inputs, mat1, mat2, beta, alpha, target)
+        if outcome == OURS:
+            count(operator, "accelerated", mat1)
+            return compute(mat1, mat2, inputs[0] if inputs else None, beta, alpha, target)
+        if outcome == NOT_OURS:
+            strictness.hand_over(mat1, mat2)
+            count(operator, "handed_over", mat1)
+        scales = {"beta": beta, "alpha": alpha} if adds else {}
+        return kept.call_boxed(keys, *operands, **scales, **({} if out is None else {"out": out}))
+
+    return kernel
+
+
+def look(
+    rank: int, inputs: list[Tensor], mat1: Tensor, mat2: Tensor, beta: Any, alpha: Any, target: Tensor | None
+) -> int:
+    """What is to become of a call."""
+    if not mat1.dim() == mat2.dim() == rank or mat1.shape[-1] != mat2.shape[-2] or mat1.shape[:-2] != mat2.shape[:-2]:
+        return TORCHS_TO_SAY
+    shape = (*mat1.shape[:-1], mat2.shape[-1])
+    if target is not None and (target.shape != shape or target.dtype != mat1.dtype or target.device != mat1.device):
+        return TORCHS_TO_SAY
+    if not accelerated(mat1, mat2) or not are_scales(beta, alpha):
+        return NOT_OURS
+    if not all(can_be_added(x, mat1, mat2) for x in inputs) or not has_work(mat1, mat2, beta, alpha):
+        return TORCHS_TO_SAY
+    return OURS if target is None or can_write(target, (*inputs, mat1, mat2)) else NOT_OURS
+
+
+def count(operator: str, outcome: str, operand: Tensor) -> None:
+    with _counting:
+        calls[operator, outcome][str(operand.dtype).removeprefix("torch.")] += 1

@@ -1,0 +1,123 @@
+"""A recipe gives the driver what the compiled kernel takes: parameter by parameter, in size and in order."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+
+from matmul_grad.kernels.gpu import aot
+from matmul_grad.kernels.gpu.choose import candidates
+from matmul_grad.kernels.gpu.config import Problem
+from matmul_grad.kernels.gpu.gemm import gemm
+from matmul_grad.kernels.gpu.plan import Launch, Strides, launches
+from matmul_grad.kernels.gpu.recipe import Constant, Descriptor, Parameter, Pointer, Recipe, recipe
+
+pytestmark = pytest.mark.skipif(
+    not isinstance(gemm, aot.triton.JITFunction), reason="TRITON_INTERPRET is set for the whole session"
+)
+
+TYPES = {"a": "bf16", "b": "bf16", "c": "bf16", "work": "fp32"}
+
+
+def launches_of(m: int, n: int, k: int, letters: str, arch: int, path: str, parts: bool = False) -> list[Launch]:
+    a, b = ((Strides(cols, 1) if x == "N" else Strides(1, rows)) for x, rows, cols in zip(letters, (m, k), (k, n)))
+    problem = Problem(m, n, k, "bfloat16", letters[0], letters[1], "ieee", True, arch >= 90)
+    target = aot.target_of(arch)
+    tile = next(x for x in candidates(problem, target) if x.path == path and (x.split_k > 1) == parts)
+    return launches(problem, tile, target, (a, b, Strides(n, 1)), store_tma=True)
+
+
+CASES = {
+    "pointers": launches_of(256, 512, 1024, "NN", 80, "pointers"),
+    "vector": launches_of(1, 512, 1024, "NN", 90, "vector"),
+    "tma": launches_of(256, 512, 1024, "NN", 90, "tma"),
+    "tma-turned": launches_of(256, 512, 1024, "TT", 90, "tma"),
+    "tma-sm_100": launches_of(256, 512, 1024, "NT", 100, "tma"),
+    "parts": launches_of(64, 128, 65536, "NN", 90, "tma", parts=True),
+}
+
+
+def compiled(launch: Launch, arch: int) -> SimpleNamespace:
+    """What Triton makes of a launch, and a handle, which only a GPU would give."""
+    kernel = triton.compile(aot.source(launch, TYPES, True), target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return SimpleNamespace(metadata=kernel.metadata, src=kernel.src, function=7, ptx=kernel.asm["ptx"])
+
+
+def bytes_of_parameters(ptx: str) -> list[int]:
+    """The sizes of a kernel's parameters, as its assembly declares them."""
+    declared = ptx[ptx.index(".entry") :].split(")")[0]
+    sizes = []
+    for match in re.finditer(r"\.param ([^,)]+)", declared):
+        array = re.search(r"\.b8 \w+\[(\d+)\]", match[1])
+        number = re.search(r"\.[ubsf](\d+)", match[1])
+        assert array or number, match[0]
+        sizes.append(int(array[1]) if array else int(number[1]) // 8)
+    return sizes
+
+
+def size_of(parameter: Parameter, declared: int) -> int:
+    if isinstance(parameter, Descriptor):
+        return 128
+    if isinstance(parameter, Pointer):
+        return 8
+    assert -(2 ** (8 * declared - 1)) <= parameter.value < 2 ** (8 * declared - 1)
+    return declared
+
+
+def made(name: str) -> list[tuple[Launch, Recipe, SimpleNamespace]]:
+    arch = 80 if name == "pointers" else 100 if name.endswith("100") else 90
+    found = []
+    for launch in CASES[name]:
+        kernel = compiled(launch, arch)
+        written = recipe(launch, kernel)
+        assert written is not None
+        found.append((launch, written, kernel))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_those_of_the_kernel(name: str) -> None:
+    for launch, written, kernel in made(name):
+        declared = bytes_of_parameters(kernel.ptx)
+        assert len(declared) == len(written.parameters)
+        assert [size_of(x, size) for x, size in zip(written.parameters, declared, strict=True)] == declared
+        assert written.grid == launch.grid and written.function == 7
+        assert written.threads == 32 * launch.options["num_warps"] and written.shared == kernel.metadata.shared
+
+
+def test_names_and_numbers_are_in_the_order_of_the_arguments() -> None:
+    ((_, written, _),) = made("pointers")
+    names = [x.name for x in written.parameters if isinstance(x, Pointer)]
+    numbers = [x.value for x in written.parameters if isinstance(x, Constant)]
+    assert names == ["a", "b", "c"]
+    assert numbers == [256, 512, 1024, 1024, 512, 512, 0, 0, 0, 0, 0]  # sizes; strides but those of 1; batches; scratch
+
+
+def test_descriptors_are_as_the_driver_encodes_them() -> None:
+    """cuTensorMapEncodeTiled wants the innermost dimension first, and strides in bytes, of all but that."""
+    ((launch, written, _),) = made("tma-turned")
+    a, b, c = (x for x in written.parameters if isinstance(x, Descriptor))
+    blocks = launch.constants
+    assert (a.name, a.sizes, a.strides) == ("a", (256, 1024), (512,))
+    assert (b.name, b.sizes, b.strides) == ("b", (1024, 512), (2048,))
+    assert (c.name, c.sizes, c.strides) == ("c", (512, 256), (1024,))
+    bfloat16, swizzle_of_128_bytes = 9, 3  # of the driver's enumerations
+    assert {x.element for x in (a, b, c)} == {bfloat16} and a.swizzle == swizzle_of_128_bytes
+    assert a.box[0] * 2 <= 128 and a.box[1] == blocks["BLOCK_K"]
+
+
+def test_both_halves_of_a_cut_product() -> None:
+    (_, first, _), (_, second, _) = made("parts")
+    assert "work" in {x.name for x in first.parameters if isinstance(x, Pointer)}
+    assert [x.name for x in second.parameters if isinstance(x, Pointer)] == ["work", "c"]
+
+
+@pytest.mark.parametrize("unknown", ["num_ctas", "launch_pdl", "launch_cooperative_grid", "global_scratch_size"])
+def test_what_a_recipe_cannot_say_is_refused(unknown: str) -> None:
+    ((launch, _, kernel),) = made("vector")
+    kernel.metadata = SimpleNamespace(**kernel.metadata._asdict() | {unknown: 2})
+    assert recipe(launch, kernel) is None
