@@ -1,10 +1,10 @@
 """What docs/compilers.md says of AOTInductor, Inductor's C++ wrapper and CUDA graphs."""
 
-import copy
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -155,12 +155,12 @@ def cuda() -> torch.device:
 
 
 def whole_model(device: torch.device) -> nn.Sequential:
-    """Weights are small integers, so its products are exact and have the same bits however they are launched."""
+    """Weights are small integers, so its products are exact and have the same bits whoever computes them."""
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32, bias=False)).to(device)
     for seed, parameter in enumerate(model.parameters()):
         with torch.no_grad():
             parameter.copy_(integers(1, parameter.numel(), torch.float32, seed).view(parameter.shape))
-    return matmul_grad.convert(model)
+    return model
 
 
 def step(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -170,29 +170,33 @@ def step(call: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> list[
     return [y.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.gpu
-def test_a_captured_training_step_replays_with_new_values(cuda: torch.device) -> None:
-    model = whole_model(cuda)
-    alone = copy.deepcopy(model)
-    graphed = torch.cuda.make_graphed_callables(model, (torch.zeros(128, 64, device=cuda),))
-    for seed in (1, 2):
-        x = integers(128, 64, torch.float32, seed).to(cuda)
-        found, expected = step(graphed, model, x), step(alone, alone, x)
+def assert_steps_are_torchs(call: Callable[[Tensor], Tensor], model: nn.Module, alone: nn.Module) -> None:
+    for seed in (1, 2, 3, 4):  # compiled code warms up and records in the first two
+        torch.compiler.cudagraph_mark_step_begin()
+        x = integers(128, 64, torch.float32, seed).to(next(alone.parameters()).device)
+        found, expected = step(call, model, x), step(alone, alone, x)
         assert len(found) == len(expected) == 4
         for one, other in zip(found, expected, strict=True):
-            assert_same_bits(one.cpu(), other.cpu())
+            assert_same_bits(one.cpu() + 0.0, other.cpu() + 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["converted", "switched"])
+def test_a_captured_training_step_replays_with_new_values(way: str, cuda: torch.device) -> None:
+    model, alone = whole_model(cuda), whole_model(cuda)
+    example = (torch.zeros(128, 64, device=cuda),)
+    before = accelerated("addmm")
+    with matmul_grad.strict(), matmul_grad.enabled() if way == "switched" else nullcontext():
+        if way == "converted":
+            matmul_grad.convert(model)
+        graphed = torch.cuda.make_graphed_callables(model, example)
+    assert way == "converted" or accelerated("addmm") > before
+    assert_steps_are_torchs(graphed, model, alone)
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_code_captures_its_own_graphs(cuda: torch.device) -> None:
-    model = whole_model(cuda)
-    alone = copy.deepcopy(model)
+    model = matmul_grad.convert(whole_model(cuda))
     compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-    for seed in (1, 2, 3, 4):  # the first two warm up and record
-        torch.compiler.cudagraph_mark_step_begin()
-        x = integers(128, 64, torch.float32, seed).to(cuda)
-        found, expected = step(compiled, model, x), step(alone, alone, x)
-        assert len(found) == len(expected) == 4
-        for one, other in zip(found, expected, strict=True):
-            assert_same_bits(one.cpu(), other.cpu())
+    assert_steps_are_torchs(compiled, model, whole_model(cuda))
