@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import strictness
+from . import sharding, strictness
 from .flops import count_flops
 from .kernels.cpu.state import raised as raised
 
@@ -256,3 +256,4 @@ def _flops_of_sum(_: Any, mat1: Any, mat2: Any) -> int:
 
 
 _register()
+sharding.register()
