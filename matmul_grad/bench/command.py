@@ -165,14 +165,18 @@ def measure(
 ) -> None:
     """Keep a row for each cell that has none, until the time is up."""
     left, seconds = run.left(planned), run.result["settings"]["seconds"]
-    remaining = clock(command)
-    if left and not run.result["roofs"]:
-        console.print("memory …")
-        run.result["roofs"], facts = conductor.roofs(members, planned, command.pin)
-        run.result["stamp"] |= facts
+
+    def begun(ensemble: conductor.Ensemble) -> None:
+        known = {(roof["device"], roof["threads"]) for roof in run.result["roofs"]}
+        if not known:
+            run.result["stamp"] |= ensemble.facts()
+        if (ensemble.device, ensemble.threads) not in known:
+            run.result["roofs"].append(ensemble.roof())
+
+    rows = conductor.rows(left, members, seconds, command.pin, clock(command), begun)
     weights = [cell.weight(seconds, contenders=sum(member.takes(cell) for member in members)) for cell in left]
-    with progress(console, "bench", len(left), sum(weights)) as shown:
-        for cell, weight, row in zip(left, weights, conductor.rows(left, members, seconds, command.pin, remaining)):
+    with contextlib.closing(rows), progress(console, "bench", len(left), sum(weights)) as shown:
+        for cell, weight, row in zip(left, weights, rows):
             run.keep(row)
             shown(cell.name, weight)
 

@@ -58,7 +58,8 @@ class Ensemble:
         pin: bool,
         left: Left = lambda: float("inf"),
     ) -> None:
-        self._members, self._device, self._threads, self._pin, self._left = members, device, threads, pin, left
+        self.device, self.threads = device, threads
+        self._members, self._pin, self._left = members, pin, left
         self._players: dict[str, Worker] = {}
         self._stack = contextlib.ExitStack()
         self._last = ""  # whose turn it was
@@ -71,12 +72,12 @@ class Ensemble:
 
     def ask(self, process: str, task: worker.Message) -> worker.Message:
         if process not in self._players:
-            options = [f"--process={process}", f"--device={self._device}", f"--threads={self._threads}"]
+            options = [f"--process={process}", f"--device={self.device}", f"--threads={self.threads}"]
             player = Worker(
-                f"{__package__}.player", *options, *["--pin"] * self._pin, environment=environment(self._threads)
+                f"{__package__}.player", *options, *["--pin"] * self._pin, environment=environment(self.threads)
             )
             self._players[process] = self._stack.enter_context(player)
-        if self._threads > 1 and process != self._last:
+        if self.threads > 1 and process != self._last:
             sleep(REST)
         self._last = process
         try:
@@ -85,11 +86,20 @@ class Ensemble:
             del self._players[process]
             raise
 
+    def roof(self) -> Row:
+        """The bandwidth of memory, on this number of threads."""
+        gbs = self.ask(TORCHS, {"bandwidth": True})
+        return {"device": self.device, "threads": self.threads, "GB/s": gbs}
+
+    def facts(self) -> dict[str, str]:
+        """What the device says of itself."""
+        return self.ask(TORCHS, {"facts": True})["facts"]
+
     def measure(self, cell: Cell, seconds: float) -> Row:
         """The row of a cell; ``seconds`` for all contenders together, more where they are slow."""
         row: Row = {**asdict(cell), "flops": cell.flops, "bytes": cell.moved}
         ready = self._prepare(cell, row)
-        clocks = (DEVICE, CALL) if self._device != "cpu" else (CALL,)
+        clocks = (DEVICE, CALL) if self.device != "cpu" else (CALL,)
         for clock in clocks if ready else ():
             self._time(ready, clock, seconds / len(clocks), row)
         row.pop(PEAK_FLOPS, None)
@@ -134,7 +144,7 @@ class Ensemble:
                 row.setdefault("failed", {})[self._last] = str(reason)
                 return
             had = statistics.mean(shares)
-            if had >= timing.AT_REST or self._threads > 1 or self._device != "cpu":
+            if had >= timing.AT_REST or self.threads > 1 or self.device != "cpu":
                 break
             if sum(map(sum, times.values())) > 2 * seconds:
                 break  # too long to be tried again
@@ -173,14 +183,20 @@ def summary(times: Mapping[str, list[float]], clock: str, row: Row) -> Row:
 
 
 def rows(
-    cells: Sequence[Cell], members: Sequence[Contender], seconds: float, pin: bool, left: Left = lambda: float("inf")
+    cells: Sequence[Cell],
+    members: Sequence[Contender],
+    seconds: float,
+    pin: bool,
+    left: Left = lambda: float("inf"),
+    begun: Callable[[Ensemble], None] = lambda _: None,
 ) -> Iterator[Row]:
     """A row for each cell in their order until no time is ``left``; a cell that it ends in has none.
 
-    The processes are begun anew where the number of threads changes.
+    The processes are begun anew where the number of threads changes, and ``begun`` is called with each ensemble first.
     """
     for (device, threads), some in groups(cells).items():
         with Ensemble(members, device, threads, pin, left) as ensemble:
+            begun(ensemble)
             for cell in some:
                 if left() <= 0:
                     return
@@ -195,14 +211,3 @@ def groups(cells: Sequence[Cell]) -> dict[tuple[str, int], list[Cell]]:
     for cell in cells:
         found.setdefault((cell.device, cell.threads), []).append(cell)
     return found
-
-
-def roofs(members: Sequence[Contender], cells: Sequence[Cell], pin: bool) -> tuple[list[Row], dict[str, str]]:
-    """The bandwidth of memory for each number of threads, and what the device says of itself."""
-    found, facts = [], {}
-    for device, threads in groups(cells):
-        with Ensemble(members, device, threads, pin) as ensemble:
-            gbs = ensemble.ask(TORCHS, {"bandwidth": True})
-            found.append({"device": device, "threads": threads, "GB/s": gbs})
-            facts = ensemble.ask(TORCHS, {"facts": True})["facts"]
-    return found, facts

@@ -35,11 +35,7 @@ class Library(Protocol):
     def product(self, x: Tensor, y: Tensor) -> Call: ...
 
     def step(self, operands: rivals.Operands) -> Call:
-        """Forward and both gradients."""
-        ...
-
-    def gradients(self, result: Any) -> tuple[Tensor, Tensor]:
-        """Of A and of B, from what a step gave."""
+        """Forward and both gradients, of which it gives all three."""
         ...
 
     def tensor(self, result: Any) -> Tensor:
@@ -58,13 +54,17 @@ class OfTorch:
         return lambda: mm(x, y)
 
     def step(self, operands: rivals.Operands) -> Call:
-        return rivals.work(self.mm, rivals.STEP, operands)
+        mm, grad = self.mm, operands.grad
+        a, b = (operand.detach().requires_grad_() for operand in operands[:2])
 
-    def gradients(self, result: Any) -> tuple[Tensor, Tensor]:
-        return result
+        def whole() -> tuple[Tensor, ...]:
+            c = mm(a, b)
+            return c, *torch.autograd.grad(c, (a, b), grad)
+
+        return whole
 
     def tensor(self, result: Any) -> Tensor:
-        return result
+        return result.detach()
 
 
 class Bare:
@@ -76,9 +76,6 @@ class Bare:
     def step(self, operands: rivals.Operands) -> Call:
         forward, dgrad, wgrad = (self.product(*operands.of(product)) for product in testing.PRODUCTS)
         return lambda: (forward(), dgrad(), wgrad())
-
-    def gradients(self, result: Any) -> tuple[Tensor, Tensor]:
-        return self.tensor(result[1]), self.tensor(result[2])
 
     def tensor(self, result: Any) -> Tensor:
         return torch.from_numpy(result)

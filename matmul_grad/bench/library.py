@@ -91,7 +91,7 @@ def compare(
 
 def measured(libraries: dict[str, OfTorch], cell: Cell, seconds: float) -> Comparison:
     where: Cpu | Gpu = Cpu() if cell.device == "cpu" else Gpu()
-    whole, normal = operands.draw(cell, "integers"), operands.draw(cell)
+    whole, normal = (operands.draw(cell, values, cell.device) for values in ("integers", "normal"))
     operands.assert_normal(normal)
     sets = list(operands.copies(normal, operands.copies_past(where.cache_bytes(), cell.held, where.free_bytes())))
     batches, digests = {}, set()

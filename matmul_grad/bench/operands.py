@@ -24,8 +24,8 @@ class Unfit(AssertionError):
     """Operands that a time would say nothing of; the message says why."""
 
 
-def draw(cell: Cell, values: str = "normal", seed: int = 0) -> rivals.Operands:
-    """A, B and the gradient of C: the same in every process, with no memory but their own.
+def draw(cell: Cell, values: str = "normal", device: str = "cpu") -> rivals.Operands:
+    """A, B and the gradient of C, drawn where they are used: the same in every process, with no memory but their own.
 
     Integers are such that a sum of products is exact in any order, in 16 bits too.
 
@@ -34,12 +34,12 @@ def draw(cell: Cell, values: str = "normal", seed: int = 0) -> rivals.Operands:
     >>> draw(Cell("forward", "f32", "NT", 2, 3, 4)).b.stride()
     (1, 4)
     """
-    generator = torch.Generator(cell.device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     m, n, k = cell.shape
 
     def one(rows: int, columns: int, order: str = "N") -> Tensor:
         size = (columns, rows) if order == "T" else (rows, columns)
-        memory = torch.empty(size, dtype=cell.torch_dtype, device=cell.device)
+        memory = torch.empty(size, dtype=cell.torch_dtype, device=device)
         fill = fill_integers if values == "integers" else fill_normal
         fill(memory, generator, max(m, n, k))
         return memory.t() if order == "T" else memory

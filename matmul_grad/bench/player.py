@@ -71,14 +71,14 @@ class Player:
         free = self._device.free_bytes()
         if 4 * cell.held > free:
             return {"skipped": f"needs {4 * cell.held / 2**30:.1f} GiB of free memory"}
-        whole = operands.draw(cell, "integers")
+        whole = operands.draw(cell, "integers", self._device.device)
         answers: dict[str, Any] = {}
         for name in names:
             if name != PEAK:
                 answers[name] = self._try(name, cell, whole)
         beyond = status("VmHWM") - cell.held
         del whole
-        normal = operands.draw(cell)
+        normal = operands.draw(cell, "normal", self._device.device)
         try:
             operands.assert_normal(normal)
         except operands.Unfit as reason:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import rivals, timing, turns
+from .. import rivals, testing, timing, turns
 from .cells import Cell
 from .contenders import Call, Library
 from .roof import Device
@@ -23,7 +23,7 @@ def products_of(library: Library, cell: Cell, result: Any) -> dict[str, Tensor]:
     """The products that a call gave, by name."""
     if cell.product != rivals.STEP:
         return {cell.product: library.tensor(result)}
-    return dict(zip(("dgrad", "wgrad"), library.gradients(result), strict=True))
+    return {product: library.tensor(each) for product, each in zip(testing.PRODUCTS, result, strict=True)}
 
 
 def batch_of(call: Call, device: Device) -> turns.Batch:
