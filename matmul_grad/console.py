@@ -17,10 +17,10 @@ T = TypeVar("T")
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def make_console() -> Console:
+def make_console(width: int = 100) -> Console:
     """Plain text, so that brackets stay; wide enough for every table where no terminal sets a width."""
     console = Console(markup=False, highlight=False, emoji=False)
-    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=100)
+    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=width)
 
 
 def heading(console: Console, text: str) -> None:
@@ -31,7 +31,8 @@ def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A ruled table; the first ``left`` columns are words, the others figures."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+        # Nothing is cut off: where a terminal is too narrow for it, a cell goes on in the next line.
+        shown.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
     console.print(shown)

@@ -29,6 +29,7 @@ DTYPES = {"cpu": ("f32", "f64"), "cuda": ("bf16", "f32")}
 SECONDS = {"cpu": 0.6, "cuda": 0.3}  # a comparison, all contenders together
 MAX_GFLOP = {"cpu": 40.0, "cuda": 1e5}
 MINUTES = 5.0  # of the quick suite on a GPU
+WIDE = 160  # characters, where no terminal sets a width
 VERBS = ("run", "compare", "report")
 
 
@@ -113,7 +114,7 @@ def run(command: argparse.Namespace) -> int:
         "protocol": record.PROTOCOL, "planned": len(planned), "larger": larger, "roofs": [], "rows": [],
     }  # fmt: skip
     run = record.Record.begin(record.folder(command.out, stamp), result, command.resume)
-    console, begun = make_console(), len(run.result["rows"])
+    console, begun = make_console(WIDE), len(run.result["rows"])
     interrupted = False
     with terminated_as_interrupted():
         try:
@@ -216,7 +217,7 @@ def compare(command: argparse.Namespace) -> int:
     found = figures.changes(first["rows"], second["rows"])
     if not found:
         raise Unusable(f"compare: {command.first} and {command.second} have no comparison in common")
-    console = make_console()
+    console = make_console(WIDE)
     table(console, tables.CHANGES, tables.changes(found))
     mean, differ = figures.mean_change(found), sum(change.significant for change in found)
     console.print(f"geometric mean of second / first: {mean:.3f}; {differ} of {len(found)} beyond their spread.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict
 from time import sleep
 from typing import Any
@@ -189,7 +189,7 @@ def rows(
     pin: bool,
     left: Left = lambda: float("inf"),
     begun: Callable[[Ensemble], None] = lambda _: None,
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     """A row for each cell in their order until no time is ``left``; a cell that it ends in has none.
 
     The processes are begun anew where the number of threads changes, and ``begun`` is called with each ensemble first.

@@ -12,9 +12,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from .. import rivals
 from ..shapes import CUBES, SMALL
@@ -142,6 +143,14 @@ def plain(value: float, _: int | None = None) -> str:
     return f"{value:g}"
 
 
+def log_ticks(axis: Axis) -> None:
+    """Powers of ten, and what lies between them where there are few; none of the small ones has a label."""
+    low, high = sorted(axis.get_view_interval())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 50 else (1,)))
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def log_axis(axis: Axes, sizes: Sequence[int]) -> None:
     """A label at each size that has room for one."""
     kept: list[int] = []
@@ -219,8 +228,8 @@ def roofline(result: Result) -> Figure | None:
             y = [(figures.rate(row, name) or np.nan) / scale for row in some]
             axis.plot(x, y, linestyle="", markersize=6, alpha=0.85, **look(name, names))
         axis.set(xscale="log", yscale="log", ylabel=per)
-        axis.xaxis.set_major_formatter(FuncFormatter(plain))
-        axis.yaxis.set_major_formatter(FuncFormatter(plain))
+        log_ticks(axis.xaxis)
+        log_ticks(axis.yaxis)
         memory_text = f", {memory:.3g} GB/s" if memory else ""
         axis.set_title(f"{head(key)}: {peak / scale:.3g} {per}{memory_text}")
         legend(axis, names)
@@ -292,7 +301,7 @@ def overhead(result: Result) -> Figure | None:
         axis.invert_yaxis()
         axis.margins(x=0.12, y=0.02)
         axis.set(title=head(key), xlabel="µs a call", xscale="log")
-        axis.xaxis.set_major_formatter(FuncFormatter(plain))
+        log_ticks(axis.xaxis)
         legend(axis, names)
     return figure
 

@@ -113,11 +113,11 @@ def result(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture(name="row")
+@pytest.fixture(name="row", scope="session")
 def row_fixture() -> Callable[..., dict[str, Any]]:
     return row
 
 
-@pytest.fixture(name="result")
+@pytest.fixture(name="result", scope="session")
 def result_fixture() -> Callable[..., dict[str, Any]]:
     return result
