@@ -170,7 +170,7 @@ def measure(
     def begun(ensemble: conductor.Ensemble) -> None:
         known = {(roof["device"], roof["threads"]) for roof in run.result["roofs"]}
         if not known:
-            run.result["stamp"] |= ensemble.facts()
+            run.result["stamp"] = ensemble.facts() | run.result["stamp"]  # which a run that goes on is held against
         if (ensemble.device, ensemble.threads) not in known:
             run.result["roofs"].append(ensemble.roof())
 
