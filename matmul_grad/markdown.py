@@ -17,5 +17,5 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
     """
     ruler = ["---" if i < left else "--:" for i in range(len(columns))]
     cells = [columns, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    lines = [f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in row)}|" for row in cells]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([lines[0], f"|{'|'.join(ruler)}|", *lines[1:]])
