@@ -62,6 +62,13 @@ class Cell:
         return (m * k + k * n + m * n) * self.torch_dtype.itemsize
 
     @property
+    def given(self) -> int:
+        """Bytes of the results."""
+        m, n, k = self.shape
+        sizes = {"forward": m * n, "dgrad": m * k, "wgrad": k * n}
+        return sizes.get(self.product, sum(sizes.values())) * self.torch_dtype.itemsize
+
+    @property
     def moved(self) -> int:
         """Bytes that have to be read or written: each factor and each result once, for each of the products."""
         return self.held * (3 if self.product == rivals.STEP else 1)

@@ -235,6 +235,8 @@ def compare(command: argparse.Namespace) -> int:
 def report(command: argparse.Namespace) -> int:
     """The files of a run again, and README.md's section."""
     result = record.load(command.file)
+    if command.readme and result["stamp"]["device"] != "cpu":
+        raise Unusable(f"--readme: its section is of a CPU, and {command.file} of a GPU")
     if command.readme and not command.busy:
         busy = figures.disturbed(result["rows"])
         if busy:

@@ -76,7 +76,7 @@ class Player:
         for name in names:
             if name != PEAK:
                 answers[name] = self._try(name, cell, whole)
-        beyond = status("VmHWM") - cell.held
+        beyond = status("VmHWM") - cell.held - cell.given
         del whole
         normal = operands.draw(cell, "normal", self._device.device)
         try:
@@ -90,7 +90,7 @@ class Player:
                 self._raise_peak(cell, answers)
             elif "first" in answers[name]:
                 answers[name] |= self._attempt(name, lambda name=name: self._make_ready(name, cell, sets))
-        beyond = max(beyond, status("VmHWM") - count * cell.held)
+        beyond = max(beyond, status("VmHWM") - count * cell.held - cell.given)
         return {"copies": count, "contenders": answers, "beyond": beyond}
 
     def _attempt(self, name: str, do: Any) -> dict[str, Any]:

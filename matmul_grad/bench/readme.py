@@ -29,7 +29,8 @@ def block(result: dict[str, Any], shown: Sequence[tuple[str, str]] = ()) -> str:
     found = {
         (row["product"], row["dtype"], row["n"]): row
         for row in rows
-        if row["m"] == row["n"] == row["k"] and row.get("layout", "NN") == "NN" and rivals.THEIRS in row["seconds"]
+        if row["m"] == row["n"] == row["k"] and row.get("layout", "NN") == "NN"
+        if set(rivals.RIVALS) <= set(row.get("seconds", {}))
     }
     parts = [
         f"Measured {stamp['date']} on {stamp['CPU']} ({stamp['instruction set'].split()[0]}), one thread; "

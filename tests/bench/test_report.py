@@ -214,6 +214,22 @@ def test_figures_of_a_busy_machine_are_not_written(
     assert capsys.readouterr().err == (line if status else "")
 
 
+def test_readme_leaves_out_what_was_not_timed(row: Any, result: Any) -> None:
+    some = rows(row)
+    some[0] |= {"seconds": {"torch": some[0]["seconds"]["torch"]}, "ratio": {}, "wrong": {"matmul_grad": "no"}}
+    del some[6]["seconds"]
+    text = readme.block(result(some))
+    assert "| f32 | 64 |" not in text and "| f32 | 256 |" in text and "the product takes" not in text
+
+
+def test_readme_is_of_a_cpu(tmp_path: Path, row: Any, result: Any, capsys: Any) -> None:
+    measured = result([row()])
+    measured["stamp"]["device"] = "cuda"
+    path, page = save(tmp_path / "bench.json", measured), page_with_markers(tmp_path)
+    assert command.main(["report", str(path), "--readme", str(page)], "bench") == 2
+    assert capsys.readouterr().err.count("\n") == 1 and "old" in page.read_text(encoding="utf-8")
+
+
 def test_readme_without_markers_is_left_alone(tmp_path: Path, written: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(files_of_run, "write", lambda result, place: None)
     page = tmp_path / "README.md"
