@@ -223,6 +223,10 @@ def compare(command: argparse.Namespace) -> int:
     console.print(f"geometric mean of second / first: {mean:.3f}; {differ} of {len(found)} beyond their spread.")
     console.print("A figure is our ratio to torch, or calls a second where torch was not timed: larger is faster.")
     console.print("Beyond the spread: what is between the quartiles of one run meets nothing of the other's.")
+    for path, result in ((command.first, first), (command.second, second)):
+        busy = figures.disturbed(result["rows"])
+        if busy:
+            console.print(f"{path}: other work ran during {len(busy)} of {len(result['rows'])} comparisons")
     least = command.fail_below
     low = [change for change in found if least and change.significant and change.ratio < least]
     for change in low:

@@ -284,6 +284,14 @@ def test_comparison_calls_that_different_which_is_beyond_the_spread(
     assert "geometric mean: 1.080 of the first, below 1.1" in capsys.readouterr().err
 
 
+def test_comparison_says_which_run_was_disturbed(tmp_path: Path, row: Any, result: Any, capsys: Any) -> None:
+    first = save(tmp_path / "a.json", result([row(1.0)]))
+    second = save(tmp_path / "b.json", result([row(2.0) | {"share of core": 0.5}]))
+    assert command.main(["compare", str(first), str(second)], "bench") == 0
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert "b.json: other work ran during 1 of 1 comparisons" in printed and "a.json: other" not in printed
+
+
 def test_runs_without_torch_are_compared_by_calls_a_second(row: Any) -> None:
     alone = row() | {"ratio": {}, "seconds": {"matmul_grad": {"low": 1.0, "median": 2.0, "high": 4.0}}}
     twice = row() | {"ratio": {}, "seconds": {"matmul_grad": {"low": 0.5, "median": 1.0, "high": 2.0}}}
