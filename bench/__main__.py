@@ -1,5 +1,6 @@
 """`python -m bench`, from the root of a checkout: what is measured by a command of its own.
 
+python -m bench [run] …               what `matmul-grad bench` does; so do compare and report
 python -m bench cpu-ratio             every target of the CPU, a quarter of an hour on a machine at rest
 python -m bench cpu-ratio --quick     the same in a minute, on a few shapes: to see it run
 python -m bench cpu-paths             what packing repays: the measurements behind kernels/cpu/config.py
@@ -8,29 +9,25 @@ python -m bench switch                torch with the switch on over torch with i
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from matmul_grad.exits import INTERRUPTED, UNUSABLE, Unusable, require
+from matmul_grad.exits import INTERRUPTED, UNUSABLE, Parser, Unusable, require
 
 PROGRAM = "python -m bench"
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what it cannot take."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        raise SystemExit(UNUSABLE)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         require("rich", "rich", "bench")
+        require("matplotlib", "matplotlib", "bench")
+        from matmul_grad.bench import command as whole
+
         from . import cpu_ratio, paths, switch
 
+        if not arguments or arguments[0] in whole.VERBS or arguments[0].startswith("--"):
+            return whole.main(list(arguments), PROGRAM)
         parser = Parser(prog=PROGRAM, description="benchmarks that are commands")
         commands = parser.add_subparsers(dest="name", required=True, metavar="command")
         known = {module.KIND: module for module in (cpu_ratio, paths, switch)}

@@ -8,7 +8,6 @@ python -m pytest bench --sizes 256,1024 -k f32
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from typing import Any
 
 import pytest
@@ -46,5 +45,4 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info.pop("node", None)  # which machine it is concerns nobody; what machine it is does
     with timing.threads(config.getoption("--threads")):
         machine_info["matmul_grad"] = machine.describe()
-    machine_info["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     machine_info["torch"] = torch.__config__.show()

@@ -10,19 +10,18 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from matmul_grad import timing
-from matmul_grad.cli import require_isa
-from matmul_grad.console import make_console
-from matmul_grad.exits import DISAGREES, INTERRUPTED, Unusable
+from matmul_grad.bench import worker
+from matmul_grad.console import make_console, progress
+from matmul_grad.exits import DISAGREES, INTERRUPTED, Unusable, require_isa
 
-from . import figures, openblas, plan, report, saved, worker
+from . import figures, openblas, plan, report, saved
 from .plan import Job
 
 KIND = "cpu-ratio"
@@ -157,40 +156,27 @@ def measure(
     """Append a row for each comparison: what is there when it is interrupted is good."""
     each = seconds(command)
     total = sum(job.weight(each, s.threads) for s in sessions for job in s.with_torch + s.with_openblas)
-    with bar(console, total, sum(len(s.with_torch) + len(s.with_openblas) for s in sessions)) as shown:
+    number = sum(len(s.with_torch) + len(s.with_openblas) for s in sessions)
+    with progress(console, KIND, number, total) as shown:
         for count, with_torch, with_openblas in sessions:
             pin = command.pin and count == 1
             if with_torch:
                 options = [f"--threads={count}", f"--seconds={each}", *["--pin"] * pin]
                 with worker.Worker("bench.measure", *options) as torchs:
                     for job in with_torch:
-                        shown(job, count)
+                        shown(named(job, count), 0.0)
                         rows.append(torchs.ask(vars(job)))
-                        shown(job, count, job.weight(each, count))
+                        shown(named(job, count), job.weight(each, count))
             if with_openblas:
                 with openblas.Match(count, each, pin) as match:
                     for job in with_openblas:
-                        shown(job, count)
+                        shown(named(job, count), 0.0)
                         rows.append(match.compare(job))
-                        shown(job, count, job.weight(each, count))
+                        shown(named(job, count), job.weight(each, count))
 
 
-@contextlib.contextmanager
-def bar(console: Console, total: float, count: int) -> Iterator[Any]:
-    """A bar with the time left, drawn between comparisons alone: during one it would take time from it."""
-    if not console.is_terminal:
-        console.print(f"{KIND}: {count} comparisons, about {total / 60:.1f} minutes …")
-        yield lambda *_: None
-        return
-    share = TextColumn("{task.percentage:.0f} %")
-    columns = TextColumn("{task.description}"), BarColumn(), share, TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-        task = progress.add_task(KIND, total=total)
-
-        def shown(job: Job, threads: int, done: float = 0.0) -> None:
-            progress.update(task, description=f"{job.case.id}, {report.threads(threads)}", advance=done, refresh=True)
-
-        yield shown
+def named(job: Job, count: int) -> str:
+    return f"{job.case.id}, {report.threads(count)}"
 
 
 def load(path: Path) -> saved.Result:

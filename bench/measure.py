@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from matmul_grad import ops, rivals, strict, timing, turns
+from matmul_grad.bench import peak, worker
 
-from . import peak, right, worker
+from . import right
 from .plan import Job
 
 PEAK = "peak"

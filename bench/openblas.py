@@ -17,8 +17,9 @@ import numpy
 import torch
 
 from matmul_grad import rivals, strict, timing, turns
+from matmul_grad.bench import worker
 
-from . import measure, right, worker
+from . import measure, right
 from .plan import Job
 
 NUMPY = "numpy"

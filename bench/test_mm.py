@@ -1,7 +1,8 @@
 """Forward, dgrad, wgrad and the whole step, this package beside torch.mm on the same operands.
 
-One group a product, dtype and shape holds both rivals. What is wrong is not timed. The rivals of a group run
-one after the other: `python -m bench.readme` lets them take turns, and its ratios are the ones to quote.
+One group a product, dtype and shape holds both rivals. What is wrong is not timed. Shapes, operands and checks are
+those of `matmul-grad bench`, which lets rivals take turns, and whose ratios are the ones to quote: here the rivals of
+a group run one after the other.
 """
 
 from __future__ import annotations
@@ -10,27 +11,43 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 
-from matmul_grad import rivals, strict, testing
+from matmul_grad import rivals, strict
+from matmul_grad.bench import contenders, operands, right
+from matmul_grad.bench.cells import PASSES, Cell
+from matmul_grad.bench.devices import Cpu
+from matmul_grad.bench.work import call_of, products_of
+
+
+@functools.lru_cache(maxsize=2)
+def drawn(cell: Cell, values: str) -> rivals.Operands:
+    found = operands.draw(cell, values)
+    if values == "normal":
+        operands.assert_normal(found)
+    return found
 
 
 @functools.cache
-def checked(name: str, shape: tuple[int, int, int], dtype: str) -> None:
-    rivals.assert_right(rivals.RIVALS[name], *shape, testing.DTYPES[dtype])
-
-
-@functools.lru_cache(maxsize=1)
-def operands(shape: tuple[int, int, int], dtype: str) -> rivals.Operands:
-    return rivals.draw(*shape, testing.DTYPES[dtype])
+def checked(name: str, cell: Cell) -> None:
+    library = contenders.BY_NAME[name].library()
+    for values, check in (("integers", right.assert_exact), ("normal", right.assert_close)):
+        whole = drawn(cell, values)
+        for which, got in products_of(library, cell, call_of(library, cell, whole)()).items():
+            check(got, *whole.of(which), f"{name}, {cell.name}, {which}")
 
 
 @pytest.mark.parametrize("rival", rivals.RIVALS)
-@pytest.mark.parametrize("product", [*testing.PRODUCTS, rivals.STEP])
+@pytest.mark.parametrize("product", PASSES)
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 def test_mm(benchmark: Any, shape: tuple[int, int, int], dtype: str, product: str, rival: str) -> None:
+    cell = Cell(product, dtype, "NN", *shape, threads=torch.get_num_threads())
+    cpu = Cpu()
     with strict():
-        checked(rival, shape, dtype)
-        work = rivals.work(rivals.RIVALS[rival], product, operands(shape, dtype))
+        checked(rival, cell)
+        library = contenders.BY_NAME[rival].library()
+        count = operands.copies_past(cpu.cache_bytes(), cell.held, cpu.free_bytes())
+        calls = [call_of(library, cell, each) for each in operands.copies(drawn(cell, "normal"), count)]
         benchmark.group = f"{product}-{dtype}-{'x'.join(map(str, shape))}"
-        benchmark.extra_info |= {"rival": rival, "flops": rivals.flops(*shape, product)}
-        benchmark(work)
+        benchmark.extra_info |= {"rival": rival, "flops": cell.flops, "copies": count}
+        benchmark(operands.in_turn(calls))

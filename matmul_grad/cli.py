@@ -7,15 +7,13 @@ Exit codes: 0 all is well, 1 something disagrees or does not compile, 2 what was
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from . import __version__, machine
-from .exits import DISAGREES, INTERRUPTED, UNUSABLE, Unusable, require
+from .exits import DISAGREES, INTERRUPTED, UNUSABLE, Unusable, require, require_isa
 from .gpu_report import command as gpu_report
 from .tuning import command as tuning
 
@@ -24,10 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ᵀ gets a question mark
-    command, rest = parse(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if command.name == "bench":
-            return bench(rest)
+        if arguments[:1] == ["bench"]:
+            return bench(arguments[1:])
+        command = parse(arguments)
         known = {"check": check, "info": info, "warmup": warm_up, "gpu-report": gpu_report.run, "tune": tuning.run}
         return known[command.name](command)
     except Unusable as reason:
@@ -38,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The command, and what is left for pytest after `bench`."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="matmul-grad", description="matmul and both gradients, checked and timed")
     parser.add_argument("--version", action="version", version=f"matmul_grad {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="command")
@@ -51,13 +49,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     check.add_argument("--threads", type=positive, metavar="N", help="default: torch's own number, and 1 for the times")
     commands.add_parser("info", help="say what products run on here")
     commands.add_parser("warmup", help="compile every CPU kernel now")
-    commands.add_parser("bench", help="run the benchmarks of a checkout; further arguments go to pytest")
+    commands.add_parser("bench", help="time this package beside torch and others; report and compare runs")
     gpu_report.add_options(commands.add_parser("gpu-report", help=gpu_report.HELP))
     tuning.add_options(commands.add_parser("tune", help=tuning.HELP))
-    command, rest = parser.parse_known_args(arguments)
-    if rest and command.name != "bench":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return command, rest
+    return parser.parse_args(arguments)
 
 
 def positive(text: str) -> int:
@@ -72,16 +67,6 @@ def seed(text: str) -> int:
     if not 0 <= value < 1 << 31:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 2^31, got {value}")
     return value
-
-
-def require_isa() -> None:
-    """Unusable where $MATMUL_GRAD_ISA asks for what this CPU has not."""
-    from .kernels.cpu import host
-
-    try:
-        host.cpu()
-    except (ValueError, RuntimeError) as reason:
-        raise Unusable(str(reason)) from reason
 
 
 def check(command: argparse.Namespace) -> int:
@@ -122,9 +107,10 @@ def warm_up(command: argparse.Namespace) -> int:
     return 0
 
 
-def bench(arguments: list[str]) -> int:
-    checkout = Path(__file__).parents[1]
-    if not (checkout / "bench" / "test_mm.py").is_file():
-        raise Unusable("the benchmarks are not part of the wheel: run `make bench` in a checkout of the sources")
-    require("pytest_benchmark", "pytest-benchmark", "bench")
-    return subprocess.call([sys.executable, "-m", "pytest", "bench", *arguments], cwd=checkout)
+def bench(arguments: Sequence[str]) -> int:
+    """A command of commands, with options of its own; `matmul_grad.bench` needs more than torch."""
+    require("rich", "rich", "bench")
+    require("matplotlib", "matplotlib", "bench")
+    from .bench import command
+
+    return command.main(list(arguments), "matmul-grad bench")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 T = TypeVar("T")
 BARS = "▁▂▃▄▅▆▇█"
 
 
-def make_console() -> Console:
+def make_console(width: int = 100) -> Console:
     """Plain text, so that brackets stay; wide enough for every table where no terminal sets a width."""
     console = Console(markup=False, highlight=False, emoji=False)
-    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=100)
+    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=width)
 
 
 def heading(console: Console, text: str) -> None:
@@ -30,7 +31,8 @@ def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A ruled table; the first ``left`` columns are words, the others figures."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i < left else "right", no_wrap=True)
+        # Nothing is cut off: where a terminal is too narrow for it, a cell goes on in the next line.
+        shown.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
     console.print(shown)
@@ -45,6 +47,21 @@ def track(console: Console, doing: str, items: Sequence[T]) -> Iterator[T]:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, description=doing)
+
+
+@contextlib.contextmanager
+def progress(console: Console, doing: str, count: int, seconds: float) -> Iterator[Callable[[str, float], None]]:
+    """A bar with the time left, of what takes about ``seconds``; drawn when it is told what runs, and how many seconds'
+    worth is done. While something is timed it would take time from it."""
+    if not console.is_terminal:
+        console.print(f"{doing}: {count} comparisons, about {seconds / 60:.1f} minutes …")
+        yield lambda *_: None
+        return
+    share = TextColumn("{task.percentage:.0f} %")
+    columns = TextColumn("{task.description}"), BarColumn(), share, TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task(doing, total=seconds)
+        yield lambda what, done: bar.update(task, description=what, advance=done, refresh=True)
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:

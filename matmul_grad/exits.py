@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,6 +15,24 @@ DISAGREES, UNUSABLE, INTERRUPTED = 1, 2, 130
 
 class Unusable(Exception):
     """What was asked for cannot be done here; the message is the one line that says why."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what it cannot take."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(UNUSABLE)
+
+
+def require_isa() -> None:
+    """Unusable where $MATMUL_GRAD_ISA asks for what this CPU has not."""
+    from .kernels.cpu import host
+
+    try:
+        host.cpu()
+    except (ValueError, RuntimeError) as reason:
+        raise Unusable(str(reason)) from reason
 
 
 def require(module: str, package: str, extra: str = "check") -> None:

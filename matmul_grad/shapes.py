@@ -26,4 +26,23 @@ ODD: tuple[Shape, ...] = (
     (1, 1024, 1024), (1024, 1, 1024), (16, 2, 30_000_000),
 )  # fmt: skip
 
-SETS = {"cubes": CUBES, "layers": LAYERS, "deepseek": DEEPSEEK, "odd": ODD}
+# One size at a time next to nothing, the other two large.
+SKINNY: tuple[Shape, ...] = tuple(
+    shape for thin in (1, 2, 8, 32) for shape in ((thin, 2048, 2048), (2048, thin, 2048), (2048, 2048, thin))
+)
+
+# Where a call is mostly overhead.
+SMALL: tuple[Shape, ...] = tuple((n, n, n) for n in (1, 2, 4, 8, 16, 32, 48))
+
+# A few of each kind: minutes on one core.
+QUICK: tuple[Shape, ...] = (
+    *CUBES[:5], (8, 8, 8), (32, 32, 32), (1, 768, 768), (32, 3072, 768), (512, 768, 3072), (1000, 1000, 1000),
+    (257, 129, 513), (1024, 1, 1024), (1024, 1024, 8),
+)  # fmt: skip
+# A GPU has its peak behind larger ones.
+QUICK_GPU: tuple[Shape, ...] = (
+    (256, 256, 256), (1024, 1024, 1024), (4096, 4096, 4096), (8, 8, 8), (1, 4096, 4096), (128, 4096, 4096),
+    (2048, 3072, 768), (257, 129, 513),
+)  # fmt: skip
+
+SETS = {"cubes": CUBES, "layers": LAYERS, "deepseek": DEEPSEEK, "odd": ODD, "skinny": SKINNY, "small": SMALL}

@@ -17,29 +17,49 @@ import pytest
 import torch
 
 import matmul_grad
-from matmul_grad import api, rivals, timing
+from matmul_grad import rivals, timing
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def readme() -> ModuleType:
+def module(name: str) -> ModuleType:
+    """Of the checkout's folder bench."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        return importlib.import_module("bench.readme")
+        return importlib.import_module(f"bench.{name}")
+
+
+def suite(*options: str) -> str:
+    """What pytest-benchmark prints of the suite over one tiny size."""
+    quick = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.0001", "--benchmark-warmup=off"]
+    # A session of its own, not a part of the parallel one that runs this test.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command = [sys.executable, "-m", "pytest", "bench", "--sizes=17", *quick, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The JSON of a run of the suite over one tiny size."""
-    path = tmp_path_factory.mktemp("bench") / "bench.json"
-    quick = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.0001", "--benchmark-warmup=off"]
-    command = [sys.executable, "-m", "pytest", "bench", "--sizes=17", f"--benchmark-json={path}", *quick]
-    # A session of its own, not a part of the parallel one that runs this test.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(path.read_text(encoding="utf-8"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the suite wrote its JSON, and saved it for later runs."""
+    place = tmp_path_factory.mktemp("bench")
+    suite(f"--benchmark-json={place / 'bench.json'}", f"--benchmark-storage={place}", "--benchmark-save=first")
+    return place
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+
+
+def test_suite_compares_with_a_saved_run_and_draws_histograms(folder: Path) -> None:
+    drawn = folder / "drawn" / "histogram"
+    options = [f"--benchmark-storage={folder}", "--benchmark-compare=0001", f"--benchmark-histogram={drawn}"]
+    printed = suite("-k", "f32 and forward", *options)
+    assert printed.count("(0001_first)") >= 2
+    (picture,) = drawn.parent.glob("*.svg")
+    assert "<svg" in picture.read_text(encoding="utf-8")
 
 
 def test_suite_times_both_rivals_in_every_group(saved: dict[str, Any]) -> None:
@@ -53,7 +73,8 @@ def test_suite_times_both_rivals_in_every_group(saved: dict[str, Any]) -> None:
 def test_suite_stamps_its_json(saved: dict[str, Any]) -> None:
     stamp = saved["machine_info"]
     assert "node" not in stamp
-    assert stamp["date"].startswith("20")
+    assert "date" not in stamp  # with one, no run would be of the same machine as any other
+    assert saved["datetime"].startswith("20")
     assert stamp["matmul_grad"]["threads"].startswith("1 of")
     assert f"torch {torch.__version__}" in stamp["matmul_grad"]["versions"]
     assert {"CPU", "instruction set", "caches", "CPU kernels", "operator"} < set(stamp["matmul_grad"])
@@ -100,54 +121,10 @@ def test_threads_are_put_back() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_figures_of_a_busy_machine_are_not_written(
-    readme: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readme, "TRIES", 2)
-    monkeypatch.setattr(timing, "share_of_core", lambda: lambda: 0.5)
-    with pytest.raises(SystemExit, match="nothing written: other work ran here during forward-f32-8, in all 16"):
-        readme.main(["--readme", str(tmp_path / "none"), "--results", str(tmp_path), "--sizes=9", "--seconds=0"])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_readme_section_is_written_from_rows(
-    readme: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n", encoding="utf-8")
-    arguments = ["--readme", str(page), "--results", str(tmp_path / "results")]
-    monkeypatch.setattr(readme, "TRIES", 1)
-    readme.main([*arguments, "--busy", "--sizes", "16,17", "--seconds", "0"])
-    (kept,) = (tmp_path / "results").glob("20*.json")
-    written = page.read_text(encoding="utf-8")
-    assert written.startswith(f"before\n{readme.BEGIN}\nMeasured 20")
-    assert written.endswith(f"{readme.END}\nafter\n")
-    assert "old" not in written
-    row = json.loads(kept.read_text(encoding="utf-8"))["rows"][4]
-    assert (row["product"], row["n"], row["flops"]) == ("forward", 16, 8192)
-    assert f"| {row['ratio']:.2f} |" in written
-    readme.main([*arguments, "--from", str(kept)])
-    assert page.read_text(encoding="utf-8") == written
-
-
-def test_readme_without_markers_is_left_alone(readme: ModuleType, tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text("no markers\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="once each"):
-        readme.rewrite(page, "text")
-    assert page.read_text(encoding="utf-8") == "no markers\n"
-
-
-def test_readme_does_not_time_what_is_wrong(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "mm", wrong)
-    with pytest.raises(AssertionError, match="elements differ"):
-        readme.compare(16, "f32", 0)
-
-
 def test_paths_compares_packing_with_reading_in_place(
-    readme: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = importlib.import_module("bench.paths")
+    paths = module("paths")
     monkeypatch.setattr(paths, "limited", lambda block, field, limit: block)  # nothing else to compile
     monkeypatch.setattr(paths, "cases", lambda: [paths.Case("direct_rows", "float32", "NT", 13, 70, 40, 3)])
     assert paths.run(argparse.Namespace(seconds=0.01, save=False, out=None)) == 0
@@ -155,15 +132,15 @@ def test_paths_compares_packing_with_reading_in_place(
     assert "direct_rows ≤ 16" in printed and "float32 NT 13×70×40" in printed
 
 
-def test_paths_refuses_another_result(readme: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = importlib.import_module("bench.paths")
+def test_paths_refuses_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = module("paths")
     monkeypatch.setattr(paths.native, "multiply", lambda block, a, b, out, threads=1: torch.rand_like(out))
     with pytest.raises(AssertionError, match="elements differ"):
         paths.compare(paths.Case("direct_rows", "float32", "NN", 5, 70, 40, 1), 0.01)
 
 
 def test_switch_is_compared_on_and_off(capsys: pytest.CaptureFixture[str]) -> None:
-    switch = importlib.import_module("bench.switch")
+    switch = module("switch")
     before = matmul_grad.info()["accelerated"].get("addmm", {}).get("float32", 0)
     assert switch.run(argparse.Namespace(seconds=0.01, models=False)) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if re.search(r"\d\.\d{3}$", line)]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from matmul_grad import api, machine, rivals, timing, turns
+from matmul_grad.bench import peak, worker
 from matmul_grad.kernels.cpu import native
 
 ROOT = Path(__file__).parents[1]
@@ -28,8 +29,8 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(f"bench.{name}")
 
 
-command, cpu_ratio, figures, measure, openblas, peak, plan, saved, worker = map(
-    load, ["__main__", "cpu_ratio", "figures", "measure", "openblas", "peak", "plan", "saved", "worker"]
+command, cpu_ratio, figures, measure, openblas, plan, saved = map(
+    load, ["__main__", "cpu_ratio", "figures", "measure", "openblas", "plan", "saved"]
 )
 
 

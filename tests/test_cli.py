@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from matmul_grad import __version__, api, autograd, check, check_products, check_timing, check_training, cli, warmup
+from matmul_grad.bench import command as bench
 
 QUICK = ["check", "--no-train", "--no-time"]
 Mm = Callable[[Tensor, Tensor], Tensor]
@@ -226,19 +227,18 @@ def test_kernel_that_does_not_compile(capsys: pytest.CaptureFixture[str], monkey
     assert capsys.readouterr().err == f"matmul-grad: {expected}\n"
 
 
-def test_bench_needs_a_checkout(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "matmul_grad" / "cli.py"))
-    assert cli.main(["bench", "-k", "f32"]) == 2
-    assert "checkout" in capsys.readouterr().err
+def test_bench_says_what_it_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["bench"]) == 2
+    assert capsys.readouterr().err == "matmul-grad: matplotlib is missing: pip install 'matmul-grad[bench]'\n"
 
 
-def test_bench_hands_its_arguments_to_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "call", lambda command, cwd: commands.append(command) or 5)
-    assert cli.main(["bench", "-k", "f32", "--sizes=64"]) == 5
-    assert commands == [[sys.executable, "-m", "pytest", "bench", "-k", "f32", "--sizes=64"]]
+def test_bench_takes_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[str]] = []
+    monkeypatch.setattr(bench, "main", lambda arguments, program: taken.append([program, *arguments]) or 5)
+    assert cli.main(["bench", "report", "x.json", "--readme"]) == 5
+    assert cli.main(["bench", "--suite", "small"]) == 5
+    assert taken == [["matmul-grad bench", "report", "x.json", "--readme"], ["matmul-grad bench", "--suite", "small"]]
 
 
 def test_console_script() -> None:

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 import matmul_grad
+from matmul_grad.bench import readme, record
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,7 +21,7 @@ MODULES = [
     *(f"matmul_grad.{path.stem}" for path in sorted((ROOT / "matmul_grad").glob("[!_]*.py"))),
     *(
         f"matmul_grad.{package}.{path.stem}"
-        for package in ("gpu_report", "tuning")
+        for package in ("bench", "gpu_report", "tuning")
         for path in sorted((ROOT / "matmul_grad" / package).glob("[!_]*.py"))
     ),
     "matmul_grad.kernels.cpu.config",
@@ -89,11 +90,14 @@ def test_a_public_function_without_an_example_is_found(monkeypatch: pytest.Monke
         test_public_functions_have_an_example("matmul_grad")
 
 
-def test_figures_of_readme_come_from_kept_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_readme_come_from_kept_rows() -> None:
     """The section between the markers is what the bench writes from a file of bench/results."""
-    monkeypatch.syspath_prepend(ROOT)
-    readme = importlib.import_module("bench.readme")
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = page.split(readme.BEGIN)[1].split(readme.END)[0].strip()
-    kept = (ROOT / "bench" / "results").glob(f"*-{readme.KIND}-*.json")
-    assert shown in [readme.block(json.loads(path.read_text(encoding="utf-8"))) for path in kept]
+    results = ROOT / "bench" / "results"
+    kept = [*results.glob("*-readme-*.json"), *results.glob(f"*/{record.WHOLE}")]
+    written = [
+        readme.block(json.loads(path.read_text(encoding="utf-8")), readme.beside(path.parent, ROOT / "README.md"))
+        for path in kept
+    ]
+    assert shown in written

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .. import rivals
+from ..markdown import table
 from . import figures
 from .figures import CALL, DEVICE, Figure
 from .measure import Row
@@ -40,20 +41,6 @@ def markdown(result: dict[str, Any]) -> str:
         parts += ["## Left out", "\n".join(skipped)]
     parts += ["## Machine", table(["", ""], [[name, value] for name, value in stamp.items()], left=2)]
     return "\n\n".join(parts) + "\n"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table of Markdown; the first ``left`` columns are words, the others figures.
-
-    >>> print(table(["n", "µs"], [["8", "1.5"]]))
-    | n | µs |
-    |---|--:|
-    | 8 | 1.5 |
-    """
-    ruler = ["---" if i < left else "--:" for i in range(len(columns))]
-    cells = [columns, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], f"|{'|'.join(ruler)}|", *lines[1:]])
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -291,7 +291,7 @@ def test_table_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest
 
 
 def test_problems_of_a_suite() -> None:
-    parsed, _ = cli.parse(["tune", "--dtype", "bf16,tf32", "--suite", "core"])
+    parsed = cli.parse(["tune", "--dtype", "bf16,tf32", "--suite", "core"])
     found = command.planned(parsed)
     assert len(found) == len(jobs.CORE) * 2 * 3
     assert {job.precision for job in found} == {"ieee", "tf32"} and {job.part for job in found} == {"products"}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from llvmlite import ir
 
-from matmul_grad.kernels.cpu import build, config, host, native
+from ..kernels.cpu import build, config, host, native
 
 TURNS = 1 << 19  # about 4 ms on Zen 4: a thousand times what waking a second thread costs
 # Independent chains: what the registers hold, and more than latency × units (8 on x86, 16 on the widest ARM).
@@ -83,7 +83,7 @@ def _ir(name: str, block: config.BlockConfig) -> str:
 
     words: turns, then the addresses of x, of y, and of the results, where index i has the LINE bytes from i·LINE.
     """
-    from matmul_grad.kernels.cpu.simd import I64, Vector, repeat
+    from ..kernels.cpu.simd import I64, Vector, repeat
 
     vector = Vector(block.accumulator, block.lanes, block.fused, block.pairs)
     function = ir.Function(ir.Module(name), ir.FunctionType(ir.VoidType(), [I64] * 3), name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,13 +16,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]  # where this package is found, and in a checkout `bench` too
 
 Message = dict[str, Any]
 
 
 class Failed(Exception):
     """What a worker could not do; the message is what it said."""
+
+
+class Ended(Failed):
+    """A worker that is no more."""
 
 
 class Worker:
@@ -38,19 +43,32 @@ class Worker:
             encoding="utf-8",
         )
 
-    def ask(self, task: Message) -> Message:
+    def ask(self, task: Message, seconds: float | None = None) -> Message:
+        """Its answer; Ended where there is none, or none within ``seconds``."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             print(json.dumps(task), file=self._process.stdin, flush=True)
+            if seconds is not None and not select.select([self._process.stdout], [], [], seconds)[0]:
+                self.end()
+                raise Ended(f"{self._name} said nothing for {seconds:.0f} s at {json.dumps(task)}")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
-            raise Failed(f"{self._name} ended with status {self._process.wait()} at {json.dumps(task)}")
+            raise Ended(f"{self._name} ended with status {self._process.wait()} at {json.dumps(task)}")
         answer = json.loads(line)
         if "failed" in answer:
             raise Failed(answer["failed"])
         return answer
+
+    def end(self) -> None:
+        """It may be in the middle of a long task."""
+        self._process.kill()
+        self._close()
+
+    def _close(self) -> None:
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            self._process.communicate()
 
     def __enter__(self) -> Worker:
         return self
@@ -59,8 +77,8 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._process.kill()  # it may be in the middle of a long task
-        self._process.communicate()
+            self.end()
+        self._close()
 
 
 def serve(answer: Callable[[Message], Message]) -> None:

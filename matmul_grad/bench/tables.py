@@ -1,0 +1,121 @@
+"""What the bench prints and writes in words: summaries, cells, changes between two runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .. import rivals
+from ..markdown import table
+from . import figures
+from .figures import NONE, Change
+
+READING = """\
+Every ratio is another's time over this package's, in rounds taken by turns in one run: above 1 this package is faster;
+in brackets what lies between the quartiles of the rounds. A share of the peak is of multiply-adds on registers alone
+(on a GPU of torch's own product at 8192), timed in the same rounds; a share of the bandwidth is of what memory gave to
+a copy or a sum, where each operand and each result is counted once. A step is forward and both gradients: through
+autograd in torch and here, compiled in JAX, and three bare products in packages that know no gradient."""
+
+
+def page(result: dict[str, Any]) -> str:
+    """The Markdown of a run."""
+    stamp, rows = result["stamp"], result["rows"]
+    parts = [f"# Bench: {stamp['GPU'] if stamp['device'] != 'cpu' else stamp['CPU']}, {stamp['date']}", *notes(result)]
+    parts += ["## Geometric means and worst cases", table(SUMMARY, summary(rows), left=4), READING]
+    parts += ["## Every comparison", table(cell_columns(rows), cell_lines(result), left=4)]
+    skipped = left_out(rows)
+    if skipped:
+        parts += ["## Left out", "\n".join(f"- {line}" for line in skipped)]
+    parts += ["## Machine", table(["", ""], machine(result), left=2)]
+    return "\n\n".join(parts) + "\n"
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What a reader has to know before the figures."""
+    rows, found = result["rows"], []
+    if not result.get("whole"):
+        found.append(f"**Not a whole run**: {len(rows)} of {result['planned']} comparisons.")
+    troubles = figures.troubles(rows)
+    if troubles:
+        found.append("**Wrong, failed or suspect**\n\n" + "\n".join(f"- {line}" for line in troubles))
+    busy = figures.disturbed(rows)
+    if busy:
+        found.append(f"Other work ran here during {len(busy)} of {len(rows)} comparisons: their times are rough.")
+    if result.get("larger"):
+        limit = result["settings"]["max gflop"]
+        found.append(f"{result['larger']} comparisons of the suite were larger than {limit:g} GFLOP, and left out.")
+    return found
+
+
+SUMMARY = ["where", "dtype", "pass", "against", "geometric mean", "worst", "at", "cells"]
+
+
+def summary(rows: Sequence[figures.Row]) -> list[list[str]]:
+    return [
+        [group.where, group.dtype, group.product, s.rival, str(s.mean), f"{s.worst:.2f}", s.worst_cell, str(s.cells)]
+        for group, found in figures.summaries(rows).items()
+        for s in found
+    ]
+
+
+def cell_columns(rows: Sequence[figures.Row]) -> list[str]:
+    names = figures.contenders(rows)
+    ratios = [f"ratio to {name}" for name in names if name != rivals.OURS]
+    rates = [f"GFLOP/s, {name}" for name in names]
+    return ["where", "dtype", "pass", "layout, m×n×k", *rates, *ratios, "peak", "bandwidth", "first ms", "peak MiB"]
+
+
+def cell_lines(result: dict[str, Any]) -> list[list[str]]:
+    rows = result["rows"]
+    names = figures.contenders(rows)
+    lines = []
+    for row in rows:
+        group = figures.group_of(row)
+        rates = [say(figures.rate(row, name), "{:.4g}") for name in names]
+        ratios = [say(figures.ratio(row, name), "{}") for name in names if name != rivals.OURS]
+        shares = figures.share_of_peak(row), figures.share_of_bandwidth(result, row)
+        first, most = row.get("first", {}).get(rivals.OURS), row.get("peak bytes", {}).get(rivals.OURS)
+        ours = say(first and first * 1e3, "{:.3g}"), say(most if most is None else most / 2**20, "{:.1f}")
+        lines.append(
+            [group.where, group.dtype, group.product, figures.label(row), *rates, *ratios]
+            + [say(share, "{:.0%}") for share in shares] + list(ours)
+        )  # fmt: skip
+    return lines
+
+
+def say(value: Any, form: str) -> str:
+    return NONE if value is None else form.format(value)
+
+
+def left_out(rows: Sequence[figures.Row]) -> list[str]:
+    """Each reason once, with how many comparisons it holds for."""
+    found: dict[str, int] = {}
+    for row in rows:
+        for name, why in row.get("skipped", {}).items():
+            found[f"{name}: {why}"] = found.get(f"{name}: {why}", 0) + 1
+    return [f"{what} ({count} comparisons)" for what, count in found.items()]
+
+
+def machine(result: dict[str, Any]) -> list[list[str]]:
+    lines = [[name, str(value)] for name, value in result["stamp"].items()]
+    for roof in result["roofs"]:
+        gbs = roof["GB/s"]
+        where = f"memory, {roof['threads']} × {roof['device']}"
+        lines.append([where, f"{gbs['median']:.4g} GB/s ({gbs['low']:.4g}–{gbs['high']:.4g}, {gbs['how']})"])
+    return lines + [[f"setting: {name}", str(value)] for name, value in result["settings"].items()]
+
+
+CHANGES = ["comparison", "first", "second", "second / first", ""]
+
+
+def changes(found: Sequence[Change]) -> list[list[str]]:
+    lines = []
+    for change in found:
+        verdict = ("faster" if change.ratio > 1 else "slower") if change.significant else "within the spread"
+        lines.append([change.name, digits(change.before), digits(change.after), f"{change.ratio:.3f}", verdict])
+    return lines
+
+
+def digits(spread: figures.Spread) -> str:
+    return f"{spread.median:.4g} ({spread.low:.4g}–{spread.high:.4g})"

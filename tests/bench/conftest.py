@@ -1,0 +1,123 @@
+"""The bench without its processes: the players answer here, where a test can plant what it likes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matmul_grad import rivals, timing
+from matmul_grad.bench import command, conductor, contenders, files_of_run, player, roof, work
+from matmul_grad.bench.contenders import OfTorch
+from matmul_grad.bench.devices import Cpu
+from matmul_grad.bench.roof import Device
+from matmul_grad.shapes import SETS, Shape
+
+
+class Here:
+    """In place of ``Worker``: the player itself; tasks and answers pass through JSON as they do between processes."""
+
+    device: Device = Cpu()
+
+    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
+        self._player = player.Player(type(self).device)
+
+    def ask(self, task: Any, seconds: float | None = None) -> Any:
+        return json.loads(json.dumps(self._player.answer(json.loads(json.dumps(task)))))
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Players in this process, on one thread, with little to time and little memory to measure."""
+    monkeypatch.setattr(conductor, "Worker", Here)
+    monkeypatch.setattr(conductor, "TRIES", 1)
+    monkeypatch.setattr(work, "BATCH", 1e-4)
+    monkeypatch.setattr(roof, "LEAST", 1 << 20)
+    monkeypatch.setattr(roof, "PAST", 0)
+    monkeypatch.setattr(roof, "SECONDS", 0.01)
+    monkeypatch.setattr(Cpu, "cache_bytes", lambda self: 1 << 20)
+    with timing.threads(1):
+        yield
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
+    """Another product in place of torch's or of this package's."""
+
+    def do(name: str, mm: Any) -> None:
+        monkeypatch.setattr(rivals, "RIVALS", {**rivals.RIVALS, name: mm})
+
+    return do
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None) -> Callable[..., tuple[int, Any]]:
+    """Run the command on some shapes: its exit code, and its rows; its pictures where they are wanted."""
+    write = files_of_run.write
+
+    def run(shapes: tuple[Shape, ...], *options: str, out: str = "out", drawn: bool = False) -> tuple[int, Any]:
+        monkeypatch.setattr(files_of_run, "write", write if drawn else lambda result, place: None)
+        monkeypatch.setitem(SETS, "small", shapes)
+        fixed = ["--suite=small", "--seconds=0.001", "--rivals=torch", f"--out={tmp_path / out}", "--no-pin"]
+        status = command.main([*fixed, *options], "bench")
+        written = next((tmp_path / out).glob("bench*.json"), None)
+        return status, json.loads(written.read_text(encoding="utf-8")) if written else None
+
+    return run
+
+
+@pytest.fixture
+def library() -> Callable[..., OfTorch]:
+    return lambda name: contenders.BY_NAME[name].library()
+
+
+def row(
+    ratio: float = 1.25, product: str = "forward", dtype: str = "f32", layout: str = "NN", n: int = 64, **more: Any
+) -> dict[str, Any]:
+    """One that was measured on n × n × n: ours takes a second a GFLOP, torch ``ratio`` times that."""
+
+    def about(value: float) -> dict[str, float]:
+        return {"low": 0.95 * value, "median": value, "high": 1.05 * value}
+
+    names = {"torch": ratio, "matmul_grad": 1.0}
+    return {
+        "product": product, "dtype": dtype, "layout": layout, "m": n, "n": n, "k": n, "threads": 1, "device": "cpu",
+        "flops": 2 * n**3, "bytes": 12 * n * n, "copies": 1 if n <= 48 else 9, "beyond": 1 << 28, "rounds": 5,
+        "share of core": 1.0, "peak": about(2.0),
+        "seconds": {name: about(2e-9 * n**3 * slower) for name, slower in names.items()},
+        "ratio": {"torch": about(ratio)},
+        "first": dict.fromkeys(names, 0.01), "peak bytes": dict.fromkeys(names, 4 * n * n),
+        "bits": {"torch": "aa", "matmul_grad": "bb"}, **more,
+    }  # fmt: skip
+
+
+def result(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    stamp = {
+        "date": "2026-01-02", "time": "12:00:00", "CPU": "Some <CPU>, 2 cores", "instruction set": "avx2 of avx2",
+        "versions": "torch 1", "GPU": "none", "device": "cpu", "rivals": "torch 1",
+    }  # fmt: skip
+    roofs = [{"device": "cpu", "threads": 1, "GB/s": {"how": "copy", "low": 9.0, "median": 10.0, "high": 11.0}}]
+    settings = {"suite": "small", "device": "cpu", "max gflop": 40.0}
+    return {
+        "schema": 1, "kind": "bench", "stamp": stamp, "settings": settings, "whole": True, "protocol": "turns",
+        "planned": len(rows), "larger": 0, "roofs": roofs, "rows": rows, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(name="row", scope="session")
+def row_fixture() -> Callable[..., dict[str, Any]]:
+    return row
+
+
+@pytest.fixture(name="result", scope="session")
+def result_fixture() -> Callable[..., dict[str, Any]]:
+    return result

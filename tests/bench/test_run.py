@@ -1,0 +1,326 @@
+"""A run: its rows, what is planted in it and caught, what is kept when it is stopped, what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import matmul_grad
+from matmul_grad import api, rivals
+from matmul_grad.bench import cells, command, conductor, contenders, devices, figures, operands, record
+from matmul_grad.bench.cells import Cell
+
+Bench = Callable[..., tuple[int, Any]]
+Plant = Callable[[str, Any], None]
+TINY = ((64, 64, 64), (8, 8, 8))
+
+
+def test_row_holds_what_was_measured(bench: Bench, tmp_path: Path) -> None:
+    status, written = bench(((33, 17, 300), (8, 8, 8)), "--dtype=f32,bf16")
+    assert status == 0 and written["whole"] and written["schema"] == 1
+    assert len(written["rows"]) == written["planned"] == 2 * 2 * 6
+    assert str(tmp_path) not in json.dumps(written) and "node" not in written["stamp"]
+    assert {"date", "CPU", "instruction set", "versions", "rivals", "load at the start"} < set(written["stamp"])
+    for row in written["rows"]:
+        assert set(row["seconds"]) == {"torch", "matmul_grad"} and row["rounds"] >= 3
+        for times in (*row["seconds"].values(), row["ratio"]["torch"], row["peak"]):
+            assert 0 < times["low"] <= times["median"] <= times["high"]
+        assert row["first"]["torch"] > 0 and row["peak bytes"]["torch"] >= 0
+        assert row["copies"] == (1 if row["m"] == 8 else operands.copies_past(1 << 20, cells.of_row(row).held, 1 << 40))
+        assert not {"wrong", "failed", "skipped"} & set(row)
+    step = next(row for row in written["rows"] if row["product"] == "step" and row["dtype"] == "f32")
+    assert step["flops"] == 3 * 2 * 33 * 17 * 300
+    assert step["bytes"] == 3 * 4 * (33 * 300 + 300 * 17 + 33 * 17)
+    (roof,) = written["roofs"]
+    assert roof["GB/s"]["median"] > 0
+
+
+def test_every_key_is_documented(bench: Bench) -> None:
+    _, written = bench(TINY, "--dtype=f32", "--pass=forward")
+    page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
+    named = {*written, *written["settings"], *written["roofs"][0], *(key for row in written["rows"] for key in row)}
+    named |= {"wrong", "failed", "skipped", "device seconds", "device ratio", *record.COLUMNS}
+    assert not [key for key in sorted(named) if f"`{key}`" not in page]
+
+
+def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    c = torch.mm(a, b).clone()
+    c.data[-1, -1] += 1
+    return c
+
+
+@pytest.mark.parametrize("name", ["matmul_grad", "torch"])
+def test_planted_wrong_kernel_is_a_failure_and_has_no_time(
+    bench: Bench, plant: Plant, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant(name, wrong)
+    status, written = bench(TINY[:1], "--dtype=f32", "--pass=forward,step")
+    assert status == 1
+    assert f"wrong: {name}, forward-f32-NN-64x64x64-1t: {name}, " in capsys.readouterr().err
+    for row in written["rows"]:
+        assert name not in row["seconds"] and name in row["wrong"] and "torch" not in row.get("ratio", {})
+    assert all(len(row["seconds"]) == 1 for row in written["rows"])  # the other was timed all the same
+
+
+def test_planted_wrong_gradient_is_found(bench: Bench, plant: Plant) -> None:
+    plant("matmul_grad", lambda a, b: 2 * api.mm(a, b) - api.mm(a, b.detach()))
+    status, written = bench(TINY[:1], "--dtype=f32", "--pass=forward,step")
+    assert status == 1
+    found = {row["product"]: row.get("wrong", {}).get("matmul_grad", "") for row in written["rows"]}
+    assert "wgrad: on integers 64 of 64 rows" in found["step"] and not found["forward"]
+
+
+def test_planted_self_comparison_is_shown(
+    bench: Bench, plant: Plant, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plant("torch", lambda a, b: api.mm(a, b))
+    status, _ = bench(((16, 24, 300),), "--dtype=f32", "--pass=forward,dgrad", drawn=True)
+    assert status == 1
+    assert "suspect: torch gives the bits of matmul_grad wherever it was judged" in capsys.readouterr().err
+    assert "suspect: torch" in (tmp_path / "out" / "bench.html").read_text(encoding="utf-8")
+
+
+def test_torch_itself_is_no_suspect(bench: Bench) -> None:
+    assert bench(((16, 24, 300), (300, 300, 300)), "--dtype=f32,f64")[0] == 0
+
+
+def test_torch_on_these_kernels_is_caught(bench: Bench) -> None:
+    """The switch left on: torch.mm would be this package's."""
+    with matmul_grad.enabled():
+        status, written = bench(TINY[:1], "--dtype=f32", "--pass=forward")
+    assert status == 1
+    assert all("compared with itself" in row["wrong"]["torch"] for row in written["rows"])
+
+
+def test_hand_over_to_torch_is_caught(bench: Bench, plant: Plant) -> None:
+    """A product of ours that is torch's is an error, and not a time of ours."""
+    plant("matmul_grad", lambda a, b: api.mm(a.to(torch.complex64), b.to(torch.complex64)).real)
+    status, written = bench(TINY[:1], "--dtype=f32", "--pass=forward")
+    assert status == 1 and "strict()" in written["rows"][0]["failed"]["matmul_grad"]
+
+
+def test_planted_zeros_are_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operands, "fill_normal", lambda memory, generator, longest: memory.zero_())
+    status, written = bench(TINY[:1], "--dtype=f32", "--pass=forward")
+    assert status == 1
+    for row in written["rows"]:
+        assert "not standard normal: mean 0.000, deviation 0.000" in row["wrong"]["torch"]
+        assert "seconds" not in row
+
+
+def slow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.002)
+    return torch.mm(a, b)
+
+
+def test_planted_slow_rival_is_shown(bench: Bench, plant: Plant) -> None:
+    plant("torch", slow)
+    status, written = bench(TINY[:1], "--dtype=f32", "--pass=forward")
+    assert status == 0
+    for row in written["rows"]:
+        assert row["seconds"]["torch"]["low"] > 0.002
+        assert row["ratio"]["torch"]["low"] > 10
+
+
+def test_slow_kernel_fails_where_it_is_asked_to(bench: Bench, plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
+    plant("matmul_grad", slow)
+    status, _ = bench(TINY[:1], "--dtype=f32", "--pass=forward", "--fail-below=0.5")
+    assert status == 1
+    assert "forward f32, 1 thread: 0.0" in capsys.readouterr().err
+    assert bench(TINY[:1], "--dtype=f32", "--pass=forward", out="other")[0] == 0
+
+
+def test_rivals_take_turns(monkeypatch: pytest.MonkeyPatch, here: None) -> None:
+    asked: list[str] = []
+    members = contenders.chosen(["torch", "numpy"], "cpu")
+    with conductor.Ensemble(members, "cpu", 1, False) as ensemble:
+        ask = ensemble.ask
+        monkeypatch.setattr(ensemble, "ask", lambda p, task: asked.append(task.get("time", "prepare")) or ask(p, task))
+        row = ensemble.measure(Cell("forward", "f32", "NN", 16, 16, 16), 0.0)
+    first = ["torch", "matmul_grad", "peak", "numpy"]
+    turned = [first[i:] + first[:i] for i in range(row["rounds"])]
+    assert asked == ["prepare", "prepare", *itertools.chain(*turned)]
+
+
+def test_processes_with_threads_rest_between_turns(monkeypatch: pytest.MonkeyPatch, here: None) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr(conductor, "sleep", rests.append)
+    members = contenders.chosen(["torch", "numpy"], "cpu")
+    for threads, expected in ((1, 0), (2, 2)):
+        rests.clear()
+        with conductor.Ensemble(members, "cpu", threads, False) as ensemble:
+            ensemble._prepare(Cell("forward", "f32", "NN", 16, 16, 16, threads), {})
+        assert rests == [conductor.REST] * expected
+
+
+def test_disturbed_comparison_is_tried_again(monkeypatch: pytest.MonkeyPatch, here: None) -> None:
+    shares = iter([0.5] * 100)
+    monkeypatch.setattr(conductor, "TRIES", 3)
+    monkeypatch.setattr(conductor.timing, "AT_REST", 0.97)
+    members = contenders.chosen(["torch"], "cpu")
+    with conductor.Ensemble(members, "cpu", 1, False) as ensemble:
+        monkeypatch.setattr(ensemble, "ask", lambda p, task: {"seconds": 0.0, "share": next(shares)})
+        row: dict[str, Any] = {}
+        with pytest.raises(ZeroDivisionError):  # after the last try, whose times are what this test says
+            ensemble._time({"torch": "torch", "matmul_grad": "torch"}, "call", 0.0, row)
+    assert 100 - len(list(shares)) == 3 * 2 * 3  # tries, contenders, rounds
+
+
+def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the comparison behind ``count`` others."""
+    measure, done = conductor.Ensemble.measure, []
+
+    def stop(self: Any, cell: Cell, seconds: float) -> Any:
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(cell)
+        return measure(self, cell, seconds)
+
+    monkeypatch.setattr(conductor.Ensemble, "measure", stop)
+
+
+def test_interrupted_run_keeps_its_rows_and_goes_on(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stopped_after(4, patch)
+        status, written = bench(TINY, "--dtype=f32")
+    assert status == 130 and not written["whole"] and len(written["rows"]) == 4
+    assert [path.name for path in (tmp_path / "out").glob("*.json")] == ["bench-unfinished.json"]
+    assert "8 comparisons are left: --resume goes on with them" in capsys.readouterr().out
+    assert bench(TINY, "--dtype=f32")[0] == 2  # it would be written over
+    assert "--resume goes on with it" in capsys.readouterr().err
+    assert bench(TINY, "--dtype=f64", "--resume")[0] == 2
+    assert "was begun with another dtypes" in capsys.readouterr().err
+    status, whole = bench(TINY, "--dtype=f32", "--resume")
+    assert status == 0 and whole["whole"] and whole["rows"][:4] == written["rows"] and len(whole["rows"]) == 12
+    assert [path.name for path in (tmp_path / "out").glob("*.json")] == ["bench.json"]
+
+
+def test_interrupt_before_the_first_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_after(0, monkeypatch)
+    assert bench(TINY, "--dtype=f32") == (130, None)
+
+
+def test_unfinished_run_of_another_machine_is_not_gone_on_with(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stopped_after(2, patch)
+        bench(TINY, "--dtype=f32")
+    path = tmp_path / "out" / record.UNFINISHED
+    path.write_text(path.read_text(encoding="utf-8").replace('"CPU": "', '"CPU": "another '), encoding="utf-8")
+    before = path.read_bytes()
+    assert bench(TINY, "--dtype=f32", "--resume")[0] == 2
+    assert "has another CPU: another " in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_time_that_is_up_ends_the_run_between_two_comparisons(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter([100.0] * 20)
+    monkeypatch.setattr(command, "clock", lambda _: lambda: next(left, -1.0))
+    status, written = bench(TINY, "--dtype=f32")
+    assert status == 0 and not written["whole"] and 0 < len(written["rows"]) < 12
+
+
+def test_folder_that_goes_away_loses_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write, written = record.files.write, []
+
+    def full(path: Path, text: str) -> Path:
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        return write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.files, "write", full)
+        assert bench(TINY, "--dtype=f32")[0] == 2
+    assert "No space left on device; --resume goes on with what is there" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out" / record.UNFINISHED).read_text(encoding="utf-8"))["rows"]) == 3
+    assert bench(TINY, "--dtype=f32", "--resume")[0] == 0
+
+
+def test_what_does_not_fit_into_memory_is_left_out(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(devices.Cpu, "free_bytes", lambda self: 100_000)
+    status, written = bench(TINY, "--dtype=f32", "--pass=forward", drawn=True)
+    assert status == 0
+    large = [row for row in written["rows"] if row["m"] == 64]
+    assert all("GiB of free memory" in row["skipped"]["matmul_grad"] for row in large)
+    assert all("seconds" in row for row in written["rows"] if row["m"] == 8)
+    assert "needs 0.0 GiB of free memory (3 comparisons)" in (tmp_path / "out" / "bench.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ("--suite big", "argument --suite: invalid choice: 'big'"),
+        ("--device cuda", "finds no CUDA device here"),
+        ("--device tpu", "argument --device: invalid choice: 'tpu'"),
+        ("--dtype f8", "--dtype: some of f32,f64,f16,bf16, got f8"),
+        ("--threads 0", "--threads: numbers from 1 to"),
+        ("--threads 1,x", "--threads: numbers from 1 to"),
+        ("--pass backward", "--pass: some of forward,dgrad,wgrad,step, got backward"),
+        ("--rivals mkl", "--rivals: some of none,torch,"),
+        ("--rivals flag_gems", "it does not run on cpu"),
+        ("--seconds nan", "--seconds: a number above 0, got nan"),
+        ("--minutes 0", "--minutes: a number above 0, got 0"),
+        ("--max-gflop 1e-9", "all of the suite quick is larger"),
+        ("--out pyproject.toml", "--out pyproject.toml: File exists"),
+        ("--fast", "unrecognized arguments: --fast"),
+        ("compare a.json", "the following arguments are required: B.json"),
+        ("compare nowhere.json nowhere.json", "nowhere.json: No such file"),
+        ("compare pyproject.toml pyproject.toml", "pyproject.toml: broken JSON: "),
+        ("report nowhere.json", "nowhere.json: No such file"),
+    ],
+)
+def test_unusable_arguments_get_one_line(
+    arguments: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    try:
+        status = command.main(arguments.split(), "bench")
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert status == 2 and why in line and captured.out == ""
+
+
+def test_missing_rival_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
+    assert command.main(["--rivals=blis"], "bench") == 2
+    assert capsys.readouterr().err == "bench: --rivals blis: blis is missing: pip install 'matmul-grad[rivals]'\n"
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(record.os, "access", lambda path, mode: False)  # root may write everywhere
+    assert command.main([f"--out={tmp_path}"], "bench") == 2
+    assert capsys.readouterr().err == f"bench: --out {tmp_path}: cannot be written\n"
+
+
+def test_summary_is_what_the_rows_say(row: Any) -> None:
+    rows = [row(2.0), row(8.0, layout="NT"), row(0.5, n=128), row(3.0, "dgrad")]
+    found = figures.summaries(rows)
+    (forward,) = found[figures.group_of(rows[0])]
+    assert (forward.mean.median, forward.worst, forward.worst_cell) == (2.0, 0.5, "NN 128×128×128")
+    assert figures.share_of_peak(rows[0]) == pytest.approx(0.5)
+    assert figures.rate(rows[0], "torch") == pytest.approx(0.5)
+    assert rivals.OURS not in {s.rival for some in found.values() for s in some}
+
+
+def test_twins_are_those_whose_long_sums_agree_everywhere(row: Any) -> None:
+    same, other = {"bits": {"torch": "a", "matmul_grad": "a"}}, {"bits": {"torch": "a", "matmul_grad": "b"}}
+    assert figures.twins([row(n=512, **same), row(n=256, **same)]) == ["torch"]
+    assert figures.twins([row(n=512, **same), row(n=256, **other)]) == []
+    assert figures.twins([row(n=128, **same), row(n=512, dtype="bf16", **same)]) == []
