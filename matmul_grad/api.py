@@ -186,11 +186,11 @@ def _is_real(operand: Any, beta: Any, alpha: Any) -> bool:
 def mm_backward(
     grad: Tensor, input: Tensor, mat2: Tensor, output_mask: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both gradients of ``mm`` from the gradient of its result; differentiable in turn.
+    """Both gradients of ``mm``, or of ``bmm``, from the gradient of its result; differentiable in turn.
 
     dA = grad · Bᵀ,  dB = Aᵀ · grad
 
-    shapes      grad (m, n), input (m, k), mat2 (k, n) → (m, k), (k, n)
+    shapes      grad (m, n), input (m, k), mat2 (k, n) → (m, k), (k, n), or a batch of each
     strides     any (an expanded gradient too); the results are contiguous
     dtypes      as ``mm``
     aliasing    the results are new memory

@@ -64,12 +64,16 @@ def may_have_tangents() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def turned(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.dim() == 3 else matrix.t()  # of what is no matrix the product says so
+
+
 def gradients(
     grad: Tensor, self: Tensor | None, mat2: Tensor | None, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dgrad, wgrad), None for what ``needs`` leaves out; an operand that only that one uses may be None."""
-    dgrad = product(grad, mat2.mT) if needs[0] and mat2 is not None else None
-    wgrad = product(self.mT, grad) if needs[1] and self is not None else None
+    dgrad = product(grad, turned(mat2)) if needs[0] and mat2 is not None else None
+    wgrad = product(turned(self), grad) if needs[1] and self is not None else None
     return dgrad, wgrad
 
 

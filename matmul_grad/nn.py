@@ -46,7 +46,8 @@ def convert(model: Model, filter: Callable[[nn.Module, str], bool] | None = None
     A module becomes one of another class and nothing else about it changes: parameters, tied ones among them, hooks,
     buffers, devices, mode and state_dict are the same objects. Parametrised modules are swapped as well. Subclasses
     of ``torch.nn.Linear`` are left as they are, since they may compute something else, and so is a module with a
-    ``forward`` of its own. ``filter(module, name)`` leaves out those for which it is False.
+    ``forward`` of its own. What torch computes past a module stays torch's: attention, and the fused path of its
+    transformer layers in evaluation. ``filter(module, name)`` leaves out those for which it is False.
 
     ``converted`` names the modules that were swapped, and the logger ``matmul_grad`` tells each at level INFO.
 

@@ -79,8 +79,7 @@ def addition(input: Tensor, self: Tensor, mat2: Tensor, beta: float, alpha: floa
 
 
 def accelerated(self: Tensor, mat2: Tensor) -> bool:
-    """Whether these kernels take the product: dense matrices, or batches of them, that fit, of one dtype with a kernel,
-    on one device."""
+    """Whether these kernels take the product: dense matrices, or batches, that fit, of a dtype with a kernel."""
     return (
         self.device == mat2.device
         and self.dtype == mat2.dtype
@@ -134,7 +133,7 @@ def make_kernel(name: str) -> Callable[..., Tensor]:
     def multiply(self: Tensor, mat2: Tensor) -> Tensor:
         if self.dim() != rank or not accelerated(self, mat2):
             strictness.hand_over(self, mat2)
-        elif has_work(self, mat2):
+        elif self.is_cuda or has_work(self, mat2):
             return compute(self, mat2)
         return torchs(self, mat2)
 
@@ -172,7 +171,7 @@ def compute(
     if self.is_cuda:
         from .kernels.gpu import launch
 
-        return launch.product(self, mat2, input, beta, alpha, out)
+        return launch.mm(self, mat2, out=out) if input is None else launch.product(self, mat2, input, beta, alpha, out)
     from .kernels.cpu import native
 
     return native.product(self, mat2, input, beta, alpha, out)
@@ -180,7 +179,7 @@ def compute(
 
 def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
     """Both gradients from one launch on a GPU, or None where nothing but two products will do: see ``autograd.py``."""
-    if not (grad.is_cuda and accelerated(self, mat2) and accelerated(grad, mat2.t())):
+    if not (grad.is_cuda and accelerated(self, mat2) and accelerated(grad, mat2.mT)):
         return None
     from .kernels.gpu import launch
 

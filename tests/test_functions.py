@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import itertools
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -498,3 +500,29 @@ def test_no_call_keeps_its_operands() -> None:
         if [x._use_count() for x in operands] != before:
             gc.collect()  # exceptions and their frames hold each other
         assert [x._use_count() for x in operands] == before, (name, operands, scales, strictly)
+
+
+FIRST_CALLS = """
+import sys, torch, matmul_grad
+for name in sys.argv[1:]:
+    shapes = {"bmm": [(2, 3, 4), (2, 4, 2)], "addmm": [(2,), (3, 4), (4, 2)], "baddbmm": [(2,), (2, 3, 4), (2, 4, 2)],
+              "matmul": [(2, 3, 4), (4, 2)], "linear": [(2, 3, 4), (2, 4), (2,)]}[name]
+    operands = [torch.ones(shape, requires_grad=True) for shape in shapes]
+    with matmul_grad.strict():
+        for _ in range(2):
+            getattr(matmul_grad, name)(*operands).sum().backward()
+            with torch.no_grad():
+                getattr(matmul_grad, name)(*operands)
+    assert all(x.grad is not None for x in operands)
+model = matmul_grad.convert(torch.nn.Sequential(torch.nn.Linear(4, 2)))
+model(torch.ones(3, 4)).sum().backward()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("first", ["addmm", "linear"])
+def test_first_calls_of_a_process_bring_no_warning(first: str) -> None:
+    others = [name for name in ("bmm", "addmm", "baddbmm", "matmul", "linear") if name != first]
+    command = [sys.executable, "-W", "error", "-c", FIRST_CALLS, first, *others]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert (done.stdout, done.stderr) == ("done\n", "")

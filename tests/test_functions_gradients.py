@@ -147,6 +147,14 @@ def test_gradients_are_torchs(name: str) -> None:
         assert_close([x.grad for x in ours], [x.grad for x in torchs], name)
 
 
+@pytest.mark.parametrize("sizes", [(2, 3, 4, 5), (1, 1, 1, 1), (0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
+def test_both_gradients_of_a_batch(sizes: tuple[int, ...]) -> None:
+    count, m, n, k = sizes
+    grad, a, b = draw(count, m, n, seed=3), draw(count, m, k, seed=1), draw(count, k, n, seed=2)
+    assert_close(matmul_grad.mm_backward(grad, a, b), (torch.bmm(grad, b.mT), torch.bmm(a.mT, grad)))
+    assert matmul_grad.mm_backward(grad, a, b, (True, False))[1] is None
+
+
 def test_nothing_is_recorded_without_gradients() -> None:
     for name, ours in OURS.items():
         with torch.no_grad():

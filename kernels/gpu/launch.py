@@ -92,13 +92,13 @@ bmm = mm
 
 
 def product(
-    a: Tensor, b: Tensor, source: Tensor | None = None, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+    a: Tensor, b: Tensor, source: Tensor, beta: float = 1, alpha: float = 1, out: Tensor | None = None
 ) -> Tensor:
     """C = alpha * (A . B) + beta * source; a, b, out as for `mm`, source any that expands to C, out itself too.
 
     Rounding: the product is rounded, and then what is done to it. Where beta is 0 source is not read.
     """
-    if source is None or (beta == 0 and alpha == 1):
+    if beta == 0 and alpha == 1:
         return mm(a, b, out=out)
     result = mm(a, b)
     if alpha != 1:
