@@ -49,11 +49,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # samples that resize, that a
 
 
 @pytest.fixture(scope="module", autouse=True)
-def tell_how_many(request: pytest.FixtureRequest) -> Iterator[None]:
+def tell_how_many(counts: Counter[str]) -> Iterator[None]:
     yield
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\nop_db: {', '.join(f'{count} {kind}' for kind, count in sorted(ran.items()))}")
+    counts.update(ran)
 
 
 def leaves(sample: SampleInput) -> tuple[list[Tensor], Callable[[list[Tensor]], tuple[Any, tuple[Any, ...], Any]]]:
