@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# Arguments of every kernel that stores a result; were they specialised, each alpha and beta would be compiled anew.
+SCALES = ("alpha_low", "alpha_high", "beta_low", "beta_high")
+
 
 @triton.jit
 def round_to_tf32(x):
@@ -93,6 +96,63 @@ def tile_product(
 def scale_of(scale_a_ptr, scale_b_ptr):
     """What 8-bit operands were divided by, both at once."""
     return tl.load(scale_a_ptr) * tl.load(scale_b_ptr)
+
+
+@triton.jit
+def scale_from(low, high, SCALE: tl.constexpr):
+    """alpha or beta, from the two halves of a float64's bits: Triton makes a float32 of a float."""
+    bits = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    return bits.to(tl.float64, bitcast=True).to(SCALE)
+
+
+@triton.jit
+def add(acc, source, beta_low, beta_high):
+    """beta * source to sums that alpha has multiplied, in one rounding."""
+    return tl.fma(source.to(acc.dtype), scale_from(beta_low, beta_high, acc.dtype), acc)
+
+
+@triton.jit
+def load_source(base, s_row, s_col, row0, col0, row, col, in_rows, in_cols):
+    """What is added to the tile at (row0, col0), 64-bit: one row, column or number where the other stride is None."""
+    if s_row is not None:
+        base += row0 * s_row
+    if s_col is not None:
+        base += col0 * s_col
+    if s_row is None and s_col is None:
+        source = tl.load(base)
+    elif s_row is None:
+        source = tl.load(base + col[None, :] * s_col, mask=in_cols, other=0.0)
+    elif s_col is None:
+        source = tl.load(base + row[:, None] * s_row, mask=in_rows, other=0.0)
+    else:
+        source = tl.load(base + row[:, None] * s_row + col[None, :] * s_col, mask=in_rows & in_cols, other=0.0)
+    return source
+
+
+@triton.jit
+def add_to_tile(
+    acc, base, s_row, s_col, row0, col0, rows, cols, beta_low, beta_high,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """beta * source to a whole tile, in SUBTILES halves: the largest tiles leave no registers for a whole source."""
+    if SUBTILES == 2:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        left = add_to_tile(
+            left, base, s_row, s_col, row0, col0, rows, cols, beta_low, beta_high, BLOCK_M, BLOCK_N // 2, 1
+        )
+        right = add_to_tile(
+            right, base, s_row, s_col, row0, col0 + BLOCK_N // 2, rows, cols, beta_low, beta_high,
+            BLOCK_M, BLOCK_N // 2, 1,
+        )  # fmt: skip
+        acc = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_N))
+    else:
+        row = tl.arange(0, BLOCK_M).to(tl.int64)
+        col = tl.arange(0, BLOCK_N).to(tl.int64)
+        in_rows = (row < rows - row0)[:, None]
+        in_cols = (col < cols - col0)[None, :]
+        source = load_source(base, s_row, s_col, row0.to(tl.int64), col0.to(tl.int64), row, col, in_rows, in_cols)
+        acc = add(acc, source, beta_low, beta_high)
+    return acc
 
 
 @triton.jit
