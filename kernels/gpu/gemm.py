@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import SCALES, add, load_source, place, round_to_tf32, scale_from, scale_of, share_of_k
+from .tiles import SCALES, add_to_tile, place, round_to_tf32, scale_from, scale_of, share_of_k
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
@@ -86,8 +86,9 @@ def gemm(
     if alpha_low is not None:
         acc *= scale_from(alpha_low, alpha_high, SUM)
     if source_ptr is not None:
-        source = load_source(source_ptr + part * s_batch, s_row, s_col, row0, col0, row, col, in_rows, in_cols)
-        acc = add(acc, source, beta_low, beta_high)
+        acc = add_to_tile(
+            acc, source_ptr + part * s_batch, s_row, s_col, row0, col0, m, n, beta_low, beta_high, BLOCK_M, BLOCK_N
+        )
     c_base = c_ptr + part * c_part + row0 * c_row + col0 * c_col
     c_offset = row[:, None] * c_row + col[None, :] * c_col
     tl.store(c_base + c_offset, acc.to(c_ptr.dtype.element_ty), mask=in_rows & in_cols)

@@ -178,15 +178,9 @@ def _gemm(
 ) -> Launch:
     (a, b, c), (m, n, k) = strides, (problem.m, problem.n, problem.k)
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    s = source_of(sum)[1]
     wide = any(
         is_wide(extents)
-        for extents in (
-            [(bm, a.row), (bk, a.col)],
-            [(bk, b.row), (bn, b.col)],
-            [(bm, c.row), (bn, c.col)],
-            [(bm, s.row), (bn, s.col)],
-        )
+        for extents in ([(bm, a.row), (bk, a.col)], [(bk, b.row), (bn, b.col)], [(bm, c.row), (bn, c.col)])
     )
     return Launch(
         gemm,

@@ -5,6 +5,8 @@ import triton.language as tl
 
 # Arguments of every kernel that stores a result; were they specialised, each alpha and beta would be compiled anew.
 SCALES = ("alpha_low", "alpha_high", "beta_low", "beta_high")
+# Of what is added to a tile, so many columns are loaded at a time: beside the largest tiles, more spill.
+COLUMNS = tl.constexpr(64)
 
 
 @triton.jit
@@ -112,45 +114,37 @@ def add(acc, source, beta_low, beta_high):
 
 
 @triton.jit
-def load_source(base, s_row, s_col, row0, col0, row, col, in_rows, in_cols):
-    """What is added to the tile at (row0, col0), 64-bit: one row, column or number where the other stride is None."""
-    if s_row is not None:
-        base += row0 * s_row
-    if s_col is not None:
-        base += col0 * s_col
+def load_source(base, s_row, s_col, row, col, in_rows, in_cols):
+    """What is added to a tile; one row, column or number of it where the other stride is None."""
     if s_row is None and s_col is None:
         source = tl.load(base)
     elif s_row is None:
-        source = tl.load(base + col[None, :] * s_col, mask=in_cols, other=0.0)
+        source = tl.load(base + col * s_col, mask=in_cols, other=0.0)
     elif s_col is None:
-        source = tl.load(base + row[:, None] * s_row, mask=in_rows, other=0.0)
+        source = tl.load(base + row * s_row, mask=in_rows, other=0.0)
     else:
-        source = tl.load(base + row[:, None] * s_row + col[None, :] * s_col, mask=in_rows & in_cols, other=0.0)
+        source = tl.load(base + row * s_row + col * s_col, mask=in_rows & in_cols, other=0.0)
     return source
 
 
 @triton.jit
 def add_to_tile(
     acc, base, s_row, s_col, row0, col0, rows, cols, beta_low, beta_high,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """beta * source to a whole tile, in SUBTILES halves: the largest tiles leave no registers for a whole source."""
-    if SUBTILES == 2:
+    """beta * source to a whole tile, COLUMNS at a time."""
+    if BLOCK_N > COLUMNS:
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        left = add_to_tile(
-            left, base, s_row, s_col, row0, col0, rows, cols, beta_low, beta_high, BLOCK_M, BLOCK_N // 2, 1
-        )
+        left = add_to_tile(left, base, s_row, s_col, row0, col0, rows, cols, beta_low, beta_high, BLOCK_M, BLOCK_N // 2)
         right = add_to_tile(
             right, base, s_row, s_col, row0, col0 + BLOCK_N // 2, rows, cols, beta_low, beta_high,
-            BLOCK_M, BLOCK_N // 2, 1,
+            BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         acc = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_N))
     else:
-        row = tl.arange(0, BLOCK_M).to(tl.int64)
-        col = tl.arange(0, BLOCK_N).to(tl.int64)
-        in_rows = (row < rows - row0)[:, None]
-        in_cols = (col < cols - col0)[None, :]
-        source = load_source(base, s_row, s_col, row0.to(tl.int64), col0.to(tl.int64), row, col, in_rows, in_cols)
+        row = row0.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
+        col = col0.to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
+        source = load_source(base, s_row, s_col, row, col, row < rows, col < cols)
         acc = add(acc, source, beta_low, beta_high)
     return acc
 

@@ -64,7 +64,7 @@ def gemm_tma(
         if source_ptr is not None:
             acc = add_to_tile(
                 acc, source_ptr + batch.to(tl.int64) * s_batch, s_row, s_col, row0, col0, m, n, beta_low, beta_high,
-                BLOCK_M, BLOCK_N, SUBTILES,
+                BLOCK_M, BLOCK_N,
             )  # fmt: skip
         if STORE_TMA:
             store_block(acc, c_desc, batch, row0, col0, BLOCK_M, BLOCK_N, SUBTILES, BATCHED)

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -156,16 +157,17 @@ def check_scales(dtype: str, config: Any) -> None:
 
 
 def check_wide() -> None:
-    """64-bit offsets inside a tile, which an input alone can ask for."""
+    """64-bit offsets inside a block, which a vector's input alone can ask for, give the same bits."""
     from test_interpreter import tile
 
     from matmul_grad.kernels.gpu import plan
+    from matmul_grad.kernels.gpu.choose import VECTOR_TILES
     from matmul_grad.kernels.gpu.config import Problem, Target
 
-    problem, strides = Problem(64, 64, 64, "float32"), (plan.Strides(64, 1),) * 3
+    problem, strides = Problem(4096, 1, 64, "float32"), (plan.Strides(64, 1), plan.Strides(1, 1), plan.Strides(1, 1))
     for row, wide in ((64, False), (2**28, True)):
         added = plan.Sum(plan.Strides(row, 1))
-        (made,) = plan.launches(problem, tile(), Target(80, 2, 227 << 10), strides, sum=added)
+        (made,) = plan.launches(problem, VECTOR_TILES["N"], Target(80, 2, 227 << 10), strides, sum=added)
         assert made.constants["WIDE"] is wide
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "is_wide", lambda extents: True)
@@ -234,6 +236,7 @@ def configs() -> dict[str, Any]:
         "pointers-cut": pointers(3),
         "tma": tma(),
         "tma-halves": tma(subtiles=2),
+        "tma-quarters": replace(tma(), block_n=256),
         "tma-cut": tma(3),
     }
 
@@ -255,6 +258,7 @@ CASES: dict[str, Callable[[], None]] = {
             ("tma", "bf16", "NN"),
         )
     },
+    "tma-quarters": partial(on, "tma-quarters", check_exact, (72, 200, 24), "fp16", "NN", arch=90),
     # Neither n nor the result's rows are whole chunks of 16 bytes: C is stored by pointers.
     "tma-odd": partial(on, "tma-halves", check_exact, (71, 39, 72), "fp16", "NT", arch=90),
     **{
