@@ -159,6 +159,26 @@ def store_rows(acc, c_ptr, row0, col0, rows, cols, c_row, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
+def add_and_store_rows(
+    acc, base, s_row, s_col, c_ptr, c_row, row0, col0, rows, cols, beta_low, beta_high,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`add_to_tile` and `store_rows`, COLUMNS at a time: what is stored leaves its registers to the next."""
+    if BLOCK_N > COLUMNS:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        add_and_store_rows(
+            left, base, s_row, s_col, c_ptr, c_row, row0, col0, rows, cols, beta_low, beta_high, BLOCK_M, BLOCK_N // 2
+        )
+        add_and_store_rows(
+            right, base, s_row, s_col, c_ptr, c_row, row0, col0 + BLOCK_N // 2, rows, cols, beta_low, beta_high,
+            BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+    else:
+        acc = add_to_tile(acc, base, s_row, s_col, row0, col0, rows, cols, beta_low, beta_high, BLOCK_M, BLOCK_N)
+        store_rows(acc, c_ptr, row0, col0, rows, cols, c_row, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
 def store_block(
     acc, c_desc, batch, row0, col0,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BATCHED: tl.constexpr,

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .tiles import (
     SCALES,
+    add_and_store_rows,
     add_to_tile,
     place,
     scale_from,
@@ -61,12 +62,15 @@ def gemm_tma(
             acc *= scale_of(scale_a_ptr, scale_b_ptr)
         if alpha_low is not None:
             acc *= scale_from(alpha_low, alpha_high, tl.float32)
-        if source_ptr is not None:
-            acc = add_to_tile(
-                acc, source_ptr + batch.to(tl.int64) * s_batch, s_row, s_col, row0, col0, m, n, beta_low, beta_high,
-                BLOCK_M, BLOCK_N,
-            )  # fmt: skip
         if STORE_TMA:
+            if source_ptr is not None:
+                base = source_ptr + batch.to(tl.int64) * s_batch
+                acc = add_to_tile(acc, base, s_row, s_col, row0, col0, m, n, beta_low, beta_high, BLOCK_M, BLOCK_N)
             store_block(acc, c_desc, batch, row0, col0, BLOCK_M, BLOCK_N, SUBTILES, BATCHED)
+        elif source_ptr is not None:
+            add_and_store_rows(
+                acc, source_ptr + batch.to(tl.int64) * s_batch, s_row, s_col,
+                c_ptr + part.to(tl.int64) * c_part, c_row, row0, col0, m, n, beta_low, beta_high, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         else:
             store_rows(acc, c_ptr + part.to(tl.int64) * c_part, row0, col0, m, n, c_row, BLOCK_M, BLOCK_N)

@@ -87,7 +87,8 @@ class Case(NamedTuple):
         loads = "" if self.problem.aligned or self.tile.path == "vector" else "-unaligned"
         batch = "-batch" if self.problem.batch > 1 else ""
         source = f"-{self.source}" if self.source else ""
-        return f"{self.name}{source}{batch}{loads}@sm_{self.arch}"
+        rows = "-rows" if self.source and self.launch.constants.get("STORE_TMA") is False else ""
+        return f"{self.name}{source}{rows}{batch}{loads}@sm_{self.arch}"
 
 
 def lie(letter: str, batch: int = 1) -> Strides:
@@ -144,6 +145,8 @@ def sums() -> Iterator[Case]:
     for arch, tile in itertools.product((90, 100), TMA_TILES):
         problem = problem_of("bfloat16", "ieee", "NT")
         yield from of_products(arch, problem, tile, "matrix")
+        yield from of_products(arch, problem, tile, "matrix", arch == 90, store_tma=False)
+        yield from of_products(arch, problem, tile, "row", True, store_tma=False)
         for source in SOURCES if tile == TMA_TILES[0] else ():
             if source != "matrix":
                 yield from of_products(arch, problem, tile, source, slow=arch != 90)

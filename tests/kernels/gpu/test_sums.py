@@ -259,6 +259,7 @@ CASES: dict[str, Callable[[], None]] = {
         )
     },
     "tma-quarters": partial(on, "tma-quarters", check_exact, (72, 200, 24), "fp16", "NN", arch=90),
+    "tma-quarters-odd": partial(on, "tma-quarters", check_exact, (71, 199, 24), "fp16", "NT", arch=90),
     # Neither n nor the result's rows are whole chunks of 16 bytes: C is stored by pointers.
     "tma-odd": partial(on, "tma-halves", check_exact, (71, 39, 72), "fp16", "NT", arch=90),
     **{
