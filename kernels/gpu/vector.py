@@ -42,11 +42,11 @@ def matvec(
         acc = tl.fma(a, x[None, :].broadcast_to(a.shape), acc)
         a_base += tl.cast(a_col, tl.int64) * BLOCK_K
         x_base += tl.cast(x_step, tl.int64) * BLOCK_K
+    y = y_ptr + part.to(tl.int64) * y_part + (row0 + row) * y_step
     total = tl.sum(acc, axis=1)
     if alpha_low is not None:
         total *= scale_from(alpha_low, alpha_high, SUM)
     if source_ptr is not None:
         source = tl.load(source_ptr + (row0 + row) * s_step, mask=in_rows, other=0.0)
         total = add(total, source, beta_low, beta_high)
-    y = y_ptr + part.to(tl.int64) * y_part + (row0 + row) * y_step
     tl.store(y, total.to(y_ptr.dtype.element_ty), mask=in_rows)
