@@ -97,7 +97,7 @@ def product(
     Rounding: alpha and beta to the type of S, then alpha * S, one multiply-add of beta and source, and the result.
     Where beta is 0 source is not read; where there is nothing to multiply, A . B is 0.
     """
-    if source is None or (beta == 0 and alpha == 1):
+    if alpha == 1 and (source is None or beta == 0):
         return mm(a, b, precision, config=config, out=out)
     precision = precision_of(a, precision)
     read = None if beta == 0 else source

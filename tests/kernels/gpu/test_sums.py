@@ -191,11 +191,12 @@ def check_invariant() -> None:
 
 
 def check_empty() -> None:
-    """Where there is nothing to multiply the sum is beta * input, in place too; an empty result is one."""
+    """Without an input alpha still counts; without anything to multiply the sum is beta * input, in place too."""
     from test_interpreter import assert_same_bits
 
     from matmul_grad.kernels.gpu import launch
 
+    assert_same_bits(launch.product(torch.ones(2, 3), torch.ones(3, 4), alpha=2), torch.full((2, 4), 6.0))
     none = torch.ones(3, 0), torch.ones(0, 4)
     row, own = torch.arange(4.0), torch.arange(12.0).view(3, 4)
     assert_same_bits(launch.product(*none, row, 2, 3), 2 * row.expand(3, 4))
