@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .config import ALIGNMENT, Target
-from .plan import Described, Launch, Operand
+from .plan import Described, Launch, Number, Operand
 
 # Shared bytes that one block may have, by compute capability (CUDA programming guide).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -96,7 +96,7 @@ def type_of(value: Any, types: dict[str, str]) -> str:
         return f"*{types[value.name]}"
     if isinstance(value, Described):
         return f"tensordesc<{types[value.name]}{list(value.block)}>"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "i32" if isinstance(value, Number) or -(2**31) <= value < 2**31 else "i64"
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

@@ -3,15 +3,16 @@
 import triton
 import triton.language as tl
 
-from .tiles import place, round_to_tf32, scale_of, share_of_k
+from .tiles import SCALES, add_to_tile, place, round_to_tf32, scale_from, scale_of, share_of_k
 
 
-@triton.jit(repr=lambda specialization: specialization.constants["NAME"])
+@triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
 def gemm(
     a_ptr, b_ptr, c_ptr, scale_a_ptr, scale_b_ptr,
     m, n, k,
     a_row, a_col, b_row, b_col, c_row, c_col,
     a_batch, b_batch, c_part,
+    source_ptr, s_row, s_col, s_batch, alpha_low, alpha_high, beta_low, beta_high,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
     SCALED: tl.constexpr, IMPRECISE: tl.constexpr, NAME: tl.constexpr,
@@ -27,9 +28,12 @@ def gemm(
     and b, IMPRECISE as in `tile_product`. SCALED multiplies the sums by two float32 before they are rounded.
     PRECISION "tf32" rounds float32 operands first; "tf32x3" adds the products of their two halves but the least;
     "ieee" multiplies them whole.
+    Sums: with alpha, C = alpha * S + beta * source, S the sums over t: alpha * S is rounded to the type of S, then
+    one multiply-add. source_ptr None adds nothing; s_row, s_col None: one row or column serves all.
     Result: c_ptr; with SPLIT_K > 1 it is the workspace: SPLIT_K partial results a product, c_part apart, for
     `reduce`.
-    Aliasing: c overlaps neither a nor b, and has no stride 0 but along a dimension of size 1.
+    Aliasing: c overlaps neither a nor b, and has no stride 0 but along a dimension of size 1. The source may be c:
+    each element is read before it is written.
     Rounding: once, at the store.
     Edges: masks. Nothing outside the operands is read and nothing outside C is written; beyond k both
     operands are zero.
@@ -79,6 +83,12 @@ def gemm(
 
     if SCALED:
         acc *= scale_of(scale_a_ptr, scale_b_ptr)
+    if alpha_low is not None:
+        acc *= scale_from(alpha_low, alpha_high, SUM)
+    if source_ptr is not None:
+        acc = add_to_tile(
+            acc, source_ptr + part * s_batch, s_row, s_col, row0, col0, m, n, beta_low, beta_high, BLOCK_M, BLOCK_N
+        )
     c_base = c_ptr + part * c_part + row0 * c_row + col0 * c_col
     c_offset = row[:, None] * c_row + col[None, :] * c_col
     tl.store(c_base + c_offset, acc.to(c_ptr.dtype.element_ty), mask=in_rows & in_cols)

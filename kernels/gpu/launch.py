@@ -7,23 +7,25 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import modes
 from .choose import choose, choose_backward
-from .config import ALIGNMENT, ITEM_BYTES, Problem, Target, TileConfig, is_valid, layout
-from .gemm import gemm
-from .plan import Strides, backward_launch, launches, work_elements
+from .config import Target, TileConfig, is_valid, layout
+from .operands import (
+    INTERPRETED,
+    NAMES,
+    NAMES_OF_8_BITS,
+    checked_shape,
+    describe,
+    fits_tma,
+    is_aligned,
+    strides_of,
+    strides_of_source,
+)
+from .plan import Sum, backward_launch, launches, scales_of, work_elements
 from .run import Runner
 
-SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SUPPORTED}
-NAMES_OF_8_BITS = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}
-ALL_NAMES = NAMES | NAMES_OF_8_BITS
-
-# Triton decides this once, when it meets the kernel's decorator.
-INTERPRETED = not isinstance(gemm, triton.JITFunction)
 INTERPRETER = Target(arch=80, sms=2, shared_bytes=227 << 10)
 PLANS = 4096  # kept at once; a model with more shapes than that pays for its plans again
 
@@ -63,20 +65,64 @@ def mm(
     Source: kernels/gpu/. config fixes the tile, for tests and for `tune`. Under TRITON_INTERPRET=1, CPU tensors run
     through Triton's interpreter. Raises ValueError for what it cannot multiply.
     """
-    if a.dtype != torch.float32:
-        precision = "ieee"
-    elif precision is None:
-        precision = precision_now()
+    precision = precision_of(a, precision)
     key = _key(a, b, precision, config)
     if out is not None:
-        key += (out.shape, out.stride(), out.dtype, out.get_device(), out.data_ptr() % 16)
+        key += _lies(out)
     plan = _plans.get(key)
     if plan is None:
         plan = _remember(key, make_plan(a, b, out, precision, config))
     result = a.new_empty(plan.shape) if out is None else out
-    if not plan.run:
-        return result.zero_()
-    tensors = {"a": a, "b": b, "c": result}
+    return _follow(plan, a, b, result) if plan.run else result.zero_()
+
+
+bmm = mm
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    source: Tensor | None = None,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+    precision: str | None = None,
+    *,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """C = alpha * (A . B) + beta * source, added where the sums S of A . B are stored: no launch more than for A . B.
+
+    Shapes, strides, dtypes, aliasing, edges, determinism, memory: as `mm`. source expands to C, of any strides; it may
+    be out itself, else out does not overlap it.
+    Rounding: alpha and beta to the type of S, then alpha * S, one multiply-add of beta and source, and the result.
+    Where beta is 0 source is not read; where there is nothing to multiply, A . B is 0.
+    """
+    if alpha == 1 and (source is None or beta == 0):
+        return mm(a, b, precision, config=config, out=out)
+    precision = precision_of(a, precision)
+    read = None if beta == 0 else source
+    key = ("sum", *_key(a, b, precision, config), out is not None)
+    for tensor in (out, read):
+        if tensor is not None:
+            key += _lies(tensor)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _remember(key, make_plan(a, b, out, precision, config, (read,)))
+    result = a.new_empty(plan.shape) if out is None else out
+    if plan.run:
+        return _follow(plan, a, b, result, source=read, **scales_of(alpha, beta))
+    return result.zero_() if read is None else result.copy_(read.expand(plan.shape)).mul_(beta)
+
+
+def precision_of(a: Tensor, precision: str | None) -> str:
+    """What was asked for, or torch's setting; there is a choice for float32 alone."""
+    if a.dtype != torch.float32:
+        return "ieee"
+    return precision_now() if precision is None else precision
+
+
+def _follow(plan: Plan, a: Tensor, b: Tensor, result: Tensor, **more: Any) -> Tensor:
+    tensors = {"a": a, "b": b, "c": result, **more}
     if plan.work:
         tensors["work"] = a.new_empty(plan.work, dtype=plan.sums)
     if INTERPRETED and a.dtype == torch.bfloat16:
@@ -88,24 +134,8 @@ def mm(
     return result
 
 
-bmm = mm
-
-
-def product(
-    a: Tensor, b: Tensor, source: Tensor, beta: float = 1, alpha: float = 1, out: Tensor | None = None
-) -> Tensor:
-    """C = alpha * (A . B) + beta * source; a, b, out as for `mm`, source any that expands to C, out itself too.
-
-    Rounding: the product is rounded, and then what is done to it. Where beta is 0 source is not read.
-    """
-    if beta == 0 and alpha == 1:
-        return mm(a, b, out=out)
-    result = mm(a, b)
-    if alpha != 1:
-        result.mul_(alpha)
-    if beta != 0:
-        result.add_(source, alpha=beta)
-    return result if out is None else out.copy_(result)
+def _lies(x: Tensor) -> tuple:
+    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16
 
 
 def _key(a: Tensor, b: Tensor, precision: str, config: TileConfig | None) -> tuple:
@@ -132,7 +162,7 @@ def _remember(key: tuple, plan: Plan) -> Plan:
     return plan
 
 
-def _run(runners: tuple[Runner, ...], tensors: dict[str, Tensor], on: Tensor) -> None:
+def _run(runners: tuple[Runner, ...], tensors: dict[str, Any], on: Tensor) -> None:
     # autograd runs backward in threads of its own, whose current device need not be the tensors'.
     if on.is_cuda and torch.cuda.current_device() != on.device.index:
         with torch.cuda.device(on.device):
@@ -143,9 +173,20 @@ def _run(runners: tuple[Runner, ...], tensors: dict[str, Tensor], on: Tensor) ->
             runner(tensors)
 
 
-def make_plan(a: Tensor, b: Tensor, out: Tensor | None, precision: str, config: TileConfig | None) -> Plan:
-    """Check the operands, choose a tile and fill in the launches. ValueError for what cannot be multiplied."""
+def make_plan(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor | None,
+    precision: str,
+    config: TileConfig | None,
+    sum: tuple[Tensor | None] | None = None,
+) -> Plan:
+    """Check the operands, choose a tile and fill in the launches. ValueError for what cannot be multiplied.
+
+    sum: for a sum, what is added, None for nothing.
+    """
     shape = checked_shape(a, b, out)
+    added = None if sum is None else Sum(None if sum[0] is None else strides_of_source(sum[0], a, shape))
     work = torch.float64 if a.dtype == torch.float64 else torch.float32
     if 0 in shape or a.shape[-1] == 0:
         return Plan((), shape, 0, work)
@@ -157,7 +198,7 @@ def make_plan(a: Tensor, b: Tensor, out: Tensor | None, precision: str, config: 
         raise ValueError(f"{config} is not valid for {problem} on {target}")
     strides = strides_of(a), strides_of(b), strides_of(result)
     upcast = INTERPRETED and a.dtype == torch.bfloat16
-    made = launches(problem, config, target, strides, store_tma=fits_tma(result), upcast=upcast)
+    made = launches(problem, config, target, strides, store_tma=fits_tma(result), upcast=upcast, sum=added)
     return Plan(tuple(Runner(launch) for launch in made), shape, work_elements(problem, config), work)
 
 
@@ -270,75 +311,6 @@ def takes_scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, result:
         return False
     along_k = a.stride(1) == b.stride(0) == 1 and is_aligned(a) and is_aligned(b)
     return along_k and target_of(a).arch >= 89 and (INTERPRETED or torch.version.hip is None)
-
-
-def checked_shape(a: Tensor, b: Tensor, out: Tensor | None) -> tuple[int, ...]:
-    """Shape of the product, or a ValueError that names what does not fit."""
-    if not a.dim() == b.dim() in (2, 3) or a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2]:
-        raise ValueError(f"cannot multiply shapes {tuple(a.shape)} and {tuple(b.shape)}")
-    if a.dtype != b.dtype or a.dtype not in NAMES:
-        pairs = ", ".join(NAMES.values())
-        raise ValueError(f"cannot multiply {a.dtype} and {b.dtype}: supported are pairs of {pairs}")
-    if a.device != b.device or not (a.is_cuda or INTERPRETED):
-        raise ValueError(f"cannot multiply on {a.device} and {b.device}: both operands must be on one GPU")
-    shape = (*a.shape[:-1], b.shape[-1])
-    if out is not None and (tuple(out.shape) != shape or out.dtype != a.dtype or out.device != a.device):
-        raise ValueError(f"out must be {shape}, {a.dtype}, on {a.device}")
-    return shape
-
-
-def describe(a: Tensor, b: Tensor, c: Tensor, precision: str) -> Problem:
-    """What `choose` needs to know of the operands: sizes, dtype, layouts, precision, alignment."""
-    return Problem(
-        m=a.shape[-2],
-        n=b.shape[-1],
-        k=a.shape[-1],
-        dtype=ALL_NAMES[a.dtype],
-        a=layout(*a.stride()[-2:]),
-        b=layout(*b.stride()[-2:]),
-        precision=precision if a.dtype == torch.float32 else "ieee",
-        aligned=is_aligned(a) and is_aligned(b),
-        tma=fits_tma(a) and fits_tma(b) and c.stride(-1) == 1,
-        batch=a.shape[0] if a.dim() == 3 else 1,
-        invariant=modes.invariant,
-    )
-
-
-def strides_of(x: Tensor) -> Strides:
-    batch = x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0
-    return Strides(x.stride(-2), x.stride(-1), batch)
-
-
-def adjacent(x: Tensor) -> tuple[int, list[int]] | None:
-    """Extent of the dimension whose elements are together, and the other strides that are used; None without one."""
-    (rows, cols), (row_stride, col_stride) = x.shape[-2:], x.stride()[-2:]
-    outer = [x.stride(0)] if x.dim() == 3 and x.shape[0] > 1 else []
-    if col_stride == 1:
-        return cols, [row_stride, *outer]
-    return (rows, [col_stride, *outer]) if row_stride == 1 else None
-
-
-def is_aligned(x: Tensor) -> bool:
-    """Whether Triton can prove 16-byte loads: a stride of 1, and a size, strides and an address that divide."""
-    found = adjacent(x)
-    if found is None:
-        return False
-    return all(size % ALIGNMENT == 0 for size in (found[0], *found[1])) and x.data_ptr() % 16 == 0
-
-
-def fits_tma(x: Tensor) -> bool:
-    """Whether the copy engine can read and write a matrix: the one rule of alignment, for m, n and k alike.
-
-    One stride of 1; address, rows and every other stride in whole 16 bytes (a store writes whole chunks); no stride
-    of 0; sizes that 32 bits hold. A meta tensor stands for new memory, which is aligned.
-    """
-    found = adjacent(x)
-    if found is None or x.dtype not in ALL_NAMES or max(x.shape) >= 2**31:
-        return False
-    item = ITEM_BYTES[ALL_NAMES[x.dtype]]
-    extents = (found[0], *found[1])
-    whole = all(size > 0 and size * item % 16 == 0 and size * item < 2**40 for size in extents)
-    return whole and (x.is_meta or x.data_ptr() % 16 == 0)
 
 
 def precision_now() -> str:

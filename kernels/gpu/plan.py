@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from .backward import backward_tma
 from .config import Problem, Target, TileConfig, kernel_name, kind, number, workspace_bytes
 from .gemm import gemm
 from .reduce import reduce
+from .tiles import SCALES
 from .tma import gemm_tma
 from .vector import matvec
 
@@ -21,6 +23,12 @@ MAX_REGISTERS = 255
 
 class Operand(NamedTuple):
     """An argument that is the address of a tensor: which one, by its name."""
+
+    name: str
+
+
+class Number(NamedTuple):
+    """An argument that is a number of each call, of 32 bits: which one, by its name."""
 
     name: str
 
@@ -42,6 +50,15 @@ class Strides(NamedTuple):
     batch: int = 0
 
 
+class Sum(NamedTuple):
+    """C = alpha * (A . B) + beta * source: how the source lies, with stride 0 where it repeats; None to add nothing."""
+
+    source: Strides | None
+
+
+NOWHERE = Strides(0, 0)
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel: its arguments as a launch takes them, constants by name, and the compiler's options."""
@@ -61,17 +78,52 @@ def launches(
     *,
     store_tma: bool = False,
     upcast: bool = False,
+    sum: Sum | None = None,
 ) -> list[Launch]:
     """The launches of C = A . B on the operands "a", "b", "c", and "work" where k is cut.
 
-    strides: of a, b, c. store_tma: the copy engine can write c. upcast: for Triton's interpreter.
+    strides: of a, b, c. store_tma: the copy engine can write c. upcast: for Triton's interpreter. sum: what the kernel
+    that stores c does besides, with the operand "source" and the numbers of `scales_of`.
     """
     make = {"pointers": _gemm, "tma": _gemm_tma, "vector": _matvec}[config.path]
     if config.split_k == 1:
-        return [make(problem, config, target, strides, "c", store_tma, upcast)]
+        return [make(problem, config, target, strides, "c", store_tma, upcast, sum)]
     work = Strides(problem.n, 1, problem.m * problem.n)
-    first = make(problem, config, target, (*strides[:2], work), "work", False, upcast)
-    return [first, _reduce(problem, config, strides[2])]
+    first = make(problem, config, target, (*strides[:2], work), "work", False, upcast, None)
+    return [first, _reduce(problem, config, strides[2], sum)]
+
+
+def scales_of(alpha: float, beta: float) -> dict[str, int]:
+    """alpha and beta as the kernels take them: by the halves of their bits.
+
+    >>> scales_of(1, -2.5)
+    {'alpha_low': 0, 'alpha_high': 1072693248, 'beta_low': 0, 'beta_high': -1073479680}
+    """
+    return dict(zip(SCALES, struct.unpack("=4i", struct.pack("=2d", alpha, beta)), strict=True))
+
+
+def source_of(sum: Sum | None) -> tuple[Operand | None, Strides]:
+    """What is added, and how it lies."""
+    return (None, NOWHERE) if sum is None or sum.source is None else (Operand("source"), sum.source)
+
+
+def scaling(sum: Sum | None) -> tuple[Number | None, ...]:
+    """The last arguments of a kernel that stores a result."""
+    alpha, beta = sum is not None, sum is not None and sum.source is not None
+    used = (alpha, alpha, beta, beta)
+    return tuple(Number(name) if use else None for name, use in zip(SCALES, used, strict=True))
+
+
+def added(sum: Sum | None) -> tuple[Any, ...]:
+    """The arguments from the source on; a stride that is None says that nothing changes along it."""
+    source, lies = source_of(sum)
+    if source is None:
+        return (None, None, None, None, *scaling(sum))
+    return (source, lies.row or None, lies.col or None, lies.batch, *scaling(sum))
+
+
+def named(name: str, sum: Sum | None) -> str:
+    return name if sum is None else f"{name}_sum"
 
 
 def work_elements(problem: Problem, config: TileConfig) -> int:
@@ -122,6 +174,7 @@ def _gemm(
     result: str,
     _: bool,
     upcast: bool,
+    sum: Sum | None,
 ) -> Launch:
     (a, b, c), (m, n, k) = strides, (problem.m, problem.n, problem.k)
     bm, bn, bk = config.block_m, config.block_n, config.block_k
@@ -134,7 +187,7 @@ def _gemm(
         (cdiv(m, bm) * cdiv(n, bn), config.split_k * problem.batch),
         (
             Operand("a"), Operand("b"), Operand(result), *scales(problem), m, n, k,
-            a.row, a.col, b.row, b.col, c.row, c.col, a.batch, b.batch, c.batch,
+            a.row, a.col, b.row, b.col, c.row, c.col, a.batch, b.batch, c.batch, *added(sum),
         ),
         {
             **blocks(config),
@@ -143,7 +196,7 @@ def _gemm(
             "WIDE": wide,
             "UPCAST": upcast,
             **of_8_bits(problem),
-            "NAME": kernel_name(problem, config),
+            "NAME": named(kernel_name(problem, config), sum),
         },
         options(config),
     )  # fmt: skip
@@ -167,6 +220,7 @@ def _gemm_tma(
     result: str,
     store_tma: bool,
     upcast: bool,
+    sum: Sum | None,
 ) -> Launch:
     (a, b, c), (m, n, k), batch = strides, (problem.m, problem.n, problem.k), problem.batch
     bm, bn, bk = config.block_m, config.block_n, config.block_k
@@ -178,6 +232,7 @@ def _gemm_tma(
         (
             described("a", m, k, a, (bm, bk), batch), described("b", k, n, b, (bk, bn), batch), stored,
             None if store_tma else Operand(result), *scales(problem), c.row, c.batch, m, n, k, batch,
+            *added(sum),
         ),
         {
             **blocks(config),
@@ -189,7 +244,7 @@ def _gemm_tma(
             "SUBTILES": config.subtiles,
             "UPCAST": upcast,
             **of_8_bits(problem),
-            "NAME": kernel_name(problem, config),
+            "NAME": named(kernel_name(problem, config), sum),
         },
         options(config),
     )  # fmt: skip
@@ -208,29 +263,44 @@ def _matvec(
     result: str,
     _: bool,
     upcast: bool,
+    sum: Sum | None,
 ) -> Launch:
     a, b, c = strides
-    rows, matrix, vector, a_row, a_col, x_step, y_step = problem.m, "a", "b", a.row, a.col, b.row, c.row
+    source, s = source_of(sum)
+    rows, matrix, vector, a_row, a_col = problem.m, "a", "b", a.row, a.col
+    x_step, y_step, s_step = b.row, c.row, s.row
     if problem.n != 1:
-        rows, matrix, vector, a_row, a_col, x_step, y_step = problem.n, "b", "a", b.col, b.row, a.col, c.col
+        rows, matrix, vector, a_row, a_col = problem.n, "b", "a", b.col, b.row
+        x_step, y_step, s_step = a.col, c.col, s.col
     bm, bk = config.block_m, config.block_k
-    wide = is_wide([(bm, a_row), (bk, a_col)]) or is_wide([(bk, x_step)]) or is_wide([(bm, y_step)])
+    wide = is_wide([(bm, a_row), (bk, a_col)]) or is_wide([(bk, x_step)]) or is_wide([(bm, max(y_step, s_step))])
     return Launch(
         matvec,
         (cdiv(rows, bm), config.split_k),
-        (Operand(matrix), Operand(vector), Operand(result), rows, problem.k, a_row, a_col, x_step, y_step, c.batch),
-        {"BLOCK_M": bm, "BLOCK_K": bk, "SPLIT_K": config.split_k, "WIDE": wide, "NAME": kernel_name(problem, config)},
+        (
+            Operand(matrix), Operand(vector), Operand(result), rows, problem.k, a_row, a_col, x_step, y_step, c.batch,
+            source, None if source is None else s_step, *scaling(sum),
+        ),
+        {
+            "BLOCK_M": bm,
+            "BLOCK_K": bk,
+            "SPLIT_K": config.split_k,
+            "WIDE": wide,
+            "NAME": named(kernel_name(problem, config), sum),
+        },
         options(config),
-    )
+    )  # fmt: skip
 
 
-def _reduce(problem: Problem, config: TileConfig, c: Strides) -> Launch:
+def _reduce(problem: Problem, config: TileConfig, c: Strides, sum: Sum | None) -> Launch:
     size = problem.m * problem.n
-    name = f"reduce_{number(problem)}_k{config.split_k}"
+    name = named(f"reduce_{number(problem)}_k{config.split_k}", sum)
+    source, s = source_of(sum)
+    lies = (None, None, None) if source is None else (s.row, s.col, s.batch)
     return Launch(
         reduce,
         (cdiv(size, REDUCE_BLOCK), problem.batch),
-        (Operand("work"), Operand("c"), size, problem.n, c.row, c.col, c.batch),
+        (Operand("work"), Operand("c"), size, problem.n, c.row, c.col, c.batch, source, *lies, *scaling(sum)),
         {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "NAME": name},
         {"num_warps": 4, "num_stages": 1},
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import Described, Launch, Operand
+from .plan import Described, Launch, Number, Operand
 
 # Triton's codes of an element, as its metadata has them, to CUtensorMapDataType of the driver's API.
 ELEMENTS = {**{code: code for code in range(8)}, 8: 10, 9: 8, 10: 9}
@@ -64,6 +64,8 @@ def recipe(launch: Launch, compiled: Any) -> Recipe | None:
     if metadata.num_ctas != 1 or metadata.launch_pdl or metadata.launch_cooperative_grid:
         return None
     if metadata.global_scratch_size or metadata.profile_scratch_size:
+        return None
+    if any(isinstance(argument, Number) for argument in launch.arguments):
         return None
     passed = [kind for kind in compiled.src.signature.values()][: len(launch.arguments)]
     described = iter(metadata.tensordesc_meta or [])

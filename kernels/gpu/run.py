@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .plan import Described, Launch, Operand
+from .plan import Described, Launch, Number, Operand
 from .recipe import Recipe, recipe
 
 
@@ -24,7 +24,7 @@ class Checked:
 
 
 class Runner:
-    """A launch whose tensors alone change, and they keep shape, strides, dtype, device and alignment.
+    """A launch whose tensors and numbers alone change; tensors keep shape, strides, dtype, device and alignment.
 
     The first call goes through Triton's JIT, which compiles; those after it call what it compiled, and skip the
     binding, the specialisation and the look-up of its launch. Where a profiler listens all calls go the long way.
@@ -32,7 +32,7 @@ class Runner:
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
-        self._operands = [(i, x.name) for i, x in enumerate(launch.arguments) if isinstance(x, Operand)]
+        self._operands = [(i, x.name) for i, x in enumerate(launch.arguments) if isinstance(x, Operand | Number)]
         self._described = [
             (i, x.name, list(x.shape), list(x.strides), list(x.block))
             for i, x in enumerate(launch.arguments)
@@ -46,7 +46,7 @@ class Runner:
         """What the driver was given, but for the addresses; None before the first call, and where that is not all."""
         return None if self._compiled is None else recipe(self._launch, self._compiled)
 
-    def __call__(self, tensors: dict[str, Tensor]) -> None:
+    def __call__(self, tensors: dict[str, Any]) -> None:
         arguments = self._arguments.copy()
         for position, name in self._operands:
             arguments[position] = tensors[name]

@@ -3,13 +3,25 @@
 import triton
 import triton.language as tl
 
-from .tiles import place, scale_of, share_of_k, store_block, store_rows, tile_product
+from .tiles import (
+    SCALES,
+    add_and_store_rows,
+    add_to_tile,
+    place,
+    scale_from,
+    scale_of,
+    share_of_k,
+    store_block,
+    store_rows,
+    tile_product,
+)
 
 
-@triton.jit(repr=lambda specialization: specialization.constants["NAME"])
+@triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
 def gemm_tma(
     a_desc, b_desc, c_desc, c_ptr, scale_a_ptr, scale_b_ptr, c_row, c_part,
     m, n, k, batches,
+    source_ptr, s_row, s_col, s_batch, alpha_low, alpha_high, beta_low, beta_high,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, BATCHED: tl.constexpr,
     STORE_TMA: tl.constexpr, SUBTILES: tl.constexpr, UPCAST: tl.constexpr, SCALED: tl.constexpr,
@@ -23,9 +35,10 @@ def gemm_tma(
     can hold is `launch.fits_tma`.
     Dtypes: 16-bit, a, b and c alike, or 8-bit a and b, accumulated in float32; IMPRECISE as in `tile_product`.
     SCALED multiplies the sums by two float32 before they are rounded.
+    Sums: as `gemm`.
     Result: through c_desc where STORE_TMA, else to c_ptr with rows c_row and products c_part apart. With
     SPLIT_K > 1 c_ptr is the workspace: SPLIT_K float32 partial results a product, for `reduce`.
-    Aliasing: c overlaps neither a nor b.
+    Aliasing: c overlaps neither a nor b; the source may be c.
     Rounding: once, at the store.
     Edges: the copy engine reads zeros beyond an operand and writes nothing beyond C.
     Determinism: t runs upward in steps of BLOCK_K inside a part of k; parts are cut by k alone; no atomics.
@@ -47,7 +60,17 @@ def gemm_tma(
         )  # fmt: skip
         if SCALED:
             acc *= scale_of(scale_a_ptr, scale_b_ptr)
+        if alpha_low is not None:
+            acc *= scale_from(alpha_low, alpha_high, tl.float32)
         if STORE_TMA:
+            if source_ptr is not None:
+                base = source_ptr + batch.to(tl.int64) * s_batch
+                acc = add_to_tile(acc, base, s_row, s_col, row0, col0, m, n, beta_low, beta_high, BLOCK_M, BLOCK_N)
             store_block(acc, c_desc, batch, row0, col0, BLOCK_M, BLOCK_N, SUBTILES, BATCHED)
+        elif source_ptr is not None:
+            add_and_store_rows(
+                acc, source_ptr + batch.to(tl.int64) * s_batch, s_row, s_col,
+                c_ptr + part.to(tl.int64) * c_part, c_row, row0, col0, m, n, beta_low, beta_high, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
         else:
             store_rows(acc, c_ptr + part.to(tl.int64) * c_part, row0, col0, m, n, c_row, BLOCK_M, BLOCK_N)

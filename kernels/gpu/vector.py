@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
-from .tiles import share_of_k
+from .tiles import SCALES, add, scale_from, share_of_k
 
 
-@triton.jit(repr=lambda specialization: specialization.constants["NAME"])
+@triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
 def matvec(
     a_ptr, x_ptr, y_ptr, rows, k, a_row, a_col, x_step, y_step, y_part,
+    source_ptr, s_step, alpha_low, alpha_high, beta_low, beta_high,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, WIDE: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """y[i] = sum over t < k of A[i, t] * x[t], BLOCK_M rows and one part of k a program.
@@ -18,6 +19,7 @@ def matvec(
     Strides: any, in elements; offsets inside a block are 32-bit unless WIDE. With SPLIT_K > 1 y_ptr is the
     workspace: parts y_part apart.
     Dtypes: float16, bfloat16, float32, float64; sums in float32 (float64 for float64), products unrounded.
+    Sums: as `gemm`, the source s_step apart; it may be y.
     Rounding: once, at the store. Edges: masks.
     Determinism: BLOCK_K sums run side by side over t, and are added in one fixed tree; no atomics.
     """
@@ -41,4 +43,10 @@ def matvec(
         a_base += tl.cast(a_col, tl.int64) * BLOCK_K
         x_base += tl.cast(x_step, tl.int64) * BLOCK_K
     y = y_ptr + part.to(tl.int64) * y_part + (row0 + row) * y_step
-    tl.store(y, tl.sum(acc, axis=1).to(y_ptr.dtype.element_ty), mask=in_rows)
+    total = tl.sum(acc, axis=1)
+    if alpha_low is not None:
+        total *= scale_from(alpha_low, alpha_high, SUM)
+    if source_ptr is not None:
+        source = tl.load(source_ptr + (row0 + row) * s_step, mask=in_rows, other=0.0)
+        total = add(total, source, beta_low, beta_high)
+    tl.store(y, total.to(y_ptr.dtype.element_ty), mask=in_rows)

@@ -25,7 +25,11 @@ from matmul_grad.kernels.gpu.config import (
     shared_bytes,
 )
 from matmul_grad.kernels.gpu.gemm import gemm
-from matmul_grad.kernels.gpu.plan import Launch, Strides, backward_launch, launches
+from matmul_grad.kernels.gpu.plan import Launch, Strides, Sum, backward_launch, launches
+from matmul_grad.kernels.gpu.reduce import reduce
+from matmul_grad.kernels.gpu.tiles import SCALES
+from matmul_grad.kernels.gpu.tma import gemm_tma
+from matmul_grad.kernels.gpu.vector import matvec
 
 pytestmark = pytest.mark.skipif(
     not isinstance(gemm, aot.triton.JITFunction), reason="TRITON_INTERPRET is set for the whole session"
@@ -54,6 +58,15 @@ INSTRUCTIONS = {
     **({(100, "fp64"): r"fma\.rn\.f64"} if TRITON < (3, 9) else {}),
 }
 
+SOURCES = {
+    "matrix": Strides(N, 1),
+    "turned": Strides(1, N),
+    "row": Strides(0, 1),
+    "column": Strides(1, 0),
+    "none": None,
+}
+"""What a sum may add: N x N elements, one row or one column of them, nothing."""
+
 REGISTERS = Path(__file__).with_name("registers.json")
 """What each kernel took when the table was written: {Triton's version: {kernel@sm_xx: registers a thread}}."""
 
@@ -63,6 +76,8 @@ class Case(NamedTuple):
     problem: Problem
     tile: TileConfig
     launch: Launch
+    source: str = ""
+    slow: bool = False
 
     @property
     def name(self) -> str:
@@ -71,7 +86,9 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         loads = "" if self.problem.aligned or self.tile.path == "vector" else "-unaligned"
         batch = "-batch" if self.problem.batch > 1 else ""
-        return f"{self.name}{batch}{loads}@sm_{self.arch}"
+        source = f"-{self.source}" if self.source else ""
+        rows = "-rows" if self.source and self.launch.constants.get("STORE_TMA") is False else ""
+        return f"{self.name}{source}{rows}{batch}{loads}@sm_{self.arch}"
 
 
 def lie(letter: str, batch: int = 1) -> Strides:
@@ -85,7 +102,9 @@ def problem_of(dtype: str, precision: str, letters: str, aligned: bool = True, b
     return Problem(N, N, N, dtype, letters[0], letters[1], precision, aligned, tma, batch)
 
 
-def of_products(arch: int, problem: Problem, tile: TileConfig) -> list[Case]:
+def of_products(
+    arch: int, problem: Problem, tile: TileConfig, source: str = "", slow: bool = False, store_tma: bool = True
+) -> list[Case]:
     target = aot.target_of(arch)
     if not is_valid(tile, problem, target):
         return []
@@ -95,8 +114,9 @@ def of_products(arch: int, problem: Problem, tile: TileConfig) -> list[Case]:
             Strides(*(x + 1 if x > 1 else x for x in matrix[:2]), matrix.batch)
             for matrix in strides
         )  # fmt: skip
-    made = launches(problem, tile, target, strides, store_tma=True)
-    return [Case(arch, problem, tile, launch) for launch in made]
+    added = Sum(SOURCES[source]) if source else None
+    made = launches(problem, tile, target, strides, store_tma=store_tma, sum=added)
+    return [Case(arch, problem, tile, launch, source, slow) for launch in made]
 
 
 def products() -> Iterator[Case]:
@@ -115,6 +135,33 @@ def products() -> Iterator[Case]:
                 yield from of_products(arch, problem_of(dtype, precision, "NN", batch=8), tile)
             if every:
                 yield from of_products(arch, problem_of("float16", "ieee", "NT"), tile)
+
+
+def sums() -> Iterator[Case]:
+    """Every tile of the copy engine with a matrix to add, which costs most registers, and the first with all else.
+
+    Of the others the first of a kind; the rest are slow.
+    """
+    for arch, tile in itertools.product((90, 100), TMA_TILES):
+        problem = problem_of("bfloat16", "ieee", "NT")
+        yield from of_products(arch, problem, tile, "matrix")
+        yield from of_products(arch, problem, tile, "matrix", arch == 90, store_tma=False)
+        yield from of_products(arch, problem, tile, "row", True, store_tma=False)
+        for source in SOURCES if tile == TMA_TILES[0] else ():
+            if source != "matrix":
+                yield from of_products(arch, problem, tile, source, slow=arch != 90)
+    for arch, (dtype, precision), aligned in itertools.product(ARCHES, NUMBERS, (True, False)):
+        kind_of = kind(problem_of(dtype, precision, "NN", aligned))
+        for position, tile in enumerate(TILES[kind_of, aligned]):
+            slow = position > 0 or not aligned
+            yield from of_products(arch, problem_of(dtype, precision, "NN", aligned), tile, "matrix", slow)
+            yield from of_products(arch, problem_of(dtype, precision, "NT", aligned), tile, "row", True)
+        cut = replace(TILES[kind_of, True][-1], split_k=PARTS)
+        if aligned:
+            yield from of_products(arch, problem_of(dtype, precision, "NN"), cut, "matrix", arch != 90)[1:]
+    for arch, (letter, tile), dtype in itertools.product(ARCHES, VECTOR_TILES.items(), ("bfloat16", "float64")):
+        problem = replace(problem_of(dtype, "ieee", letter + "N"), n=1)
+        yield from of_products(arch, problem, tile, "matrix", letter != "N" or arch != 90)
 
 
 def scaled() -> Iterator[Case]:
@@ -151,23 +198,25 @@ def backwards() -> Iterator[Case]:
             yield Case(arch, problem, tile, backward_launch(problem, tile, target, strides, bias=bias))
 
 
-CASES = {str(case): case for case in (*products(), *scaled(), *vectors(), *backwards())}
+CASES = {str(case): case for case in (*products(), *scaled(), *vectors(), *backwards(), *sums())}
 
 
 def compiled(case: Case) -> aot.CompiledReport:
     short = SHORT_NAMES[case.problem.dtype]
     sums = "fp64" if case.problem.dtype == "float64" else "fp32"
-    types = dict.fromkeys(("a", "b", "c", "grad", "da", "db", "bias"), short)
+    types = dict.fromkeys(("a", "b", "c", "source", "grad", "da", "db", "bias"), short)
     types |= dict.fromkeys(("work", "scale_a", "scale_b"), sums)
     if case.problem.result:
         types["c"] = SHORT_NAMES[case.problem.result]
     return aot.compile_for(case.launch, types, case.arch)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * case.slow) for name, case in CASES.items()]
+)
 def test_compiles_into_what_was_meant(name: str) -> None:
     case = CASES[name]
-    arch, problem, tile, _ = case
+    arch, problem, tile, *_ = case
     report, target = compiled(case), aot.target_of(arch)
     assert report.name == case.name
     assert report.spills == 0, report
@@ -179,9 +228,9 @@ def test_compiles_into_what_was_meant(name: str) -> None:
         unit = kind(problem).removesuffix("x3")
         wanted = r"fma\.rn\.f(32|64)(x2)?" if tile.path == "vector" else INSTRUCTIONS[arch, unit]
         assert re.fullmatch(wanted, report.instruction), report
-    if tile.path == "pointers" and not case.name.startswith("reduce") and not problem.result:
+    if tile.path == "pointers" and not case.name.startswith("reduce") and not problem.result and not case.source:
         assert report.load_bytes == (16 if problem.aligned else ITEM_BYTES[problem.dtype]), report
-    if tile.path == "tma" and tile.split_k == 1 and not problem.result:
+    if tile.path == "tma" and tile.split_k == 1 and not problem.result and not case.source:
         assert report.load_bytes == 0, report
     assert_cost_known(str(case), report.registers)
 
@@ -217,6 +266,25 @@ def test_a_tile_that_is_too_large_spills() -> None:
     (launch,) = launches(problem, tile, target, strides)
     assert compiled(Case(80, problem, tile, launch)).spills > 0
     assert kernel_name(problem, tile) == launch.constants["NAME"]
+
+
+@pytest.mark.parametrize(("dtype", "bits", "rounds"), [("bfloat16", 32, True), ("float64", 64, False)])
+def test_a_sum_is_one_multiply_add_and_float64_keeps_its_scales(dtype: str, bits: int, rounds: bool) -> None:
+    problem, target = problem_of(dtype, "ieee", "NN"), aot.target_of(80)
+    strides, types = (lie("N"),) * 3, dict.fromkeys(("a", "b", "c", "source"), SHORT_NAMES[dtype])
+    found = []
+    for added in (None, Sum(lie("N"))):
+        (launch,) = launches(problem, TILES[kind(problem), True][-1], target, strides, sum=added)
+        source = aot.source(launch, types, True)
+        kernel = aot.triton.compile(source, target=aot.GPUTarget("cuda", 80, 32), options=launch.options)
+        ptx = kernel.asm["ptx"]
+        found.append([f"fma.rn.f{bits}" in ptx, f"add.f{bits}" in ptx, "cvt.rn.f32.f64" in ptx, ".f64" in ptx])
+    assert found == [[False, False, False, not rounds], [True, False, rounds, True]]
+
+
+@pytest.mark.parametrize("kernel", [gemm, gemm_tma, matvec, reduce], ids=lambda kernel: kernel.__name__)
+def test_no_scale_is_compiled_anew(kernel: aot.triton.JITFunction) -> None:
+    assert [kernel.params[kernel.arg_names.index(name)].do_not_specialize for name in SCALES] == [True] * 4
 
 
 if __name__ == "__main__":

@@ -185,6 +185,59 @@ def test_functions(name: str, dtype: torch.dtype, device: torch.device) -> None:
             assert_same_bits(ours(*found, out=out), results[0][0])
 
 
+@pytest.mark.parametrize("size", [(272, 272, 144), (271, 273, 145), (8, 136, 4096), (1, 72, 1032), (72, 1, 1031)])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_sums_in_every_tile(number: str, size: tuple[int, int, int], device: torch.device) -> None:
+    """Every path, tile and number of parts adds exactly what expands to the result, and the result itself."""
+    dtype, precision = NUMBERS[number]
+    m, n, k = size
+    sparse = torch.rand(k, generator=torch.Generator().manual_seed(0)).to(device) < min(1.0, 60 / k)
+    a, b = integers(m, k, dtype, device, 1) * sparse, integers(k, n, dtype, device, 2)
+    whole, exact = integers(m, n, dtype, device, 3), a.double() @ b.double()
+    for tile in candidates(*problem_of(a, b, precision)):
+        for source in (whole, whole.t().contiguous().t(), whole[:1], whole[:, :1], whole[0, 0]):
+            for beta, alpha in ((1, 1), (-2, 0.5)):
+                want = (alpha * exact + beta * source.double()).to(dtype)
+                own = source.expand(m, n).clone()
+                assert_same_bits(launch.product(a, b, source, beta, alpha, None, precision, config=tile), want)
+                assert_same_bits(launch.product(a, b, own, beta, alpha, own, precision, config=tile), want)
+        spoilt = torch.full_like(whole, float("nan"))
+        assert_same_bits(launch.product(a, b, spoilt, 0, 2, None, precision, config=tile), (2 * exact).to(dtype))
+
+
+def test_scales_of_sums_keep_their_precision(device: torch.device) -> None:
+    """In float64 all of it; elsewhere float32's. A sum is one multiply-add after alpha times the product."""
+    for dtype in DTYPES.values():
+        kind = torch.promote_types(dtype, torch.float32)
+        a, b = integers(64, 32, dtype, device, 1), integers(32, 48, dtype, device, 2)
+        source = integers(64, 48, dtype, device, 3) * 3
+        for value in (1 / 3, -0.1, float("inf"), 1 + 2**-30):
+            scale = torch.tensor(value, dtype=kind, device=device)
+            got = launch.product(a, b, source, 0, value)
+            want = (scale * (a.to(kind) @ b.to(kind))).to(dtype)
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+            got = launch.product(torch.zeros_like(a), b, source, value, 1)
+            torch.testing.assert_close(got, (scale * source.to(kind)).to(dtype), rtol=0, atol=0, equal_nan=True)
+    a, b = torch.zeros(2, 16, 16, dtype=torch.bfloat16, device=device)
+    a[:, 0], a[:, 1], b[:2] = 256, 1, 1
+    assert bool((launch.product(a, b, b[0]) == 258).all())  # 257 is no bfloat16
+
+
+def test_linear_with_a_bias_is_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = integers(64, 128, torch.bfloat16, device, 1), integers(96, 128, torch.bfloat16, device, 2)
+    bias = integers(1, 96, torch.bfloat16, device, 3)[0]
+    want = (x.double() @ weight.double().t() + bias.double()).bfloat16()
+    runs: list[int] = []
+    real = launch._run
+    monkeypatch.setattr(launch, "_run", lambda runners, *more: runs.append(len(runners)) or real(runners, *more))
+    assert_same_bits(matmul_grad.linear(x, weight, bias), want)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        assert_same_bits(matmul_grad.linear(x, weight, bias), want)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.name.endswith("_sum")]
+    assert runs == [1, 1] and len(names) == 1, names
+
+
 def test_autocast(device: torch.device) -> None:
     a, w = torch.ones(3, 4, device=device), torch.ones(2, 4, device=device, requires_grad=True)
     with torch.autocast("cuda", torch.bfloat16):

@@ -431,9 +431,9 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def complaint(case: str) -> str:
+def complaint(case: str, cases: dict[str, Callable[[], None]] = CASES) -> str:
     try:
-        CASES[case]()
+        cases[case]()
     except BaseException:
         return traceback.format_exc()
     return ""

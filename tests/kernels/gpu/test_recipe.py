@@ -13,14 +13,14 @@ from matmul_grad.kernels.gpu import aot
 from matmul_grad.kernels.gpu.choose import candidates
 from matmul_grad.kernels.gpu.config import Problem
 from matmul_grad.kernels.gpu.gemm import gemm
-from matmul_grad.kernels.gpu.plan import Launch, Strides, launches
+from matmul_grad.kernels.gpu.plan import Launch, Strides, Sum, launches
 from matmul_grad.kernels.gpu.recipe import Constant, Descriptor, Parameter, Pointer, Recipe, recipe
 
 pytestmark = pytest.mark.skipif(
     not isinstance(gemm, aot.triton.JITFunction), reason="TRITON_INTERPRET is set for the whole session"
 )
 
-TYPES = {"a": "bf16", "b": "bf16", "c": "bf16", "work": "fp32"}
+TYPES = {"a": "bf16", "b": "bf16", "c": "bf16", "source": "bf16", "work": "fp32"}
 
 
 def launches_of(m: int, n: int, k: int, letters: str, arch: int, path: str, parts: bool = False) -> list[Launch]:
@@ -114,6 +114,16 @@ def test_both_halves_of_a_cut_product() -> None:
     (_, first, _), (_, second, _) = made("parts")
     assert "work" in {x.name for x in first.parameters if isinstance(x, Pointer)}
     assert [x.name for x in second.parameters if isinstance(x, Pointer)] == ["work", "c"]
+
+
+def test_a_sum_has_no_recipe() -> None:
+    """Its scales are numbers of a call, and a recipe is of products alone."""
+    problem = Problem(256, 512, 1024, "bfloat16", "N", "N", "ieee", True, False)
+    target, strides = aot.target_of(80), (Strides(1024, 1), Strides(512, 1), Strides(512, 1))
+    tile = candidates(problem, target)[0]
+    for source in (None, Strides(0, 1)):
+        (launch,) = launches(problem, tile, target, strides, sum=Sum(source))
+        assert recipe(launch, compiled(launch, 80)) is None
 
 
 @pytest.mark.parametrize("unknown", ["num_ctas", "launch_pdl", "launch_cooperative_grid", "global_scratch_size"])

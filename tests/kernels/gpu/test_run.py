@@ -11,7 +11,7 @@ import torch
 import triton
 
 from matmul_grad.kernels.gpu import run
-from matmul_grad.kernels.gpu.plan import Described, Launch, Operand
+from matmul_grad.kernels.gpu.plan import Described, Launch, Number, Operand
 from matmul_grad.kernels.gpu.run import Runner
 
 
@@ -64,6 +64,15 @@ def test_the_first_call_compiles_and_the_next_ones_go_to_the_driver(kernel: Kern
     }
     assert described.base is second["a"] and pointer is second["b"] and (m, none, block, name) == (7, None, 32, "name")
     assert len(kernel.slow) == 1
+
+
+def test_numbers_are_those_of_the_call(kernel: Kernel) -> None:
+    arguments = (Operand("b"), Number("alpha_low"), Number("alpha_high"), None)
+    call = Runner(Launch(kernel, (1, 1), arguments, {"NAME": "name", "BLOCK": 32, "none": None}, {}))
+    for alpha in (1, 2, 3):
+        call({"b": torch.ones(4), "alpha_low": alpha, "alpha_high": -alpha})
+    (((_, (_, *slow), _),), fast) = kernel.slow, kernel.fast
+    assert [slow[:3], *(one[-5:-2] for one in fast)] == [[1, -1, None], (2, -2, None), (3, -3, None)]
 
 
 def test_where_a_profiler_listens_every_call_goes_the_long_way(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
