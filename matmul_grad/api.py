@@ -118,7 +118,7 @@ def addmm(
     strides     as ``mm``
     dtypes      as ``mm``, one for all three; the rest is torch.addmm, and so are scales that are not real numbers
     aliasing    as ``mm``; ``out`` may be ``input``
-    rounding    as ``mm`` on CPU, once, after the addition; on a GPU the product is rounded, and then the sum
+    rounding    accumulated as ``mm``, and rounded once, after the addition
     errors      torch.addmm's
     determinism as ``mm``
     source      kernels/cpu/sums.py
