@@ -255,7 +255,10 @@ def _plain_keys() -> tuple[int, int]:
     torch promises the place to nobody, so it is looked for: the one word that in tensors of several kinds is what
     torch says of their keys. (0, 0) fits no tensor, since a TensorImpl begins with the address of its methods.
     """
-    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False):
+    with (
+        _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(),
+        torch.inference_mode(False),
+    ):  # fmt: skip
         plain = torch.empty(1, device="cpu")
         kinds = [plain, torch.empty(1, dtype=torch.complex64, device="cpu").conj(), torch.empty(1, device="meta")]
         known = [int(torch._C._dispatch_keys(tensor).raw_repr()) for tensor in kinds]

@@ -30,11 +30,11 @@ def test_two_kernels_are_compared(product: str, dtype: torch.dtype) -> None:
 
 def test_slow_function_is_shown() -> None:
     def slow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.002)
+        time.sleep(0.05)  # much against what a busy machine adds
         return torch.mm(a, b)
 
     (found,) = bench.compare(torch.mm, slow, SHAPES, seconds=0)
-    assert found.b.low > 0.002 and found.ratio.low > 10
+    assert found.b.low > 0.05 and found.ratio.low > 10
 
 
 def test_function_in_disguise_has_the_same_bits() -> None:
