@@ -18,8 +18,8 @@ from rich.console import Console
 from matmul_grad import testing, timing
 from matmul_grad.console import make_console, table, track
 from matmul_grad.kernels.cpu import driver
-from matmul_grad.kernels.native import direct
 from matmul_grad.kernels.cpu.config import BlockConfig
+from matmul_grad.kernels.native import direct
 
 from . import saved
 

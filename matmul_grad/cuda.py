@@ -1,8 +1,9 @@
 """The native CUDA kernel of ``matmul_grad::mm``: calls after the first reach the driver without Python.
 
 A product's first call goes through Python, which chooses, compiles and launches (kernels/gpu). What it launched is then
-written down as a recipe, and a compiled entry (kernels/native/cuda_entries.py) makes it again for every later call of the same
-shapes, strides, dtype and alignment. Each recipe proves itself once: its first result must have the bits of Python's.
+written down as a recipe, and a compiled entry (kernels/native/cuda_entries.py) makes it again for every later call of
+the same shapes, strides, dtype and alignment. Each recipe proves itself once: its first result must have the bits of
+Python's.
 
 Off unless MATMUL_GRAD_NATIVE_CUDA=1: no GPU has run it yet. float32 stays with Python, which reads torch's precision
 setting at each call. Hooks in Triton's own launcher do not see native launches; profilers of the driver do.
@@ -104,7 +105,7 @@ def _code(dtype: torch.dtype) -> int:
 
 
 def encoded(key: Sequence[int], recipes: Sequence, work: int, sums: torch.dtype) -> list[int] | None:
-    """The words of a recipe, as kernels/native/launch_table.py lays them out; None where its parameters are more than fit."""
+    """The words of a recipe, as launch_table.py lays them out; None where its parameters are more than fit."""
     words = [*key, work, _code(sums), len(recipes)]
     for recipe in recipes:
         parameters = [_parameter(x) for x in recipe.parameters]

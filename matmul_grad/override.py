@@ -128,7 +128,7 @@ def enable() -> None:
     source      docs/design.md, "The switch"
 
     For all threads of the process, and only once if called again. The first call on a build of torch tries it in a
-    process of its own, which takes some seconds; a torch that does not pass is refused by RuntimeError, which tells what
+    child process, which takes some seconds; a torch that does not pass is refused by RuntimeError, which tells what
     failed, and nothing has changed. CPU and CUDA are independent: a warning names the one that stays torch's.
 
     >>> import torch, matmul_grad

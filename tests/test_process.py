@@ -16,7 +16,6 @@ from torch import Tensor
 
 import matmul_grad
 from matmul_grad.kernels.cpu import build, config, driver, host
-from matmul_grad.kernels.native import torch_layout
 from matmul_grad.testing import assert_same_bits, integers, normal
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, forks")

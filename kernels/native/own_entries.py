@@ -43,8 +43,8 @@ from .torch_c_api import (
     size,
     small_storage_message,
     state,
-    stride,
     strict_message,
+    stride,
     threads,
 )
 
@@ -77,7 +77,7 @@ def raise_for(outcome):
 @jit
 def is_error(outcome):
     refused = outcome == UNSUPPORTED and get(state(), STRICT) != 0
-    return refused or outcome == FREED or outcome == OUT_OF_BOUNDS or outcome == PENDING
+    return refused or outcome in (FREED, OUT_OF_BOUNDS, PENDING)
 
 
 @jit

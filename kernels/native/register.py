@@ -1,4 +1,4 @@
-"""Load the compiled entries and put those of ``own_entries.py`` under torch's dispatcher, or tell why that cannot be."""
+"""Load the compiled entries, and register those of ``own_entries.py`` with torch's dispatcher."""
 
 from __future__ import annotations
 
