@@ -6,11 +6,10 @@ import functools
 import itertools
 
 import torch
-from rich.console import Console
 
 from . import rivals, testing, timing
 from .check_products import disagreement
-from .console import table, track
+from .console import Console, table, track
 
 SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096)}
 DTYPES = {"cpu": ("f32", "f64"), "cuda": ("bf16", "f32")}
@@ -22,7 +21,8 @@ def run(console: Console, device: str, seed: int) -> list[str]:
     share = timing.share_of_core()
     found: list[str] = []
     rows: list[list[str]] = []
-    for dtype, n in track(console, "timing", list(itertools.product(DTYPES[device], SIZES[device]))):
+    kinds = list(itertools.product(DTYPES[device], SIZES[device]))
+    for dtype, n in track(console, "timing", kinds, len(kinds)):
         ours, kind = rivals.RIVALS[rivals.OURS], testing.DTYPES[dtype]
         right = functools.partial(rivals.assert_right, ours, n, n, n, kind, seed=seed, device=device)
         found_here = disagreement(f"timing {dtype} {n}", right)
