@@ -22,10 +22,10 @@ def describe() -> dict[str, str]:
     >>> print(*describe(), sep=", ")
     CPU, instruction set, caches, CPU kernels, GPU, operator, switch, threads, versions
     """
-    from .kernels.cpu import host, native
+    from .kernels.cpu import driver, host
 
     cpu = host.cpu()
-    kernels = [f"{native.config(dtype).name} ({dtype})" for dtype in cpu_dtypes()] + left_to_torch()
+    kernels = [f"{driver.config(dtype).name} ({dtype})" for dtype in cpu_dtypes()] + left_to_torch()
     packages = ["torch", "numba", "llvmlite", "triton"]
     return {
         "CPU": f"{processor()}, {os.cpu_count()} cores",
@@ -49,15 +49,22 @@ def cpu_dtypes() -> list[str]:
     >>> cpu_dtypes()[:2]
     ['float32', 'float64']
     """
-    from .kernels.cpu import native
+    from .kernels.cpu import driver
 
-    return [str(dtype).removeprefix("torch.") for dtype in ops.DTYPES if native.supports(dtype)]
+    return list(filter(driver.supports, all_dtypes()))
+
+
+def all_dtypes() -> list[str]:
+    return [str(dtype).removeprefix("torch.") for dtype in ops.DTYPES]
 
 
 def left_to_torch() -> list[str]:
     """A note for each dtype without a kernel on this CPU, where the other CPUs have one."""
-    known = [str(dtype).removeprefix("torch.") for dtype in ops.DTYPES]
-    return [f"{dtype} falls back to torch: no conversions here" for dtype in known if dtype not in cpu_dtypes()]
+    return [
+        f"{dtype} falls back to torch (no instructions that convert it)"
+        for dtype in all_dtypes()
+        if dtype not in cpu_dtypes()
+    ]
 
 
 def usable_cores() -> int:

@@ -31,11 +31,11 @@ def steps() -> list[tuple[str, Callable[[], object]]]:
     >>> names[0], len(names) > 1
     ('operator', True)
     """
-    from .kernels.cpu import native
+    from .kernels.cpu import driver
 
     def gemm(dtype: str) -> tuple[str, Callable[[], object]]:
-        block = native.config(dtype)
-        return block.name, lambda: native.gemm_address(block)
+        block = driver.config(dtype)
+        return block.name, lambda: driver.gemm_address(block)
 
     return [("operator", ops.native_status), *map(gemm, machine.cpu_dtypes())]
 

@@ -76,10 +76,11 @@ def verdict(rows: Sequence[figures.Row]) -> str:
     slower = sum(ratio < 1 for ratio, _ in measured)
     worst, row = min(measured, key=lambda pair: pair[0])
     troubles = len(figures.troubles(rows))
+    right = f"Results wrong, failed or suspect: {troubles}." if troubles else "All results are right."
     return (
-        f"This package is {mean:.2f} times as fast as torch in the geometric mean of {len(measured)} comparisons; it is "
-        f"slower in {slower} of them, and slowest, with {worst:.2f}, in {row['product']} {row['dtype']} "
-        f"{figures.label(row)}. {f'Results wrong, failed or suspect: {troubles}' if troubles else 'All results are right'}."
+        f"This package is {mean:.2f} times as fast as torch in the geometric mean of {len(measured)} comparisons; it "
+        f"is slower in {slower} of them, and slowest, with {worst:.2f}, in {row['product']} {row['dtype']} "
+        f"{figures.label(row)}. {right}"
     )
 
 
