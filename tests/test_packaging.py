@@ -63,13 +63,17 @@ def test_wheel_holds_one_top_level_name(wheel: Path) -> None:
     assert {name.split("/")[0] for name in contents(wheel)} == {PACKAGE}
 
 
-def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
-    modules = {
-        name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
-        for name, path in sources().items()
+def test_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
+    """Whatever lies in the source folders, data too: `kernels.gpu.winners` reads a table beside itself."""
+    folders = {ROOT / PACKAGE: PACKAGE, ROOT / "kernels": f"{PACKAGE}/kernels"}
+    expected = {
+        f"{target}/{path.relative_to(folder).as_posix()}"
+        for folder, target in folders.items()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {f"{PACKAGE}/kernels/{device}/__init__.py" for device in ("cpu", "gpu")} < modules
-    assert contents(wheel) == modules | {f"{PACKAGE}/py.typed"}
+    assert {f"{PACKAGE}/kernels/gpu/winners.json", f"{PACKAGE}/py.typed"} < expected
+    assert contents(wheel) == expected
 
 
 def test_wheel_states_what_it_needs(wheel: Path) -> None:
@@ -114,6 +118,72 @@ print(json.dumps([kernels.owner, [module.__file__ for module in modules]]))
 def test_checkout_does_not_shadow_the_package_named_kernels(installed: Path) -> None:
     code = "import kernels; print(kernels.owner)"
     assert run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(installed)) == "somebody else\n"
+
+
+# Nothing but what lies on sys.path: the finder of an editable installation would fill in what a wheel lacks.
+WITHOUT_EDITABLE = """
+import sys
+def is_editable(finder):
+    return getattr(finder, "__module__", "").startswith("__editable__")
+sys.meta_path[:] = [finder for finder in sys.meta_path if not is_editable(finder)]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+"""
+USE = """
+import importlib.util, json, sys
+import torch, matmul_grad
+a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
+assert torch.equal(matmul_grad.mm(a, b), a @ b)
+with matmul_grad.strict():
+    torch.testing.assert_close(matmul_grad.linear(a, b.t()), a @ b)
+from matmul_grad import cli
+assert cli.main(["info"]) == 0
+if importlib.util.find_spec("triton"):
+    from matmul_grad.kernels.gpu import choose, config, launch
+    problem = config.Problem(64, 64, 64, "bfloat16", "N", "N")
+    assert choose.choose(problem, config.Target(90, 132, 232448)).block_m > 0
+    assert torch.equal(launch.mm(a, b), a @ b)  # the plan, the launch and the kernel, by Triton's interpreter
+files = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "matmul_grad"]
+print(json.dumps([file for file in files if file]))
+"""
+
+
+def used(cwd: Path, *path: Path, before: str = WITHOUT_EDITABLE) -> set[Path]:
+    """Multiply on the CPU, and through the GPU's plans, in a new process: the folders that its modules came from."""
+    output = run(
+        sys.executable, "-c", before + USE, cwd=cwd, PYTHONPATH=os.pathsep.join(map(str, path)), TRITON_INTERPRET="1",
+        MATMUL_GRAD_TUNED=str(cwd / "none.json"),
+    )  # fmt: skip
+    return {Path(file).parent for file in json.loads(output.splitlines()[-1])}
+
+
+def test_wheel_multiplies_and_chooses_tiles(installed: Path, tmp_path: Path) -> None:
+    folders = used(tmp_path, installed)
+    assert all(folder.is_relative_to(installed / PACKAGE) for folder in folders)
+    assert {installed / PACKAGE / "kernels" / device for device in ("cpu", "gpu")} < folders
+
+
+def test_bare_checkout_multiplies_and_chooses_tiles(built: Path, tmp_path: Path) -> None:
+    """Nothing is installed; the checkout's folder is on the path."""
+    folders = used(tmp_path, built / "copy")
+    assert all(folder.is_relative_to(built / "copy") for folder in folders)
+    assert {built / "copy" / "kernels" / device for device in ("cpu", "gpu")} < folders
+
+
+def test_import_inside_the_checkout_beside_an_installation(built: Path, installed: Path) -> None:
+    """Python puts the working folder first, so the checkout's package is imported, and with it the checkout's kernels."""
+    folders = used(built / "copy", installed)
+    assert all(folder.is_relative_to(built / "copy") for folder in folders)
+
+
+def test_editable_installation_multiplies_and_chooses_tiles(built: Path, tmp_path: Path) -> None:
+    target = tmp_path / "editable"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
+    run(*pip, "--target", target, "--editable", built / "copy", cwd=tmp_path)
+    before = f"{WITHOUT_EDITABLE}\nimport site\nsite.addsitedir({str(target)!r})\n"
+    folders = used(tmp_path, target, before=before)
+    assert all(folder.is_relative_to(built / "copy") for folder in folders)
+    assert {built / "copy" / "kernels" / device for device in ("cpu", "gpu")} < folders
 
 
 def test_import_brings_in_no_compiler(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The kernels: ``cpu`` (Numba), ``gpu`` (Triton), ``native``, which binds those of the CPU to torch's dispatcher.
 
-Their sources lie in kernels/ of the repository, and in this package once it is installed. A checkout that is imported as
-it is, without an installation or beside one, finds them by the path that is added here.
+Their sources lie in kernels/ of the repository, and in this package once it is installed. A checkout that is imported
+as it is, without an installation or beside one, finds them by the path that is added here.
 """
 
 from pathlib import Path
