@@ -198,6 +198,25 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
     assert not new & {"numba", "llvmlite", "triton"}
 
 
+def test_modules_that_the_docs_name_are_attributes(tmp_path: Path) -> None:
+    """After `import matmul_grad` alone; none of them is loaded before it is used."""
+    code = """
+import sys, matmul_grad
+names = "bench", "reference", "testing"
+assert not [name for name in names if f"matmul_grad.{name}" in sys.modules]
+assert {*names} <= {*dir(matmul_grad)}
+assert callable(matmul_grad.bench.compare) and callable(matmul_grad.reference.gradients)
+assert callable(matmul_grad.testing.assert_within_budget)
+assert not {"matplotlib", "rich"} & {*sys.modules}
+try:
+    matmul_grad.no_such_name
+except AttributeError as error:
+    print(error)
+"""
+    said = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert said == "module 'matmul_grad' has no attribute 'no_such_name'\n"
+
+
 def test_import_costs_at_most_50_ms_over_torch(tmp_path: Path) -> None:
     code = """
 import time, torch
@@ -229,6 +248,8 @@ def imported(module: str, source: str, package: bool) -> Iterator[str]:
             yield from (f"{origin}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "import_module":
             (name, *rest) = node.args
+            if module == PACKAGE and ast.unparse(name) == "f'{__name__}.{name}'":
+                continue  # when it is first used: `test_modules_that_the_docs_name_are_attributes`
             if module.startswith("tests.") and not isinstance(name, ast.Constant):
                 continue  # a test may walk over the package's modules by name
             assert not rest and isinstance(name, ast.Constant), f"{module}: {ast.unparse(node)}: use one literal"
