@@ -42,8 +42,12 @@ def make_console(width: int = 100) -> Console:
         return PlainConsole()
     from rich.console import Console as RichConsole
 
-    console = RichConsole(markup=False, highlight=False, emoji=False)
-    return console if console.is_terminal else RichConsole(markup=False, highlight=False, emoji=False, width=width)
+    class LineConsole(RichConsole):
+        def on_broken_pipe(self) -> None:
+            raise  # to `exits.run_command`; rich would end the process with 1
+
+    console = LineConsole(markup=False, highlight=False, emoji=False)
+    return console if console.is_terminal else LineConsole(markup=False, highlight=False, emoji=False, width=width)
 
 
 def heading(console: Console, text: str) -> None:

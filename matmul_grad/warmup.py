@@ -49,7 +49,8 @@ def compiled() -> Iterator[tuple[str, float]]:
     >>> [name for name, seconds in compiled()][0]
     'operator'
     """
-    waiting, helpers = [name for name, _ in steps()], dict[str, subprocess.Popen[bytes]]()
+    waiting = [name for name, _ in steps()]
+    helpers: dict[str, subprocess.Popen[bytes]] = {}
     with contextlib.ExitStack() as stack:
         for name, compile_one in steps():
             waiting.remove(name)

@@ -217,23 +217,19 @@ except AttributeError as error:
     assert said == "module 'matmul_grad' has no attribute 'no_such_name'\n"
 
 
-def test_import_costs_at_most_50_ms_over_torch(tmp_path: Path) -> None:
+def test_import_costs_a_tenth_of_torchs_at_most(tmp_path: Path) -> None:
+    """In time of the processor, beside torch's own import in the same process: on any machine, however busy."""
     code = """
-import time, torch
-start = time.perf_counter()
+import time
+start = time.process_time()
+import torch
+between = time.process_time()
 import matmul_grad
-print(time.perf_counter() - start)
+print((time.process_time() - between) / (between - start))
 """
-
-    def median() -> float:
-        return statistics.median(float(run(sys.executable, "-c", code, cwd=tmp_path)) * 1000 for _ in range(5))
-
-    # Medians are taken again on a busy machine: a slow import is slow each time.
-    medians: list[float] = []
-    while not medians or (medians[-1] > 50 and len(medians) < 3):
-        medians.append(median())
-    print(f"import {PACKAGE} after torch: {min(medians):.1f} ms")
-    assert min(medians) <= 50, f"import {PACKAGE} took {medians} ms (medians of five fresh processes)"
+    shares = [float(run(sys.executable, "-c", code, cwd=tmp_path)) for _ in range(3)]
+    print(f"import {PACKAGE} after torch: {statistics.median(shares):.3f} of torch's own import")
+    assert statistics.median(shares) <= 0.1, f"import {PACKAGE} took {shares} of torch's own import"
 
 
 def imported(module: str, source: str, package: bool) -> Iterator[str]:
