@@ -304,7 +304,11 @@ def test_kernels_are_compiled_on_all_cores(monkeypatch: pytest.MonkeyPatch, tmp_
     calls: list[str] = []
 
     def compile_one(name: str) -> Callable[[], None]:
-        return lambda: (calls.append(name), (tmp_path / f"{name}.o").touch()) and None
+        def compile_it() -> None:
+            calls.append(name)
+            (tmp_path / f"{name}.o").touch()
+
+        return compile_it
 
     monkeypatch.setattr(warmup.subprocess, "Popen", Helper)
     monkeypatch.setattr(warmup, "steps", lambda: [(name, compile_one(name)) for name in "abcde"])

@@ -171,7 +171,7 @@ def test_bare_checkout_multiplies_and_chooses_tiles(built: Path, tmp_path: Path)
 
 
 def test_import_inside_the_checkout_beside_an_installation(built: Path, installed: Path) -> None:
-    """Python puts the working folder first, so the checkout's package is imported, and with it the checkout's kernels."""
+    """Python puts the working folder first, so package and kernels are the checkout's."""
     folders = used(built / "copy", installed)
     assert all(folder.is_relative_to(built / "copy") for folder in folders)
 
