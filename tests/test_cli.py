@@ -326,9 +326,11 @@ def test_output_that_ends_early(command: list[str]) -> None:
     """A reader that goes away, as `head` does, and a full disk: one line at most, and no traceback."""
     reader, writer = os.pipe()
     os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with os.fdopen(writer, "wb") as pipe, open("/dev/full", "wb") as full:
         closed, filled = (
-            subprocess.Popen([*MAIN, *command], stdout=out, stderr=subprocess.PIPE) for out in (pipe, full)
+            subprocess.Popen([*MAIN, *command], stdout=out, stderr=subprocess.PIPE, env=environment)
+            for out in (pipe, full)
         )
     assert (closed.communicate()[1], closed.returncode) == (b"", 141)
     expected = b"the output cannot be written: No space left on device\n"
