@@ -357,8 +357,8 @@ def test_tables_fit_a_terminal_of_80_columns(row: Any, monkeypatch: pytest.Monke
 
 def test_report_has_a_verdict(written: Path) -> None:
     sentence = (
-        "This package is 1.54 times as fast as torch in the geometric mean of 36 comparisons; it is slower in 0 of them, "
-        "and slowest, with 1.25, in forward f32 NN 8×8×8. All results are right."
+        "This package is 1.54 times as fast as torch in the geometric mean of 36 comparisons; it is slower in 0 of "
+        "them, and slowest, with 1.25, in forward f32 NN 8×8×8. All results are right."
     )
     for name in ("bench.html", "bench.md"):
         assert sentence in (written / name).read_text(encoding="utf-8")
@@ -367,8 +367,8 @@ def test_report_has_a_verdict(written: Path) -> None:
 def test_verdict_counts_what_is_wrong(row: Any) -> None:
     some = [row(0.5), row(2.0, n=128), row(n=256) | {"wrong": {"torch": "no"}, "seconds": {}, "ratio": {}}]
     assert tables.verdict(some) == (
-        "This package is 1.00 times as fast as torch in the geometric mean of 2 comparisons; it is slower in 1 of them, "
-        "and slowest, with 0.50, in forward f32 NN 64×64×64. Results wrong, failed or suspect: 1."
+        "This package is 1.00 times as fast as torch in the geometric mean of 2 comparisons; it is slower in 1 of "
+        "them, and slowest, with 0.50, in forward f32 NN 64×64×64. Results wrong, failed or suspect: 1."
     )
 
 
