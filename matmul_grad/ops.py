@@ -15,6 +15,7 @@ to be had the Python kernels stay and call the same drivers.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable
@@ -170,10 +171,25 @@ def compute(
     if self.is_cuda:
         from .kernels.gpu import launch
 
-        return launch.mm(self, mat2, out=out) if input is None else launch.product(self, mat2, input, beta, alpha, out)
+        try:
+            if input is None:
+                return launch.mm(self, mat2, out=out)
+            return launch.product(self, mat2, input, beta, alpha, out)
+        except launch.CannotBuild:  # from now on `launch.supports` is False
+            strictness.hand_over(self, mat2)
+            return _by_torch(self, mat2, input, beta, alpha, out)
     from .kernels.native import direct
 
     return direct.product(self, mat2, input, beta, alpha, out)
+
+
+def _by_torch(
+    self: Tensor, mat2: Tensor, input: Tensor | None, beta: float, alpha: float, out: Tensor | None
+) -> Tensor:
+    batched, named = self.dim() == 3, {} if out is None else {"out": out}
+    if input is None:
+        return (torch.bmm if batched else torch.mm)(self, mat2, **named)
+    return (torch.baddbmm if batched else torch.addmm)(input, self, mat2, beta=beta, alpha=alpha, **named)
 
 
 def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
@@ -183,7 +199,10 @@ def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | N
     from .kernels.gpu import launch
 
     storage.require(grad, self, mat2)
-    return launch.mm_backward(grad, self, mat2)
+    try:
+        return launch.mm_backward(grad, self, mat2)
+    except launch.CannotBuild:
+        return None
 
 
 def _scaled_mm(
@@ -196,7 +215,8 @@ def _scaled_mm(
 
         if launch.takes_scaled(self, mat2, scale_a, scale_b, result):
             storage.require(self, mat2, scale_a, scale_b)
-            return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
+            with contextlib.suppress(launch.CannotBuild):
+                return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
     strictness.hand_over(self, mat2)
     return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 SUPPORTED = (
-    "these kernels take two dense matrices of one dtype on one device: float16, bfloat16, float32 or float64, on CPU "
-    "or CUDA"
+    "these kernels take two dense matrices of one dtype on one device: bfloat16, float32 or float64, on CPU or CUDA, "
+    "and float16 where the processor converts it"
 )
 
 _lock = threading.Lock()
