@@ -23,7 +23,7 @@ from matmul_grad.testing import assert_same_bits, integers, normal
 MM, MM_BACKWARD = torch.ops.matmul_grad.mm, torch.ops.matmul_grad.mm_backward
 DOUBLE = torch.float64
 # The compilers script and trace with parts of torch that torch itself has deprecated.
-compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 
 
 def pair(m: int = 3, n: int = 2, k: int = 4, needs: bool = False) -> tuple[Tensor, Tensor]:
