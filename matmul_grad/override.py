@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .kernels.cpu import state
+from .kernels.native import state
 from .override_cuda import Switch, calls
 
 __all__ = ["disable", "enable", "enabled", "info"]
@@ -33,7 +33,7 @@ def is_on() -> bool:
     ...     is_on()
     True
     """
-    return state.words[state.SWITCH] != 0
+    return state.words[state.OVERRIDE] != 0
 
 
 def _set(on: bool) -> None:
@@ -51,12 +51,12 @@ def _set(on: bool) -> None:
 
 
 def _take_over() -> None:
-    from .kernels.cpu import native, switch
+    from .kernels.native import override_cpu, register
 
     try:
         if not is_on():
-            switch.take_over()
-    except native.Unavailable as reason:
+            override_cpu.install()
+    except register.Unavailable as reason:
         raise RuntimeError(f"matmul_grad.enable(): torch's own products cannot be replaced here: {reason}") from None
     if not _cuda.is_on() and torch.cuda.is_available():
         _cuda.take_over()
@@ -66,9 +66,9 @@ def _give_back() -> None:
     if _cuda.is_on():
         _cuda.give_back()
     if is_on():
-        from .kernels.cpu import switch
+        from .kernels.native import override_cpu
 
-        switch.give_back()
+        override_cpu.uninstall()
 
 
 def enable() -> None:

@@ -12,8 +12,8 @@ import torch
 
 import matmul_grad
 from matmul_grad import cli, override
-from matmul_grad.kernels.cpu import switch
-from matmul_grad.kernels.cpu.state import OVERLOADS
+from matmul_grad.kernels.native import override_cpu
+from matmul_grad.kernels.native.state import OVERLOADS
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, forks")
 
