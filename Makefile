@@ -26,15 +26,15 @@ help:
 	@echo 'PYTHON=python3.12 chooses the interpreter of a new $(VENV)'
 	@echo 'TORCH=2.15.0 runs with that version of torch, in .venv-torch-2.15.0: with CUDA libraries, 6 GB'
 
-# setuptools goes first, at its pin, so that the build needs no environment of its own. Another torch than the pinned one
-# brings the triton, torchvision, CUDA libraries and limit on setuptools that it asks for.
+# setuptools goes first, so that the build needs no environment of its own, and torch, which alone fixes triton's version:
+# another torch than the pinned one brings the triton, torchvision, CUDA libraries and limit on setuptools that it asks for.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifneq ($(TORCH),)
 	grep -vE '^(torch|torchvision|triton|setuptools|cuda-[a-z]+|nvidia-[a-z]+)==' constraints.txt >$(PINS)
-	echo 'torch==$(TORCH)' >>$(PINS)
+	printf '%s\n' 'torch==$(TORCH)' 'setuptools>=77' >>$(PINS)
 endif
-	$(BIN)/python -m pip install -c $(PINS) 'setuptools>=77'
+	$(BIN)/python -m pip install -c $(PINS) setuptools torch
 	$(BIN)/python -m pip install -c $(PINS) --no-build-isolation -e '.[dev]'
 	touch $@
 
