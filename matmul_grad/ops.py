@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import sharding, strictness
 from .flops import count_flops
-from .kernels.native import pending
+from .kernels.native import pending, storage
 from .kernels.native.op_table import OWN
 
 NAMESPACE = "matmul_grad"
@@ -166,6 +166,7 @@ def compute(
     out: Tensor | None = None,
 ) -> Tensor:
     """What these kernels take, on them, into new memory or into ``out``."""
+    storage.require(self, mat2, *(x for x in (input, out) if x is not None))
     if self.is_cuda:
         from .kernels.gpu import launch
 
@@ -181,6 +182,7 @@ def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | N
         return None
     from .kernels.gpu import launch
 
+    storage.require(grad, self, mat2)
     return launch.mm_backward(grad, self, mat2)
 
 
@@ -193,6 +195,7 @@ def _scaled_mm(
         from .kernels.gpu import launch
 
         if launch.takes_scaled(self, mat2, scale_a, scale_b, result):
+            storage.require(self, mat2, scale_a, scale_b)
             return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
     strictness.hand_over(self, mat2)
     return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)

@@ -372,7 +372,7 @@ FALLBACK = """
 import torch, matmul_grad
 from matmul_grad import ops
 from matmul_grad.kernels.cpu import driver
-from matmul_grad.kernels.native import direct, torch_layout
+from matmul_grad.kernels.native import torch_layout
 from matmul_grad.testing import assert_same_bits, assert_within_budget, cases, exact_product, integers, normal, operands
 
 torch_layout.MANGLED["matmul_grad_check_fail"] = "no_such_function"
@@ -422,10 +422,10 @@ torch.testing.assert_close(*grads)
 
 from dataclasses import replace
 from matmul_grad.kernels.cpu import driver, host
-from matmul_grad.kernels.native import direct, torch_layout
+from matmul_grad.kernels.native import torch_layout
 without = replace(host.cpu(), halves=False)
 host.cpu = lambda isa=None: without
-for cached in (driver.config, direct.supports):
+for cached in (driver.config, driver.supports):
     cached.cache_clear()
 for name in ("bmm", "addmm", "baddbmm"):
     assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"matmul_grad::{name}", "CPU")

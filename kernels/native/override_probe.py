@@ -48,7 +48,7 @@ def require() -> None:
 
 @functools.cache
 def _verdict() -> str:
-    """"" for a pass, else what failed."""
+    """ "" for a pass, else what failed."""
     kept = _path()
     if kept is not None and kept.is_file():
         return ""
