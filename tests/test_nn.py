@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, parametrize
 import matmul_grad
 from matmul_grad.testing import assert_same_bits
 
-compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 
 
 class Mlp(nn.Module):
