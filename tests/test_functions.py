@@ -149,7 +149,7 @@ def test_matmul(one: tuple[int, ...], other: tuple[int, ...], needs: tuple[bool,
         expected = torch.matmul(a, b)
         with matmul_grad.strict():
             c = matmul_grad.matmul(a, b)
-        torch.testing.assert_close(c, expected, check_stride=True)
+        torch.testing.assert_close(c, expected, check_stride=expected.numel() > 0)
         wanted = [x for x in (a, b) if x.requires_grad]
         if wanted:
             grad = torch.randn_like(c)
