@@ -18,7 +18,7 @@ open_blocks = 0
 
 
 def _change(by: int) -> None:
-    from .kernels.cpu import state
+    from .kernels.native import state
 
     global open_blocks
     with _lock:
