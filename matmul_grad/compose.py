@@ -62,7 +62,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     [[3.5], [3.5]]
     """
     if bias is None:
-        if not fallback.is_needed_to_compose(input, weight) and weight.dim() <= 2:
+        if not fallback.is_needed_to_compose(input, weight) and input.dim() > 0 and 0 < weight.dim() <= 2:
             return _matmul(input, weight.t())
     elif not fallback.is_needed_to_compose(input, weight, bias):
         result = _linear(input, weight, bias)

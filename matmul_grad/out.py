@@ -15,12 +15,12 @@ from torch import Tensor
 
 from . import fallback, strictness
 from .autograd import is_plain
+from .kernels.native import storage
 from .ops import accelerated, can_be_added, compute, has_work
 from .scalars import real_scales
 
 Operands = tuple[Any, ...]
 Scales = dict[str, Any]
-_address = getattr(torch._C, "_data_address", Tensor.data_ptr)  # data_ptr copies a copy-on-write storage
 
 
 def into(name: str, operands: Operands, scales: Scales, out_dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
@@ -53,11 +53,11 @@ def _computed(name: str, operands: Operands, scales: Scales, out: Tensor) -> Ten
     elif not is_plain(*operands, out):
         return _traced(name, operands, real, out)
     elif has_work(mat1, mat2, **real):
-        check_storages(*operands)
+        storage.require(*operands)
         input = inputs[0] if inputs else None
         if out.shape != (*mat1.shape[:-1], mat2.shape[-1]) or (_is_spread(out) and _overlaps_any(out, mat1, mat2)):
             return copied(compute(mat1, mat2, input, **real), out)
-        check_storages(out)
+        storage.require(out)
         if can_write(out, operands):
             compute(mat1, mat2, input, out=out, **real)
             return _written(out)
@@ -82,18 +82,8 @@ def is_torchs(operands: Operands, out: Tensor | None) -> bool:
 def copied(result: Tensor, out: Tensor) -> Tensor:
     """``out``, with a result copied to it, and resized as torch does, with its warning."""
     if type(out) in fallback.PLAIN and out.shape == result.shape and not torch.compiler.is_compiling():
-        check_storages(out)
+        storage.require(out)
     return torch.mul(result, 1, out=out)
-
-
-def check_storages(*tensors: Tensor) -> None:
-    """Raise RuntimeError where a storage was freed, or made too small for its tensor."""
-    for x in tensors:
-        if x.numel() and x.untyped_storage().nbytes() < (x.storage_offset() + _reach(x)) * x.element_size():
-            raise RuntimeError(
-                f"matmul_grad: a tensor of sizes {list(x.shape)}, strides {list(x.stride())} and storage offset "
-                f"{x.storage_offset()} is out of bounds for storage of size {x.untyped_storage().nbytes()}"
-            )
 
 
 def _fit(operands: Operands, out: Tensor) -> bool:
@@ -118,7 +108,7 @@ def _written(out: Tensor) -> Tensor:
 def can_write(out: Tensor, operands: Operands) -> bool:
     """Whether ``out`` keeps its elements apart, and from those of the operands; it may be what is added."""
     *inputs, mat1, mat2 = operands
-    shared = [x for x in inputs if not (_address(x) == _address(out) and x.expand(out.shape).stride() == out.stride())]
+    shared = [x for x in inputs if not (x.const_data_ptr() == out.const_data_ptr() and x.expand(out.shape).stride() == out.stride())]
     return _is_spread(out) and not _overlaps_any(out, mat1, mat2, *shared)
 
 
@@ -139,7 +129,7 @@ def _overlaps_any(one: Tensor, *others: Tensor) -> bool:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    start = _address(x)
+    start = x.const_data_ptr()
     return start, start + (_reach(x) if x.numel() else 0) * x.element_size()
 
 
