@@ -74,7 +74,7 @@ def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, ou
     """
     if out is not None or out_dtype is not None:
         return into("bmm", (input, mat2), {}, out_dtype, out)
-    if fallback.is_needed(input, mat2):
+    if fallback.is_needed(input, mat2) or fallback.is_nested(input, mat2):
         return torch.bmm(input, mat2)
     return _bmm(input, mat2)
 
@@ -146,7 +146,7 @@ def baddbmm(
     >>> matmul_grad.baddbmm(torch.ones(1), a, a.mT, beta=3).flatten().tolist()
     [8.0, 28.0]
     """
-    if out is None and out_dtype is None and not fallback.is_needed(batch1, batch2, input):
+    if out is None and out_dtype is None and not fallback.is_needed_to_compose(batch1, batch2, input):
         scales = real_scales(batch1, beta, alpha)
         if scales is not None:
             return _baddbmm(input, batch1, batch2, beta=scales[0], alpha=scales[1])

@@ -57,6 +57,14 @@ def is_needed_to_compose(*operands: Any) -> bool:
     return False
 
 
+def is_nested(one: Tensor, other: Tensor) -> bool:
+    """Whether a tensor has no sizes to ask for: the operators take every other layout."""
+    if one.is_nested or other.is_nested:
+        strictness.hand_over(one, other)
+        return True
+    return False
+
+
 def _is_overridden(*operands: Any) -> bool:
     if not all(isinstance(x, Tensor) for x in operands):
         return True
