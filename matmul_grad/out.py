@@ -1,9 +1,9 @@
 """``out=``: a result in memory that the caller has. Nothing is resized or written before all is decided.
 
-    written where it lies     ``out`` has the shape and shares no memory with the matrices; it may be what is added
-    by a temporary            ``out`` is to be resized, or shares memory with a matrix: the result is copied
-    product and copy          tracers, modes, subclasses, which do not see what is written past them
-    torch's own               the rest
+written where it lies     ``out`` has the shape and shares no memory with the matrices; it may be what is added
+by a temporary            ``out`` is to be resized, or shares memory with a matrix: the result is copied
+product and copy          tracers, modes, subclasses, which do not see what is written past them
+torch's own               the rest
 """
 
 from __future__ import annotations
@@ -108,7 +108,11 @@ def _written(out: Tensor) -> Tensor:
 def can_write(out: Tensor, operands: Operands) -> bool:
     """Whether ``out`` keeps its elements apart, and from those of the operands; it may be what is added."""
     *inputs, mat1, mat2 = operands
-    shared = [x for x in inputs if not (x.const_data_ptr() == out.const_data_ptr() and x.expand(out.shape).stride() == out.stride())]
+    shared = [
+        x
+        for x in inputs
+        if not (x.const_data_ptr() == out.const_data_ptr() and x.expand(out.shape).stride() == out.stride())
+    ]
     return _is_spread(out) and not _overlaps_any(out, mat1, mat2, *shared)
 
 

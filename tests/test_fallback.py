@@ -316,7 +316,9 @@ NUMBERS = [
 def test_scale_is_taken_here_as_under_the_switch(name: str, number: Any) -> None:
     operands, torchs = CALLS[name]
     for scale in ("beta", "alpha"):
-        actual, expected = (outcome(call, *operands, **{scale: number}) for call in (getattr(matmul_grad, name), torchs))
+        actual, expected = (
+            outcome(call, *operands, **{scale: number}) for call in (getattr(matmul_grad, name), torchs)
+        )
         if isinstance(expected, Tensor):
             torch.testing.assert_close(actual, expected)
         else:
@@ -350,8 +352,20 @@ def test_vmap_over_sizes_of_zero(name: str, zero: str) -> None:
 @pytest.mark.parametrize("needs", [False, True])
 def test_result_is_no_view(name: str, needs: bool) -> None:
     given = [x.clone().requires_grad_(needs) for x in CALLS[name][0]]
-    for shapes in [None] if name != "matmul" else [None, ((4,), (4,)), ((3, 4), (4,)), ((4,), (4, 2)),
-                   ((5, 3, 4), (5, 4, 2)), ((3, 4), (5, 4, 2)), ((4,), (5, 4, 2)), ((5, 1, 3, 4), (6, 4, 2))]:
+    for shapes in (
+        [None]
+        if name != "matmul"
+        else [
+            None,
+            ((4,), (4,)),
+            ((3, 4), (4,)),
+            ((4,), (4, 2)),
+            ((5, 3, 4), (5, 4, 2)),
+            ((3, 4), (5, 4, 2)),
+            ((4,), (5, 4, 2)),
+            ((5, 1, 3, 4), (6, 4, 2)),
+        ]
+    ):
         found = given if shapes is None else [torch.randn(shape).requires_grad_(needs) for shape in shapes]
         result = getattr(matmul_grad, name)(*found)
         assert not result._is_view(), shapes
