@@ -14,16 +14,16 @@ SUPPORTED = (
 )
 
 _lock = threading.Lock()
-_open = 0
+open_blocks = 0
 
 
 def _change(by: int) -> None:
     from .kernels.native import state
 
-    global _open
+    global open_blocks
     with _lock:
-        _open += by
-        state.words[state.STRICT] = _open
+        open_blocks += by
+        state.words[state.STRICT] = open_blocks
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def strict() -> Iterator[None]:
 
 def is_on() -> bool:
     """Whether any ``strict()`` block is open."""
-    return _open > 0
+    return open_blocks > 0
 
 
 def hand_over(self: Tensor | None, mat2: Tensor | None) -> None:
