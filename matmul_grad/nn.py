@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from . import decompositions
 from .compose import linear
 from .layers import KINDS, MARK, calls, is_class_forward, is_marked, make_mark
 
@@ -15,6 +16,8 @@ __all__ = ["Linear", "calls", "convert", "converted", "left_out", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger("matmul_grad")
+
+decompositions.register()
 
 
 class Linear(nn.Linear):
