@@ -1,8 +1,8 @@
 """Memory safety: products of views over storages of every kind, compared with torch.
 
-Each input is plain data and runs in a child process (helpers/memory_case.py), so a crash is a failure of one input, which
-Hypothesis makes minimal and prints. Where a storage does not hold what a tensor reaches, a RuntimeError is required;
-torch itself would read past the end there, and is not called.
+Each input is plain data and runs in a child process (helpers/memory_case.py), so a crash is a failure of one input,
+which Hypothesis makes minimal and prints. Where a storage does not hold what a tensor reaches, a RuntimeError is
+required; torch itself would read past the end there, and is not called.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from case_process import CaseProcess
+from case_process import CaseProcess, assert_no_complaint
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from limits import scaled
@@ -37,7 +37,7 @@ SHAPES = {
     "mm_backward": (("mn", "mk", "kn"), ""),
 }
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
-# mv, addmv and dot are torch's own where this package has no function for them: then memory that is missing is not tried.
+# Torch's own where this package has no function for them: then memory that is missing is not tried.
 VECTORS = ("mv", "addmv", "dot", "vdot")
 FUNCTIONS = [name for name in (*PRODUCTS, *VECTORS, "matmul", "linear") if hasattr(matmul_grad, name)]
 ENTRIES = [
@@ -163,13 +163,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("case", KNOWN.values(), ids=KNOWN)
 def test_known(child: CaseProcess, case: dict[str, Any]) -> None:
-    assert_passes(child, case)
-
-
-def assert_passes(child: CaseProcess, case: dict[str, Any]) -> None:
-    complaint = child.complaint(case)
-    if complaint:
-        raise AssertionError(f"{case}\n{complaint}")
+    assert_no_complaint(child.complaint(case), case)
 
 
 def fuzz(child: CaseProcess, examples: int, start: int | None = None) -> None:
@@ -179,7 +173,7 @@ def fuzz(child: CaseProcess, examples: int, start: int | None = None) -> None:
     )  # fmt: skip
     @given(case=cases())
     def every_case(case: dict[str, Any]) -> None:
-        assert_passes(child, case)
+        assert_no_complaint(child.complaint(case), case)
 
     (seed(start)(every_case) if start is not None else every_case)()
 

@@ -17,7 +17,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
+
+from limits import scaled
 
 
 class CaseProcess:
@@ -30,6 +33,13 @@ class CaseProcess:
         self.starts = 0
         self._child: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
+
+    @classmethod
+    def interpreted(cls, program: str) -> CaseProcess:
+        """A program under Triton's interpreter; it finds these helpers."""
+        paths = filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+        environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        return cls(["-W", "error", program], environment, limit=scaled(600))
 
     def complaint(self, case: Any) -> str:
         """Run one case: "" where it passed, else what is wrong."""
@@ -58,7 +68,8 @@ class CaseProcess:
     def _start(self) -> subprocess.Popen[bytes]:
         self.close()
         self.starts += 1
-        self._errors = tempfile.TemporaryFile()
+        # Open as long as the child lives.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._child = subprocess.Popen(
             self.command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             start_new_session=True,
@@ -129,6 +140,11 @@ def _line_of_stdin() -> bytes:
             return b""
         line += part
     return line
+
+
+def assert_no_complaint(text: str, case: Any = "") -> None:
+    if text:
+        raise AssertionError(f"{case}\n{text}")
 
 
 def complaint(run: Callable[[Any], None], case: Any) -> str:
