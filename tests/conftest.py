@@ -1,4 +1,4 @@
-"""For the whole suite: counts printed at its end, time limits that fit the machine, and -x with workers of pytest-xdist."""
+"""For the whole suite: counts printed at its end, time limits that fit the machine, -x for workers of pytest-xdist."""
 
 from __future__ import annotations
 
