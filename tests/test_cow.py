@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,11 +70,10 @@ def assert_reads_in_place(product: Callable[..., Tensor], sample: SampleInput, b
 
 def assert_samples(op: OpInfo, product: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
-    samples: Iterator[SampleInput] = op.sample_inputs("cpu", torch.float32, requires_grad=True)
-    count = 0
-    for count, sample in enumerate(samples, 1):
+    samples = list(op.sample_inputs("cpu", torch.float32, requires_grad=True))
+    assert samples
+    for sample in samples:
         assert_reads_in_place(product, sample, op.supports_cow_input_no_materialize_backward)
-    assert count
 
 
 @pytest.mark.parametrize("op", OPERATORS)

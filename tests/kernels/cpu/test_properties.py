@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from dtypes import ACCELERATED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,7 @@ from matmul_grad import testing
 from matmul_grad.kernels.cpu import native
 
 sizes = st.integers(0, 40) | st.integers(60, 140)
-dtypes = st.sampled_from(["float32", "float64", "bfloat16", "float16"])
+dtypes = st.sampled_from([str(dtype).removeprefix("torch.") for dtype in ACCELERATED.values()])
 
 
 @st.composite
