@@ -17,7 +17,8 @@ from rich.console import Console
 
 from matmul_grad import testing, timing
 from matmul_grad.console import make_console, table, track
-from matmul_grad.kernels.cpu import native
+from matmul_grad.kernels.cpu import driver
+from matmul_grad.kernels.native import direct
 from matmul_grad.kernels.cpu.config import BlockConfig
 
 from . import saved
@@ -62,7 +63,7 @@ def run(command: argparse.Namespace) -> int:
 
 def cases() -> Iterator[Case]:
     for dtype in ("float32", "float64"):
-        block = native.config(dtype)
+        block = driver.config(dtype)
         for m in ROWS:
             yield Case("direct_rows", dtype, "NN", m, WIDE, DEEP, -(-m // block.mr))
         for panels in (1, 2, 3, 4, 6):
@@ -83,15 +84,15 @@ def compare(case: Case, seconds: float) -> dict[str, object]:
     a, b = (
         testing.lay_out(x, "column" if order == "T" else "row") for x, order in zip((a, b), case.layout, strict=True)
     )
-    block = native.config(case.dtype)
+    block = driver.config(case.dtype)
     ways = {"in place": limited(block, case.field, ALWAYS), "packed": limited(block, case.field, 0)}
     out = a.new_empty(case.m, case.n)
-    expected = native.multiply(block, a, b, out.clone())
+    expected = direct.multiply(block, a, b, out.clone())
     for way, chosen in ways.items():
-        testing.assert_same_bits(native.multiply(chosen, a, b, out), expected, f"{case} {way}")
+        testing.assert_same_bits(direct.multiply(chosen, a, b, out), expected, f"{case} {way}")
 
     def work(chosen: BlockConfig) -> Callable[[], object]:
-        return lambda: native.multiply(chosen, a, b, out)
+        return lambda: direct.multiply(chosen, a, b, out)
 
     times = timing.interleaved({way: work(chosen) for way, chosen in ways.items()}, seconds)
     row: dict[str, object] = case._asdict()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autocast, batching, strictness
-from .ops import DTYPES, are_scales, raised
+from .ops import DTYPES, are_scales
 from .out import given, into
 
 autocast.register()
@@ -58,11 +58,8 @@ def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out
 
 def _raise_as_torch(error: RuntimeError, torchs: Callable[..., Tensor], *operands: Any, **scales: Any) -> None:
     """Raise what a hook or mode of the user's raised below, else torch's own error; return where it has none."""
-    original = getattr(raised, "error", None)
-    raised.error = None
-    tensors = all(isinstance(x, Tensor) for x in operands)
-    if tensors and original is not None and str(error).endswith(str(original)):
-        raise original from None
+    if all(isinstance(x, Tensor) for x in operands):
+        raise error
     if strictness.is_on():
         return
     with torch.no_grad():

@@ -24,12 +24,13 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import cuda, strictness
+from .kernels.native import pending
 from .ops import (
     DTYPES,
     PRODUCTS,
     addition,
     both_gradients,
-    from_native,
+    by_compiled_code,
     library,
     native_status,
     product,
@@ -64,25 +65,44 @@ def may_have_tangents() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def turned(matrix: Tensor) -> Tensor:
-    return matrix.mT if matrix.dim() == 3 else matrix.t()  # of what is no matrix the product says so
+def transposed(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.dim() == 3 else matrix.t()  # non-matrix inputs raise inside the product
+
+
+def is_column_major(matrix: Tensor) -> bool:
+    """As torch's derivative of a matrix product asks it, whose gradient then lies in memory as its operand does."""
+    return matrix.dim() == 2 and matrix.stride(0) == 1 and matrix.stride(1) == matrix.shape[0]
 
 
 def gradients(
-    grad: Tensor, self: Tensor | None, mat2: Tensor | None, needs: tuple[bool, bool]
+    grad: Tensor,
+    self: Tensor | None,
+    mat2: Tensor | None,
+    needs: tuple[bool, bool],
+    column_major: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dgrad, wgrad), None for what ``needs`` leaves out; an operand that only that one uses may be None."""
-    dgrad = product(grad, turned(mat2)) if needs[0] and mat2 is not None else None
-    wgrad = product(turned(self), grad) if needs[1] and self is not None else None
+    """(dgrad, wgrad), None for what ``needs`` leaves out; an operand that only that one uses may be None.
+
+    Each has the order in memory that torch gives it, which ``column_major`` tells of A and of B.
+    """
+    dgrad, wgrad = None, None
+    if needs[0] and mat2 is not None:
+        dgrad = product(mat2, grad.t()).t() if column_major[0] else product(grad, transposed(mat2))
+    if needs[1] and self is not None:
+        wgrad = product(grad.t(), self).t() if column_major[1] else product(transposed(self), grad)
     return dgrad, wgrad
 
 
 def fused_gradients(
-    grad: Tensor, self: Tensor | None, mat2: Tensor | None, needs: tuple[bool, bool]
+    grad: Tensor,
+    self: Tensor | None,
+    mat2: Tensor | None,
+    needs: tuple[bool, bool],
+    column_major: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """``gradients``, both in one call where the operator for that takes them."""
     if self is None or mat2 is None or self.dim() != 2 or not type(grad) is type(self) is type(mat2) is Tensor:
-        return gradients(grad, self, mat2, needs)
+        return gradients(grad, self, mat2, needs, column_major)
     return _mm_backward(grad, self, mat2, [True, True])
 
 
@@ -97,6 +117,7 @@ class Mm(torch.autograd.Function):
     def forward(ctx: Any, self: Tensor, mat2: Tensor) -> Tensor:
         needs_self, needs_mat2 = ctx.needs_input_grad
         ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
+        ctx.column_major = is_column_major(self), is_column_major(mat2)
         if may_have_tangents():
             ctx.save_for_forward(self, mat2)
         if not torch._C._are_functorch_transforms_active():
@@ -107,7 +128,7 @@ class Mm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         self, mat2 = ctx.saved_tensors
-        return fused_gradients(grad, self, mat2, ctx.needs_input_grad)
+        return fused_gradients(grad, self, mat2, ctx.needs_input_grad, ctx.column_major)
 
     @staticmethod
     def jvp(ctx: Any, dself: Tensor | None, dmat2: Tensor | None) -> Tensor:
@@ -129,6 +150,7 @@ class Addmm(torch.autograd.Function):
         _, needs_self, needs_mat2, *_ = ctx.needs_input_grad
         ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
         ctx.input_shape, ctx.beta, ctx.alpha = input.shape, beta, alpha
+        ctx.column_major = is_column_major(self), is_column_major(mat2)
         if may_have_tangents():
             ctx.save_for_forward(self, mat2)
         if not torch._C._are_functorch_transforms_active():
@@ -141,7 +163,7 @@ class Addmm(torch.autograd.Function):
         self, mat2 = ctx.saved_tensors
         needs_input, *needs = ctx.needs_input_grad[:3]
         dinput = scaled(grad, ctx.beta).sum_to_size(ctx.input_shape) if needs_input else None
-        both = fused_gradients(grad, self, mat2, tuple(needs))
+        both = fused_gradients(grad, self, mat2, tuple(needs), ctx.column_major)
         dself, dmat2 = (None if one is None else scaled(one, ctx.alpha) for one in both)
         return dinput, dself, dmat2, None, None
 
@@ -231,11 +253,12 @@ def mm_backward(
     """Both gradients, composed of differentiable products, until the compiled kernel takes the CPU's place."""
     if self.device.type == "cpu":
         native_status()
-    if all(output_mask) and is_plain(grad, self, mat2):
+    column_major = is_column_major(self), is_column_major(mat2)
+    if all(output_mask) and not any(column_major) and is_plain(grad, self, mat2):
         both = both_gradients(grad, self, mat2)
         if both is not None:
             return both
-    return gradients(grad, self, mat2, (output_mask[0], output_mask[1]))
+    return gradients(grad, self, mat2, (output_mask[0], output_mask[1]), column_major)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -253,8 +276,17 @@ def is_plain(*tensors: Tensor) -> bool:
 for name in PRODUCTS:
     kernel = make_autograd_kernel(name)
     library.impl(name, kernel, "Autograd")
-    library.impl(f"_{name}_in_python", from_native(kernel), "CompositeImplicitAutograd")
+    by_compiled_code(f"_{name}_in_python", PRODUCTS[name], kernel, "CompositeImplicitAutograd")
 library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")
 for batched in ("FuncTorchBatched", "Batched"):  # a composite still under vmap, where the CPU has its own kernel
     library.impl("mm_backward", mm_backward, batched)
-library.impl("_mm_backward_in_python", from_native(mm_backward), "CompositeImplicitAutograd")
+
+
+def mm_backward_and_mark(grad: Tensor, *others: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """For compiled code: that there is a third result tells it that nothing was raised."""
+    return (*mm_backward(grad, *others), grad)
+
+
+library.impl(
+    "_mm_backward_in_python", pending.kept(mm_backward_and_mark, (None, None, None)), "CompositeImplicitAutograd"
+)

@@ -1,7 +1,7 @@
 """The native CUDA kernel of ``matmul_grad::mm``: calls after the first reach the driver without Python.
 
 A product's first call goes through Python, which chooses, compiles and launches (kernels/gpu). What it launched is then
-written down as a recipe, and a compiled entry (kernels/cpu/cuda_abi.py) makes it again for every later call of the same
+written down as a recipe, and a compiled entry (kernels/native/cuda_entries.py) makes it again for every later call of the same
 shapes, strides, dtype and alignment. Each recipe proves itself once: its first result must have the bits of Python's.
 
 Off unless MATMUL_GRAD_NATIVE_CUDA=1: no GPU has run it yet. float32 stays with Python, which reads torch's precision
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .kernels.cpu import table
-from .kernels.cpu.state import DTYPE_CODES
+from .kernels.native import launch_table as table
+from .kernels.native.state import DTYPE_CODES
 
 VARIABLE = "MATMUL_GRAD_NATIVE_CUDA"
 DRIVER = {"device": "cuCtxGetDevice", "encode": "cuTensorMapEncodeTiled", "launch": "cuLaunchKernel"}
@@ -46,11 +46,11 @@ def _register() -> str:
         return f"{VARIABLE} is not 1"
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "there is no NVIDIA GPU"
-    from .kernels.cpu import native
+    from .kernels.native import register
 
     try:
-        native.register_cuda(driver())
-    except (native.Unavailable, OSError, AttributeError) as reason:
+        register.register_cuda(driver())
+    except (register.Unavailable, OSError, AttributeError) as reason:
         return str(reason)
     return ""
 
@@ -104,7 +104,7 @@ def _code(dtype: torch.dtype) -> int:
 
 
 def encoded(key: Sequence[int], recipes: Sequence, work: int, sums: torch.dtype) -> list[int] | None:
-    """The words of a recipe, as kernels/cpu/table.py lays them out; None where its parameters are more than fit."""
+    """The words of a recipe, as kernels/native/launch_table.py lays them out; None where its parameters are more than fit."""
     words = [*key, work, _code(sums), len(recipes)]
     for recipe in recipes:
         parameters = [_parameter(x) for x in recipe.parameters]
@@ -142,5 +142,4 @@ def _halves(values: Sequence[int]) -> list[int]:
 
 
 _mm = ops.make_kernel("mm")
-ops.library.define("_mm_cuda_in_python(Tensor self, Tensor mat2) -> Tensor", tags=ops.TAGS)
-ops.library.impl("_mm_cuda_in_python", ops.from_native(mm_in_python), "CompositeExplicitAutograd")
+ops.by_compiled_code("_mm_cuda_in_python", ops.PRODUCTS["mm"], mm_in_python, "CompositeExplicitAutograd")

@@ -20,10 +20,10 @@ def describe() -> dict[str, str]:
     >>> print(*describe(), sep=", ")
     CPU, instruction set, caches, CPU kernels, GPU, operator, switch, threads, versions
     """
-    from .kernels.cpu import config, host, native
+    from .kernels.cpu import config, driver, host
 
     cpu = host.cpu()
-    kernels = [f"{native.config(dtype).name} ({dtype})" for dtype in config.SIZES]
+    kernels = [f"{driver.config(dtype).name} ({dtype})" for dtype in config.SIZES]
     packages = ["torch", "numba", "llvmlite", "triton"]
     return {
         "CPU": f"{processor()}, {os.cpu_count()} cores",

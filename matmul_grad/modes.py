@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from .kernels.cpu import table
+from .kernels.native import launch_table as table
 from .kernels.gpu import modes
 
 FLOAT32 = ("ieee", "tf32x3")

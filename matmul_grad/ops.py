@@ -26,18 +26,16 @@ from torch import Tensor
 
 from . import sharding, strictness
 from .flops import count_flops
-from .kernels.cpu.state import raised as raised
+from .kernels.native import pending, storage
+from .kernels.native.op_table import OWN
 
 NAMESPACE = "matmul_grad"
 library = torch.library.Library(NAMESPACE, "DEF")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-PRODUCTS = {
-    "mm": "(Tensor self, Tensor mat2) -> Tensor",
-    "bmm": "(Tensor self, Tensor mat2) -> Tensor",
-    "addmm": "(Tensor self, Tensor mat1, Tensor mat2, *, float beta=1, float alpha=1) -> Tensor",
-    "baddbmm": "(Tensor self, Tensor batch1, Tensor batch2, *, float beta=1, float alpha=1) -> Tensor",
-}
+PRODUCTS = {op.name: op.schema for op in OWN if op.schema is not None}
+# Keys that modes and transforms put in front of an operator without tensors; none of them is to see ``_raise``.
+ABOVE_ALL = ("Python", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "Functionalize")
 LARGEST = torch.finfo(torch.float32).max  # torch refuses a larger alpha or beta, unless the product is in float64
 
 _lock = threading.Lock()
@@ -50,12 +48,12 @@ def native_status() -> str:
     if _native is None:
         with _lock:
             if _native is None:
-                from .kernels.cpu import native
+                from .kernels.native import register
 
                 try:
-                    native.register()
+                    register.register()
                     _native = ""
-                except native.Unavailable as reason:
+                except register.Unavailable as reason:
                     _native = str(reason)
     return _native
 
@@ -121,9 +119,9 @@ def _has_kernel(tensor: Tensor) -> bool:
         return launch.supports(tensor)
     if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
         return False
-    from .kernels.cpu import native
+    from .kernels.native import direct
 
-    return native.supports(tensor.dtype)
+    return direct.supports(tensor.dtype)
 
 
 def make_kernel(name: str) -> Callable[..., Tensor]:
@@ -168,13 +166,14 @@ def compute(
     out: Tensor | None = None,
 ) -> Tensor:
     """What these kernels take, on them, into new memory or into ``out``."""
+    storage.require(self, mat2, *(x for x in (input, out) if x is not None))
     if self.is_cuda:
         from .kernels.gpu import launch
 
         return launch.mm(self, mat2, out=out) if input is None else launch.product(self, mat2, input, beta, alpha, out)
-    from .kernels.cpu import native
+    from .kernels.native import direct
 
-    return native.product(self, mat2, input, beta, alpha, out)
+    return direct.product(self, mat2, input, beta, alpha, out)
 
 
 def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
@@ -183,6 +182,7 @@ def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | N
         return None
     from .kernels.gpu import launch
 
+    storage.require(grad, self, mat2)
     return launch.mm_backward(grad, self, mat2)
 
 
@@ -195,6 +195,7 @@ def _scaled_mm(
         from .kernels.gpu import launch
 
         if launch.takes_scaled(self, mat2, scale_a, scale_b, result):
+            storage.require(self, mat2, scale_a, scale_b)
             return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
     strictness.hand_over(self, mat2)
     return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
@@ -206,37 +207,27 @@ def _scaled_mm_fake(
     return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
 
 
-def from_native(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel in Python that a compiled one calls, as when there is a graph to record or a Python mode to meet.
-
-    Its way back is a C interface that knows messages only, so the exception itself waits in ``raised``, for api.py.
-    """
-
-    def called_from_native(*arguments: Any, **named: Any) -> Any:
-        try:
-            return kernel(*arguments, **named)
-        except BaseException as error:
-            raised.error = error
-            raise
-
-    return called_from_native
+def by_compiled_code(name: str, schema: str, kernel: Callable[..., Any], key: str) -> None:
+    """Define an operator in Python that a compiled kernel calls, as where there is a graph to record."""
+    library.define(f"{name}{schema[: schema.index(' ->')]} -> Tensor?", tags=TAGS)
+    library.impl(name, pending.kept(kernel), key)
 
 
 def _register() -> None:
+    library.define("_raise() -> ()")
+    for key in ("CompositeImplicitAutograd", *ABOVE_ALL):
+        library.impl("_raise", pending.raise_it, key)
     for name, schema in PRODUCTS.items():
-        for form in (name, f"_{name}_in_python"):
-            library.define(f"{form}{schema}", tags=TAGS)
         adds = "add" in name
+        library.define(f"{name}{schema}", tags=TAGS)
         library.impl(name, make_kernel(name), "CompositeExplicitAutograd")
-        if adds:
-            library.define(f"_{name}_by_torch{schema}", tags=TAGS)
-            library.impl(f"_{name}_by_torch", from_native(torchs_own(name)), "CompositeExplicitAutograd")
+        by_compiled_code(f"_{name}_by_torch", schema, torchs_own(name), "CompositeExplicitAutograd")
         # Shape and errors of a traced product are torch's own.
         torch.library.register_fake(f"{NAMESPACE}::{name}", torchs_own(name), lib=library)
         count_flops(getattr(torch.ops.matmul_grad, name), _flops_of_sum if adds else _flops)
-    for name in ("mm_backward", "_mm_backward_in_python"):
-        backward = "(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)"
-        library.define(f"{name}{backward}", tags=TAGS)
+    backward = "(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?"
+    library.define(f"mm_backward{backward})", tags=TAGS)
+    library.define(f"_mm_backward_in_python{backward}, Tensor?)", tags=TAGS)
     library.define(
         "scaled_mm(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, ScalarType? out_dtype=None) -> Tensor",
         tags=TAGS,

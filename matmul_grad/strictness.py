@@ -18,7 +18,7 @@ _open = 0
 
 
 def _change(by: int) -> None:
-    from .kernels.cpu import state
+    from .kernels.native import state
 
     global _open
     with _lock:

@@ -16,10 +16,10 @@ def steps() -> list[tuple[str, Callable[[], object]]]:
     >>> names[0], len(names) > 1
     ('operator', True)
     """
-    from .kernels.cpu import config, native
+    from .kernels.cpu import config, driver
 
     def gemm(dtype: str) -> tuple[str, Callable[[], object]]:
-        block = native.config(dtype)
-        return block.name, lambda: native.gemm_address(block)
+        block = driver.config(dtype)
+        return block.name, lambda: driver.gemm_address(block)
 
     return [("operator", ops.native_status), *(gemm(dtype) for dtype in config.SIZES)]

@@ -14,7 +14,7 @@ import torch
 
 from matmul_grad import api, machine, rivals, timing, turns
 from matmul_grad.bench import peak, worker
-from matmul_grad.kernels.cpu import native
+from matmul_grad.kernels.cpu import driver
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"CPU": "Some CPU, 2 cores", "instruction set": "avx2 of avx2, generic", "versions": "none"}
@@ -258,7 +258,7 @@ def test_peak_is_above_every_product_and_below_every_cpu() -> None:
             rates[dtype] = found["peak"]["median"]
             assert 0.2 < figures.share(found) < 1.05
             assert figures.rate(found, "torch") < 1.05 * rates[dtype]
-            assert rates[dtype] < 2 * native.config(name).lanes * 4 * 6  # four units at 6 GHz
+            assert rates[dtype] < 2 * driver.config(name).lanes * 4 * 6  # four units at 6 GHz
     assert 1.5 < rates["f32"] / rates["f64"] < 2.6  # the lanes
 
 
@@ -268,7 +268,7 @@ def test_peak_adds_normal_numbers_up(threads: int, monkeypatch: pytest.MonkeyPat
     with timing.threads(threads):
         top = peak.loop("float32")
     assert top is not None
-    block = native.config("float32")
+    block = driver.config("float32")
     sums = top.call().view(torch.float32).reshape(threads, -1)[:, : block.lanes]
     chains = peak.CHAINS[block.isa]
     assert top.flops == 2 * 1000 * chains * block.lanes * threads

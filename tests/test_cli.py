@@ -32,12 +32,12 @@ def test_check_prints_the_example_and_agrees(capsys: pytest.CaptureFixture[str])
 
 
 def test_check_says_what_it_runs_on(capsys: pytest.CaptureFixture[str]) -> None:
-    from matmul_grad.kernels.cpu import host, native
+    from matmul_grad.kernels.cpu import driver, host
 
     cli.main(QUICK)
     printed = capsys.readouterr().out
-    assert native.config("float32").name in printed
-    assert native.config("float64").name in printed
+    assert driver.config("float32").name in printed
+    assert driver.config("float64").name in printed
     assert f"{host.cpu().isa} of " in printed
     assert f"torch {torch.__version__}" in printed
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import matmul_grad
 from matmul_grad import cuda, ops
-from matmul_grad.kernels.cpu import native, state, table
+from matmul_grad.kernels.native import launch_table as table, register, state, torch_layout
 from matmul_grad.kernels.gpu import launch
 from matmul_grad.kernels.gpu.recipe import Constant, Descriptor, Pointer, Recipe
 from matmul_grad.testing import assert_same_bits, integers
@@ -102,10 +102,10 @@ def entries() -> Iterator[tuple[Driver, Any]]:
     """The driver, and the entry as an operator of another namespace: its CUDA key stands under CPU."""
     ops.native_status()
     driver = Driver()
-    loaded = native.load_cuda({**driver.linked})
+    loaded = register.load_cuda({**driver.linked})
     library = torch.library.Library(NAMESPACE, "DEF")
     library.define("mm(Tensor self, Tensor mat2) -> Tensor")
-    functions, handle = native.libtorch(), ctypes.c_void_p()
+    functions, handle = torch_layout.libtorch(), ctypes.c_void_p()
     strings = [ctypes.create_string_buffer(text) for text in (NAMESPACE.encode(), b"CPU", b"here", b"mm")]
     version = ctypes.c_uint64(state.words[state.ABI_VERSION])
     entry = ctypes.c_void_p(loaded.address("matmul_grad_mm_cuda"))

@@ -17,7 +17,8 @@ from limits import scaled
 from torch import Tensor
 
 import matmul_grad
-from matmul_grad.kernels.cpu import build, config, host, native
+from matmul_grad.kernels.cpu import build, config, driver, host
+from matmul_grad.kernels.native import torch_layout
 from matmul_grad.testing import assert_same_bits, integers, normal
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, forks")
@@ -74,7 +75,7 @@ def test_threads_calling_at_once(callers: int) -> None:
         thread.join(LIMIT)
     assert not any(thread.is_alive() for thread in threads)
     assert not failures, failures[0]
-    assert not any(native.workspace[1::3]), "every kept workspace is free again"
+    assert not any(driver.workspace[1::3]), "every kept workspace is free again"
 
 
 def test_first_calls_of_a_process_from_four_threads() -> None:
@@ -190,9 +191,10 @@ def test_fork_after_the_pool_was_used(step: str, registered: str) -> None:
         f"""
         import signal
         from matmul_grad import ops
-        from matmul_grad.kernels.cpu import native
+        from matmul_grad.kernels.cpu import driver
+        from matmul_grad.kernels.native import torch_layout
         if {registered!r} == "python":
-            native.MANGLED["matmul_grad_check_fail"] = "no_such_function"
+            torch_layout.MANGLED["matmul_grad_check_fail"] = "no_such_function"
         torch.set_num_threads(2)
         work = []
         for dtype in (torch.float32, torch.float64):
@@ -307,12 +309,13 @@ def test_workspace_does_not_grow_with_the_operands(threads: int) -> None:
         assert block.b_bytes <= host.cpu().l3 // 2
     printed = assert_runs(
         f"""
-        from matmul_grad.kernels.cpu import native
+        from matmul_grad.kernels.cpu import driver
+        from matmul_grad.kernels.native import torch_layout
         torch.set_num_threads({threads})
         for m, n, k in ((900, 900, 900), (2200, 2200, 900), (3000, 1500, 2000), (2, 20000, 3000), (20000, 2, 3000)):
             for dtype in (torch.float32, torch.float64):
                 matmul_grad.mm(torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype))
-            print(sum(native.workspace[3::3]))
+            print(sum(driver.workspace[3::3]))
         """
     )
     first, *later = map(int, printed.split())

@@ -366,10 +366,11 @@ def test_first_call_brings_no_warning(needs: bool) -> None:
 FALLBACK = """
 import torch, matmul_grad
 from matmul_grad import ops
-from matmul_grad.kernels.cpu import native
+from matmul_grad.kernels.cpu import driver
+from matmul_grad.kernels.native import torch_layout
 from matmul_grad.testing import assert_same_bits, assert_within_budget, cases, exact_product, integers, normal, operands
 
-native.MANGLED["matmul_grad_check_fail"] = "no_such_function"
+torch_layout.MANGLED["matmul_grad_check_fail"] = "no_such_function"
 for case in cases(("f32", "f64"), products=("forward",), shapes=((0, 3, 2), (3, 2, 0), (7, 65, 9), (97, 101, 403))):
     a, b = operands(case, integers)
     with matmul_grad.strict():
@@ -415,10 +416,11 @@ grads = [torch.autograd.grad(loss, (x, y)) for loss in (compiled(x, y), torch.re
 torch.testing.assert_close(*grads)
 
 from dataclasses import replace
-from matmul_grad.kernels.cpu import host, native
+from matmul_grad.kernels.cpu import driver, host
+from matmul_grad.kernels.native import torch_layout
 without = replace(host.cpu(), halves=False)
 host.cpu = lambda isa=None: without
-for cached in (native.config, native.supports):
+for cached in (driver.config, driver.supports):
     cached.cache_clear()
 for name in ("bmm", "addmm", "baddbmm"):
     assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"matmul_grad::{name}", "CPU")

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import matmul_grad
 from matmul_grad import ops
-from matmul_grad.kernels.cpu import state
+from matmul_grad.kernels.native import state
 from matmul_grad.testing import assert_same_bits, integers
 
 MM = torch.ops.matmul_grad.mm.default
@@ -39,9 +39,9 @@ def test_modes_of_the_first_call_do_not_matter(first_call_in: str) -> None:
     code = f"""
         import torch, matmul_grad
         from torch._subclasses.fake_tensor import FakeTensorMode
-        from matmul_grad.kernels.cpu import native, state
+        from matmul_grad.kernels.native import register, state
         with {first_call_in}:
-            native._fill_state()
+            register._fill_state()
         assert state.words[state.PLAIN_KEYS] == torch._C._dispatch_keys(torch.empty(1)).raw_repr()
         """
     done = subprocess.run(

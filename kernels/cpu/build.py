@@ -49,12 +49,13 @@ class Machine:
 
 
 @functools.cache
-def sources_digest() -> str:
-    """Hash of every source file of this folder: an edit to any of them recompiles."""
+def sources_digest(package: str = __package__) -> str:
+    """Hash of every source file of this folder, and of ``package``: an edit to any of them recompiles."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
+    for folder in sorted({Path(__file__).parent, *(Path(x) for x in sys.modules[package].__path__)}):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -66,12 +67,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matmul_grad"
 
 
-def object_path(key: str, name: str, machine: Machine) -> Path:
+def object_path(key: str, name: str, machine: Machine, package: str = __package__) -> Path:
     versions = [metadata.version(package) for package in ("numba", "llvmlite")]
     key = "\n".join(
         [
             key,
-            sources_digest(),
+            sources_digest(package),
             *versions,
             platform.python_version(),
             machine.triple,
@@ -118,9 +119,19 @@ def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llv
     return module
 
 
-def load(key: str, name: str, kernels: Callable[[], Kernels], machine: Machine, symbols: Mapping[str, int]) -> Loaded:
-    """The compiled set ``name``, from the cache where it is there, with ``symbols`` bound to addresses."""
-    path = object_path(key, name, machine)
+def load(
+    key: str,
+    name: str,
+    kernels: Callable[[], Kernels],
+    machine: Machine,
+    symbols: Mapping[str, int],
+    package: str = __package__,
+) -> Loaded:
+    """The compiled set ``name``, from the cache where it is there, with ``symbols`` bound to addresses.
+
+    ``package`` is the one whose sources it is compiled from, beside those of this folder.
+    """
+    path = object_path(key, name, machine, package)
     code = _read(path)
     if code is None:
         code = machine.llvm().emit_object(to_module(kernels(), machine, symbols))

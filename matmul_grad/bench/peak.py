@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from llvmlite import ir
 
-from ..kernels.cpu import build, config, host, native
+from ..kernels.cpu import build, config, driver, host
 
 TURNS = 1 << 19  # about 4 ms on Zen 4: a thousand times what waking a second thread costs
 # Independent chains: what the registers hold, and more than latency × units (8 on x86, 16 on the widest ARM).
@@ -34,7 +34,7 @@ def loop(dtype: str) -> Peak | None:
     None for a dtype that is multiplied as another one is, and where torch does not lend its threads.
     """
     threads = torch.get_num_threads()
-    block = native.config(dtype)
+    block = driver.config(dtype)
     run = _run_on_threads()
     if run is None or (dtype != block.accumulator and not block.pairs):
         return None
@@ -67,7 +67,7 @@ def _run_on_threads() -> Callable[..., int] | None:
 
 @functools.cache
 def _entry(dtype: str) -> int:
-    block = native.config(dtype)
+    block = driver.config(dtype)
     name = f"peak_{dtype}_{block.isa}"
     text = _ir(name, block)
     loaded = build.load(text, name, lambda: {name: text}, host.machine(block.isa), {})

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import cuda, rivals, timing, turns
-from ..kernels.cpu import table
+from ..kernels.native import launch_table as table
 from . import contenders, ours, right
 from .device import MOST_CALLS, REPLAY, Gpu
 from .jobs import Job

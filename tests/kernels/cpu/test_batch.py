@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from matmul_grad import testing
-from matmul_grad.kernels.cpu import host, native
+from matmul_grad.kernels.cpu import driver, host
 from matmul_grad.kernels.cpu.config import BlockConfig, choose, threads_of_one, worth_turning
 from matmul_grad.kernels.cpu.product import PRODUCT
 
@@ -34,7 +34,7 @@ def blocks() -> list[BlockConfig]:
     for isa in host.host_isas():
         cpu = host.cpu(isa)
         chosen += [choose(dtype, cpu) for dtype in DTYPES if dtype != "float16" or cpu.halves]
-    return [*chosen, small(native.config("float32")), small(native.config("bfloat16"))]
+    return [*chosen, small(driver.config("float32")), small(driver.config("bfloat16"))]
 
 
 every_block = pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def run(
     apart = batch, a.stride(0), b.stride(0), out.stride(0)
     added = (source.data_ptr(), *strides(source), source.stride(0)) if source is not None else (0, 0, 0, 0)
     words = (ctypes.c_int64 * PRODUCT)(m, n, k, *operands, *apart, *added, bits(alpha), bits(beta))
-    driver = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(native.gemm_address(block))
+    driver = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(driver.gemm_address(block))
     assert driver(ctypes.addressof(words), 1, threads) == 0
 
 
@@ -147,7 +147,7 @@ def test_scaled_and_added_to(block: BlockConfig, alpha: float, beta: float) -> N
 
 def test_chunks_of_k_are_shared_in_a_batch() -> None:
     """Few small products over a long k: each has chunks of its own, and adds them up for itself."""
-    block = native.config("float32")
+    block = driver.config("float32")
     a, b = (testing.normal(3 * 5, 20000, torch.float32, seed=seed).view(3, 5, 20000) for seed in (1, 2))
     source = testing.normal(5, 5, torch.float32, seed=3).expand(3, 5, 5)
     outs = {}

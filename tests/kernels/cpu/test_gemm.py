@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from matmul_grad import testing
-from matmul_grad.kernels.cpu import host, native
+from matmul_grad.kernels.cpu import driver, host
+from matmul_grad.kernels.native import direct
 from matmul_grad.kernels.cpu.config import BlockConfig, choose
 
 PAGE = mmap.PAGESIZE
@@ -36,7 +37,7 @@ def blocks() -> list[BlockConfig]:
         cpu = host.cpu(isa)
         chosen += [choose(dtype, cpu) for dtype in DTYPES if dtype != "float16" or cpu.halves]
     chosen.append(choose("bfloat16", dataclasses.replace(host.cpu(), bf16_pairs=False)))
-    return [*chosen, small(native.config("float32")), small(native.config("bfloat16"))]
+    return [*chosen, small(driver.config("float32")), small(driver.config("bfloat16"))]
 
 
 BLOCKS = [pytest.param(block, id=f"{block.name}-{block.mc}x{block.kc}x{block.nc}") for block in blocks()]
@@ -95,7 +96,7 @@ def test_integers_between_canaries(block: BlockConfig) -> None:
             out, whole = in_canary(torch.full((m, n), float("nan"), dtype=dtype))
             for threads in (1, 2, 3):
                 out.fill_(float("nan"))
-                native.multiply(block, a, b, out, threads)
+                direct.multiply(block, a, b, out, threads)
                 testing.assert_same_bits(out, expected, f"{what} threads {threads}")
                 assert_untouched(whole, m, n, what)
 
@@ -109,7 +110,7 @@ def test_integers_of_any_strides(block: BlockConfig, a_striding: str, b_striding
         a = testing.lay_out(testing.integers(m, k, dtype, seed=1), a_striding)
         b = testing.lay_out(testing.integers(k, n, dtype, seed=2), b_striding)
         out = a.new_empty(m, n)
-        native.multiply(block, a, b, out, 2)
+        direct.multiply(block, a, b, out, 2)
         testing.assert_same_bits(out, testing.exact_product(a, b), f"{a_striding} {b_striding} {m}x{n}x{k}")
 
 
@@ -119,7 +120,7 @@ def test_fused_instruction_sets_agree_in_bits(dtype: str) -> None:
     sets = [choose(dtype, cpu) for isa in host.host_isas() if (cpu := host.cpu(isa)).fused]
     for m, n, k in ((7, 70, 1000), (61, 130, 257)):
         a, b = (testing.normal(*shape, getattr(torch, dtype)) for shape in ((m, k), (k, n)))
-        first, *others = [native.multiply(block, a, b, a.new_empty(m, n)) for block in sets]
+        first, *others = [direct.multiply(block, a, b, a.new_empty(m, n)) for block in sets]
         for other in others:
             testing.assert_same_bits(other, first)
 
@@ -171,7 +172,7 @@ def test_nothing_is_read_beyond_the_operands(block: BlockConfig, layout: str, at
         b = stored_b.matrix.t() if layout[1] == "T" else stored_b.matrix
         a.copy_(testing.integers(m, k, dtype, seed=1))
         b.copy_(testing.integers(k, n, dtype, seed=2))
-        native.multiply(block, a, b, stored_c.matrix)
+        direct.multiply(block, a, b, stored_c.matrix)
         testing.assert_same_bits(stored_c.matrix, testing.exact_product(a, b), f"{layout} {m}x{n}x{k}")
 
 

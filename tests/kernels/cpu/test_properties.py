@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from matmul_grad import testing
-from matmul_grad.kernels.cpu import native
+from matmul_grad.kernels.cpu import driver
+from matmul_grad.kernels.native import direct
 
 sizes = st.integers(0, 40) | st.integers(60, 140)
 dtypes = st.sampled_from([str(dtype).removeprefix("torch.") for dtype in ACCELERATED.values()])
@@ -44,7 +45,7 @@ def test_integers_are_exact(data: st.DataObject, m: int, n: int, k: int, name: s
     dtype = getattr(torch, name)
     a, b = data.draw(matrices(m, k, dtype, 1)), data.draw(matrices(k, n, dtype, 2))
     out = torch.full((m, n), float("nan"), dtype=dtype)
-    native.multiply(native.config(name), a, b, out, threads)
+    direct.multiply(driver.config(name), a, b, out, threads)
     testing.assert_same_bits(out, testing.exact_product(a, b), f"{name} {m}x{n}x{k} {a.stride()} {b.stride()}")
 
 

@@ -500,7 +500,7 @@ NATIVE = """
 import threading
 import torch, matmul_grad
 from matmul_grad import cuda
-from matmul_grad.kernels.cpu import table
+from matmul_grad.kernels.native import launch_table as table
 from matmul_grad.kernels.gpu import launch
 
 def draw(rows, cols, dtype, letter):

@@ -1,23 +1,26 @@
-"""Words that Python and the compiled entry points share, behind the symbol ``matmul_grad_state``.
+"""Words that Python and the compiled entries share, behind the symbol ``matmul_grad_state``.
 
 STRICT        how many strict() blocks are open, in the process
 ABI_VERSION   torch's version as its C ABI takes it
-AUTOGRAD_KEY  the dispatch key to exclude below autograd
-PYTHON_KEY    of Python modes; two more that may be on between autograd and CPU
+RAISE         address of torch's handle of the operator that raises the pending exception
+PYTHON_KEY    the dispatch key of Python modes; two more that may be on between autograd and CPU
 KEYS_AT       which word of a TensorImpl holds its dispatch keys, PLAIN_KEYS what is in that of an ordinary tensor
 GEMMS + code  by dtype code: a driver's address, NOT_LOADED, or NOT_ACCELERATED
-TORCHS + 2i   of overload i of aten: torch's own kernel, that is a boxed function and its functor
-SWITCH        torch's handle of the registration while the switch is on, else 0
-COUNTS + …    calls while the switch is on, see ``calls``
+FALLBACKS + 2i  of overload i of aten: the kernel that was replaced, a boxed function and its functor
+OVERRIDE      torch's handle of the registration while entries are under aten's operators, else 0
+ACTIVE        1 while those entries compute; 0: they call the kernels that they replaced
+COUNTS + …    calls while they are, see ``calls``
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
 
-STRICT, ABI_VERSION, AUTOGRAD_KEY, PYTHON_KEY, FUNCTORCH_KEY, FUNCTIONALIZE_KEY, KEYS_AT, PLAIN_KEYS, GEMMS = range(9)
-NOT_ACCELERATED, NOT_LOADED = range(2)
+from .op_table import OPS, OVERLOADS
+
+STRICT, ABI_VERSION, RAISE, PYTHON_KEY, FUNCTORCH_KEY, FUNCTIONALIZE_KEY, KEYS_AT, PLAIN_KEYS, GEMMS = range(9)
+# What stands for a driver: there is none, it is not loaded yet, loading it ended by an exception that is pending.
+NOT_ACCELERATED, NOT_LOADED, INTERRUPTED = range(3)
 DTYPE_CODES = {
     "float32": 6,
     "float64": 7,
@@ -30,15 +33,12 @@ DTYPES = {code: name for name, code in DTYPE_CODES.items()} | {
     11: "bool", 23: "float8_e5m2", 24: "float8_e4m3fn", 27: "uint16", 28: "uint32", 29: "uint64",
 }  # fmt: skip
 
-# What the switch takes over, and in whose name it counts.
-OVERLOADS = (
-    "mm", "mm.out", "addmm", "addmm.out", "addmm_", "bmm", "bmm.out", "baddbmm", "baddbmm.out", "baddbmm_"
-)  # fmt: skip
-OPERATORS = ("mm", "addmm", "bmm", "baddbmm")
+OPERATORS = tuple(op.name for op in OPS)
 ACCELERATED, HANDED_OVER = range(2)
-TORCHS = GEMMS + CODES
-SWITCH = TORCHS + 2 * len(OVERLOADS)
-COUNTS = SWITCH + 1
+FALLBACKS = GEMMS + CODES
+OVERRIDE = FALLBACKS + 2 * len(OVERLOADS)
+ACTIVE = OVERRIDE + 1
+COUNTS = ACTIVE + 1
 
 
 def entry_name(overload: str) -> str:
@@ -52,8 +52,6 @@ def count_at(operator: int, code: int, outcome: int) -> int:
 
 
 words = (ctypes.c_int64 * (COUNTS + 2 * CODES * len(OPERATORS)))()
-
-raised = threading.local()  # .error: the last exception of Python's that crossed compiled code in this thread
 
 
 def calls(operator: str, outcome: int) -> dict[str, int]:

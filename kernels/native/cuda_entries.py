@@ -26,24 +26,8 @@ from collections.abc import Callable
 
 from numba.core import types
 
-from .memory import INT64, get, jit, put, stack_words, symbol, text
-from .shims import (
-    DATA,
-    DIM,
-    DTYPE,
-    answer,
-    data_of,
-    delete_tensor,
-    describe,
-    empty_strided,
-    facts,
-    forward_to,
-    shape,
-    size,
-    stride,
-    word,
-)
-from .table import (
+from ..cpu.memory import INT64, get, jit, put, stack_words, symbol, text
+from .launch_table import (
     ALIGNMENT,
     BOX,
     CONSTANT,
@@ -83,9 +67,24 @@ from .table import (
     C,
     W,
 )
-from .table import mixed as mix
-from .torch_abi import ENTRY_SIGNATURE, dispatch_below_autograd, is_direct, is_python, mm_name
-from .torch_abi import mm_in_python as mm_with_graph
+from .launch_table import mixed as mix
+from .own_entries import ENTRY_SIGNATURE, is_direct, matrix_shape
+from .torch_c_api import (
+    DATA,
+    DIM,
+    delete_tensor,
+    describe,
+    dtype_of,
+    empty_strided,
+    forward_to,
+    get_mutable_data,
+    locate,
+    out_param,
+    size,
+    stride,
+    tensor_info,
+    word,
+)
 
 INT32, UINT32 = types.int32, types.uint32
 
@@ -101,6 +100,7 @@ launch_kernel = types.ExternalFunction("matmul_grad_cuda_launch", INT32(INT64, *
 
 table = symbol("matmul_grad_cuda_table")
 mm_in_python = text("matmul_grad::_mm_cuda_in_python")
+mm_with_graph = text("matmul_grad::_mm_in_python")
 key_words = stack_words(KEYS)
 stream_word = stack_words(1)
 tensor_words = stack_words(4)
@@ -112,34 +112,41 @@ mixed = jit(mix)
 
 @jit
 def device_of(tensor):
-    at = answer()
+    at = out_param()
     put(at, 0, 0)
     get_device_index(tensor, at)
     return word(at)
 
 
 @jit
+def data_of(tensor):
+    at = out_param()
+    get_mutable_data(tensor, at)
+    return get(at, 0)
+
+
+@jit
 def current_device():
     """The driver's; no tensor is on the number that stands for none."""
-    at = answer()
+    at = out_param()
     put(at, 0, 0)
     return word(at) if get_current_device(at) == 0 else -1
 
 
 @jit
-def put_key(key, about_a, about_b, device):
-    put(key, 0, word(about_a + 8 * DTYPE))
+def put_key(key, info_a, info_b, device):
+    put(key, 0, dtype_of(info_a))
     put(key, 1, device)
     put(key, 2, get(table(), MODE))
-    put(key, 3, size(about_a, 0))
-    put(key, 4, size(about_b, 1))
-    put(key, 5, size(about_a, 1))
-    put(key, 6, stride(about_a, 0))
-    put(key, 7, stride(about_a, 1))
-    put(key, 8, stride(about_b, 0))
-    put(key, 9, stride(about_b, 1))
-    put(key, 10, get(about_a, DATA) % ALIGNMENT)
-    put(key, 11, get(about_b, DATA) % ALIGNMENT)
+    put(key, 3, size(info_a, 0))
+    put(key, 4, size(info_b, 1))
+    put(key, 5, size(info_a, 1))
+    put(key, 6, stride(info_a, 0))
+    put(key, 7, stride(info_a, 1))
+    put(key, 8, stride(info_b, 0))
+    put(key, 9, stride(info_b, 1))
+    put(key, 10, get(info_a, DATA) % ALIGNMENT)
+    put(key, 11, get(info_b, DATA) % ALIGNMENT)
 
 
 @jit
@@ -164,23 +171,25 @@ def look_up(key):
 
 
 @jit
-def find(a, b, about_a, about_b, device):
+def find(a, b, info_a, info_b, device):
     """The recipe for two matrices that fit, on the current device; 0 where there is none."""
-    if not describe(a, about_a) or not describe(b, about_b) or get(about_a, DIM) != 2 or get(about_b, DIM) != 2:
+    if not describe(a, info_a) or not describe(b, info_b) or get(info_a, DIM) != 2 or get(info_b, DIM) != 2:
         return 0
-    if size(about_a, 1) != size(about_b, 0) or word(about_a + 8 * DTYPE) != word(about_b + 8 * DTYPE):
+    if size(info_a, 1) != size(info_b, 0) or dtype_of(info_a) != dtype_of(info_b):
         return 0
     if device != device_of(b) or device != current_device():
         return 0
+    locate(a, info_a)
+    locate(b, info_b)
     key = key_words()
-    put_key(key, about_a, about_b, device)
+    put_key(key, info_a, info_b, device)
     return look_up(key)
 
 
 @jit
 def allocate(rows, columns, dtype, device):
     """A handle of a new row-major matrix on the device; 0 where torch has no memory."""
-    at, handle = shape(), answer()
+    at, handle = matrix_shape(), out_param()
     put(at, 0, rows)
     put(at, 1, columns)
     put(at, 2, columns)
@@ -224,18 +233,18 @@ def launch(at, tensors, stream):
 
 
 @jit
-def run(recipe, about_a, about_b, device):
+def run(recipe, info_a, info_b, device):
     """A handle of the product, its launches under way; 0 where anything failed."""
     stream = stream_word()
     put(stream, 0, 0)
     if get(recipe, LAUNCHES) == 0 or get_stream(device, stream) != 0:
         return 0
-    out = allocate(size(about_a, 0), size(about_b, 1), word(about_a + 8 * DTYPE), device)
+    out = allocate(size(info_a, 0), size(info_b, 1), dtype_of(info_a), device)
     if out == 0:
         return 0
     tensors, work = tensor_words(), 0
-    put(tensors, A, get(about_a, DATA))
-    put(tensors, B, get(about_b, DATA))
+    put(tensors, A, get(info_a, DATA))
+    put(tensors, B, get(info_b, DATA))
     put(tensors, C, data_of(out))
     put(tensors, W, 0)
     done = True
@@ -258,10 +267,10 @@ def run(recipe, about_a, about_b, device):
 
 def mm_cuda(stack, inputs, outputs):
     """``matmul_grad::mm`` of CUDA tensors."""
-    a, b, about_a, about_b = get(stack, 0), get(stack, 1), facts(), facts()
+    a, b, info_a, info_b = get(stack, 0), get(stack, 1), tensor_info(), tensor_info()
     device = device_of(a)
-    recipe = find(a, b, about_a, about_b, device)
-    out = run(recipe, about_a, about_b, device) if recipe != 0 else 0
+    recipe = find(a, b, info_a, info_b, device)
+    out = run(recipe, info_a, info_b, device) if recipe != 0 else 0
     if out == 0:
         forward_to(stack, mm_in_python())
         return
@@ -271,13 +280,11 @@ def mm_cuda(stack, inputs, outputs):
 
 
 def mm_cuda_autograd(stack, inputs, outputs):
-    """The key AutogradCUDA of ``mm``, as ``mm_autograd`` of ``torch_abi.py``."""
+    """The key AutogradCUDA of ``mm``, as ``own_entries.make_autograd_entry``."""
     if is_direct(stack, 2, get(table(), PLAIN_KEYS)):
         linked_mm_cuda(stack, inputs, outputs)
-    elif is_python(stack, 2):
-        forward_to(stack, mm_with_graph())
     else:
-        dispatch_below_autograd(stack, mm_name())
+        forward_to(stack, mm_with_graph())
 
 
 KERNELS: dict[str, tuple[Callable, object]] = {

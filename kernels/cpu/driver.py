@@ -1,0 +1,71 @@
+"""The compiled GEMM of a dtype: its configuration on this CPU and the address of its driver. Knows nothing of torch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+
+from . import build, host
+from .config import WORKSPACE_SLOTS, BlockConfig, choose
+
+workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
+parallel_for = ctypes.c_int64()  # the address of the thread pool's function, 0: one thread computes all
+_lock = threading.RLock()
+_kept: list[object] = []  # loaded code, for the life of the process
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 5)
+def _serial_for(begin, end, grain, function, context):
+    task = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(function)
+    task(begin, end, context)
+    return 0
+
+
+def _symbols() -> dict[str, int]:
+    return {
+        "matmul_grad_parallel_for": parallel_for.value or ctypes.cast(_serial_for, ctypes.c_void_p).value or 0,
+        "matmul_grad_workspace": ctypes.addressof(workspace),
+    }
+
+
+@functools.cache
+def config(dtype: str, isa: str | None = None) -> BlockConfig:
+    """The configuration for a dtype on this CPU; ValueError where the CPU has no kernel for it."""
+    return choose(dtype, host.cpu(isa))
+
+
+@functools.cache
+def supports(dtype: str) -> bool:
+    """Whether this CPU has what the kernels of a dtype need: float16 needs conversions."""
+    try:
+        return bool(config(dtype))
+    except ValueError:
+        return False
+
+
+def gemm_address(block: BlockConfig) -> int:
+    """Address of the driver for ``block``, compiled or loaded at the first call."""
+    with _lock:
+        return _gemm_address(block)
+
+
+@functools.cache
+def _gemm_address(block: BlockConfig) -> int:
+    def kernels() -> build.Kernels:
+        from .gemm import make_kernels
+
+        return make_kernels(block)
+
+    loaded = build.load(repr(block), block.name, kernels, host.machine(block.isa), _symbols())
+    _kept.append(loaded)
+    return loaded.address(block.name)
+
+
+def _forked() -> None:
+    workspace[0] = 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,164 @@
+"""Kernels under aten's own operators on CPU, while ``matmul_grad.enable()`` overrides them.
+
+Signature, torch's own of a boxed kernel: ``void entry(functor, operator, keys, stack)``. The stack is a C++ vector of
+slots (``torch_layout.SLOT``), a payload and a tag; the last of them are the arguments. A slot that holds a tensor starts
+with the word that a handle of the stable C ABI points at, so its address serves as one. Nothing is taken off the stack
+before the product is done: until then torch's own kernel can still be called on it, and raises what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from numba.core import types
+
+from ..cpu.memory import INT64, bits_of, call_address, get, jit, next_number, put, stack_words, text
+from ..cpu.product import ALPHA, BETA, PRODUCT
+from .call import IN_PLACE, NEW, OUT, RUN, UNSUPPORTED, linked_compute
+from .op_table import OVERLOADS, op_of
+from .own_entries import is_error, raise_for
+from .state import ACCELERATED, ACTIVE, CODES, COUNTS, FALLBACKS, HANDED_OVER, OPERATORS, OVERRIDE, entry_name
+from .torch_c_api import delete_library, delete_tensor, init_impl, library_impl, new, out_param, state, word
+from .torch_layout import DOUBLE, INT, NONE, SLOT
+
+BOXED_SIGNATURE = types.void(*[INT64] * 4)
+PRODUCT_SIGNATURE = types.void(*[INT64] * 8)
+
+linked_product = types.ExternalFunction("matmul_grad_aten_product", PRODUCT_SIGNATURE)
+call_boxed = call_address(4)
+product_words = stack_words(PRODUCT)
+cpu, matmul_grad = text("CPU"), text("matmul_grad")
+
+
+@jit
+def number(slot, target):
+    """Write the bits of the float64 that a Scalar is; False where it is complex, a bool or a symbol."""
+    tag = word(slot + 8)
+    if tag == DOUBLE:
+        put(target, 0, get(slot, 0))
+    elif tag == INT:
+        put(target, 0, bits_of(float(get(slot, 0))))
+    return tag in (DOUBLE, INT)
+
+
+@jit
+def drop(slot):
+    """Give back the tensor in a slot: a handle gets it and is deleted."""
+    handle = new(8)
+    put(handle, 0, get(slot, 0))
+    put(slot, 0, 0)
+    put(slot, 1, NONE)
+    delete_tensor(handle)
+
+
+@jit
+def exchange_tensors(slot, other):
+    kept = get(slot, 0)
+    put(slot, 0, get(other, 0))
+    put(other, 0, kept)
+
+
+@jit
+def count(operator, dtype, outcome):
+    if dtype < CODES:
+        next_number(state(), COUNTS + (operator * CODES + dtype) * 2 + outcome)
+
+
+@jit
+def put_on_stack(slots, stack, has_addend, result, handle):
+    """The result gets the first slot of the stack, and the arguments go."""
+    end = get(stack, 1)
+    if result == NEW:
+        exchange_tensors(slots, handle)
+        delete_tensor(handle)
+    elif result == OUT:
+        exchange_tensors(slots, end - SLOT)
+    drop(slots + SLOT)
+    if has_addend:
+        drop(slots + 2 * SLOT)  # what stands behind it, beta and alpha, owns nothing
+    if result == OUT:
+        drop(end - SLOT)
+    put(stack, 1, slots + SLOT)
+
+
+def product(operator_handle, keys, stack, overload, operator, kind, has_addend, result):
+    """What every entry calls, with the facts about it that are its own."""
+    at = FALLBACKS + 2 * overload
+    if get(state(), ACTIVE) == 0:
+        call_boxed(get(state(), at), get(state(), at + 1), operator_handle, keys, stack)
+        return
+    end = get(stack, 1)
+    slots = end - SLOT * (2 + 3 * has_addend + (result == OUT))
+    words, handle, dtype_at = product_words(), out_param(), out_param()
+    a, source, has_scales = slots + SLOT * has_addend, 0, True
+    if has_addend != 0:
+        source = slots
+        has_scales = number(slots + 3 * SLOT, words + 8 * BETA) and number(slots + 4 * SLOT, words + 8 * ALPHA)
+    out = 0 if result == NEW else slots if result == IN_PLACE else end - SLOT
+    outcome = linked_compute(a, a + SLOT, source, out, words, kind, result, has_scales, handle, dtype_at)
+    if outcome == RUN:
+        count(operator, get(dtype_at, 0), ACCELERATED)
+        put_on_stack(slots, stack, has_addend, result, get(handle, 0))
+        return
+    if is_error(outcome):
+        raise_for(outcome)
+    if outcome == UNSUPPORTED:
+        count(operator, get(dtype_at, 0), HANDED_OVER)
+    call_boxed(get(state(), at), get(state(), at + 1), operator_handle, keys, stack)
+
+
+def make_entry(name: str) -> Callable:
+    """The entry for one of OVERLOADS.
+
+    C = A · B, or alpha · (A · B) + beta · input
+
+    shapes      a (m, k), b (k, n), input any that expands to (m, n); bmm, baddbmm: with one more size in front;
+                addmv: b (k), the result (m); dot, vdot: a and b (k)
+    strides     any; the result is contiguous, or has those of ``out``
+    dtypes      one for all, with a kernel; torch's own kernel takes what has none
+    aliasing    an ``out`` that shares memory with an operand is written from a temporary; one that shares it with
+                itself, or with an addend that lies otherwise, falls back to torch's own kernel
+    rounding    as the driver's
+    errors      torch's own kernel raises them
+    determinism as the driver's
+    source      docs/design.md, "The switch"
+    """
+    op, overload = op_of(name), OVERLOADS.index(name)
+    operator, kind, has_addend = OPERATORS.index(op.name), op.kind, int(op.has_addend)
+    result = OUT if name.endswith(".out") else IN_PLACE if name.endswith("_") else NEW
+
+    def entry(functor, operator_handle, keys, stack):
+        linked_product(operator_handle, keys, stack, overload, operator, kind, has_addend, result)
+
+    return entry
+
+
+def install(table):
+    """Put a kernel under each name of ``table``: a namespace, a count, then names and kernels in pairs.
+
+    One call, so that no signal of Python's finds the half of it done.
+    """
+    library = out_param()
+    if init_impl(get(table, 0), cpu(), matmul_grad(), 0, library) != 0:
+        return 1
+    for index in range(get(table, 1)):
+        library_impl(get(library, 0), get(table, 2 + 2 * index), get(table, 3 + 2 * index), 0)
+    put(state(), OVERRIDE, get(library, 0))
+    put(state(), ACTIVE, 1)
+    return 0
+
+
+def uninstall():
+    """Remove what ``install`` has put there."""
+    library = get(state(), OVERRIDE)
+    put(state(), ACTIVE, 0)
+    put(state(), OVERRIDE, 0)
+    return delete_library(library)
+
+
+KERNELS: dict[str, tuple[Callable, object]] = {
+    "matmul_grad_aten_product": (product, PRODUCT_SIGNATURE),
+    **{entry_name(name): (make_entry(name), BOXED_SIGNATURE) for name in OVERLOADS},
+    "matmul_grad_install": (install, INT64(INT64)),
+    "matmul_grad_uninstall": (uninstall, INT64()),
+}

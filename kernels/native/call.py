@@ -1,0 +1,377 @@
+"""One product as every entry computes it: is it for these kernels, where are its operands, may the result be written.
+
+An argument is an address whose first word is the tensor's TensorImpl: a handle of the stable C ABI, or a slot of a
+boxed kernel's stack. Nothing is written, resized or copied before all is decided, and no address of an element is read
+before the last thing that can move it.
+"""
+
+from __future__ import annotations
+
+from numba.core import types
+
+from ..cpu.memory import INT64, call_address, get, jit, number_of, put, stack_words
+from ..cpu.product import (
+    A_BS,
+    A_CS,
+    A_RS,
+    ALPHA,
+    B_BS,
+    B_CS,
+    B_RS,
+    BATCH,
+    BETA,
+    C_BS,
+    C_CS,
+    C_RS,
+    I_BS,
+    I_CS,
+    I_RS,
+    INPUT,
+    ONE,
+    A,
+    B,
+    C,
+    K,
+    M,
+    N,
+)
+from .op_table import BATCHES, MATRICES, MATVEC
+from .state import DTYPE_CODES, INTERRUPTED, NOT_ACCELERATED
+from .torch_c_api import (
+    DATA,
+    DIM,
+    INFO,
+    STORAGE_BYTES,
+    STORAGE_OFFSET,
+    copy_,
+    delete_tensor,
+    describe,
+    driver_of,
+    dtype_of,
+    empty_strided,
+    get_mutable_data,
+    is_within_storage,
+    locate,
+    locate_to_write,
+    out_param,
+    reach,
+    resize_output,
+    size,
+    stride,
+    threads,
+)
+
+# What becomes of a call: these kernels compute it; torch's kernel takes it, as there is nothing to multiply or
+# something is wrong; torch's kernel takes it, as these do not (an error under strict()); a storage does not hold its
+# tensor; a Python exception is pending.
+RUN, FALLBACK, UNSUPPORTED, FREED, OUT_OF_BOUNDS, PENDING = range(6)
+
+NEW, OUT, IN_PLACE = range(3)  # where the result goes
+
+LARGEST = 3.4028234663852886e38  # of float32: torch refuses a larger alpha or beta, unless the product is in float64
+FLOAT32, FLOAT64 = DTYPE_CODES["float32"], DTYPE_CODES["float64"]
+
+COMPUTE_SIGNATURE = INT64(*[INT64] * 10)
+linked_compute = types.ExternalFunction("matmul_grad_compute", COMPUTE_SIGNATURE)
+call_gemm = call_address(3)
+shape_words = stack_words(6)
+infos_words = stack_words(4 * INFO)
+INFO_A, INFO_B, INFO_SOURCE, INFO_OUT = (8 * INFO * index for index in range(4))
+
+
+@jit
+def item_size(dtype):
+    return 8 if dtype == FLOAT64 else 4 if dtype == FLOAT32 else 2
+
+
+@jit
+def shapes_match(info_a, info_b, kind):
+    """Whether ranks, dtypes and sizes agree: torch raises its own error for any others."""
+    rank_a, rank_b = kind + (kind < MATRICES), max(kind, 1)
+    if get(info_a, DIM) != rank_a or get(info_b, DIM) != rank_b or dtype_of(info_a) != dtype_of(info_b):
+        return False
+    if kind == BATCHES and size(info_a, 0) != size(info_b, 0):
+        return False
+    return size(info_a, rank_a - 1) == size(info_b, 1 if kind == BATCHES else 0)
+
+
+@jit
+def put_sizes(words, info_a, info_b, kind):
+    put(words, BATCH, size(info_a, 0) if kind == BATCHES else 1)
+    rank_a = get(info_a, DIM)
+    put(words, M, size(info_a, rank_a - 2) if rank_a > 1 else 1)
+    put(words, K, size(info_a, rank_a - 1))
+    put(words, N, size(info_b, kind - 1) if kind >= MATRICES else 1)
+
+
+@jit
+def put_operands(words, info_a, info_b, kind):
+    rank_a = get(info_a, DIM)
+    put(words, A, get(info_a, DATA))
+    put(words, A_BS, stride(info_a, 0) if kind == BATCHES else 0)
+    put(words, A_RS, stride(info_a, rank_a - 2) if rank_a > 1 else 0)
+    put(words, A_CS, stride(info_a, rank_a - 1))
+    put(words, B, get(info_b, DATA))
+    put(words, B_BS, stride(info_b, 0) if kind == BATCHES else 0)
+    put(words, B_RS, stride(info_b, 1 if kind == BATCHES else 0))
+    put(words, B_CS, stride(info_b, kind - 1) if kind >= MATRICES else 1)
+
+
+@jit
+def is_empty(words):
+    """Whether there is nothing to multiply."""
+    return get(words, M) == 0 or get(words, N) == 0 or get(words, K) == 0 or get(words, BATCH) == 0
+
+
+@jit
+def is_too_large(bits, dtype):
+    return dtype != FLOAT64 and LARGEST < abs(number_of(bits)) < float("inf")
+
+
+@jit
+def expanded_stride(info, from_end, wanted):
+    """Stride of a dimension expanded to ``wanted``; -1 where it cannot be."""
+    index = get(info, DIM) - 1 - from_end
+    if index < 0:
+        return 0
+    if size(info, index) == wanted:
+        return stride(info, index)
+    return 0 if size(info, index) == 1 else -1
+
+
+@jit
+def put_source(words, info, kind):
+    """Strides of the addend; False where it cannot be expanded to the result."""
+    columns = kind > MATVEC
+    put(words, I_CS, expanded_stride(info, 0, get(words, N)) if columns else 0)
+    put(words, I_RS, expanded_stride(info, 1 if columns else 0, get(words, M)))
+    put(words, I_BS, expanded_stride(info, 2, get(words, BATCH)) if kind == BATCHES else 0)
+    return get(info, DIM) <= kind and min(get(words, I_CS), get(words, I_RS), get(words, I_BS)) >= 0
+
+
+@jit
+def put_result_shape(words, target, kind):
+    """Sizes of the result; behind three words, its strides if it is contiguous."""
+    m, n, at = get(words, M), get(words, N), target
+    if kind == BATCHES:
+        put(target, 0, get(words, BATCH))
+        put(target, 3, m * n)
+        at = target + 8
+    put(at, 0, m)
+    put(at, 1, n)
+    put(at, 3, n)
+    put(at, 4, 1)
+
+
+@jit
+def has_result_shape(words, info, kind):
+    """Whether a tensor has the sizes of the result."""
+    if get(info, DIM) != kind:
+        return False
+    if kind == BATCHES and size(info, 0) != get(words, BATCH):
+        return False
+    if kind >= MATRICES and size(info, kind - 1) != get(words, N):
+        return False
+    return kind == 0 or size(info, kind - 1 if kind == MATVEC else kind - 2) == get(words, M)
+
+
+@jit
+def put_result(words, info, kind):
+    put(words, C, get(info, DATA))
+    put(words, C_BS, stride(info, 0) if kind == BATCHES else 0)
+    put(words, C_RS, stride(info, kind - 2) if kind >= MATRICES else stride(info, 0) if kind == MATVEC else 1)
+    put(words, C_CS, stride(info, kind - 1) if kind >= MATRICES else 1)
+
+
+@jit
+def allocate(words, dtype, kind):
+    """A handle of a new contiguous result; 0 where torch has no memory for it."""
+    sizes, handle, at = shape_words(), out_param(), out_param()
+    put_result_shape(words, sizes, kind)
+    if empty_strided(kind, sizes, sizes + 8 * 3, dtype, 0, 0, handle) != 0:
+        return 0
+    get_mutable_data(get(handle, 0), at)
+    put(words, C, get(at, 0))
+    put(words, C_BS, get(words, M) * get(words, N))
+    put(words, C_RS, get(words, N))
+    put(words, C_CS, 1)
+    return get(handle, 0)
+
+
+@jit
+def overlap(info, other, item):
+    """Whether the memory between first and last element of two tensors meets; both have elements."""
+    start, other_start = get(info, DATA), get(other, DATA)
+    end = start + (reach(info) + 1) * item
+    other_end = other_start + (reach(other) + 1) * item
+    return start < other_end and other_start < end
+
+
+@jit
+def is_spread(info):
+    """Whether no two elements share a place: each stride steps over all that the smaller ones reach."""
+    for dim in range(get(info, DIM)):
+        step, covered = stride(info, dim), 0
+        for other in range(get(info, DIM)):
+            if other != dim and stride(info, other) <= step:
+                covered += (size(info, other) - 1) * stride(info, other)
+        if size(info, dim) > 1 and step <= covered:
+            return False
+    return True
+
+
+@jit
+def is_result(words):
+    """Whether the addend is the result itself, element for element."""
+    same = get(words, INPUT) == get(words, C) and get(words, I_RS) == get(words, C_RS)
+    return same and get(words, I_CS) == get(words, C_CS) and get(words, I_BS) == get(words, C_BS)
+
+
+@jit
+def share_a_storage(one, info, other, other_info, item):
+    """Whether two tensors are views of one storage, so that resizing the one moves the other."""
+    locate(one, info)
+    locate(other, other_info)
+    start = get(info, DATA) - get(info, STORAGE_OFFSET) * item
+    return get(one, 0) == get(other, 0) or start == get(other_info, DATA) - get(other_info, STORAGE_OFFSET) * item
+
+
+@jit
+def scales_outcome(words, dtype):
+    """What becomes of a call with these beta and alpha; the addend is left out where beta is 0."""
+    beta, alpha = get(words, BETA), get(words, ALPHA)
+    if is_too_large(beta, dtype) or is_too_large(alpha, dtype) or number_of(alpha) == 0.0:
+        return FALLBACK  # alpha = 0 leaves the product out, even where it is NaN
+    return RUN
+
+
+@jit
+def bounds_outcome(info, item):
+    if is_within_storage(info, item):
+        return RUN
+    return OUT_OF_BOUNDS if get(info, STORAGE_BYTES) > 0 else FREED
+
+
+@jit
+def check(a, b, source, infos, words, kind, has_scales):
+    """What becomes of a call, as far as its operands and its addend tell."""
+    info_a, info_b, info_source = infos + INFO_A, infos + INFO_B, infos + INFO_SOURCE
+    if not describe(a, info_a) or not describe(b, info_b) or not shapes_match(info_a, info_b, kind):
+        return FALLBACK
+    dtype = dtype_of(info_a)
+    driver = driver_of(dtype)
+    if driver == INTERRUPTED:
+        return PENDING
+    if driver == NOT_ACCELERATED:
+        return UNSUPPORTED
+    put_sizes(words, info_a, info_b, kind)
+    if source != 0:
+        known = describe(source, info_source) and dtype_of(info_source) == dtype
+        if not known or not put_source(words, info_source, kind):
+            return FALLBACK
+    outcome = max(bounds_outcome(info_a, item_size(dtype)), bounds_outcome(info_b, item_size(dtype)))
+    if source != 0:
+        outcome = max(outcome, bounds_outcome(info_source, item_size(dtype)))
+    if outcome != RUN:
+        return outcome
+    if not has_scales:
+        return UNSUPPORTED
+    if source != 0 and scales_outcome(words, dtype) != RUN:
+        return FALLBACK
+    return FALLBACK if is_empty(words) else RUN
+
+
+@jit
+def check_out(a, b, source, out, infos, words, kind, result):
+    """What becomes of a call that writes to ``out``; it is resized, with torch's warning, where its sizes differ."""
+    info, item = infos + INFO_OUT, item_size(dtype_of(infos + INFO_A))
+    if not describe(out, info) or dtype_of(info) != dtype_of(infos + INFO_A):
+        return FALLBACK
+    if not has_result_shape(words, info, kind):
+        if result != OUT:
+            return FALLBACK
+        shared = share_a_storage(out, info, a, infos + INFO_A, item)
+        shared |= share_a_storage(out, info, b, infos + INFO_B, item)
+        if source != 0:
+            shared |= share_a_storage(out, info, source, infos + INFO_SOURCE, item)
+        if shared:
+            return UNSUPPORTED
+        sizes = shape_words()
+        put_result_shape(words, sizes, kind)
+        resize_output(out, sizes, kind)
+        describe(out, info)
+    outcome = bounds_outcome(info, item)
+    if outcome == RUN:
+        locate_to_write(out, info)
+        put_result(words, info, kind)
+    return outcome
+
+
+@jit
+def locate_operands(a, b, source, infos, words, kind):
+    """Addresses of operands and addend: the last things that are read, as writing to ``out`` may have moved them."""
+    locate(a, infos + INFO_A)
+    locate(b, infos + INFO_B)
+    put_operands(words, infos + INFO_A, infos + INFO_B, kind)
+    put(words, INPUT, 0)
+    if source == 0:
+        put(words, ALPHA, ONE)
+    elif number_of(get(words, BETA)) != 0.0:
+        locate(source, infos + INFO_SOURCE)
+        put(words, INPUT, get(infos + INFO_SOURCE, DATA))
+
+
+@jit
+def place_to_write(infos, words):
+    """OUT, or NEW where that would overwrite an operand; -1 where torch's kernel has to decide.
+
+    That is where elements of the result share a place, or where it holds an addend that lies otherwise.
+    """
+    info, item = infos + INFO_OUT, item_size(dtype_of(infos + INFO_A))
+    if not is_spread(info):
+        return -1
+    if get(words, INPUT) != 0 and not is_result(words) and overlap(info, infos + INFO_SOURCE, item):
+        return -1
+    return NEW if overlap(info, infos + INFO_A, item) or overlap(info, infos + INFO_B, item) else OUT
+
+
+def compute(a, b, source, out, words, kind, result, has_scales, handle, dtype_at):
+    """Compute a product if it is for these kernels.
+
+    a, b, source, out  addresses of tensors; source and out are 0 where there are none
+    words              BETA and ALPHA where there is a source
+    handle             receives the handle of a NEW result
+    dtype_at           receives torch's code of the dtype
+    returns            what becomes of the call
+    """
+    infos = infos_words()
+    put(dtype_at, 0, 0)
+    outcome = check(a, b, source, infos, words, kind, has_scales)
+    dtype = dtype_of(infos + INFO_A)
+    put(dtype_at, 0, dtype)
+    if outcome != RUN:
+        return outcome
+    target = result
+    if result != NEW:
+        outcome = check_out(a, b, source, out, infos, words, kind, result)
+        if outcome != RUN:
+            return outcome
+    locate_operands(a, b, source, infos, words, kind)
+    if result != NEW:
+        target = place_to_write(infos, words)
+        if target < 0:
+            return UNSUPPORTED
+    put(handle, 0, 0)
+    if target == NEW:
+        put(handle, 0, allocate(words, dtype, kind))
+        if get(handle, 0) == 0:
+            return UNSUPPORTED
+    done = call_gemm(driver_of(dtype), words, 1, threads()) == 0
+    if done and target == NEW and result != NEW:
+        done = copy_(out, get(handle, 0), 0) == 0
+    if target == NEW and (not done or result != NEW):
+        delete_tensor(get(handle, 0))
+    return RUN if done else UNSUPPORTED
+
+
+KERNELS = {"matmul_grad_compute": (compute, COMPUTE_SIGNATURE)}

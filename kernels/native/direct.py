@@ -1,0 +1,73 @@
+"""The driver called from Python: for tests, for results that the caller has, and where the C ABI is not to be had."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import torch
+
+from ..cpu import driver
+from ..cpu.config import BlockConfig
+from ..cpu.product import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, I_BS, I_CS, I_RS, INPUT, PRODUCT
+from .torch_layout import has_thread_pool
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether this CPU has a kernel for a dtype."""
+    return driver.supports(str(dtype).removeprefix("torch."))
+
+
+def multiply(
+    block: BlockConfig,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    threads: int = 1,
+    source: torch.Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+) -> torch.Tensor:
+    """out = alpha · (a · b) + beta · source by the driver for ``block``.
+
+    Dense (m, k) and (k, n) of ``block.dtype``, or a batch of each, and any strides, k > 0 in a batch or where something
+    is added; out (m, n) with its elements apart. A source expands to out; where beta is 0 it is not read.
+    """
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    call = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(driver.gemm_address(block))
+    operands = (x for tensor in (a, b, out) for x in (_address(tensor, tensor is out), *tensor.stride()[-2:]))
+    words = (ctypes.c_int64 * PRODUCT)(m, n, k, *operands)
+    words[BATCH], words[ALPHA], words[BETA] = 1, _bits(alpha), _bits(beta)
+    if a.dim() == 3:
+        words[BATCH], words[A_BS], words[B_BS], words[C_BS] = a.shape[0], a.stride(0), b.stride(0), out.stride(0)
+    if source is not None and beta != 0:
+        expanded = source.expand(out.shape)
+        words[INPUT], (words[I_RS], words[I_CS]) = _address(source), expanded.stride()[-2:]
+        words[I_BS] = expanded.stride(0)
+    if call(ctypes.addressof(words), 1, threads):
+        raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
+    return out
+
+
+def _address(tensor: torch.Tensor, is_written: bool = False) -> int:
+    """Of the first element; a copy-on-write storage is copied only where it is written."""
+    return tensor.data_ptr() if is_written else tensor.const_data_ptr()
+
+
+def _bits(number: float) -> int:
+    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
+
+
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    source: torch.Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``multiply`` with the configuration of a dtype, into new memory; threads where torch lends its pool."""
+    block = driver.config(str(a.dtype).removeprefix("torch."))
+    threads = torch.get_num_threads() if has_thread_pool() else 1
+    result = a.new_empty((*a.shape[:-1], b.shape[-1])) if out is None else out
+    return multiply(block, a, b, result, threads, source, beta, alpha)

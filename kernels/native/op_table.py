@@ -1,0 +1,54 @@
+"""The one list of operators: what is registered as ``matmul_grad::*`` and which operators of aten the override replaces.
+
+A kind is the rank of the result: 0 for a dot product, 1 for matrix times vector, 2 for matrices, 3 for batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DOT, MATVEC, MATRICES, BATCHES = range(4)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A product, C = A · B, or with an addend C = beta · input + alpha · (A · B).
+
+    schema     of ``matmul_grad::name``; None where only aten has the operator
+    overloads  of aten, which the override replaces
+    """
+
+    name: str
+    kind: int
+    has_addend: bool
+    schema: str | None
+    overloads: tuple[str, ...]
+
+
+OPS = (
+    Op("mm", MATRICES, False, "(Tensor self, Tensor mat2) -> Tensor", ("mm", "mm.out")),
+    Op(
+        "addmm", MATRICES, True, "(Tensor self, Tensor mat1, Tensor mat2, *, float beta=1, float alpha=1) -> Tensor",
+        ("addmm", "addmm.out", "addmm_"),
+    ),
+    Op("bmm", BATCHES, False, "(Tensor self, Tensor mat2) -> Tensor", ("bmm", "bmm.out")),
+    Op(
+        "baddbmm", BATCHES, True,
+        "(Tensor self, Tensor batch1, Tensor batch2, *, float beta=1, float alpha=1) -> Tensor",
+        ("baddbmm", "baddbmm.out", "baddbmm_"),
+    ),
+    Op("addmv", MATVEC, True, None, ("addmv", "addmv.out", "addmv_")),
+    Op("dot", DOT, False, None, ("dot",)),
+    Op("vdot", DOT, False, None, ("vdot",)),
+)  # fmt: skip
+OWN = tuple(op for op in OPS if op.schema is not None)
+OVERLOADS = tuple(overload for op in OPS for overload in op.overloads)
+
+
+def op_of(overload: str) -> Op:
+    """The operator that an overload of aten belongs to.
+
+    >>> op_of("addmm_").name, op_of("bmm.out").kind
+    ('addmm', 3)
+    """
+    return next(op for op in OPS if overload in op.overloads)

@@ -1,0 +1,158 @@
+"""Load the compiled entries and put those of ``own_entries.py`` under torch's dispatcher, or tell why that cannot be."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import threading
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ..cpu import build, driver, host
+from . import launch_table, pending, torch_layout
+from .op_table import OWN
+from .state import (
+    ABI_VERSION,
+    DTYPE_CODES,
+    FUNCTIONALIZE_KEY,
+    FUNCTORCH_KEY,
+    GEMMS,
+    INTERRUPTED,
+    KEYS_AT,
+    NOT_ACCELERATED,
+    NOT_LOADED,
+    PLAIN_KEYS,
+    PYTHON_KEY,
+    RAISE,
+)
+from .state import words as state
+
+_lock = threading.RLock()
+_kept: list[object] = []  # what native code points at, for the life of the process
+
+
+class Unavailable(RuntimeError):
+    """Nothing can be registered natively here; the message says why."""
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
+def _load_gemm(code):
+    """Called by an entry at the first product of a dtype.
+
+    NOT_ACCELERATED makes it fall back to torch, INTERRUPTED raise the exception that is pending.
+    """
+    dtype = next(name for name, known in DTYPE_CODES.items() if known == code)
+    try:
+        state[GEMMS + code] = driver.gemm_address(driver.config(dtype)) if driver.supports(dtype) else NOT_ACCELERATED
+        return state[GEMMS + code]
+    except Exception as error:
+        print(f"matmul_grad: {dtype} falls back to torch, its CPU kernels cannot be compiled: {error}", file=sys.stderr)
+        state[GEMMS + code] = NOT_ACCELERATED
+        return NOT_ACCELERATED
+    except BaseException as error:
+        pending.keep(error)
+        return INTERRUPTED
+
+
+def symbols(mangled: Mapping[str, str]) -> dict[str, int]:
+    """Addresses that entries are linked with: torch's functions and what this module offers them.
+
+    Raises Unavailable where torch's C ABI, or one of the few C++ functions beside it, is missing.
+    """
+    found = {name: torch_layout.address(name) for name in torch_layout.STABLE}
+    found |= {name: torch_layout.address(cpp) for name, cpp in mangled.items()}
+    missing = sorted(name for name, address in found.items() if address == 0)
+    if missing:
+        raise Unavailable(f"torch {torch.__version__} has no {', '.join(missing)}")
+    found["matmul_grad_load_gemm"] = ctypes.cast(_load_gemm, ctypes.c_void_p).value or 0
+    found["matmul_grad_state"] = ctypes.addressof(state)
+    _fill_state()
+    return found
+
+
+def load_entries(name: str, kernels: Callable[[], build.Kernels], linked: Mapping[str, int]) -> build.Loaded:
+    """A set of entries, which live as long as the process."""
+    loaded = build.load(name, name, kernels, host.machine(host.cpu().isa), linked, __package__)
+    _kept.append(loaded)
+    return loaded
+
+
+def register() -> None:
+    """Put the compiled entries under the operators of ``matmul_grad`` for the keys CPU and AutogradCPU.
+
+    Raises Unavailable as ``symbols`` does.
+    """
+    with _lock:
+        loaded = load_entries("own_entries", _entries, symbols(torch_layout.MANGLED))
+        for name in (*(op.name for op in OWN), "mm_backward"):
+            _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
+            _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
+
+
+def _entries() -> build.Kernels:
+    from . import call, own_entries
+
+    return call.KERNELS | own_entries.KERNELS
+
+
+def register_cuda(cuda_driver: Mapping[str, int]) -> None:
+    """Put the compiled entries of ``cuda_entries.py`` under ``matmul_grad::mm`` for the keys CUDA and AutogradCUDA.
+
+    cuda_driver: addresses of what they call of CUDA's driver. Raises Unavailable as ``symbols`` does.
+    """
+    with _lock:
+        loaded = load_cuda({**cuda_driver, "matmul_grad_cuda_stream": _needed("aoti_torch_get_current_cuda_stream")})
+        launch_table.words[launch_table.PLAIN_KEYS] = torch._C._dispatch_keys(torch.empty(1, device="cuda")).raw_repr()
+        for key, entry in (("CUDA", "matmul_grad_mm_cuda"), ("AutogradCUDA", "matmul_grad_mm_cuda_autograd")):
+            _implement("mm", key, loaded.address(entry))
+
+
+def load_cuda(cuda_driver: Mapping[str, int]) -> build.Loaded:
+    """The entries of ``cuda_entries.py``, linked with these functions of the driver's, or with what stands for them."""
+
+    def entries() -> build.Kernels:
+        from .cuda_entries import KERNELS
+
+        return KERNELS
+
+    linked = symbols(torch_layout.MANGLED) | {"matmul_grad_cuda_table": ctypes.addressof(launch_table.words)}
+    return load_entries("cuda_entries", entries, {**linked, **cuda_driver})
+
+
+def _needed(name: str) -> int:
+    address = torch_layout.address(name)
+    if address == 0:
+        raise Unavailable(f"torch {torch.__version__} has no {name}")
+    return address
+
+
+@functools.cache
+def _fill_state() -> None:
+    major, minor, patch = torch_layout.version()
+    state[ABI_VERSION] = major << 56 | minor << 48 | patch << 40
+    state[PYTHON_KEY] = torch_layout.dispatch_key("Python")
+    state[FUNCTORCH_KEY] = torch_layout.dispatch_key("FuncTorchDynamicLayerBackMode")
+    state[FUNCTIONALIZE_KEY] = torch_layout.dispatch_key("Functionalize")
+    state[KEYS_AT], state[PLAIN_KEYS] = torch_layout.plain_keys()
+    handle = torch._C._dispatch_find_schema_or_throw("matmul_grad::_raise", "")
+    _kept.append(handle)
+    state[RAISE] = torch_layout.cpp_object(handle)
+    driver.parallel_for.value = torch_layout.address("torch_parallel_for")
+    for code in DTYPE_CODES.values():
+        state[GEMMS + code] = NOT_LOADED
+
+
+def _implement(name: str, key: str, entry: int) -> None:
+    library = ctypes.c_void_p()
+    functions = torch_layout.libtorch()
+    init: Callable = functions.aoti_torch_library_init_impl
+    strings = b"matmul_grad", key.encode(), b"matmul_grad", name.encode()
+    _kept.extend(strings)
+    failed = init(strings[0], strings[1], strings[2], 0, ctypes.byref(library))
+    version = ctypes.c_uint64(state[ABI_VERSION])
+    failed = failed or functions.torch_library_impl(library, strings[3], ctypes.c_void_p(entry), version)
+    if failed:
+        raise Unavailable(f"torch {torch.__version__} did not take the {key} kernel of {name}")
+    _kept.append(library)

@@ -1,0 +1,135 @@
+"""Every fact of torch that torch does not promise, with what needs it; ``override_probe.py`` tests the last part.
+
+Three kinds. Names of C++ functions, mangled: a missing one is seen when it is looked up. Where a tensor keeps its
+dispatch keys: found by comparing tensors. Layouts of C++ objects that only the override of aten's operators needs:
+nothing shows that they are wrong but their use, so they are tried in a process of their own before they are trusted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+# torch's stable C ABI: promised, but not by every version.
+STABLE = (
+    "aoti_torch_get_dim", "aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_dtype",
+    "aoti_torch_get_storage_size", "aoti_torch_get_storage_offset", "torch_get_const_data_ptr",
+    "torch_get_mutable_data_ptr", "aoti_torch_empty_strided", "aoti_torch_copy_", "aoti_torch_delete_tensor_object",
+    "aoti_torch_is_defined", "aoti_torch_grad_mode_is_enabled", "torch_get_num_threads", "torch_call_dispatcher",
+    "torch_library_impl", "aoti_torch_library_init_impl", "aoti_torch_delete_library_object", "torch_parallel_for",
+    "torch_list_get_item", "torch_delete_list", "aoti_torch_get_device_index",
+)  # fmt: skip
+
+# Functions of c10, ATen and the C++ runtime. Every compiled entry needs these:
+MANGLED = {
+    # raise torch's RuntimeError
+    "matmul_grad_check_fail": "_ZN3c106detail14torchCheckFailEPKcS2_jS2_",
+    # raise the Python exception that is pending: it calls an operator of ours, through which exceptions pass
+    "matmul_grad_call_operator": (
+        "_ZN2at17functionalization23functionalize_op_helperERKN3c1014OperatorHandleEPSt6vectorINS1_6IValueESaIS6_EE"
+    ),
+    # whether a tensor is followed by autograd or forward mode
+    "matmul_grad_autograd_meta": "_ZNK3c1010TensorImpl13autograd_metaEv",
+    "matmul_grad_requires_grad": "_ZNK3c1010TensorImpl13requires_gradEv",
+    "matmul_grad_forward_grad": "_ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE",
+    # whether a Python mode or a transform is active
+    "matmul_grad_key_included": "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE",
+    # resize an ``out`` with torch's own warning
+    "matmul_grad_resize_output": "_ZN2at6native13resize_outputERKNS_6TensorEN3c108ArrayRefIlEE",
+    # values that torch deletes, and those that it gives
+    "matmul_grad_new": "_Znwm",
+    "matmul_grad_delete": "_ZdlPv",
+}
+# The override of aten's operators needs these too:
+OVERRIDE_MANGLED = {
+    # register a kernel that gets Scalars, which the stable C ABI does not carry
+    "matmul_grad_library_impl": "_ZNR5torch7Library5_implEPKcONS_11CppFunctionENS_17_RegisterOrVerifyE",
+}
+
+IMPL_WORDS = 24  # of a TensorImpl that may be read: no torch known has a smaller one
+PYBIND_VALUE = 2  # which word of an object of pybind11's is the address of the C++ object
+
+# c10::IValue, an argument on the stack of a boxed kernel: a payload, then a tag.
+SLOT = 16
+NONE, DOUBLE, INT = 0, 3, 5
+
+
+class KernelFunction(ctypes.Structure):
+    """c10::KernelFunction: a functor, the boxed function, two unboxed ones, and tokens."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("functor", "boxed", "unboxed", "symbolic", "tokens")]
+
+
+class CppFunction(ctypes.Structure):
+    """torch::CppFunction: a dispatch key (none: the library's), a kernel, a signature, a schema, a short string."""
+
+    _fields_ = [
+        ("key", ctypes.c_int64),
+        ("kernel", KernelFunction),
+        ("signature", ctypes.c_int64 * 2),
+        ("schema", ctypes.c_int64),
+        ("text", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("characters", ctypes.c_char * 16),
+    ]
+
+
+@functools.cache
+def libtorch() -> ctypes.CDLL:
+    return ctypes.CDLL(torch._C.__file__)
+
+
+@functools.cache
+def address(name: str) -> int:
+    """Of a function that torch's libraries export; 0 where there is none of the name."""
+    try:
+        return ctypes.cast(getattr(libtorch(), name), ctypes.c_void_p).value or 0
+    except AttributeError:
+        return 0
+
+
+def has_thread_pool() -> bool:
+    """Whether torch lends its threads: torch_parallel_for."""
+    return address("torch_parallel_for") != 0
+
+
+def version() -> tuple[int, int, int]:
+    """Major, minor, patch."""
+    major, minor, patch = (int("".join(filter(str.isdigit, part)) or 0) for part in _release().split(".")[:3])
+    return major, minor, patch
+
+
+def _release() -> str:
+    return torch.__version__.split("+")[0].split("a")[0].split("b")[0].split("rc")[0]
+
+
+def dispatch_key(name: str) -> int:
+    keys: Any = torch._C.DispatchKey
+    return int(getattr(keys, name))
+
+
+def cpp_object(wrapped: object) -> int:
+    """Address of the C++ object in an object of pybind11's."""
+    return ctypes.c_int64.from_address(id(wrapped) + PYBIND_VALUE * ctypes.sizeof(ctypes.c_void_p)).value
+
+
+def plain_keys() -> tuple[int, int]:
+    """Which word of a TensorImpl holds its dispatch keys, and what an ordinary tensor has there; (0, 0) if unknown.
+
+    It is looked for: the one word that in tensors of several kinds is what torch says of their keys. (0, 0) fits no
+    tensor, since a TensorImpl begins with the address of its methods.
+    """
+    with (
+        _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(),
+        torch.inference_mode(False),
+    ):  # fmt: skip
+        plain = torch.empty(1, device="cpu")
+        kinds = [plain, torch.empty(1, dtype=torch.complex64, device="cpu").conj(), torch.empty(1, device="meta")]
+        known = [int(torch._C._dispatch_keys(tensor).raw_repr()) for tensor in kinds]
+        words = [(ctypes.c_uint64 * IMPL_WORDS).from_address(tensor._cdata)[:] for tensor in kinds]
+    places = [place for place in range(IMPL_WORDS) if [found[place] for found in words] == known]
+    return (places[0], known[0]) if len(places) == 1 else (0, 0)
