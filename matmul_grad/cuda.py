@@ -14,13 +14,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import threading
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native import launch_table as table
 from .kernels.native.state import DTYPE_CODES
 
@@ -28,7 +28,7 @@ VARIABLE = "MATMUL_GRAD_NATIVE_CUDA"
 DRIVER = {"device": "cuCtxGetDevice", "encode": "cuTensorMapEncodeTiled", "launch": "cuLaunchKernel"}
 PLACES = {"a": table.A, "b": table.B, "c": table.C, "work": table.W}
 
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 _status: str | None = None
 
 

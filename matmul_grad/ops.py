@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable
 from math import inf
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from . import sharding, strictness
 from .flops import count_flops
+from .kernels.cpu.once import Once
 from .kernels.native import pending, storage
 from .kernels.native.op_table import OWN
 
@@ -39,24 +39,31 @@ PRODUCTS = {op.name: op.schema for op in OWN if op.schema is not None}
 ABOVE_ALL = ("Python", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "Functionalize")
 LARGEST = torch.finfo(torch.float32).max  # torch refuses a larger alpha or beta, unless the product is in float64
 
-_lock = threading.Lock()
-_native: str | None = None  # None: not tried; "": registered; else why not
-
 
 def native_status() -> str:
     """Register the compiled CPU kernels if that was not tried yet; "" when they are, else why they are not."""
-    global _native
-    if _native is None:
-        with _lock:
-            if _native is None:
-                from .kernels.native import register
+    return _native.result()
 
-                try:
-                    register.register()
-                    _native = ""
-                except register.Unavailable as reason:
-                    _native = str(reason)
-    return _native
+
+def _register_native() -> str:
+    from .kernels.cpu import build
+
+    try:
+        from .kernels.native import register
+    except Exception as error:
+        build.tell(f"CPU products run through Python, their compiled entries cannot be imported: {error}")
+        return str(error) or type(error).__name__
+    try:
+        register.register()
+    except register.Unavailable as reason:
+        return str(reason)
+    except Exception as error:
+        build.tell(f"CPU products run through Python, their compiled entries cannot be loaded: {error!r}")
+        return str(error) or type(error).__name__
+    return ""
+
+
+_native = Once(_register_native)
 
 
 def rank_of(name: str) -> int:
@@ -120,8 +127,10 @@ def _has_kernel(tensor: Tensor) -> bool:
         return launch.supports(tensor)
     if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
         return False
-    from .kernels.native import direct
-
+    try:
+        from .kernels.native import direct
+    except Exception:  # no LLVM: `native_status` has told it
+        return False
     return direct.supports(tensor.dtype)
 
 

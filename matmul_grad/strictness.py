@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 from torch import Tensor
+
+from .kernels.cpu.fork_safety import fork_safe_lock
 
 SUPPORTED = (
     "these kernels take two dense matrices of one dtype on one device: bfloat16, float32 or float64, on CPU or CUDA, "
     "and float16 where the processor converts it"
 )
 
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 open_blocks = 0
 
 
