@@ -62,7 +62,7 @@ def strictly(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
         return step(model, *inputs)
 
 
-class counted(TorchDispatchMode):  # noqa: N801  # reads as the function of a block
+class counted(TorchDispatchMode):  # reads as the function of a block
     """The products of a block, by the names of their operators: this package's, and aten's."""
 
     def __init__(self) -> None:
@@ -226,7 +226,10 @@ def test_a_forward_that_was_wrapped_and_unwrapped_is_converted() -> None:
         model[0](x)
     assert calls.ours == ["addmm"]
     older = "import torch, matmul_grad; l = torch.nn.Linear(2, 3); l.forward = l.forward\n"
-    code = older + "print(matmul_grad.converted(matmul_grad.convert(l))); l(torch.ones(1, 2)); print(matmul_grad.nn.calls())"
+    code = (
+        older
+        + "print(matmul_grad.converted(matmul_grad.convert(l))); l(torch.ones(1, 2)); print(matmul_grad.nn.calls())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "['']\n{'linear': {'float32': 1}}\n", done.stderr
 

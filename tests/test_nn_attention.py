@@ -149,7 +149,7 @@ def test_an_input_without_a_batch_and_bad_input() -> None:
     for bad in (inputs(5, 7), inputs(2, 2, 5, 8), inputs(5, 8).double()):
         errors = []
         for each in (module, converted):
-            with pytest.raises(Exception) as raised:  # noqa: PT011  # whatever torch's own is
+            with pytest.raises(Exception) as raised:  # whatever torch's own is
                 each(bad, bad, bad)
             errors.append((raised.type, str(raised.value)))
         assert errors[0] == errors[1]
@@ -197,7 +197,9 @@ def test_a_subclass_is_offered_torchs_function() -> None:
     module = matmul_grad.convert(nn.MultiheadAttention(8, 2))
     x = inputs(5, 2, 8).as_subclass(Overriding)
     Overriding.seen.clear()
-    assert_close(torch.Tensor(module(x, x, x)[0]), matmul_grad.restore(module)(torch.Tensor(x), *[torch.Tensor(x)] * 2)[0])
+    assert_close(
+        torch.Tensor(module(x, x, x)[0]), matmul_grad.restore(module)(torch.Tensor(x), *[torch.Tensor(x)] * 2)[0]
+    )
     assert nn.functional.multi_head_attention_forward in Overriding.seen
 
 
