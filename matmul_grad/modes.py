@@ -6,8 +6,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-from .kernels.native import launch_table as table
 from .kernels.gpu import modes
+from .kernels.native import launch_table as table
 
 FLOAT32 = ("ieee", "tf32x3")
 
