@@ -13,6 +13,7 @@ Else what is folded is copied, which takes at most the memory of the operand and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,9 +82,7 @@ def _folded(a: Tensor, b: Tensor, folding: Folding) -> tuple[Tensor, Tensor]:
 def _merges(x: Tensor, dims: Dims) -> bool:
     """Whether dimensions, in this order, can be seen as one without a copy."""
     seen = [(x.stride(dim), x.shape[dim]) for dim in dims if x.shape[dim] != 1]
-    return x.numel() == 0 or all(
-        outer == inner * size for (outer, _), (inner, size) in zip(seen, seen[1:], strict=False)
-    )
+    return x.numel() == 0 or all(outer == inner * size for (outer, _), (inner, size) in itertools.pairwise(seen))
 
 
 def _is_in_order(dims: Dims, sizes: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""The gate in front of every public function: whether PyTorch's own function takes the call, before anything is composed.
+"""The gate in front of every public function: whether torch's own function takes the call, before any composition.
 
     not a tensor                                     torch raises its TypeError
     ``__torch_function__`` overridden                 subclasses, proxies of torch.fx, modes
@@ -73,15 +73,15 @@ def _is_overridden(*operands: Any) -> bool:
     return any(_overrides_operators(type(x)) for x in operands)
 
 
-def _overrides_functions(kind: type) -> bool:
+def _overrides_functions(kind: Any) -> bool:
     """Whether a subclass has a ``__torch_function__`` that is neither disabled nor the one of every tensor."""
     function = kind.__torch_function__
     if function is torch._C._disabled_torch_function_impl:
         return False
-    return getattr(function, "__func__", None) is not Tensor.__torch_function__.__func__
+    return getattr(function, "__func__", None) is not getattr(Tensor.__torch_function__, "__func__", None)
 
 
-def _overrides_operators(kind: type) -> bool:
+def _overrides_operators(kind: Any) -> bool:
     if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
         return False
     return not any(base.__name__ in WRAPPERS and _is_torchs(base) for base in kind.__mro__)

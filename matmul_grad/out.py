@@ -108,11 +108,7 @@ def _written(out: Tensor) -> Tensor:
 def can_write(out: Tensor, operands: Operands) -> bool:
     """Whether ``out`` keeps its elements apart, and from those of the operands; it may be what is added."""
     *inputs, mat1, mat2 = operands
-    shared = [
-        x
-        for x in inputs
-        if not (x.const_data_ptr() == out.const_data_ptr() and x.expand(out.shape).stride() == out.stride())
-    ]
+    shared = [x for x in inputs if not (_address(x) == _address(out) and x.expand(out.shape).stride() == out.stride())]
     return _is_spread(out) and not _overlaps_any(out, mat1, mat2, *shared)
 
 
@@ -133,8 +129,13 @@ def _overlaps_any(one: Tensor, *others: Tensor) -> bool:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    start = x.const_data_ptr()
+    start = _address(x)
     return start, start + (_reach(x) if x.numel() else 0) * x.element_size()
+
+
+def _address(x: Any) -> int:
+    """Of the first element; a copy-on-write storage is not copied."""
+    return x.const_data_ptr()
 
 
 def _reach(x: Tensor) -> int:

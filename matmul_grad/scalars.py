@@ -27,11 +27,12 @@ def _as_number(x: Any) -> Any:
     """NumPy's numbers and a tensor of one, as torch reads them; anything else as it is."""
     if isinstance(x, Tensor):
         return x if x.dim() or x.requires_grad or torch.compiler.is_compiling() else x.item()
-    of_numpy = type(x).__module__ == "numpy"
-    if of_numpy and type(x).__name__ in ("bool", "bool_"):
-        return int(x)
-    if isinstance(x, bool) or not isinstance(x, numbers.Real):
+    if isinstance(x, bool):
         return x
-    if isinstance(x, int | float) or of_numpy:
-        return int(x) if isinstance(x, numbers.Integral) else float(x)
-    return x
+    if isinstance(x, int | float):
+        return int(x) if isinstance(x, int) else float(x)
+    if type(x).__module__ != "numpy":
+        return x
+    if isinstance(x, numbers.Integral) or type(x).__name__ in ("bool", "bool_"):
+        return int(x)
+    return float(x) if isinstance(x, numbers.Real) else x

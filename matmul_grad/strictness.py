@@ -31,7 +31,8 @@ def _change(by: int) -> None:
 def strict() -> Iterator[None]:
     """Raise RuntimeError where a product would go to torch's own kernel. A context manager and a decorator.
 
-    Holds for all threads of the process, since autograd may run a backward in a thread of its own.
+    Holds for all threads of the process, since autograd may run a backward in a thread of its own. Functions compiled
+    by torch.compile are refused by dtype. A call that a tensor subclass, a tracer or a mode takes is no fallback.
 
     >>> import torch, matmul_grad
     >>> a = torch.ones(2, 2, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""mv, addmv, dot and vdot against torch: values, errors, gradients, dtypes, strides, zero sizes, autocast, transforms."""
+"""mv, addmv, dot and vdot against torch: values, errors, gradients, dtypes, strides, zero sizes, transforms."""
 
 import itertools
 import warnings
