@@ -149,8 +149,14 @@ KNOWN = {
 } | {
     "cow-operands": one("switch", "mm", "new", [X, Y], "cow", "cow", "plain"),
     "cow-out": one("function", "mm", "out", [X, Y, Z], "cow", "cow", "cow"),
+    **{
+        f"{route}-grows-behind-an-operand": one(
+            route, "mm", "out", [dense([8, 8], 0), dense([8, 8], 1), dense([4], 0, offset=64)], *["plain"] * 3
+        )
+        for route in ("function", "switch")
+    },
     "grows-below-an-operand": one(
-        "switch", "mm", "out", [dense([8, 8], 0), dense([8, 8], 1), dense([4], 0, offset=4)], "plain", "plain", "plain"
+        "function", "mm", "out", [dense([8, 8], 0), dense([8, 8], 1), dense([4], 0, offset=4)], *["plain"] * 3
     ),
     "out-is-an-operand": one(
         "function", "bmm", 0, [dense([2, 1, 5], 0), dense([2, 5, 1], 0)], "plain", "plain", "plain"
