@@ -48,7 +48,7 @@ def test_a_crash_fails_one_case(process: CaseProcess) -> None:
 def test_a_hang_fails_one_case(process: CaseProcess) -> None:
     assert process.complaint("right") == ""
     process.limit, usual = 0.2, process.limit
-    assert "no answer after" in process.complaint("hang")
+    assert "no answer in" in process.complaint("hang")
     process.limit = usual
     assert process.complaint("right") == ""
     assert process.starts == 2

@@ -37,7 +37,6 @@ SHAPES = {
     "mm_backward": (("mn", "mk", "kn"), ""),
 }
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
-# Torch's own where this package has no function for them: then memory that is missing is not tried.
 VECTORS = ("mv", "addmv", "dot", "vdot")
 FUNCTIONS = [name for name in (*PRODUCTS, *VECTORS, "matmul", "linear") if hasattr(matmul_grad, name)]
 ENTRIES = [
@@ -89,7 +88,9 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         shapes.append([draw(SIZE) for _ in right] if draw(st.integers(0, 3)) == 3 else right)
     own = range(len(shapes))
     storage_of = [draw(st.sampled_from((i, *range(i)))) for i in own]
-    gradient = draw(st.sampled_from(("", "", "whole", "freed"))) if into == "new" and name != "mm_backward" else ""
+    gradients = ["", ""] + ["whole"] * (into == "new" and name != "mm_backward")
+    if "whole" in gradients and name not in VECTORS:  # their gradients are torch's elementwise products
+        gradients.append("freed")
     return {
         "route": route,
         "entry": name,
@@ -97,7 +98,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "dtype": draw(st.sampled_from(("float32", "float64", "bfloat16", "float16"))),
         "beta": draw(st.sampled_from((1, 0, 2, -1, 0.5))),
         "alpha": draw(st.sampled_from((1, 0, 2, -1, 0.5))),
-        "gradient": gradient if route != "operator" or name != "mm_backward" else "",
+        "gradient": draw(st.sampled_from(gradients)),
         "tensors": [draw(tensors(shape, storage_of[i])) for i, shape in enumerate(shapes)],
         "storages": [draw(storages(i, route, name, into, storage_of)) for i in own],
     }
@@ -107,8 +108,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 def storages(draw: st.DrawFn, i: int, route: str, name: str, into: Any, storage_of: list[int]) -> dict[str, Any]:
     written = {"new": None, "out": storage_of[-1], "self": storage_of[0]}.get(into, storage_of[0])
     kinds = [kind for kind in KINDS if i != written or kind not in ("readonly", "mapped")]
-    # torch's own copies, and its own kernels, read what is not there.
-    if route == "switch" and (name in ("matmul", "linear") or (name in VECTORS and not hasattr(matmul_grad, name))):
+    if route == "switch" and name in ("matmul", "linear"):  # torch's own copies read what is not there
         kinds = [kind for kind in kinds if kind not in ("freed", "small")]
     kind = draw(st.sampled_from(kinds))
     return {"kind": kind, "lacking": draw(st.integers(1, 9))} if kind == "small" else {"kind": kind}
@@ -149,8 +149,14 @@ KNOWN = {
 } | {
     "cow-operands": one("switch", "mm", "new", [X, Y], "cow", "cow", "plain"),
     "cow-out": one("function", "mm", "out", [X, Y, Z], "cow", "cow", "cow"),
+    **{
+        f"{route}-grows-behind-an-operand": one(
+            route, "mm", "out", [dense([8, 8], 0), dense([8, 8], 1), dense([4], 0, offset=64)], *["plain"] * 3
+        )
+        for route in ("function", "switch")
+    },
     "grows-below-an-operand": one(
-        "switch", "mm", "out", [dense([8, 8], 0), dense([8, 8], 1), dense([4], 0, offset=4)], "plain", "plain", "plain"
+        "function", "mm", "out", [dense([8, 8], 0), dense([8, 8], 1), dense([4], 0, offset=4)], *["plain"] * 3
     ),
     "out-is-an-operand": one(
         "function", "bmm", 0, [dense([2, 1, 5], 0), dense([2, 5, 1], 0)], "plain", "plain", "plain"

@@ -7,7 +7,9 @@ and a new child runs the rest. The child's own program calls ``serve``.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import mmap
 import os
 import select
 import signal
@@ -31,6 +33,8 @@ class CaseProcess:
         self.environment = dict(environment)
         self.limit = limit  # seconds a case may take, the start of the child included
         self.starts = 0
+        self._count = 0
+        self._before: Any = None
         self._child: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
 
@@ -45,17 +49,24 @@ class CaseProcess:
         """Run one case: "" where it passed, else what is wrong."""
         child = self._child if self._child is not None and self._child.poll() is None else self._start()
         assert child.stdin is not None
+        self._count += 1
+        before, self._before = self._before, case
         try:
-            child.stdin.write(json.dumps(case).encode() + b"\n")
+            child.stdin.write(json.dumps([self._count, case]).encode() + b"\n")
             child.stdin.flush()
         except BrokenPipeError:
-            return self._ended("ended before the case")
-        line = self._read_line(child)
-        if line is None:
-            return self._ended(f"no answer after {self.limit:.0f} s")
-        if not line.endswith(b"\n"):
-            return self._ended("crashed")
-        return json.loads(line)
+            return self._ended(f"ended after {before}")
+        late = ""
+        while True:
+            line = self._read_line(child)
+            if line is None:
+                return self._ended(f"gave no answer in {self.limit:.0f} s")
+            if not line:
+                return self._ended("crashed")
+            number, text = json.loads(line)
+            if number == self._count:
+                return text + late
+            late += f"\nafter it had answered {before}: {text}"
 
     def close(self) -> None:
         child, self._child = self._child, None
@@ -68,6 +79,7 @@ class CaseProcess:
     def _start(self) -> subprocess.Popen[bytes]:
         self.close()
         self.starts += 1
+        self._heard = b""
         # Open as long as the child lives.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._child = subprocess.Popen(
@@ -77,17 +89,18 @@ class CaseProcess:
         return self._child
 
     def _read_line(self, child: subprocess.Popen[bytes]) -> bytes | None:
-        """The next line, what there is of it where the child ends first, or None when time is up."""
+        """The next line, nothing where the child ends first, or None when time is up."""
         assert child.stdout is not None
-        pipe, line, end = child.stdout.fileno(), b"", time.monotonic() + self.limit
-        while not line.endswith(b"\n"):
+        pipe, end = child.stdout.fileno(), time.monotonic() + self.limit
+        while b"\n" not in self._heard:
             ready, _, _ = select.select([pipe], [], [], max(0.0, end - time.monotonic()))
             if not ready:
                 return None
             part = os.read(pipe, 1 << 16)
             if not part:
-                return line
-            line += part
+                return b""
+            self._heard += part
+        line, _, self._heard = self._heard.partition(b"\n")
         return line
 
     def _ended(self, how: str) -> str:
@@ -111,24 +124,30 @@ def serve(run: Callable[[Any], None], forked: bool = False) -> None:
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else is printed goes to stderr
+    number = mmap.mmap(-1, 8)  # of the last case that was read, for the parent of a fork that dies
     if not forked:
-        _answer(run, answers)
+        _answer(run, answers, number)
         return
+    gc.freeze()
     while True:
         fork = os.fork()
         if fork == 0:
-            _answer(run, answers)
+            _answer(run, answers, number)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
         if status == 0:
             return
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
-        print(json.dumps(f"the child process crashed: {name}"), file=answers)
+        print(json.dumps([int.from_bytes(number[:], "little"), f"the process crashed: {name}"]), file=answers)
 
 
-def _answer(run: Callable[[Any], None], answers: IO[str]) -> None:
+def _answer(run: Callable[[Any], None], answers: IO[str], number: mmap.mmap) -> None:
     while line := _line_of_stdin():
-        print(json.dumps(complaint(run, json.loads(line))), file=answers)
+        count, case = json.loads(line)
+        number[:] = count.to_bytes(8, "little")
+        text = complaint(run, case)
+        gc.collect()  # what crashes when it is freed belongs to this case
+        print(json.dumps([count, text]), file=answers)
 
 
 def _line_of_stdin() -> bytes:
