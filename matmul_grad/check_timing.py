@@ -13,7 +13,7 @@ from .console import Console, table, track
 
 SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096)}
 DTYPES = {"cpu": ("f32", "f64"), "cuda": ("bf16", "f32")}
-SECONDS = 0.15  # a comparison
+SECONDS = 0.1  # a comparison
 COLUMNS = ("product", "torch ms", "quartiles", "ours ms", "quartiles", "GFLOP/s", "ratio")
 
 

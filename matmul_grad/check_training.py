@@ -11,7 +11,7 @@ from torch import Tensor
 from . import api
 from .console import Console, sparkline, table, track
 
-HIDDEN, BATCH, EPOCHS, RATE, MOMENTUM = 64, 64, 6, 0.1, 0.9
+HIDDEN, BATCH, EPOCHS, RATE, MOMENTUM = 64, 64, 4, 0.1, 0.9
 TEST_SHARE = 0.2
 LOSS_BUDGET = 1e-3  # between the two losses of any step; roundings are 1e-7, and training amplifies them
 ACCURACY_BUDGET = 0.01

@@ -69,7 +69,7 @@ def compiled() -> Iterator[tuple[str, float]]:
 
 def start_helpers(names: Sequence[str], count: int, stack: contextlib.ExitStack) -> dict[str, subprocess.Popen[bytes]]:
     """The process that compiles each of ``names``; this process keeps a share of its own."""
-    helpers = {}
+    helpers: dict[str, subprocess.Popen[bytes]] = {}
     for i in range(1, 1 + min(count, len(names) - 1)):
         share = names[i :: count + 1]
         process = subprocess.Popen(
