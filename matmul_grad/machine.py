@@ -114,5 +114,7 @@ def describe_cache() -> str:
     from .kernels.cpu import build
 
     folder = build.cache_folder()
+    if folder is None:
+        return "none (0 kernels): the user has no home folder, and MATMUL_GRAD_CACHE is not set"
     sizes = [path.stat().st_size for path in folder.glob("*.o")]
     return f"{folder} ({len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB)"
