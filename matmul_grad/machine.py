@@ -140,10 +140,11 @@ def version(package: str) -> str:
         return "missing"
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept.
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept; None where they are not, as for a user without a home folder.
 
-    >>> cache_folder().name != ""
+    >>> folder = cache_folder()
+    >>> folder is None or folder.name != ""
     True
     """
     from .kernels.cpu import build
@@ -152,7 +153,8 @@ def cache_folder() -> Path:
 
 
 def cached_kernels() -> list[Path]:
-    return list(cache_folder().glob("*.o"))
+    folder = cache_folder()
+    return [] if folder is None else list(folder.glob("*.o"))
 
 
 def describe_cache() -> str:
@@ -161,5 +163,8 @@ def describe_cache() -> str:
     >>> "kernels" in describe_cache()
     True
     """
+    folder = cache_folder()
+    if folder is None:
+        return "none (0 kernels): the user has no home folder, and MATMUL_GRAD_CACHE is not set"
     sizes = [path.stat().st_size for path in cached_kernels()]
-    return f"{cache_folder()} ({len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB)"
+    return f"{folder} ({len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB)"

@@ -88,6 +88,8 @@ def start_helpers(names: Sequence[str], count: int, stack: contextlib.ExitStack)
 def require_cache() -> None:
     """Unusable where compiled kernels cannot be kept: then compiling them now would save nothing later."""
     folder = machine.cache_folder()
+    if folder is None:
+        raise Unusable("compiled kernels cannot be kept: the user has no home folder, and MATMUL_GRAD_CACHE is not set")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
