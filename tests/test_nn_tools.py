@@ -186,7 +186,9 @@ def operators(program: torch.export.ExportedProgram) -> list[str]:
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("make", [mlp, Everything], ids=["mlp", "transformer"])
-def test_run_decompositions_of_a_converted_model_gives_atens_operators(make: Callable[[], nn.Module], strict: bool) -> None:
+def test_run_decompositions_of_a_converted_model_gives_atens_operators(
+    make: Callable[[], nn.Module], strict: bool
+) -> None:
     model = matmul_grad.convert(make()).eval()
     program = torch.export.export(model, (x(),), strict=strict)
     assert "matmul_grad.addmm.default" in operators(program)
