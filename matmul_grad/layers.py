@@ -44,7 +44,7 @@ def make_mark() -> Mark:
         if getattr(kind.forward, MARK, None) is not _mark:
             torchs = _torchs.setdefault(kind, kind.forward)
             setattr(kind, MARK, None)
-            kind.forward = _replace(kind.forward, converted(torchs))  # type: ignore[method-assign]
+            kind.forward = _replace(kind.forward, converted(torchs))
     return _mark
 
 
