@@ -12,35 +12,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from matmul_grad.exits import INTERRUPTED, UNUSABLE, Parser, Unusable, require
+from matmul_grad.exits import Parser, run_command
 
 PROGRAM = "python -m bench"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        require("rich", "rich", "bench")
-        require("matplotlib", "matplotlib", "bench")
-        from matmul_grad.bench import command as whole
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_command(PROGRAM, lambda: dispatch(given))
 
-        from . import cpu_ratio, paths, switch
 
-        if not arguments or arguments[0] in whole.VERBS or arguments[0].startswith("--"):
-            return whole.main(list(arguments), PROGRAM)
-        parser = Parser(prog=PROGRAM, description="benchmarks that are commands")
-        commands = parser.add_subparsers(dest="name", required=True, metavar="command")
-        known = {module.KIND: module for module in (cpu_ratio, paths, switch)}
-        for name, module in known.items():
-            module.add_options(commands.add_parser(name, help=module.HELP, description=module.HELP))
-        command = parser.parse_args(arguments)
-        return known[command.name].run(command)
-    except Unusable as reason:
-        print(f"{PROGRAM}: {reason}", file=sys.stderr)
-        return UNUSABLE
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+def dispatch(arguments: Sequence[str]) -> int:
+    from matmul_grad.bench import command as whole
+
+    from . import cpu_ratio, paths, switch
+
+    if not arguments or arguments[0] in whole.VERBS or arguments[0].startswith("--"):
+        return whole.main(list(arguments), PROGRAM)
+    parser = Parser(prog=PROGRAM, description="benchmarks that are commands")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="command")
+    known = {module.KIND: module for module in (cpu_ratio, paths, switch)}
+    for name, module in known.items():
+        module.add_options(commands.add_parser(name, help=module.HELP, description=module.HELP))
+    command = parser.parse_args(arguments)
+    return int(known[command.name].run(command))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from matmul_grad import timing
 from matmul_grad.bench import worker
-from matmul_grad.console import make_console, progress
+from matmul_grad.console import Console, make_console, progress
 from matmul_grad.exits import DISAGREES, INTERRUPTED, Unusable, require_isa
 
 from . import figures, openblas, plan, report, saved

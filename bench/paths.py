@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 
 from matmul_grad import testing, timing
-from matmul_grad.console import make_console, table, track
+from matmul_grad.console import Console, make_console, table, track
 from matmul_grad.kernels.cpu import driver
-from matmul_grad.kernels.native import direct
 from matmul_grad.kernels.cpu.config import BlockConfig
+from matmul_grad.kernels.native import direct
 
 from . import saved
 
@@ -53,7 +52,8 @@ def run(command: argparse.Namespace) -> int:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     with timing.threads(1):
-        rows = [compare(case, command.seconds) for case in track(console, KIND, [*cases()])]
+        known = [*cases()]
+        rows = [compare(case, command.seconds) for case in track(console, KIND, known, len(known))]
     if command.save:
         result = {"stamp": saved.stamp(), "protocol": timing.PROTOCOL, "rows": rows}
         console.print(f"rows: {saved.save(result, command.out, KIND).name}")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from matmul_grad import rivals, timing
-from matmul_grad.console import table
+from matmul_grad.console import Console, table
 
 from . import figures
 from .figures import Entry, Row

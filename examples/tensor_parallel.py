@@ -8,6 +8,9 @@ adds up its partial sums. DTensor does the cutting and the meeting; this package
 
 from __future__ import annotations
 
+import needs  # noqa: F401
+
+# isort: split
 import os
 from collections.abc import Sequence
 

@@ -8,6 +8,9 @@ Every product of it runs on these kernels, forward and backward: the linear laye
 
 from __future__ import annotations
 
+import needs  # noqa: F401
+
+# isort: split
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -6,6 +6,9 @@ python examples/train_digits.py --backend torch
 
 from __future__ import annotations
 
+import needs  # noqa: F401
+
+# isort: split
 from collections.abc import Sequence
 
 import torch

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import needs  # noqa: F401
+
+# isort: split
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path

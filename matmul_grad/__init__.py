@@ -1,22 +1,29 @@
 """Matrix multiplication and its two gradients as native PyTorch operators, from kernels that people can read."""
 
+from importlib import import_module
+from types import ModuleType
+
 from .api import addmm, baddbmm, bmm, mm, mm_backward, scaled_mm
 from .compose import linear, matmul
 from .modes import deterministic, float32_products
 from .nn import Linear, convert, converted, restore
 from .override import disable, enable, enabled, info
 from .strictness import strict
+from .vectors import addmv, dot, mv, vdot
 
 __version__ = "0.1.0"
+_MODULES = ("bench", "reference", "testing")
 __all__ = [
     "Linear",
     "addmm",
+    "addmv",
     "baddbmm",
     "bmm",
     "convert",
     "converted",
     "deterministic",
     "disable",
+    "dot",
     "enable",
     "enabled",
     "float32_products",
@@ -25,7 +32,20 @@ __all__ = [
     "matmul",
     "mm",
     "mm_backward",
+    "mv",
     "restore",
     "scaled_mm",
     "strict",
+    "vdot",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The modules that are loaded when they are first used."""
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
-from rich.console import Console
-
 from . import check_products, check_timing, check_training, machine, strictness, timing, warmup
-from .console import heading, track
-
-
-class NotCompiled(RuntimeError):
-    """A CPU kernel that does not compile here; the message is the one line that says why."""
+from .console import Console, heading, track
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ def run(options: Options, console: Console) -> int:
     with strictness.strict(), timing.threads(options.threads):
         try:
             what_it_runs_on(console)
-        except NotCompiled as reason:
+        except warmup.NotCompiled as reason:
             return verdict(console, [str(reason)], perf_counter() - start)
         heading(console, "The worked example: A 2×4, B 4×3, L = mean(A·B)")
         found += check_products.example(console, device)
@@ -53,27 +46,10 @@ def run(options: Options, console: Console) -> int:
 
 
 def what_it_runs_on(console: Console) -> None:
-    compile_kernels(console)
+    for _ in track(console, "compiling or loading kernels", warmup.compiled(), len(warmup.steps())):
+        pass
     heading(console, "This machine")
     console.print(*machine.lines(machine.describe()), sep="\n", soft_wrap=True)
-
-
-def compile_kernels(console: Console) -> list[tuple[str, float]]:
-    """Every CPU kernel compiled or loaded, one after the other, with the seconds that each took."""
-    return [
-        (name, seconds_of(name, compile_one))
-        for name, compile_one in track(console, "compiling or loading kernels", warmup.steps())
-    ]
-
-
-def seconds_of(name: str, compile_one: Callable[[], object]) -> float:
-    start = perf_counter()
-    try:
-        compile_one()
-    except Exception as error:
-        reason = (str(error) or "no reason given").splitlines()[0]
-        raise NotCompiled(f"{name} cannot be compiled: {type(error).__name__}: {reason}") from error
-    return perf_counter() - start
 
 
 def verdict(console: Console, found: list[str], seconds: float) -> int:

@@ -6,15 +6,15 @@ import functools
 import itertools
 
 import torch
-from rich.console import Console
 
 from . import rivals, testing, timing
 from .check_products import disagreement
-from .console import table, track
+from .console import Console, table, track
 
 SIZES = {"cpu": (256, 512, 1024), "cuda": (1024, 2048, 4096)}
 DTYPES = {"cpu": ("f32", "f64"), "cuda": ("bf16", "f32")}
-SECONDS = 0.15  # a comparison
+SECONDS = 0.1  # a comparison
+COLUMNS = ("product", "torch ms", "quartiles", "ours ms", "quartiles", "GFLOP/s", "ratio")
 
 
 def run(console: Console, device: str, seed: int) -> list[str]:
@@ -22,15 +22,15 @@ def run(console: Console, device: str, seed: int) -> list[str]:
     share = timing.share_of_core()
     found: list[str] = []
     rows: list[list[str]] = []
-    for dtype, n in track(console, "timing", list(itertools.product(DTYPES[device], SIZES[device]))):
+    kinds = list(itertools.product(DTYPES[device], SIZES[device]))
+    for dtype, n in track(console, "timing", kinds, len(kinds)):
         ours, kind = rivals.RIVALS[rivals.OURS], testing.DTYPES[dtype]
         right = functools.partial(rivals.assert_right, ours, n, n, n, kind, seed=seed, device=device)
         found_here = disagreement(f"timing {dtype} {n}", right)
         found += found_here
         if not found_here:
             rows += time_products(n, dtype, device, seed)
-    columns = ["product", "torch ms", "quartiles", "ours ms", "quartiles", "GFLOP/s", "ratio"]
-    table(console, columns, rows)
+    table(console, COLUMNS, rows)
     console.print(f"{timing.PROTOCOL};\nratio = torch's median / ours: above 1, this package is faster")
     if torch.get_num_threads() == 1 and device == "cpu" and share() < timing.AT_REST:
         console.print(f"other work ran here too: this had {share():.0%} of a core, so these times are rough")

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from . import api
-from .console import sparkline, table, track
+from .console import Console, sparkline, table, track
 
-HIDDEN, BATCH, EPOCHS, RATE, MOMENTUM = 64, 64, 6, 0.1, 0.9
+HIDDEN, BATCH, EPOCHS, RATE, MOMENTUM = 64, 64, 4, 0.1, 0.9
 TEST_SHARE = 0.2
 LOSS_BUDGET = 1e-3  # between the two losses of any step; roundings are 1e-7, and training amplifies them
 ACCURACY_BUDGET = 0.01
@@ -50,7 +49,7 @@ def run(console: Console, device: str, seed: int) -> list[str]:
     data = digits(device, seed)
     linears = {"torch": torch_linear, "matmul_grad": our_linear}
     curves: dict[str, Curve] = {}
-    for name, linear in track(console, "training", list(linears.items())):
+    for name, linear in track(console, "training", linears.items(), len(linears)):
         try:
             curves[name] = train(linear, data, seed)
         except RuntimeError as error:

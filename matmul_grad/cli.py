@@ -1,7 +1,7 @@
 """The command `matmul-grad`: check, info, warmup, bench, gpu-report, tune.
 
 Exit codes: 0 all is well, 1 something disagrees or does not compile, 2 what was asked for cannot be done here,
-130 interrupted.
+130 interrupted, 141 whoever read the output stopped reading.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__, machine
-from .exits import DISAGREES, INTERRUPTED, UNUSABLE, Unusable, require, require_isa
+from .exits import DISAGREES, Unusable, complain, require, require_isa, run_command, thread_count
 from .gpu_report import command as gpu_report
 from .tuning import command as tuning
 
@@ -22,19 +22,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ᵀ gets a question mark
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        if arguments[:1] == ["bench"]:
-            return bench(arguments[1:])
-        command = parse(arguments)
-        known = {"check": check, "info": info, "warmup": warm_up, "gpu-report": gpu_report.run, "tune": tuning.run}
-        return known[command.name](command)
-    except Unusable as reason:
-        print(f"matmul-grad: {reason}", file=sys.stderr)
-        return UNUSABLE
-    except KeyboardInterrupt:
-        print("matmul-grad: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_command("matmul-grad", lambda: dispatch(given))
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["bench"]:
+        return bench(arguments[1:])
+    command = parse(arguments)
+    known = {"check": check, "info": info, "warmup": warm_up, "gpu-report": gpu_report.run, "tune": tuning.run}
+    return known[command.name](command)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -46,20 +43,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     check.add_argument("--no-time", dest="time", action="store_false", help="leave out the times")
     check.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     check.add_argument("--seed", type=seed, default=0, metavar="N", help="of all random values; default: 0")
-    check.add_argument("--threads", type=positive, metavar="N", help="default: torch's own number, and 1 for the times")
+    check.add_argument(
+        "--threads", type=thread_count, metavar="N", help="default: torch's own number, and 1 for the times"
+    )
     commands.add_parser("info", help="say what products run on here")
     commands.add_parser("warmup", help="compile every CPU kernel now")
     commands.add_parser("bench", help="time this package beside torch and others; report and compare runs")
     gpu_report.add_options(commands.add_parser("gpu-report", help=gpu_report.HELP))
     tuning.add_options(commands.add_parser("tune", help=tuning.HELP))
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def seed(text: str) -> int:
@@ -70,9 +62,8 @@ def seed(text: str) -> int:
 
 
 def check(command: argparse.Namespace) -> int:
-    require("rich", "rich")
     if command.train:
-        require("sklearn", "scikit-learn")
+        require(sklearn="scikit-learn")
     if command.device == "cuda" and not torch.cuda.is_available():
         raise Unusable(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
     require_isa()
@@ -91,26 +82,24 @@ def info(command: argparse.Namespace) -> int:
 
 
 def warm_up(command: argparse.Namespace) -> int:
-    require("rich", "rich")
     require_isa()
-    from .check import NotCompiled, compile_kernels
-    from .console import make_console
+    from . import warmup
 
+    warmup.require_cache()
     try:
-        compiled = compile_kernels(make_console())
-    except NotCompiled as reason:
-        print(f"matmul-grad: {reason}", file=sys.stderr)
+        for name, seconds in warmup.compiled():
+            print(f"{name:24}  {seconds:6.2f} s", flush=True)
+    except warmup.NotCompiled as reason:
+        complain(f"matmul-grad: {reason}")
         return DISAGREES
-    for name, seconds in compiled:
-        print(f"{name:24}  {seconds:6.2f} s")
+    for note in machine.left_to_torch():
+        print(note)
     print(f"cache: {machine.describe_cache()}")
     return 0
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """A command of commands, with options of its own; `matmul_grad.bench` needs more than torch."""
-    require("rich", "rich", "bench")
-    require("matplotlib", "matplotlib", "bench")
+    """A command of commands, with options of its own."""
     from .bench import command
 
     return command.main(list(arguments), "matmul-grad bench")

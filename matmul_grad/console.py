@@ -1,26 +1,53 @@
-"""How `matmul-grad` talks: headings, tables, progress, curves. Bars on a terminal, plain lines elsewhere."""
+"""What the commands print: headings, tables, progress, curves. Bars on a terminal, plain lines elsewhere and without
+rich."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from . import markdown
 
 T = TypeVar("T")
 BARS = "▁▂▃▄▅▆▇█"
 
 
+class Console(Protocol):
+    """The part of rich's Console that the commands use."""
+
+    @property
+    def is_terminal(self) -> bool: ...
+
+    def print(
+        self, *objects: Any, sep: str = " ", style: str | None = None, soft_wrap: bool | None = None
+    ) -> object: ...
+
+
+class PlainConsole:
+    """Lines without style, where rich is not installed."""
+
+    is_terminal = False
+
+    def print(self, *objects: Any, sep: str = " ", style: str | None = None, soft_wrap: bool | None = None) -> None:
+        print(*objects, sep=sep)
+
+
 def make_console(width: int = 100) -> Console:
     """Plain text, so that brackets stay; wide enough for every table where no terminal sets a width."""
-    console = Console(markup=False, highlight=False, emoji=False)
-    return console if console.is_terminal else Console(markup=False, highlight=False, emoji=False, width=width)
+    if importlib.util.find_spec("rich") is None:
+        return PlainConsole()
+    from rich.console import Console as RichConsole
+
+    class LineConsole(RichConsole):
+        def on_broken_pipe(self) -> None:
+            raise  # to `exits.run_command`; rich would end the process with 1
+
+    console = LineConsole(markup=False, highlight=False, emoji=False)
+    return console if console.is_terminal else LineConsole(markup=False, highlight=False, emoji=False, width=width)
 
 
 def heading(console: Console, text: str) -> None:
@@ -29,6 +56,12 @@ def heading(console: Console, text: str) -> None:
 
 def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """A ruled table; the first ``left`` columns are words, the others figures."""
+    if isinstance(console, PlainConsole):
+        console.print(markdown.table(columns, rows, left))
+        return
+    from rich import box
+    from rich.table import Table
+
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
         # Nothing is cut off: where a terminal is too narrow for it, a cell goes on in the next line.
@@ -38,15 +71,18 @@ def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(shown)
 
 
-def track(console: Console, doing: str, items: Sequence[T]) -> Iterator[T]:
-    """The items, while what is done with them shows."""
+def track(console: Console, doing: str, items: Iterable[T], count: int) -> Iterator[T]:
+    """The ``count`` items, while what is done with them shows."""
     if not console.is_terminal:
-        console.print(f"{doing}: {len(items)} …")
+        console.print(f"{doing}: {count} …")
         yield from items
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield from progress.track(items, description=doing)
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+
+    with bar(
+        console, TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    ) as shown:
+        yield from shown.track(items, total=count, description=doing)
 
 
 @contextlib.contextmanager
@@ -57,11 +93,25 @@ def progress(console: Console, doing: str, count: int, seconds: float) -> Iterat
         console.print(f"{doing}: {count} comparisons, about {seconds / 60:.1f} minutes …")
         yield lambda *_: None
         return
-    share = TextColumn("{task.percentage:.0f} %")
-    columns = TextColumn("{task.description}"), BarColumn(), share, TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
-        task = bar.add_task(doing, total=seconds)
-        yield lambda what, done: bar.update(task, description=what, advance=done, refresh=True)
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with bar(console, *columns, auto_refresh=False) as shown:
+        task = shown.add_task(doing, total=seconds)
+        yield lambda what, done: shown.update(task, description=what, advance=done, refresh=True)
+
+
+def bar(console: Console, *columns: Any, auto_refresh: bool = True) -> Any:
+    """rich's progress bar on a console of rich, gone when it ends."""
+    from rich.progress import Progress
+
+    shown: Any = console
+    return Progress(*columns, console=shown, transient=True, auto_refresh=auto_refresh)
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:

@@ -11,7 +11,9 @@ import torch
 
 from . import __version__, ops, override
 
-__all__ = ["describe", "describe_cache", "lines", "processor", "version"]
+__all__ = [
+    "cache_folder", "cpu_dtypes", "describe", "describe_cache", "lines", "processor", "usable_cores", "version",
+]  # fmt: skip
 
 
 def describe() -> dict[str, str]:
@@ -20,10 +22,10 @@ def describe() -> dict[str, str]:
     >>> print(*describe(), sep=", ")
     CPU, instruction set, caches, CPU kernels, GPU, operator, switch, threads, versions
     """
-    from .kernels.cpu import config, driver, host
+    from .kernels.cpu import driver, host
 
     cpu = host.cpu()
-    kernels = [f"{driver.config(dtype).name} ({dtype})" for dtype in config.SIZES]
+    kernels = [f"{driver.config(dtype).name} ({dtype})" for dtype in cpu_dtypes()] + left_to_torch()
     packages = ["torch", "numba", "llvmlite", "triton"]
     return {
         "CPU": f"{processor()}, {os.cpu_count()} cores",
@@ -39,6 +41,39 @@ def describe() -> dict[str, str]:
             + [f"{package} {version(package)}" for package in packages]
         ),
     }
+
+
+def cpu_dtypes() -> list[str]:
+    """The dtypes with a kernel on this CPU.
+
+    >>> cpu_dtypes()[:2]
+    ['float32', 'float64']
+    """
+    from .kernels.cpu import driver
+
+    return list(filter(driver.supports, all_dtypes()))
+
+
+def all_dtypes() -> list[str]:
+    return [str(dtype).removeprefix("torch.") for dtype in ops.DTYPES]
+
+
+def left_to_torch() -> list[str]:
+    """A note for each dtype without a kernel on this CPU, where the other CPUs have one."""
+    return [
+        f"{dtype} falls back to torch (no instructions that convert it)"
+        for dtype in all_dtypes()
+        if dtype not in cpu_dtypes()
+    ]
+
+
+def usable_cores() -> int:
+    """How many cores this process may use.
+
+    >>> usable_cores() >= 1
+    True
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def lines(facts: dict[str, str]) -> list[str]:
@@ -105,14 +140,31 @@ def version(package: str) -> str:
         return "missing"
 
 
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept; None where they are not, as for a user without a home folder.
+
+    >>> folder = cache_folder()
+    >>> folder is None or folder.name != ""
+    True
+    """
+    from .kernels.cpu import build
+
+    return build.cache_folder()
+
+
+def cached_kernels() -> list[Path]:
+    folder = cache_folder()
+    return [] if folder is None else list(folder.glob("*.o"))
+
+
 def describe_cache() -> str:
     """Where compiled kernels are kept, and how many are there.
 
     >>> "kernels" in describe_cache()
     True
     """
-    from .kernels.cpu import build
-
-    folder = build.cache_folder()
-    sizes = [path.stat().st_size for path in folder.glob("*.o")]
+    folder = cache_folder()
+    if folder is None:
+        return "none (0 kernels): the user has no home folder, and MATMUL_GRAD_CACHE is not set"
+    sizes = [path.stat().st_size for path in cached_kernels()]
     return f"{folder} ({len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB)"

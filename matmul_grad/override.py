@@ -7,8 +7,6 @@ backward formulas or compiled code, runs on the kernels of this package; all tha
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,13 +14,14 @@ from typing import Any
 
 import torch
 
+from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native import state
 from .late import after_import
 from .override_cuda import Switch, calls
 
 __all__ = ["disable", "enable", "enabled", "info"]
 
-_lock = threading.RLock()
+_lock = fork_safe_lock()
 _cuda = Switch()
 _blocks: list[list[bool]] = []  # of the open enabled() blocks, in order: whether the override was on before
 _told: set[str] = set()  # reasons for which one device is not overridden
@@ -128,7 +127,7 @@ def enable() -> None:
     source      docs/design.md, "The switch"
 
     For all threads of the process, and only once if called again. The first call on a build of torch tries it in a
-    process of its own, which takes some seconds; a torch that does not pass is refused by RuntimeError, which tells what
+    child process, which takes some seconds; a torch that does not pass is refused by RuntimeError, which tells what
     failed, and nothing has changed. CPU and CUDA are independent: a warning names the one that stays torch's.
 
     >>> import torch, matmul_grad
@@ -208,7 +207,3 @@ def info() -> dict[str, Any]:
         sums = {name: Counter(state.calls(name, code)) + calls[name, outcome] for name in state.OPERATORS}
         found[outcome] = {name: dict(dtypes) for name, dtypes in sums.items() if dtypes}
     return found
-
-
-if hasattr(os, "register_at_fork"):  # a child must not find the lock taken by a thread that it has not
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

@@ -1,5 +1,6 @@
 """The command: what it prints, what it finds, what it returns."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from torch import Tensor
 from matmul_grad import __version__, api, autograd, check, check_products, check_timing, check_training, cli, warmup
 from matmul_grad.bench import command as bench
 
+MAIN = sys.executable, "-m", "matmul_grad"
+REPORT = Path(__file__).parents[1] / "bench" / "results" / "bench-cpu-amd-epyc-avx512" / "bench.json"
 QUICK = ["check", "--no-train", "--no-time"]
 Mm = Callable[[Tensor, Tensor], Tensor]
 
@@ -148,15 +151,63 @@ def test_missing_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert "no CUDA device" in refused.err
 
 
-@pytest.mark.parametrize(("module", "package"), [("rich", "rich"), ("sklearn", "scikit-learn")])
-def test_missing_extra(
-    module: str, package: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
+def test_missing_package_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     assert cli.main(["check"]) == 2
     refused = capsys.readouterr()
     assert refused.out == ""
-    assert refused.err == f"matmul-grad: {package} is missing: pip install 'matmul-grad[check]'\n"
+    assert refused.err == "matmul-grad: scikit-learn is missing: pip install scikit-learn\n"
+
+
+def test_commands_work_without_rich(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in [name for name in sys.modules if name.split(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(check_timing.SIZES, "cpu", (32,))
+    assert cli.main(["check", "--no-train"]) == 0
+    printed = capsys.readouterr().out
+    assert "| NN | f32 | " in printed and "| forward-f32-32 | " in printed
+    for command in (["info"], ["warmup"]):
+        assert cli.main(command) == 0
+
+
+def test_help_of_the_bench_needs_neither_rich_nor_matplotlib(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.modules |= {"rich": None, "matplotlib": None, "sklearn": None}
+from matmul_grad import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    result = REPORT.read_text(encoding="utf-8")
+    (tmp_path / "a.json").write_text(result, encoding="utf-8")
+    for arguments in (["--help"], ["bench", "--help"], ["bench", "compare", "a.json", "a.json"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), arguments
+
+
+def test_a_cpu_without_conversions_of_float16() -> None:
+    """`generic` stands for it: float16 has no kernel there, which is told, and nothing fails."""
+    code = """
+import os
+os.environ["MATMUL_GRAD_ISA"] = "generic"
+from matmul_grad import check_products, cli, warmup
+assert cli.main(["info"]) == 0
+assert [name[0] for name, _ in warmup.steps()] == ["o", "s", "d", "b"]
+assert check_products.dtypes("cpu") == ["f32", "f64", "bf16"]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "float16 falls back to torch (no instructions that convert it)" in done.stdout
+    assert "generic of " in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["warmup"], QUICK], ids=" ".join)
+def test_commands_on_a_cpu_without_conversions_of_float16(command: list[str]) -> None:
+    environment = os.environ | {"MATMUL_GRAD_ISA": "generic"}
+    done = subprocess.run([*MAIN, *command], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "float16 falls back to torch" in done.stdout
 
 
 def test_unknown_instruction_set(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +227,8 @@ def test_unknown_instruction_set(capsys: pytest.CaptureFixture[str], monkeypatch
         ["check", "--device", "tpu"],
         ["check", "--threads", "0"],
         ["check", "--threads", "two"],
+        ["check", "--threads", "100000000000"],
+        ["check", "--seed", "9" * 5000],
         ["check", "--seed", "-1"],
         ["info", "--seed", "1"],
     ],
@@ -215,6 +268,77 @@ def test_warmup(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_line(printed).startswith("cache: ")
 
 
+def test_warmup_where_nothing_can_be_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("MATMUL_GRAD_CACHE", str(tmp_path / "file" / "cache"))
+    assert cli.main(["warmup"]) == 2
+    refused = capsys.readouterr()
+    assert refused.out == ""
+    assert refused.err == f"matmul-grad: compiled kernels cannot be kept in {tmp_path}/file/cache: Not a directory\n"
+
+
+def test_kernels_are_compiled_on_all_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Once the first had to be compiled, processes on the other cores compile a share of the others."""
+    monkeypatch.setenv("MATMUL_GRAD_CACHE", str(tmp_path))
+    monkeypatch.setattr(warmup.machine, "usable_cores", lambda: 2)
+    begun: list[list[str]] = []
+
+    class Helper:
+        def __init__(self, command: list[str], **_: object) -> None:
+            begun.append(command[1:])
+
+        def __enter__(self) -> "Helper":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def wait(self) -> int:
+            (tmp_path / "waited").touch()
+            return 1
+
+        kill = wait
+
+    calls: list[str] = []
+
+    def compile_one(name: str) -> Callable[[], None]:
+        def compile_it() -> None:
+            calls.append(name)
+            (tmp_path / f"{name}.o").touch()
+
+        return compile_it
+
+    monkeypatch.setattr(warmup.subprocess, "Popen", Helper)
+    monkeypatch.setattr(warmup, "steps", lambda: [(name, compile_one(name)) for name in "abcde"])
+    assert [name for name, _ in warmup.compiled()] == calls == list("abcde")
+    assert begun == [["-m", "matmul_grad.warmup", "c", "e"]] and (tmp_path / "waited").exists()
+    begun.clear()
+    assert [name for name, _ in warmup.compiled()] == list("abcde") and begun == []  # all is there now
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="1 test needs /dev/full")
+@pytest.mark.parametrize(
+    "command", [["info"], ["--help"], ["bench", "--help"], ["bench", "compare", str(REPORT), str(REPORT)]], ids=" ".join
+)
+def test_output_that_ends_early(command: list[str]) -> None:
+    """A reader that goes away, as `head` does, and a full disk: one line at most, and no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with os.fdopen(writer, "wb") as pipe, open("/dev/full", "wb") as full:
+        closed, filled = (
+            subprocess.Popen([*MAIN, *command], stdout=out, stderr=subprocess.PIPE, env=environment)
+            for out in (pipe, full)
+        )
+    assert (closed.communicate()[1], closed.returncode) == (b"", 141)
+    expected = b"the output cannot be written: No space left on device\n"
+    said = filled.communicate()[1]
+    assert said.startswith(b"matmul-grad") and said.endswith(expected) and said.count(b"\n") == 1
+    assert filled.returncode == 2
+
+
 def test_kernel_that_does_not_compile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ValueError("bad lanes\nmore")
@@ -230,7 +354,7 @@ def test_kernel_that_does_not_compile(capsys: pytest.CaptureFixture[str], monkey
 def test_bench_says_what_it_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["bench"]) == 2
-    assert capsys.readouterr().err == "matmul-grad: matplotlib is missing: pip install 'matmul-grad[bench]'\n"
+    assert capsys.readouterr().err == "matmul-grad bench: matplotlib is missing: pip install matplotlib\n"
 
 
 def test_bench_takes_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 import matmul_grad
 from matmul_grad import cuda, ops
-from matmul_grad.kernels.native import launch_table as table, register, state, torch_layout
 from matmul_grad.kernels.gpu import launch
 from matmul_grad.kernels.gpu.recipe import Constant, Descriptor, Pointer, Recipe
+from matmul_grad.kernels.native import launch_table as table
+from matmul_grad.kernels.native import register, state, torch_layout
 from matmul_grad.testing import assert_same_bits, integers
 
 CPU = 0

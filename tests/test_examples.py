@@ -78,6 +78,19 @@ def test_runs_as_a_script_from_anywhere(tmp_path: Path) -> None:
     assert (tmp_path / "train_digits.png").exists()
 
 
+@pytest.mark.parametrize("script", ["train_digits", "train_char_gpt", "tensor_parallel"])
+def test_missing_packages_are_named_in_one_line(script: str, tmp_path: Path) -> None:
+    code = f"""
+import runpy, sys
+sys.modules |= {{"sklearn": None, "matplotlib": None, "rich": None}}
+sys.path.insert(0, {str(EXAMPLES)!r})
+runpy.run_path({str(EXAMPLES / script)!r} + ".py", run_name="__main__")
+"""
+    done = run("-c", code, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "missing for the examples: pip install rich scikit-learn matplotlib\n"
+
+
 @pytest.mark.parametrize("example", ["train_digits"], indirect=True)
 def test_says_what_it_cannot_take(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, said in (

@@ -1,4 +1,4 @@
-"""The test that a torch has to pass before aten's operators are overridden: it passes here, and sees each wrong layout."""
+"""The probe that a torch has to pass before aten's operators are overridden: it sees each wrong layout."""
 
 import os
 import subprocess
@@ -60,9 +60,7 @@ def test_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(override_probe, "_run", lambda: "exit code 1, AssertionError: mm is wrong")
     override_probe._verdict.cache_clear()
     try:
-        with pytest.raises(
-            Unavailable, match="does not pass the test of the override: exit code 1, AssertionError: mm"
-        ):
+        with pytest.raises(Unavailable, match=r"does not pass .* exit code 1, AssertionError: mm"):
             override_probe.require()
         assert list(tmp_path.iterdir()) == []
     finally:

@@ -63,13 +63,17 @@ def test_wheel_holds_one_top_level_name(wheel: Path) -> None:
     assert {name.split("/")[0] for name in contents(wheel)} == {PACKAGE}
 
 
-def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
-    modules = {
-        name.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
-        for name, path in sources().items()
+def test_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
+    """Whatever lies in the source folders, data too: `kernels.gpu.winners` reads a table beside itself."""
+    folders = {ROOT / PACKAGE: PACKAGE, ROOT / "kernels": f"{PACKAGE}/kernels"}
+    expected = {
+        f"{target}/{path.relative_to(folder).as_posix()}"
+        for folder, target in folders.items()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {f"{PACKAGE}/kernels/{device}/__init__.py" for device in ("cpu", "gpu")} < modules
-    assert contents(wheel) == modules | {f"{PACKAGE}/py.typed"}
+    assert {f"{PACKAGE}/kernels/gpu/winners.json", f"{PACKAGE}/py.typed"} < expected
+    assert contents(wheel) == expected
 
 
 def test_wheel_states_what_it_needs(wheel: Path) -> None:
@@ -116,6 +120,72 @@ def test_checkout_does_not_shadow_the_package_named_kernels(installed: Path) -> 
     assert run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(installed)) == "somebody else\n"
 
 
+# Nothing but what lies on sys.path: the finder of an editable installation would fill in what a wheel lacks.
+WITHOUT_EDITABLE = """
+import sys
+def is_editable(finder):
+    return getattr(finder, "__module__", "").startswith("__editable__")
+sys.meta_path[:] = [finder for finder in sys.meta_path if not is_editable(finder)]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+"""
+USE = """
+import importlib.util, json, sys
+import torch, matmul_grad
+a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
+assert torch.equal(matmul_grad.mm(a, b), a @ b)
+with matmul_grad.strict():
+    torch.testing.assert_close(matmul_grad.linear(a, b.t()), a @ b)
+from matmul_grad import cli
+assert cli.main(["info"]) == 0
+if importlib.util.find_spec("triton"):
+    from matmul_grad.kernels.gpu import choose, config, launch
+    problem = config.Problem(64, 64, 64, "bfloat16", "N", "N")
+    assert choose.choose(problem, config.Target(90, 132, 232448)).block_m > 0
+    assert torch.equal(launch.mm(a, b), a @ b)  # the plan, the launch and the kernel, by Triton's interpreter
+files = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "matmul_grad"]
+print(json.dumps([file for file in files if file]))
+"""
+
+
+def used(cwd: Path, *path: Path, before: str = WITHOUT_EDITABLE) -> set[Path]:
+    """Multiply on the CPU, and through the GPU's plans, in a new process: the folders that its modules came from."""
+    output = run(
+        sys.executable, "-c", before + USE, cwd=cwd, PYTHONPATH=os.pathsep.join(map(str, path)), TRITON_INTERPRET="1",
+        MATMUL_GRAD_TUNED=str(cwd / "none.json"),
+    )  # fmt: skip
+    return {Path(file).parent for file in json.loads(output.splitlines()[-1])}
+
+
+def test_wheel_multiplies_and_chooses_tiles(installed: Path, tmp_path: Path) -> None:
+    folders = used(tmp_path, installed)
+    assert all(folder.is_relative_to(installed / PACKAGE) for folder in folders)
+    assert {installed / PACKAGE / "kernels" / device for device in ("cpu", "gpu")} < folders
+
+
+def test_bare_checkout_multiplies_and_chooses_tiles(built: Path, tmp_path: Path) -> None:
+    """Nothing is installed; the checkout's folder is on the path."""
+    folders = used(tmp_path, built / "copy")
+    assert all(folder.is_relative_to(built / "copy") for folder in folders)
+    assert {built / "copy" / "kernels" / device for device in ("cpu", "gpu")} < folders
+
+
+def test_import_inside_the_checkout_beside_an_installation(built: Path, installed: Path) -> None:
+    """Python puts the working folder first, so package and kernels are the checkout's."""
+    folders = used(built / "copy", installed)
+    assert all(folder.is_relative_to(built / "copy") for folder in folders)
+
+
+def test_editable_installation_multiplies_and_chooses_tiles(built: Path, tmp_path: Path) -> None:
+    target = tmp_path / "editable"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
+    run(*pip, "--target", target, "--editable", built / "copy", cwd=tmp_path)
+    before = f"{WITHOUT_EDITABLE}\nimport site\nsite.addsitedir({str(target)!r})\n"
+    folders = used(tmp_path, target, before=before)
+    assert all(folder.is_relative_to(built / "copy") for folder in folders)
+    assert {built / "copy" / "kernels" / device for device in ("cpu", "gpu")} < folders
+
+
 def test_import_brings_in_no_compiler(tmp_path: Path) -> None:
     code = """
 import sys, torch
@@ -128,23 +198,38 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
     assert not new & {"numba", "llvmlite", "triton"}
 
 
-def test_import_costs_at_most_50_ms_over_torch(tmp_path: Path) -> None:
+def test_modules_that_the_docs_name_are_attributes(tmp_path: Path) -> None:
+    """After `import matmul_grad` alone; none of them is loaded before it is used."""
     code = """
-import time, torch
-start = time.perf_counter()
-import matmul_grad
-print(time.perf_counter() - start)
+import sys, matmul_grad
+names = "bench", "reference", "testing"
+assert not [name for name in names if f"matmul_grad.{name}" in sys.modules]
+assert {*names} <= {*dir(matmul_grad)}
+assert callable(matmul_grad.bench.compare) and callable(matmul_grad.reference.gradients)
+assert callable(matmul_grad.testing.assert_within_budget)
+assert not {"matplotlib", "rich"} & {*sys.modules}
+try:
+    matmul_grad.no_such_name
+except AttributeError as error:
+    print(error)
 """
+    said = run(sys.executable, "-c", code, cwd=tmp_path)
+    assert said == "module 'matmul_grad' has no attribute 'no_such_name'\n"
 
-    def median() -> float:
-        return statistics.median(float(run(sys.executable, "-c", code, cwd=tmp_path)) * 1000 for _ in range(5))
 
-    # Medians are taken again on a busy machine: a slow import is slow each time.
-    medians: list[float] = []
-    while not medians or (medians[-1] > 50 and len(medians) < 3):
-        medians.append(median())
-    print(f"import {PACKAGE} after torch: {min(medians):.1f} ms")
-    assert min(medians) <= 50, f"import {PACKAGE} took {medians} ms (medians of five fresh processes)"
+def test_import_costs_a_tenth_of_torchs_at_most(tmp_path: Path) -> None:
+    """In time of the processor, beside torch's own import in the same process: on any machine, however busy."""
+    code = """
+import time
+start = time.process_time()
+import torch
+between = time.process_time()
+import matmul_grad
+print((time.process_time() - between) / (between - start))
+"""
+    shares = [float(run(sys.executable, "-c", code, cwd=tmp_path)) for _ in range(3)]
+    print(f"import {PACKAGE} after torch: {statistics.median(shares):.3f} of torch's own import")
+    assert statistics.median(shares) <= 0.1, f"import {PACKAGE} took {shares} of torch's own import"
 
 
 def imported(module: str, source: str, package: bool) -> Iterator[str]:
@@ -159,6 +244,8 @@ def imported(module: str, source: str, package: bool) -> Iterator[str]:
             yield from (f"{origin}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "import_module":
             (name, *rest) = node.args
+            if module == PACKAGE and ast.unparse(name) == "f'{__name__}.{name}'":
+                continue  # when it is first used: `test_modules_that_the_docs_name_are_attributes`
             if module.startswith("tests.") and not isinstance(name, ast.Constant):
                 continue  # a test may walk over the package's modules by name
             assert not rest and isinstance(name, ast.Constant), f"{module}: {ast.unparse(node)}: use one literal"

@@ -1,4 +1,4 @@
-"""A storage that does not hold its tensor: freed, as FSDP frees parameters, or shrunk. No entry reads or writes past it."""
+"""A storage that does not hold its tensor: freed, as FSDP frees parameters, or shrunk. No entry goes past it."""
 
 import subprocess
 import sys
@@ -74,7 +74,7 @@ def broken(entries: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]) ->
 @pytest.mark.parametrize(("call", "tensors", "index", "size"), broken(ENTRIES))
 def test_a_storage_that_is_too_small_raises(call: Any, tensors: Any, index: int, size: int) -> None:
     operands = [with_storage(x, size) if i == index else x.clone() for i, x in enumerate(tensors)]
-    with pytest.raises(RuntimeError, match="not allocated yet|out of bounds"):
+    with pytest.raises(RuntimeError, match=r"not allocated yet|out of bounds"):
         call(*operands)
     assert all(torch.equal(x, y) for i, (x, y) in enumerate(zip(operands, tensors)) if i != index)
 
@@ -82,7 +82,7 @@ def test_a_storage_that_is_too_small_raises(call: Any, tensors: Any, index: int,
 @pytest.mark.parametrize(("call", "tensors", "index", "size"), broken(OVERRIDDEN))
 def test_a_storage_that_is_too_small_raises_under_the_override(call: Any, tensors: Any, index: int, size: int) -> None:
     operands = [with_storage(x, size) if i == index else x.clone() for i, x in enumerate(tensors)]
-    with matmul_grad.enabled(), pytest.raises(RuntimeError, match="not allocated yet|out of bounds"):
+    with matmul_grad.enabled(), pytest.raises(RuntimeError, match=r"not allocated yet|out of bounds"):
         call(*operands)
     assert all(torch.equal(x, y) for i, (x, y) in enumerate(zip(operands, tensors)) if i != index)
 

@@ -24,7 +24,8 @@ from .operands import (
     strides_of_source,
 )
 from .plan import Sum, backward_launch, launches, scales_of, work_elements
-from .run import Runner
+from .run import CannotBuild as CannotBuild
+from .run import Runner, failed
 
 INTERPRETER = Target(arch=80, sms=2, shared_bytes=227 << 10)
 PLANS = 4096  # kept at once; a model with more shapes than that pays for its plans again
@@ -307,7 +308,7 @@ def takes_scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, result:
     narrow = a.dtype in NAMES_OF_8_BITS and b.dtype in NAMES_OF_8_BITS and result in NAMES and result.itemsize <= 4
     scales = all(scale.numel() == 1 and scale.dtype == torch.float32 for scale in (scale_a, scale_b))
     together = a.device == b.device == scale_a.device == scale_b.device and (a.is_cuda or INTERPRETED)
-    if not (matrices and narrow and scales and together):
+    if failed or not (matrices and narrow and scales and together):
         return False
     along_k = a.stride(1) == b.stride(0) == 1 and is_aligned(a) and is_aligned(b)
     return along_k and target_of(a).arch >= 89 and (INTERPRETED or torch.version.hip is None)
@@ -338,7 +339,7 @@ def target_of(x: Tensor) -> Target:
 
 def supports(x: Tensor) -> bool:
     """Whether mm takes this tensor: its dtype, on an NVIDIA GPU from sm_80 on (or under the interpreter)."""
-    if x.dtype not in NAMES:
+    if x.dtype not in NAMES or failed:
         return False
     if INTERPRETED:
         return x.is_cpu or x.is_cuda

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +13,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .plan import Described, Launch, Number, Operand
 from .recipe import Recipe, recipe
+
+failed: list[str] = []  # why Triton can build nothing here, once it could not
+
+
+class CannotBuild(RuntimeError):
+    """Triton cannot build the launcher of a kernel, as where there is no C compiler; the message says why."""
 
 
 class Checked:
@@ -46,6 +54,17 @@ class Runner:
         """What the driver was given, but for the addresses; None before the first call, and where that is not all."""
         return None if self._compiled is None else recipe(self._launch, self._compiled)
 
+    def _build_and_launch(self, arguments: list[Any]) -> Any:
+        launch = self._launch
+        try:
+            return launch.kernel[launch.grid](*arguments, **launch.options)
+        except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
+            reason = reason_not_to_build(error)
+            if not reason:
+                raise
+            note_failure(reason)
+            raise CannotBuild(reason) from error
+
     def __call__(self, tensors: dict[str, Any]) -> None:
         arguments = self._arguments.copy()
         for position, name in self._operands:
@@ -56,12 +75,29 @@ class Runner:
         for position, name, shape, strides, block in self._described:
             arguments[position] = describe(tensors[name], shape, strides, block)
         if jit:
-            launch = self._launch
-            self._compiled = launch.kernel[launch.grid](*arguments, **launch.options)
+            self._compiled = self._build_and_launch(arguments)
             return
         stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         function, metadata = compiled.function, compiled.packed_metadata
         compiled.run(*self._launch.grid, 1, stream, function, metadata, None, None, None, *arguments)
+
+
+def reason_not_to_build(error: Exception) -> str:
+    """Why Triton's C compiler did not run or failed; empty for an error of another kind."""
+    if isinstance(error, (OSError, subprocess.CalledProcessError)) or "C compiler" in str(error):
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    return ""
+
+
+def note_failure(reason: str) -> None:
+    """One warning a process: products of CUDA tensors go to torch from now on."""
+    if not failed:
+        failed.append(reason)
+        warnings.warn(
+            f"matmul_grad: Triton cannot build its kernels here, products on the GPU go to torch: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def listened() -> bool:

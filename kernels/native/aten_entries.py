@@ -1,9 +1,9 @@
 """Kernels under aten's own operators on CPU, while ``matmul_grad.enable()`` overrides them.
 
 Signature, torch's own of a boxed kernel: ``void entry(functor, operator, keys, stack)``. The stack is a C++ vector of
-slots (``torch_layout.SLOT``), a payload and a tag; the last of them are the arguments. A slot that holds a tensor starts
-with the word that a handle of the stable C ABI points at, so its address serves as one. Nothing is taken off the stack
-before the product is done: until then torch's own kernel can still be called on it, and raises what is wrong.
+slots (``torch_layout.SLOT``), a payload and a tag; the last of them are the arguments. A slot that holds a tensor
+starts with the word that a handle of the stable C ABI points at, so its address serves as one. Nothing is taken off the
+stack before the product is done: until then torch's own kernel can still be called on it, and raises what is wrong.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..cpu import build
+from ..cpu.once import Once
 from . import register, torch_layout
 from .op_table import OVERLOADS
 from .register import Unavailable
@@ -88,10 +89,19 @@ def _require() -> None:
     override_probe.require()
 
 
-@functools.cache
 def _load() -> build.Loaded:
+    try:
+        return _loaded.result()
+    except RuntimeError as reason:
+        raise Unavailable(str(reason)) from None
+
+
+def _load_entries() -> build.Loaded:
     linked = register.symbols(torch_layout.MANGLED | torch_layout.OVERRIDE_MANGLED)
     return register.load_entries("aten_entries", _entries, linked)
+
+
+_loaded = Once(_load_entries)
 
 
 def _entries() -> build.Kernels:

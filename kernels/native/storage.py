@@ -1,4 +1,4 @@
-"""Whether a tensor lies within its storage, for the paths through Python; ``torch_c_api.py`` has it for compiled ones."""
+"""Whether a tensor lies within its storage, for paths through Python; ``torch_c_api.py`` has it for compiled ones."""
 
 from __future__ import annotations
 

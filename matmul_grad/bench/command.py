@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from .. import rivals, testing
-from ..console import make_console, progress, table
-from ..exits import DISAGREES, INTERRUPTED, UNUSABLE, Parser, Unusable, require_isa
+from ..console import Console, make_console, progress, table
+from ..exits import DISAGREES, INTERRUPTED, UNUSABLE, Parser, Unusable, complain, require, require_isa, run_command
 from ..gpu_report.command import terminated_as_interrupted
-from . import cells, conductor, contenders, devices, figures, files_of_run, readme, record, tables
+from . import cells, conductor, contenders, devices, figures, record, tables
 from .cells import PASSES, SUITES, Cell
 from .contenders import Contender
 
@@ -29,7 +27,7 @@ DTYPES = {"cpu": ("f32", "f64"), "cuda": ("bf16", "f32")}
 SECONDS = {"cpu": 0.6, "cuda": 0.3}  # a comparison, all contenders together
 MAX_GFLOP = {"cpu": 40.0, "cuda": 1e5}
 MINUTES = 5.0  # of the quick suite on a GPU
-WIDE = 160  # characters, where no terminal sets a width
+REPORT, REPORT_SHARE = 25.0, 0.2  # seconds, and the most of --minutes, that drawing and writing may take
 VERBS = ("run", "compare", "report")
 
 
@@ -39,12 +37,7 @@ def main(arguments: Sequence[str], program: str) -> int:
     rest = arguments[1:] if arguments[:1] == [verb] else arguments
     parser = Parser(prog=f"{program} {verb}", description=HELP[verb], epilog=EPILOG if verb == "run" else None)
     OPTIONS[verb](parser)
-    command = parser.parse_args(rest)
-    try:
-        return int(DO[verb](command))
-    except Unusable as reason:
-        print(f"{program}: {reason}", file=sys.stderr)
-        return UNUSABLE
+    return run_command(program, lambda: int(DO[verb](parser.parse_args(rest))))
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +100,10 @@ def positive(text: str) -> float:
 
 def run(command: argparse.Namespace) -> int:
     """Everything that was not measured yet, then the files and the tables of it."""
+    left = clock(command)
+    require("matplotlib")
+    from . import files_of_run
+
     members, planned, settings, larger = prepare(command)
     stamp = record.stamp(command.device, members)
     result = {
@@ -114,22 +111,24 @@ def run(command: argparse.Namespace) -> int:
         "protocol": record.PROTOCOL, "planned": len(planned), "larger": larger, "roofs": [], "rows": [],
     }  # fmt: skip
     run = record.Record.begin(record.folder(command.out, stamp), result, command.resume)
-    console, begun = make_console(WIDE), len(run.result["rows"])
+    console, begun = make_console(), len(run.result["rows"])
     interrupted = False
     with terminated_as_interrupted():
         try:
-            measure(console, command, members, planned, run)
+            measure(console, command, members, planned, run, left)
         except KeyboardInterrupt:
             interrupted = True
     whole = not run.left(planned)
     if not run.result["rows"]:
-        print("bench: interrupted before anything was measured", file=sys.stderr)
-        return INTERRUPTED
+        complain(f"bench: {'interrupted' if interrupted else 'the time was up'} before anything was measured")
+        return INTERRUPTED if interrupted else UNUSABLE
     path = run.finish(whole)
     files_of_run.write(run.result, path.parent)
     conclude(console, run.result)
-    console.print(f"{len(run.result['rows']) - begun} comparisons measured; rows: {path}")
-    console.print(f"report: {path.with_name('bench.html')}")
+    done = len(run.result["rows"])
+    console.print(f"{done} of {len(planned)} comparisons measured{f', {done - begun} of them now' if begun else ''}")
+    console.print(f"rows: {path}", soft_wrap=True)
+    console.print(f"report: {path.with_name('bench.html')}", soft_wrap=True)
     if not whole:
         console.print(f"{len(run.left(planned))} comparisons are left: --resume goes on with them")
     return INTERRUPTED if interrupted else verdict(run.result, command.fail_below)
@@ -146,7 +145,7 @@ def prepare(command: argparse.Namespace) -> tuple[list[Contender], list[Cell], d
         if contender and device not in contender.devices:
             raise Unusable(f"--rivals {name}: it does not run on {device}")
         if contender and not contender.installed:
-            raise Unusable(f"--rivals {name}: {contender.package} is missing: pip install 'matmul-grad[rivals]'")
+            raise Unusable(f"--rivals {name}: {contender.package} is missing: pip install {contender.package}")
     members = contenders.chosen(command.rivals or contenders.NAMES, device)
     dtypes, limit = command.dtype or DTYPES[device], command.max_gflop or MAX_GFLOP[device]
     counts = command.threads if device == "cpu" else (1,)
@@ -162,7 +161,12 @@ def prepare(command: argparse.Namespace) -> tuple[list[Contender], list[Cell], d
 
 
 def measure(
-    console: Console, command: argparse.Namespace, members: list[Contender], planned: list[Cell], run: record.Record
+    console: Console,
+    command: argparse.Namespace,
+    members: list[Contender],
+    planned: list[Cell],
+    run: record.Record,
+    time_left: Callable[[], float],
 ) -> None:
     """Keep a row for each cell that has none, until the time is up."""
     left, seconds = run.left(planned), run.result["settings"]["seconds"]
@@ -174,7 +178,7 @@ def measure(
         if (ensemble.device, ensemble.threads) not in known:
             run.result["roofs"].append(ensemble.roof())
 
-    rows = conductor.rows(left, members, seconds, command.pin, clock(command), begun)
+    rows = conductor.rows(left, members, seconds, command.pin, time_left, begun)
     weights = [cell.weight(seconds, contenders=sum(member.takes(cell) for member in members)) for cell in left]
     with contextlib.closing(rows), progress(console, "bench", len(left), sum(weights)) as shown:
         for cell, weight, row in zip(left, weights, rows):
@@ -183,30 +187,33 @@ def measure(
 
 
 def clock(command: argparse.Namespace) -> Callable[[], float]:
-    """Seconds that are left."""
+    """Seconds that are left for comparisons: the last of --minutes are for the files and pictures."""
     minutes = command.minutes or (MINUTES if (command.device, command.suite) == ("cuda", "quick") else float("inf"))
-    end = monotonic() + 60 * minutes
+    end = monotonic() + 60 * minutes - min(REPORT, 60 * minutes * REPORT_SHARE)
     return lambda: end - monotonic()
 
 
 def conclude(console: Console, result: dict[str, Any]) -> None:
     for text in tables.notes(result):
         console.print(text)
-    table(console, tables.SUMMARY, tables.summary(result["rows"]), left=4)
+    for where, lines in tables.summaries(result["rows"]).items():
+        console.print(f"\n{where}")
+        table(console, tables.SUMMARY[:-1], [line[:-1] for line in lines], left=3)
     console.print("Another's time over this package's: above 1 this package is faster; in brackets the quartiles.")
+    console.print(tables.verdict(result["rows"]))
 
 
 def verdict(result: dict[str, Any], least: float | None) -> int:
     """1 where something is wrong, or a geometric mean of ratios to torch is below ``least``."""
     status = 0
     for line in figures.troubles(result["rows"]):
-        print(f"bench: {line}", file=sys.stderr)
+        complain(f"bench: {line}")
         status = DISAGREES
     for group, found in figures.summaries(result["rows"]).items():
         for summary in found:
             if least is not None and summary.rival == rivals.THEIRS and summary.mean.median < least:
                 what = f"{group.product} {group.dtype}, {group.where}"
-                print(f"bench: {what}: {summary.mean.median:.3f} of torch, below {least:g}", file=sys.stderr)
+                complain(f"bench: {what}: {summary.mean.median:.3f} of torch, below {least:g}")
                 status = DISAGREES
     return status
 
@@ -217,8 +224,10 @@ def compare(command: argparse.Namespace) -> int:
     found = figures.changes(first["rows"], second["rows"])
     if not found:
         raise Unusable(f"compare: {command.first} and {command.second} have no comparison in common")
-    console = make_console(WIDE)
+    console = make_console()
     table(console, tables.CHANGES, tables.changes(found))
+    for line in tables.other_machine(first["stamp"], second["stamp"]):
+        console.print(line)
     mean, differ = figures.mean_change(found), sum(change.significant for change in found)
     console.print(f"geometric mean of second / first: {mean:.3f}; {differ} of {len(found)} beyond their spread.")
     console.print("A figure is our ratio to torch, or calls a second where torch was not timed: larger is faster.")
@@ -230,14 +239,17 @@ def compare(command: argparse.Namespace) -> int:
     least = command.fail_below
     low = [change for change in found if least and change.significant and change.ratio < least]
     for change in low:
-        print(f"bench: {change.name}: {change.ratio:.3f} of the first, below {least:g}", file=sys.stderr)
+        complain(f"bench: {change.name}: {change.ratio:.3f} of the first, below {least:g}")
     if least and mean < least:
-        print(f"bench: geometric mean: {mean:.3f} of the first, below {least:g}", file=sys.stderr)
+        complain(f"bench: geometric mean: {mean:.3f} of the first, below {least:g}")
     return DISAGREES if low or (least and mean < least) else 0
 
 
 def report(command: argparse.Namespace) -> int:
     """The files of a run again, and README.md's section."""
+    require("matplotlib")
+    from . import files_of_run, readme
+
     result = record.load(command.file)
     if command.readme and result["stamp"]["device"] != "cpu":
         raise Unusable(f"--readme: its section is of a CPU, and {command.file} of a GPU")

@@ -26,7 +26,7 @@ REST = 0.1  # idle threads of OpenBLAS spin for 2²⁶ cycles before they sleep,
 TRIES = 3  # of a comparison on one thread, for a moment when nothing else runs
 PEAK_FLOPS = "flops of a call of the peak"
 SILENCE = 600.0  # seconds without an answer: a kernel that never ends
-GRACE = 10.0  # seconds that a comparison may go on when the time is up
+GRACE = 5.0  # seconds that a comparison may go on when the time is up
 
 Row = dict[str, Any]
 Left = Callable[[], float]

@@ -21,6 +21,11 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
 th.word, td.word { text-align: left; }
 .facts td { white-space: normal; overflow-wrap: anywhere; }
+.verdict { font-size: 1.1rem; }
+@media (max-width: 40rem) {
+  .summary { font-size: .75rem; }
+  .summary th, .summary td { padding: .2rem .25rem; white-space: normal; overflow-wrap: anywhere; }
+}
 .bad { border-left: 4px solid #d55e00; padding-left: .8rem; }
 """
 CAPTIONS = {
@@ -39,7 +44,10 @@ def page(result: dict[str, Any], drawn: Mapping[str, bytes]) -> str:
     stamp = result["stamp"]
     title = f"Bench: {stamp['GPU'] if stamp['device'] != 'cpu' else stamp['CPU']}, {stamp['date']}"
     body = [f"<h1>{html.escape(title)}</h1>", *(note(text) for text in tables.notes(result))]
-    body += ["<h2>Geometric means and worst cases</h2>", table(tables.SUMMARY, tables.summary(result["rows"]), 4)]
+    body += [f'<p class="verdict">{html.escape(tables.verdict(result["rows"]))}</p>']
+    body += ["<h2>Geometric means and worst cases</h2>"]
+    for where, lines in tables.summaries(result["rows"]).items():
+        body += [f"<h3>{html.escape(where)}</h3>", table(tables.SUMMARY, lines, 3, "summary")]
     body += [f"<p>{html.escape(tables.READING)}</p>", *(figure(name, png) for name, png in drawn.items())]
     body += ["<h2>Every comparison</h2>"]
     body += [table(tables.cell_columns(result["rows"]), tables.cell_lines(result), 4)]

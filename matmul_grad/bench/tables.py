@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import rivals
@@ -21,8 +22,9 @@ autograd in torch and here, compiled in JAX, and three bare products in packages
 def page(result: dict[str, Any]) -> str:
     """The Markdown of a run."""
     stamp, rows = result["stamp"], result["rows"]
+    summary = [[where, *line] for where, lines in summaries(rows).items() for line in lines]
     parts = [f"# Bench: {stamp['GPU'] if stamp['device'] != 'cpu' else stamp['CPU']}, {stamp['date']}", *notes(result)]
-    parts += ["## Geometric means and worst cases", table(SUMMARY, summary(rows), left=4), READING]
+    parts += ["## Geometric means and worst cases", verdict(rows), table(["where", *SUMMARY], summary, left=4), READING]
     parts += ["## Every comparison", table(cell_columns(rows), cell_lines(result), left=4)]
     skipped = left_out(rows)
     if skipped:
@@ -48,15 +50,38 @@ def notes(result: dict[str, Any]) -> list[str]:
     return found
 
 
-SUMMARY = ["where", "dtype", "pass", "against", "geometric mean", "worst", "at", "cells"]
+SUMMARY = ["dtype", "pass", "against", "geometric mean", "worst", "at", "cells"]
 
 
-def summary(rows: Sequence[figures.Row]) -> list[list[str]]:
-    return [
-        [group.where, group.dtype, group.product, s.rival, str(s.mean), f"{s.worst:.2f}", s.worst_cell, str(s.cells)]
-        for group, found in figures.summaries(rows).items()
-        for s in found
-    ]
+def summaries(rows: Sequence[figures.Row]) -> dict[str, list[list[str]]]:
+    """The lines of the summary by where they were measured: narrow enough for a terminal and a phone."""
+    found: dict[str, list[list[str]]] = {}
+    for group, summed in figures.summaries(rows).items():
+        for s in summed:
+            figure = [str(s.mean), f"{s.worst:.2f}", s.worst_cell, str(s.cells)]
+            found.setdefault(group.where, []).append([group.dtype, group.product, s.rival, *figure])
+    return found
+
+
+def verdict(rows: Sequence[figures.Row]) -> str:
+    """The run in one sentence.
+
+    >>> verdict([])
+    'Nothing was compared with torch.'
+    """
+    measured = [(spread.median, row) for row in rows if (spread := figures.ratio(row)) is not None]
+    if not measured:
+        return "Nothing was compared with torch."
+    mean = statistics.geometric_mean(ratio for ratio, _ in measured)
+    slower = sum(ratio < 1 for ratio, _ in measured)
+    worst, row = min(measured, key=lambda pair: pair[0])
+    troubles = len(figures.troubles(rows))
+    right = f"Results wrong, failed or suspect: {troubles}." if troubles else "All results are right."
+    return (
+        f"This package is {mean:.2f} times as fast as torch in the geometric mean of {len(measured)} comparisons; it "
+        f"is slower in {slower} of them, and slowest, with {worst:.2f}, in {row['product']} {row['dtype']} "
+        f"{figures.label(row)}. {right}"
+    )
 
 
 def cell_columns(rows: Sequence[figures.Row]) -> list[str]:
@@ -107,15 +132,28 @@ def machine(result: dict[str, Any]) -> list[list[str]]:
 
 
 CHANGES = ["comparison", "first", "second", "second / first", ""]
+MACHINE = ("device", "CPU", "instruction set", "GPU", "versions", "rivals")
 
 
 def changes(found: Sequence[Change]) -> list[list[str]]:
     lines = []
     for change in found:
-        verdict = ("faster" if change.ratio > 1 else "slower") if change.significant else "within the spread"
-        lines.append([change.name, digits(change.before), digits(change.after), f"{change.ratio:.3f}", verdict])
+        verdict = ("faster" if change.ratio > 1 else "slower") if change.significant else "within spread"
+        lines.append(
+            [change.name, f"{change.before.median:.4g}", f"{change.after.median:.4g}", f"{change.ratio:.3f}", verdict]
+        )
     return lines
 
 
-def digits(spread: figures.Spread) -> str:
-    return f"{spread.median:.4g} ({spread.low:.4g}–{spread.high:.4g})"
+def other_machine(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    """Where two runs were not made on one machine, or not with the same versions, what differs.
+
+    >>> other_machine({"CPU": "A", "GPU": "none"}, {"CPU": "B", "GPU": "none"})
+    ['The runs differ in more than this package. CPU: A; then B.']
+    """
+    differ = [
+        f"{name}: {first.get(name, NONE)}; then {second.get(name, NONE)}."
+        for name in MACHINE
+        if first.get(name) != second.get(name)
+    ]
+    return [" ".join(["The runs differ in more than this package.", *differ])] if differ else []

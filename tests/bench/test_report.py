@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from matmul_grad.bench import command, figures, files_of_run, pictures, readme, record
+from matmul_grad import check_timing, console
+from matmul_grad.bench import command, figures, files_of_run, pictures, readme, record, tables
 
 CHROMIUM = shutil.which("chromium")
 PHONE = 500  # pixels: the narrowest window of a headless browser
@@ -149,6 +150,8 @@ LOOK = """<script>addEventListener("load", () => {
   const images = [...document.images];
   document.body.dataset.missing = images.filter(image => !image.complete || image.naturalWidth < 100).length;
   document.body.dataset.images = images.length;
+  const tables = [...document.querySelectorAll(".summary")];
+  document.body.dataset.cut = Math.max(...tables.map(table => table.scrollWidth - table.parentElement.clientWidth));
   document.body.dataset.wide = document.documentElement.scrollWidth - innerWidth;
 });</script>"""
 
@@ -162,6 +165,7 @@ def test_page_opens_in_a_browser(written: Path, tmp_path: Path) -> None:
     assert 'data-missing="0"' in said.stdout, said.stderr
     assert f'data-images="{len(pictures.PICTURES)}"' in said.stdout
     assert int(re.findall(r'data-wide="(-?\d+)"', said.stdout)[0]) <= 0
+    assert int(re.findall(r'data-cut="(-?\d+)"', said.stdout)[0]) <= 0
     assert "CONSOLE" not in said.stderr
     broken = page.read_text(encoding="utf-8").replace("image/png;base64,iVBOR", "image/png;base64,AAAA", 1)
     page.write_text(broken.replace("<script>", "<script>console.error('planted');"), encoding="utf-8")
@@ -268,12 +272,10 @@ def test_comparison_calls_that_different_which_is_beyond_the_spread(
     compare = ["compare", str(first), str(second)]
     assert command.main(compare, "bench") == 0
     printed = capsys.readouterr().out
-    found = {
-        line.split()[0]: line.split(")")[-1].split() for line in printed.splitlines() if line.startswith(" forward")
-    }
+    found = {line.split()[0]: line.split()[3:] for line in printed.splitlines() if line.startswith(" forward")}
     assert found == {
         "forward-f32-NN-64x64x64-1t": ["1.500", "faster"],
-        "forward-f32-NN-128x128x128-1t": ["1.050", "within", "the", "spread"],
+        "forward-f32-NN-128x128x128-1t": ["1.050", "within", "spread"],
         "forward-f32-NN-256x256x256-1t": ["0.800", "slower"],
     }
     assert "geometric mean of second / first: 1.080; 2 of 3 beyond their spread." in printed
@@ -303,3 +305,76 @@ def test_runs_with_nothing_in_common(tmp_path: Path, row: Any, result: Any, caps
     first, second = (save(tmp_path / f"{n}.json", result([row(n=n)])) for n in (8, 16))
     assert command.main(["compare", str(first), str(second)], "bench") == 2
     assert "have no comparison in common" in capsys.readouterr().err
+
+
+def test_one_length_of_sums_is_no_evidence(row: Any) -> None:
+    """MKL on AVX2 adds 256 products as these kernels do: a run of that one size is no self-comparison."""
+    same = {"bits": {"torch": "a", "matmul_grad": "a"}}
+    passes = "forward", "dgrad", "wgrad", "step"
+    assert figures.twins([row(n=256, product=product, **same) for product in passes]) == []
+    assert figures.twins([row(n=1024, product=product, **same) for product in passes]) == []
+
+
+def test_runs_of_two_machines_are_told(tmp_path: Path, row: Any, result: Any, capsys: Any) -> None:
+    first, other = result([row(1.0)]), result([row(2.0)])
+    other["stamp"] |= {"CPU": "Another CPU, 8 cores", "versions": "torch 2"}
+    paths = [save(tmp_path / name, what) for name, what in (("a.json", first), ("b.json", other))]
+    assert command.main(["compare", str(paths[0]), str(paths[0])], "bench") == 0
+    assert "differ in more than this package" not in capsys.readouterr().out
+    assert command.main(["compare", *map(str, paths)], "bench") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "The runs differ in more than this package." in printed
+    assert "CPU: Some <CPU>, 2 cores; then Another CPU, 8 cores." in printed
+    assert "versions: torch 1; then torch 2." in printed
+
+
+LONG = {"dtype": "bf16", "m": 4096, "n": 14336, "k": 4096, "threads": 16}
+
+
+def faster(row: dict[str, Any]) -> dict[str, Any]:
+    ratios = {name: {part: 2 * value for part, value in spread.items()} for name, spread in row["ratio"].items()}
+    return row | {"ratio": ratios}
+
+
+def test_tables_fit_a_terminal_of_80_columns(row: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    some = [row(12.5, product) | LONG for product in ("forward", "step")]
+    for found in some:
+        for what in ("seconds", "ratio"):
+            found[what] = found[what] | {"torch.compile": found[what]["torch"]}
+    drawn = [(tables.SUMMARY[:-1], [line[:-1] for line in lines], 3) for lines in tables.summaries(some).values()]
+    drawn += [(tables.CHANGES, tables.changes(figures.changes(some, [faster(one) for one in some])), 1)]
+    drawn += [(check_timing.COLUMNS, [["forward-bf16-4096", *["0.123", "0.122–0.124"] * 2, "12345", "1.05"]], 1)]
+    for columns, lines, left in drawn:
+        for width in (80, 200):
+            console.table(console.make_console(width), columns, lines, left)
+            printed = capsys.readouterr().out.splitlines()
+            assert max(map(len, printed)) <= width
+            assert len([line for line in printed if any(line.strip().startswith(cell[0]) for cell in lines)]) == len(
+                lines
+            )
+            assert all(any(cell in line for line in printed) for cells in lines for cell in cells), printed
+
+
+def test_report_has_a_verdict(written: Path) -> None:
+    sentence = (
+        "This package is 1.55 times as fast as torch in the geometric mean of 36 comparisons; it is slower in 0 of "
+        "them, and slowest, with 1.25, in forward f32 NN 8×8×8. All results are right."
+    )
+    for name in ("bench.html", "bench.md"):
+        assert sentence in (written / name).read_text(encoding="utf-8")
+
+
+def test_verdict_counts_what_is_wrong(row: Any) -> None:
+    some = [row(0.5), row(2.0, n=128), row(n=256) | {"wrong": {"torch": "no"}, "seconds": {}, "ratio": {}}]
+    assert tables.verdict(some) == (
+        "This package is 1.00 times as fast as torch in the geometric mean of 2 comparisons; it is slower in 1 of "
+        "them, and slowest, with 0.50, in forward f32 NN 64×64×64. Results wrong, failed or suspect: 1."
+    )
+
+
+def test_summary_fits_a_phone(written: Path) -> None:
+    """Its cells may break in a narrow window, so nothing of it is cut off; the browser's test measures it."""
+    text = (written / "bench.html").read_text(encoding="utf-8")
+    narrow = text.split("@media (max-width: 40rem)")[1].split("</style>")[0]
+    assert "white-space: normal; overflow-wrap: anywhere" in narrow
+    assert text.count('<table class="summary">') == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import time
@@ -81,14 +82,15 @@ def test_planted_self_comparison_is_shown(
     bench: Bench, plant: Plant, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     plant("torch", lambda a, b: api.mm(a, b))
-    status, _ = bench(((16, 24, 300),), "--dtype=f32", "--pass=forward,dgrad", drawn=True)
+    status, _ = bench(((16, 24, 600), (16, 24, 900)), "--dtype=f32", "--pass=forward,dgrad", drawn=True)
     assert status == 1
     assert "suspect: torch gives the bits of matmul_grad wherever it was judged" in capsys.readouterr().err
     assert "suspect: torch" in (tmp_path / "out" / "bench.html").read_text(encoding="utf-8")
 
 
 def test_torch_itself_is_no_suspect(bench: Bench) -> None:
-    assert bench(((16, 24, 300), (300, 300, 300)), "--dtype=f32,f64")[0] == 0
+    assert bench(((16, 24, 600), (600, 600, 600)), "--dtype=f32,f64")[0] == 0
+    assert bench(((256, 256, 256),), "--dtype=f32", "--pass=forward", out="one")[0] == 0
 
 
 def test_torch_on_these_kernels_is_caught(bench: Bench) -> None:
@@ -201,6 +203,7 @@ def test_interrupted_run_keeps_its_rows_and_goes_on(
     assert "was begun with another dtypes" in capsys.readouterr().err
     status, whole = bench(TINY, "--dtype=f32", "--resume")
     assert status == 0 and whole["whole"] and whole["rows"][:4] == written["rows"] and len(whole["rows"]) == 12
+    assert "12 of 12 comparisons measured, 8 of them now" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").glob("*.json")] == ["bench.json"]
 
 
@@ -221,6 +224,20 @@ def test_unfinished_run_of_another_machine_is_not_gone_on_with(
     assert bench(TINY, "--dtype=f32", "--resume")[0] == 2
     assert "has another CPU: another " in capsys.readouterr().err
     assert path.read_bytes() == before
+
+
+def test_minutes_hold_the_report_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "monotonic", lambda: 1000.0)
+    for minutes, seconds in ((3.0, 155.0), (0.5, 24.0)):
+        assert command.clock(argparse.Namespace(minutes=minutes, device="cpu", suite="quick"))() == seconds
+
+
+def test_no_comparison_is_begun_that_the_time_is_too_short_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "clock", lambda _: lambda: 0.05)
+    assert bench(TINY, "--dtype=f32") == (2, None)
+    assert capsys.readouterr().err == "bench: the time was up before anything was measured\n"
 
 
 def test_time_that_is_up_ends_the_run_between_two_comparisons(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +317,7 @@ def test_unusable_arguments_get_one_line(
 def test_missing_rival_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
     assert command.main(["--rivals=blis"], "bench") == 2
-    assert capsys.readouterr().err == "bench: --rivals blis: blis is missing: pip install 'matmul-grad[rivals]'\n"
+    assert capsys.readouterr().err == "bench: --rivals blis: blis is missing: pip install blis\n"
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -321,6 +338,6 @@ def test_summary_is_what_the_rows_say(row: Any) -> None:
 
 def test_twins_are_those_whose_long_sums_agree_everywhere(row: Any) -> None:
     same, other = {"bits": {"torch": "a", "matmul_grad": "a"}}, {"bits": {"torch": "a", "matmul_grad": "b"}}
-    assert figures.twins([row(n=512, **same), row(n=256, **same)]) == ["torch"]
-    assert figures.twins([row(n=512, **same), row(n=256, **other)]) == []
+    assert figures.twins([row(n=512, **same), row(n=1024, **same)]) == ["torch"]
+    assert figures.twins([row(n=512, **same), row(n=1024, **same), row(n=600, **other)]) == []
     assert figures.twins([row(n=128, **same), row(n=512, dtype="bf16", **same)]) == []
