@@ -481,3 +481,41 @@ def test_results_and_operands_live_as_torchs_do() -> None:
         assert torch.ops.aten.addmm_(out, a, b) is out
         assert (sys.getrefcount(a), sys.getrefcount(out)) == counts
         assert (a.sum().item(), b.sum().item(), out.sum().item()) == (12.0, 8.0, 72.0)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jacrev", "hessian", "vmap", "functionalize", "compile"])
+def test_on_and_off_inside_what_is_transformed(transform: str) -> None:
+    """The first time in a process, too: what the registration needs is made outside of every transform."""
+    assert_runs(
+        f"""
+        import warnings
+        warnings.simplefilter("ignore")
+
+        def first(x):
+            matmul_grad.enable()
+            y = (x @ x).sum()
+            matmul_grad.disable()
+            return y
+
+        def second(x):
+            with matmul_grad.enabled():
+                return (x @ x).sum()
+
+        def result(f):
+            name, x = {transform!r}, torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+            if name == "vjp":
+                return torch.func.vjp(f, x)[1](torch.tensor(1.0))[0]
+            if name == "jvp":
+                return torch.func.jvp(f, (x,), (x,))[1]
+            if name == "compile":
+                return torch.compile(f, backend="eager")(x)
+            return getattr(torch.func, name)(f)(x[None] if name == "vmap" else x)
+
+        expected = result(lambda x: (x @ x).sum())
+        assert matmul_grad.info()["accelerated"] == {{}}
+        for f in (first, second):
+            assert torch.equal(result(f), expected)
+            assert matmul_grad.info()["on"] == []
+        assert sum(matmul_grad.info()["accelerated"]["bmm" if {transform!r} == "vmap" else "mm"].values()) >= 2
+        """
+    )

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..cpu import build
 from ..cpu.once import Once
@@ -156,6 +155,6 @@ def _call_quietly(name: str, *arguments: int) -> None:
     running: ``apply_`` is one that calls back.
     """
     call = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(arguments))(_load().address(name))
-    with warnings.catch_warnings(), torch._C.DisableTorchFunction(), _disable_current_modes():
+    with warnings.catch_warnings(), torch_layout.without_modes():
         warnings.simplefilter("ignore")
         torch.zeros(1, device="cpu").apply_(lambda _: float(call(*arguments)))

@@ -7,8 +7,10 @@ nothing shows that they are wrong but their use, so they are tried in a process 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -117,16 +119,24 @@ def cpp_object(wrapped: object) -> int:
     return ctypes.c_int64.from_address(id(wrapped) + PYBIND_VALUE * ctypes.sizeof(ctypes.c_void_p)).value
 
 
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """A block whose tensors are ordinary ones, whatever modes and transforms the caller is under."""
+    functionalize = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+    with (
+        _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(),
+        torch._C._ExcludeDispatchKeyGuard(functionalize), torch.inference_mode(False),
+    ):  # fmt: skip
+        yield
+
+
 def plain_keys() -> tuple[int, int]:
     """Which word of a TensorImpl holds its dispatch keys, and what an ordinary tensor has there; (0, 0) if unknown.
 
     It is looked for: the one word that in tensors of several kinds is what torch says of their keys. (0, 0) fits no
     tensor, since a TensorImpl begins with the address of its methods.
     """
-    with (
-        _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisableFuncTorch(),
-        torch.inference_mode(False),
-    ):  # fmt: skip
+    with without_modes():
         plain = torch.empty(1, device="cpu")
         kinds = [plain, torch.empty(1, dtype=torch.complex64, device="cpu").conj(), torch.empty(1, device="meta")]
         known = [int(torch._C._dispatch_keys(tensor).raw_repr()) for tensor in kinds]
