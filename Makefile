@@ -1,31 +1,41 @@
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+VENV ?= .venv$(if $(TORCH),-torch-$(TORCH))
 ARGS ?=
 BENCH_JSON ?= .benchmarks/bench.json
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+REPORT := $(VENV)/report.xml
 TYPED := .mypy_cache/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test support lint format bench clean
 
 help:
 	@echo 'make demo     multiply, differentiate, train and time on this machine, checked against torch'
 	@echo 'make test     the whole test suite'
+	@echo 'make support  the same, and what passed goes into the table in README.md'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff fix and format the sources'
 	@echo 'make bench    benchmarks against torch.mm, saved to BENCH_JSON ($(BENCH_JSON))'
-	@echo 'make clean    remove $(VENV) and everything generated'
+	@echo 'make clean    remove the environments and everything generated'
 	@echo
 	@echo "ARGS='...' goes to the command, as in: make test ARGS='-m gpu'"
 	@echo 'PYTHON=python3.12 chooses the interpreter of a new $(VENV)'
+	@echo 'TORCH=2.15.0 runs with that version of torch, in .venv-torch-2.15.0: with CUDA libraries, 6 GB'
 
-# setuptools goes first, at its pin, so that the build needs no environment of its own.
+# setuptools goes first, so that the build needs no environment of its own, and torch, which alone fixes triton's version:
+# another torch than the pinned one brings the triton, torchvision, CUDA libraries and limit on setuptools that it asks for.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt setuptools
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[dev]'
+ifneq ($(TORCH),)
+	grep -vE '^(torch|torchvision|triton|setuptools|cuda-[a-z]+|nvidia-[a-z]+)==' constraints.txt >$(PINS)
+	printf '%s\n' 'torch==$(TORCH)' 'setuptools>=77' >>$(PINS)
+endif
+	$(BIN)/python -m pip install -c $(PINS) setuptools torch
+	$(BIN)/python -m pip install -c $(PINS) --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -34,6 +44,11 @@ demo: $(STAMP)
 # Two at a time; pytest-benchmark, which would warn beside that, has nothing to time here.
 test: $(STAMP)
 	$(BIN)/python -m pytest -p no:benchmark -n 2 --dist worksteal $(ARGS)
+
+# A run with failures is written down too; it is `make test` that fails.
+support: $(STAMP)
+	-$(BIN)/python -m pytest -p no:benchmark -n 2 --dist worksteal --junit-xml=$(REPORT) $(ARGS)
+	$(BIN)/python tests/support_table.py $(REPORT)
 
 # mypy knows no package-dir: it reads the layout as installed, laid out in links.
 lint: $(STAMP)
@@ -55,4 +70,4 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest bench --benchmark-json=$(BENCH_JSON) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -9,18 +9,21 @@ from .modes import deterministic, float32_products
 from .nn import Linear, convert, converted, restore
 from .override import disable, enable, enabled, info
 from .strictness import strict
+from .vectors import addmv, dot, mv, vdot
 
 __version__ = "0.1.0"
 _MODULES = ("bench", "reference", "testing")
 __all__ = [
     "Linear",
     "addmm",
+    "addmv",
     "baddbmm",
     "bmm",
     "convert",
     "converted",
     "deterministic",
     "disable",
+    "dot",
     "enable",
     "enabled",
     "float32_products",
@@ -29,9 +32,11 @@ __all__ = [
     "matmul",
     "mm",
     "mm_backward",
+    "mv",
     "restore",
     "scaled_mm",
     "strict",
+    "vdot",
 ]
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import autocast, batching, strictness
-from .ops import DTYPES, are_scales
-from .out import given, into
+from . import autocast, batching, fallback
+from .out import into
+from .scalars import real_scales
 
 autocast.register()
 batching.register()
@@ -49,24 +46,9 @@ def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out
     """
     if out is not None or out_dtype is not None:
         return into("mm", (input, mat2), {}, out_dtype, out)
-    try:
-        return _mm(input, mat2)
-    except RuntimeError as error:
-        _raise_as_torch(error, torch.mm, input, mat2)
-        raise
-
-
-def _raise_as_torch(error: RuntimeError, torchs: Callable[..., Tensor], *operands: Any, **scales: Any) -> None:
-    """Raise what a hook or mode of the user's raised below, else torch's own error; return where it has none."""
-    if all(isinstance(x, Tensor) for x in operands):
-        raise error
-    if strictness.is_on():
-        return
-    with torch.no_grad():
-        try:
-            torchs(*operands, **given(scales))
-        except Exception as torchs_error:
-            raise torchs_error from None
+    if fallback.is_needed(input, mat2):
+        return torch.mm(input, mat2)
+    return _mm(input, mat2)
 
 
 def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -90,11 +72,9 @@ def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, ou
     """
     if out is not None or out_dtype is not None:
         return into("bmm", (input, mat2), {}, out_dtype, out)
-    try:
-        return _bmm(input, mat2)
-    except RuntimeError as error:
-        _raise_as_torch(error, torch.bmm, input, mat2)
-        raise
+    if fallback.is_needed(input, mat2) or fallback.is_nested(input, mat2):
+        return torch.bmm(input, mat2)
+    return _bmm(input, mat2)
 
 
 def addmm(
@@ -129,13 +109,11 @@ def addmm(
     >>> c.tolist(), bias.grad.tolist()
     ([[16.0, 26.0], [16.0, 26.0]], [2.0, 2.0])
     """
-    if out is not None or out_dtype is not None or not _is_real(mat1, beta, alpha):
-        return into("addmm", (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
-    try:
-        return _addmm(input, mat1, mat2, beta=beta, alpha=alpha)
-    except RuntimeError as error:
-        _raise_as_torch(error, torch.addmm, input, mat1, mat2, beta=beta, alpha=alpha)
-        raise
+    if out is None and out_dtype is None and not fallback.is_needed(mat1, mat2, input):
+        scales = real_scales(mat1, beta, alpha)
+        if scales is not None:
+            return _addmm(input, mat1, mat2, beta=scales[0], alpha=scales[1])
+    return into("addmm", (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
 
 
 def baddbmm(
@@ -166,18 +144,11 @@ def baddbmm(
     >>> matmul_grad.baddbmm(torch.ones(1), a, a.mT, beta=3).flatten().tolist()
     [8.0, 28.0]
     """
-    if out is not None or out_dtype is not None or not _is_real(batch1, beta, alpha):
-        return into("baddbmm", (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
-    try:
-        return _baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
-    except RuntimeError as error:
-        _raise_as_torch(error, torch.baddbmm, input, batch1, batch2, beta=beta, alpha=alpha)
-        raise
-
-
-def _is_real(operand: Any, beta: Any, alpha: Any) -> bool:
-    """Whether an operator is called; it takes float64 for beta and alpha, where torch takes any number."""
-    return getattr(operand, "dtype", None) in DTYPES and are_scales(beta, alpha)
+    if out is None and out_dtype is None and not fallback.is_needed_to_compose(batch1, batch2, input):
+        scales = real_scales(batch1, beta, alpha)
+        if scales is not None:
+            return _baddbmm(input, batch1, batch2, beta=scales[0], alpha=scales[1])
+    return into("baddbmm", (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
 
 
 def mm_backward(
@@ -204,6 +175,9 @@ def mm_backward(
     >>> da.tolist(), db.tolist()
     ([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]], [[2.0], [2.0], [2.0]])
     """
+    if fallback.is_needed(input, mat2, grad):
+        dgrad = torch.matmul(grad, torch.transpose(mat2, -2, -1)) if output_mask[0] else None
+        return dgrad, torch.matmul(torch.transpose(input, -2, -1), grad) if output_mask[1] else None
     return _mm_backward(grad, input, mat2, list(output_mask))
 
 
@@ -230,4 +204,6 @@ def scaled_mm(
     >>> c.shape, c.dtype, c[0, 0].item()
     (torch.Size([16, 16]), torch.bfloat16, 32.0)
     """
+    if fallback.is_needed(input, mat2) or fallback.is_needed(scale_a, scale_b):
+        return torch._scaled_mm(input, mat2, scale_a, scale_b, out_dtype=out_dtype)
     return _scaled_mm(input, mat2, scale_a, scale_b, out_dtype)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from . import cuda, strictness
 from .kernels.native import pending
@@ -106,7 +107,17 @@ def fused_gradients(
     return _mm_backward(grad, self, mat2, [True, True])
 
 
-class Mm(torch.autograd.Function):
+class _Node(_SingleLevelFunction):
+    """The base class of the nodes. Its ``apply`` records at the current functorch level, as torch's own transforms do.
+
+    ``torch.autograd.Function.apply`` starts at the outermost level and requires ``setup_context``. Only that class
+    has the key under which compiled autograd caches a graph.
+    """
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+class Mm(_Node):
     """``mm`` or ``bmm`` as a node of the graph. One call makes output and context, which costs least in eager mode.
 
     Both gradients are computed where both inputs need one, even if ``torch.autograd.grad`` was asked for one of
@@ -142,7 +153,7 @@ class Mm(torch.autograd.Function):
             return sum(terms[1:], terms[0])
 
 
-class Addmm(torch.autograd.Function):
+class Addmm(_Node):
     """``addmm`` or ``baddbmm`` as a node of the graph."""
 
     @staticmethod
@@ -185,15 +196,15 @@ def scaled(tensor: Tensor, by: float) -> Tensor:
     return tensor if by == 1 else tensor * by
 
 
-_record = super(torch.autograd.Function, Mm).apply
-_record_addition = super(torch.autograd.Function, Addmm).apply
+_record = Mm.apply
+_record_addition = Addmm.apply
 
 
 def with_graph(record: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """The product, recorded for backward and forward mode.
 
     This runs inside the dispatcher, at autograd's turn of one functorch level, where torch's own formulas run
-    too. ``Function.apply`` would start over from the outermost level; its base class records at this one.
+    too. ``_Node`` records at this level.
     """
     if not torch._C._are_functorch_transforms_active():
         return record(*arguments)

@@ -22,10 +22,10 @@ def mm_rule(info: Any, in_dims: Dims, self: Tensor, mat2: Tensor) -> tuple[Tenso
     self_dim, mat2_dim = in_dims
     if mat2_dim is None and self_dim is not None:
         items = self.movedim(self_dim, 0)
-        return product(items.reshape(-1, items.shape[2]), mat2).unflatten(0, items.shape[:2]), 0
+        return product(items.flatten(0, 1), mat2).unflatten(0, items.shape[:2]), 0
     if self_dim is None and mat2_dim is not None:
         columns = mat2.movedim(mat2_dim, 1)
-        wide = product(self, columns.reshape(columns.shape[0], -1))
+        wide = product(self, columns.flatten(1, 2))
         return wide.unflatten(1, columns.shape[1:]), 1
     return product(self.movedim(self_dim or 0, 0), mat2.movedim(mat2_dim or 0, 0)), 0
 

@@ -1,8 +1,9 @@
 """The native CUDA kernel of ``matmul_grad::mm``: calls after the first reach the driver without Python.
 
 A product's first call goes through Python, which chooses, compiles and launches (kernels/gpu). What it launched is then
-written down as a recipe, and a compiled entry (kernels/native/cuda_entries.py) makes it again for every later call of the same
-shapes, strides, dtype and alignment. Each recipe proves itself once: its first result must have the bits of Python's.
+written down as a recipe, and a compiled entry (kernels/native/cuda_entries.py) makes it again for every later call of
+the same shapes, strides, dtype and alignment. Each recipe proves itself once: its first result must have the bits of
+Python's.
 
 Off unless MATMUL_GRAD_NATIVE_CUDA=1: no GPU has run it yet. float32 stays with Python, which reads torch's precision
 setting at each call. Hooks in Triton's own launcher do not see native launches; profilers of the driver do.
@@ -13,13 +14,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import threading
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native import launch_table as table
 from .kernels.native.state import DTYPE_CODES
 
@@ -27,7 +28,7 @@ VARIABLE = "MATMUL_GRAD_NATIVE_CUDA"
 DRIVER = {"device": "cuCtxGetDevice", "encode": "cuTensorMapEncodeTiled", "launch": "cuLaunchKernel"}
 PLACES = {"a": table.A, "b": table.B, "c": table.C, "work": table.W}
 
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 _status: str | None = None
 
 
@@ -104,7 +105,7 @@ def _code(dtype: torch.dtype) -> int:
 
 
 def encoded(key: Sequence[int], recipes: Sequence, work: int, sums: torch.dtype) -> list[int] | None:
-    """The words of a recipe, as kernels/native/launch_table.py lays them out; None where its parameters are more than fit."""
+    """The words of a recipe, as launch_table.py lays them out; None where its parameters are more than fit."""
     words = [*key, work, _code(sums), len(recipes)]
     for recipe in recipes:
         parameters = [_parameter(x) for x in recipe.parameters]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
-from .kernels.native import launch_table as table
+from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.gpu import modes
+from .kernels.native import launch_table as table
 
 FLOAT32 = ("ieee", "tf32x3")
 
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 _invariant = 0
 
 

@@ -1,21 +1,23 @@
-"""``torch.nn.Linear`` on these kernels, and models whose own are swapped for it, in place and back."""
+"""``torch.nn.Linear`` on these kernels, and models whose linear maps are switched to them, in place and back."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from . import decompositions
 from .compose import linear
+from .layers import KINDS, MARK, calls, is_class_forward, is_marked, make_mark
 
-__all__ = ["Linear", "convert", "converted", "restore"]
+__all__ = ["Linear", "calls", "convert", "converted", "left_out", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
-BEFORE = "_before_it_was_converted"  # the class that torch generated, kept on the one that takes its place
 _log = logging.getLogger("matmul_grad")
+
+decompositions.register()
 
 
 class Linear(nn.Linear):
@@ -33,23 +35,19 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-class Converted(Linear):
-    """What ``convert`` makes of ``torch.nn.Linear``, and ``restore`` takes back."""
-
-    def _get_name(self) -> str:
-        return "Linear" if type(self) is Converted else super()._get_name()
-
-
 def convert(model: Model, filter: Callable[[nn.Module, str], bool] | None = None) -> Model:
-    """Make every ``torch.nn.Linear`` of a model a ``matmul_grad.Linear``, in place; returns the model.
+    """Compute every ``torch.nn.Linear`` and ``torch.nn.MultiheadAttention`` of a model by ``matmul_grad.linear``.
 
-    A module becomes one of another class and nothing else about it changes: parameters, tied ones among them, hooks,
-    buffers, devices, mode and state_dict are the same objects. Parametrised modules are swapped as well. Subclasses
-    of ``torch.nn.Linear`` are left as they are, since they may compute something else, and so is a module with a
-    ``forward`` of its own. What torch computes past a module stays torch's: attention, and the fused path of its
-    transformer layers in evaluation. ``filter(module, name)`` leaves out those for which it is False.
+    In place; returns the model. A converted module keeps its class and gets one private attribute; nothing else about
+    it changes: parameters, tied ones among them, hooks, buffers, devices, mode and state_dict are the same objects,
+    and what looks for ``torch.nn.Linear`` finds it. Lazy and parametrised modules are converted, and so are classes
+    made on top of torch's (``fully_shard``'s, a mixin's), unless they have a ``forward`` of their own. Of an attention
+    in_proj and out_proj are converted, and torch's fused kernels for evaluation are not used: the same values within
+    rounding, except that nested tensors still take them.
 
-    ``converted`` names the modules that were swapped, and the logger ``matmul_grad`` tells each at level INFO.
+    ``filter(module, name)`` leaves out those for which it is False; for an attention it is asked of its ``out_proj``.
+    ``converted`` names the modules that were converted, ``left_out`` those that cannot be, with the reason. The logger
+    ``matmul_grad`` has the former at level INFO and the latter at level WARNING.
 
     >>> import torch, matmul_grad
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -57,10 +55,21 @@ def convert(model: Model, filter: Callable[[nn.Module, str], bool] | None = None
     >>> matmul_grad.converted(model)
     ['0']
     """
-    for name, module in model.named_modules():
-        if _is_linear(module) and (filter is None or filter(module, name)):
-            module.__class__ = _on_base(module, nn.Linear, Converted)
-            _log.info("converted %s: %s", name or "the model", module)
+    mark, reasons = make_mark(), {}
+    for name, module in _layers(model):
+        asked = (module.out_proj, f"{name}.out_proj".lstrip(".")) if _is_attention(module) else (module, name)
+        if is_marked(module) or not (filter is None or filter(*asked)):
+            continue
+        if reason := _obstacle(module):
+            reasons[name] = reason
+            continue
+        vars(module).pop("forward", None)  # the class's own, as _obstacle has found
+        vars(module)[MARK] = mark
+        _log.info("converted %s: %s", name or "the model", module)
+    _mark_encoder_layers(model)
+    if reasons:
+        told = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in reasons.items())
+        _log.warning("matmul_grad.convert() left out %d of the model's layers: %s", len(reasons), told)
     return model
 
 
@@ -69,42 +78,64 @@ def restore(model: Model) -> Model:
 
     >>> import torch, matmul_grad
     >>> model = matmul_grad.convert(torch.nn.Linear(4, 8))
-    >>> type(matmul_grad.restore(model)), matmul_grad.converted(model)
-    (<class 'torch.nn.modules.linear.Linear'>, [])
+    >>> matmul_grad.converted(matmul_grad.restore(model))
+    []
     """
     for module in model.modules():
-        if isinstance(module, Converted):
-            module.__class__ = _on_base(module, Converted, nn.Linear)
+        vars(module).pop(MARK, None)
     return model
 
 
 def converted(model: nn.Module) -> list[str]:
-    """Names of the modules that ``convert`` has swapped and ``restore`` would swap back; "" is the model itself.
+    """Names of the modules that ``convert`` has converted and ``restore`` would restore; "" is the model itself.
 
     >>> import torch, matmul_grad
     >>> matmul_grad.converted(torch.nn.Linear(4, 8)), matmul_grad.converted(matmul_grad.convert(torch.nn.Linear(4, 8)))
     ([], [''])
     """
-    return [name for name, module in model.named_modules() if isinstance(module, Converted)]
+    return [name for name, module in model.named_modules() if isinstance(module, KINDS) and is_marked(module)]
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Of torch's own class, or of the one that torch generates for a parametrised module."""
-    kind = type(module)
-    return "forward" not in vars(module) and (kind is nn.Linear or _is_generated(module, nn.Linear))
+def left_out(model: nn.Module) -> dict[str, str]:
+    """Names of the linear layers and attentions that ``convert`` cannot convert, and why.
+
+    >>> import torch, matmul_grad
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    >>> model[0].forward = lambda input: input
+    >>> matmul_grad.nn.left_out(model)
+    {'0': 'its forward was replaced: convert first, and replace it then'}
+    """
+    found = {name: _obstacle(module) for name, module in _layers(model) if not is_marked(module)}
+    return {name: reason for name, reason in found.items() if reason}
 
 
-def _is_generated(module: nn.Module, base: type) -> bool:
-    return parametrize.is_parametrized(module) and type(module).__bases__ == (base,)
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have a weight to multiply by, once each, without the ones whose class is ours.
+
+    The projection within an attention is a module that nobody calls: the attention reads its weight.
+    """
+    within = {id(module.out_proj) for module in model.modules() if _is_attention(module)}
+    for name, module in model.named_modules():
+        if isinstance(module, KINDS) and not isinstance(module, Linear) and id(module) not in within:
+            yield name, module
 
 
-def _on_base(module: nn.Module, base: type, other: type) -> type:
-    """The class of a module with ``other`` in the place of ``base``; a generated one, which others may share, anew."""
-    kind = type(module)
-    if not _is_generated(module, base):
-        return other
-    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__", BEFORE)}
-    before = vars(kind).get(BEFORE)
-    if before is not None and members.keys() <= vars(before).keys():
-        return before  # unless something else was parametrised since
-    return type(kind.__name__, (other,), members | ({BEFORE: kind} if other is Converted else {}))
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention)
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Why a layer cannot be converted, or ""."""
+    kind = next(kind for kind in KINDS if isinstance(module, kind))
+    if type(module).forward is not kind.forward:
+        return f"its class {type(module).__qualname__} has a forward of its own"
+    if "forward" in vars(module) and not is_class_forward(module, vars(module)["forward"]):
+        return "its forward was replaced: convert first, and replace it then"
+    return ""
+
+
+def _mark_encoder_layers(model: nn.Module) -> None:
+    """torch's fused encoder layer reads the weights of its modules; one with a converted module calls them instead."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(map(is_marked, module.children())):
+            vars(module)[MARK] = make_mark()

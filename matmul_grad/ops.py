@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable
 from math import inf
 from typing import Any
@@ -27,7 +26,8 @@ from torch import Tensor
 
 from . import sharding, strictness
 from .flops import count_flops
-from .kernels.native import pending
+from .kernels.cpu.once import Once
+from .kernels.native import pending, storage
 from .kernels.native.op_table import OWN
 
 NAMESPACE = "matmul_grad"
@@ -39,24 +39,31 @@ PRODUCTS = {op.name: op.schema for op in OWN if op.schema is not None}
 ABOVE_ALL = ("Python", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "Functionalize")
 LARGEST = torch.finfo(torch.float32).max  # torch refuses a larger alpha or beta, unless the product is in float64
 
-_lock = threading.Lock()
-_native: str | None = None  # None: not tried; "": registered; else why not
-
 
 def native_status() -> str:
     """Register the compiled CPU kernels if that was not tried yet; "" when they are, else why they are not."""
-    global _native
-    if _native is None:
-        with _lock:
-            if _native is None:
-                from .kernels.native import register
+    return _native.result()
 
-                try:
-                    register.register()
-                    _native = ""
-                except register.Unavailable as reason:
-                    _native = str(reason)
-    return _native
+
+def _register_native() -> str:
+    from .kernels.cpu import build
+
+    try:
+        from .kernels.native import register
+    except Exception as error:
+        build.tell(f"CPU products run through Python, their compiled entries cannot be imported: {error}")
+        return str(error) or type(error).__name__
+    try:
+        register.register()
+    except register.Unavailable as reason:
+        return str(reason)
+    except Exception as error:
+        build.tell(f"CPU products run through Python, their compiled entries cannot be loaded: {error!r}")
+        return str(error) or type(error).__name__
+    return ""
+
+
+_native = Once(_register_native)
 
 
 def rank_of(name: str) -> int:
@@ -120,8 +127,10 @@ def _has_kernel(tensor: Tensor) -> bool:
         return launch.supports(tensor)
     if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
         return False
-    from .kernels.native import direct
-
+    try:
+        from .kernels.native import direct
+    except Exception:  # no LLVM: `native_status` has told it
+        return False
     return direct.supports(tensor.dtype)
 
 
@@ -167,6 +176,7 @@ def compute(
     out: Tensor | None = None,
 ) -> Tensor:
     """What these kernels take, on them, into new memory or into ``out``."""
+    storage.require(self, mat2, *(x for x in (input, out) if x is not None))
     if self.is_cuda:
         from .kernels.gpu import launch
 
@@ -197,6 +207,7 @@ def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | N
         return None
     from .kernels.gpu import launch
 
+    storage.require(grad, self, mat2)
     try:
         return launch.mm_backward(grad, self, mat2)
     except launch.CannotBuild:
@@ -212,6 +223,7 @@ def _scaled_mm(
         from .kernels.gpu import launch
 
         if launch.takes_scaled(self, mat2, scale_a, scale_b, result):
+            storage.require(self, mat2, scale_a, scale_b)
             with contextlib.suppress(launch.CannotBuild):
                 return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
     strictness.hand_over(self, mat2)

@@ -1,4 +1,10 @@
-"""``out=``: a product written to memory that the caller has; and what torch alone takes."""
+"""``out=``: a result in memory that the caller has. Nothing is resized or written before all is decided.
+
+written where it lies     ``out`` has the shape and shares no memory with the matrices; it may be what is added
+by a temporary            ``out`` is to be resized, or shares memory with a matrix: the result is copied
+product and copy          tracers, modes, subclasses, which do not see what is written past them
+torch's own               the rest
+"""
 
 from __future__ import annotations
 
@@ -7,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import strictness
+from . import fallback, strictness
 from .autograd import is_plain
-from .ops import accelerated, are_scales, can_be_added, compute, has_work
+from .kernels.native import storage
+from .ops import accelerated, can_be_added, compute, has_work
+from .scalars import real_scales
 
 Operands = tuple[Any, ...]
 Scales = dict[str, Any]
@@ -18,29 +26,43 @@ Scales = dict[str, Any]
 def into(name: str, operands: Operands, scales: Scales, out_dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
     """``torch.<name>(*operands, **scales, out=out)``, by these kernels where they can write to ``out``.
 
-    What they cannot is torch's, with its results and its errors: an ``out`` of another dtype or device, or one that
-    shares memory with an operand or with itself; scales that are no real numbers; and every ``out_dtype``.
+    What they cannot is torch's, with its results and its errors: an ``out`` of another dtype or device, one whose
+    elements share memory with each other, or in part with what is added; scales that are no real numbers; and every
+    ``out_dtype``. Raises RuntimeError where a storage holds fewer elements than its tensor has.
     """
-    *_, mat1, mat2 = operands
-    if says_torch(operands, out):
-        pass
-    elif out is None or out_dtype is not None:
-        strictness.hand_over(mat1, mat2)
-    elif torch.compiler.is_compiling() and out.dtype == mat1.dtype:
-        return _traced(name, operands, scales, out)
-    elif not _fit(operands, scales, out):
-        strictness.hand_over(mat1, mat2)
-    elif not is_plain(*operands, out):
-        return _traced(name, operands, scales, out)
-    elif has_work(mat1, mat2, **scales):
-        if out.shape != (*mat1.shape[:-1], mat2.shape[-1]):
-            own = torch.bmm if mat1.dim() == 3 else torch.mm
-            own(mat1[..., :0], mat2[..., :0, :], out=out)  # resizes it, with torch's warning
-        if can_write(out, operands):
-            return _written(out, operands, scales)
-        strictness.hand_over(mat1, mat2)
+    if not is_torchs(operands, out):
+        if out is None or out_dtype is not None:
+            strictness.hand_over(*operands[-2:])
+        else:
+            result = _computed(name, operands, scales, out)
+            if result is not None:
+                return result
     more = {key: value for key, value in (("out_dtype", out_dtype), ("out", out)) if value is not None}
     return getattr(torch, name)(*operands, **given(scales), **more)
+
+
+def _computed(name: str, operands: Operands, scales: Scales, out: Tensor) -> Tensor | None:
+    """The product, in ``out``, or None where torch's function takes the call."""
+    *inputs, mat1, mat2 = operands
+    numbers = real_scales(mat1, *scales.values())
+    real = {} if numbers is None else dict(zip(scales, numbers, strict=True))
+    if numbers is not None and torch.compiler.is_compiling() and out.dtype == mat1.dtype:
+        return _traced(name, operands, real, out)
+    if numbers is None or not _fit(operands, out):
+        strictness.hand_over(mat1, mat2)
+    elif not is_plain(*operands, out):
+        return _traced(name, operands, real, out)
+    elif has_work(mat1, mat2, **real):
+        storage.require(*operands)
+        input = inputs[0] if inputs else None
+        if out.shape != (*mat1.shape[:-1], mat2.shape[-1]) or (_is_spread(out) and _overlaps_any(out, mat1, mat2)):
+            return copied(compute(mat1, mat2, input, **real), out)
+        storage.require(out)
+        if can_write(out, operands):
+            compute(mat1, mat2, input, out=out, **real)
+            return _written(out)
+        strictness.hand_over(mat1, mat2)
+    return None
 
 
 def given(scales: Scales) -> Scales:
@@ -48,36 +70,36 @@ def given(scales: Scales) -> Scales:
     return {name: value for name, value in scales.items() if type(value) is not int or value != 1}
 
 
-def says_torch(operands: Operands, out: Tensor | None) -> bool:
-    """Whether torch has an error for it: no tensors, or an ``out`` where a gradient or a transform follows."""
+def is_torchs(operands: Operands, out: Tensor | None) -> bool:
+    """Whether torch's function takes the call: the gate, or an ``out`` where a gradient or a transform follows."""
     tensors = operands if out is None else (*operands, out)
-    if not all(isinstance(x, Tensor) for x in tensors):
+    if fallback.is_needed_to_compose(*tensors):
         return True
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return out is not None and (recorded or torch._C._are_functorch_transforms_active())
 
 
-def _fit(operands: Operands, scales: Scales, out: Tensor) -> bool:
+def copied(result: Tensor, out: Tensor) -> Tensor:
+    """``out``, with a result copied to it, and resized as torch does, with its warning."""
+    if type(out) in fallback.PLAIN and out.shape == result.shape and not torch.compiler.is_compiling():
+        storage.require(out)
+    return torch.mul(result, 1, out=out)
+
+
+def _fit(operands: Operands, out: Tensor) -> bool:
     *inputs, mat1, mat2 = operands
-    alike = out.dtype == mat1.dtype and out.device == mat1.device and out.layout == torch.strided
-    added = all(can_be_added(input, mat1, mat2) for input in inputs)
-    return alike and accelerated(mat1, mat2) and added and are_scales(*scales.values())
+    alike = out.dtype == mat1.dtype and out.device == mat1.device
+    return alike and accelerated(mat1, mat2) and all(can_be_added(input, mat1, mat2) for input in inputs)
 
 
 def _traced(name: str, operands: Operands, scales: Scales, out: Tensor) -> Tensor:
-    """For tracers and subclasses, which do not see what is written past them."""
+    """The operator and a copy."""
     with torch.autocast(out.device.type, enabled=False):  # as for torch's own with out=
         return copied(getattr(torch.ops.matmul_grad, name).default(*operands, **scales), out)
 
 
-def copied(result: Tensor, out: Tensor) -> Tensor:
-    """Copy, and resize as torch does, with its warning."""
-    return torch.mul(result, 1, out=out)
-
-
-def _written(out: Tensor, operands: Operands, scales: Scales) -> Tensor:
-    *inputs, mat1, mat2 = operands
-    compute(mat1, mat2, inputs[0] if inputs else None, out=out, **scales)
+def _written(out: Tensor) -> Tensor:
+    """``out``, after it was written past autograd."""
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)
     return out
@@ -86,10 +108,8 @@ def _written(out: Tensor, operands: Operands, scales: Scales) -> Tensor:
 def can_write(out: Tensor, operands: Operands) -> bool:
     """Whether ``out`` keeps its elements apart, and from those of the operands; it may be what is added."""
     *inputs, mat1, mat2 = operands
-    shared = [
-        x for x in inputs if not (x.data_ptr() == out.data_ptr() and x.expand(out.shape).stride() == out.stride())
-    ]
-    return _is_spread(out) and not any(_overlap(out, x) for x in (mat1, mat2, *shared))
+    shared = [x for x in inputs if not (_address(x) == _address(out) and x.expand(out.shape).stride() == out.stride())]
+    return _is_spread(out) and not _overlaps_any(out, mat1, mat2, *shared)
 
 
 def _is_spread(x: Tensor) -> bool:
@@ -102,12 +122,22 @@ def _is_spread(x: Tensor) -> bool:
     return True
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether the memory between first and last element of two tensors meets."""
-    (start, end), (begin, stop) = (_extent(x) for x in (one, other))
-    return start < stop and begin < end
+def _overlaps_any(one: Tensor, *others: Tensor) -> bool:
+    """Whether the memory between first and last element of a tensor meets that of another."""
+    start, end = _extent(one)
+    return any(start < stop and begin < end for begin, stop in map(_extent, others))
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    reach = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1
-    return x.data_ptr(), x.data_ptr() + (reach if x.numel() else 0) * x.element_size()
+    start = _address(x)
+    return start, start + (_reach(x) if x.numel() else 0) * x.element_size()
+
+
+def _address(x: Any) -> int:
+    """Of the first element; a copy-on-write storage is not copied."""
+    return x.const_data_ptr()
+
+
+def _reach(x: Tensor) -> int:
+    """Elements from the first to the last, of a tensor that has any."""
+    return sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1

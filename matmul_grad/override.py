@@ -7,87 +7,128 @@ backward formulas or compiled code, runs on the kernels of this package; all tha
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native import state
+from .late import after_import
 from .override_cuda import Switch, calls
 
 __all__ = ["disable", "enable", "enabled", "info"]
 
-_lock = threading.RLock()
+_lock = fork_safe_lock()
 _cuda = Switch()
-_blocks: list[list[bool]] = []  # of the open enabled() blocks, in order: whether the switch was on before
+_blocks: list[list[bool]] = []  # of the open enabled() blocks, in order: whether the override was on before
+_told: set[str] = set()  # reasons for which one device is not overridden
 
 
 def is_on() -> bool:
-    """Whether the switch is on.
+    """Whether torch's products are overridden on any device.
 
     >>> import matmul_grad
     >>> with matmul_grad.enabled():
     ...     is_on()
     True
     """
-    return state.words[state.OVERRIDE] != 0
+    return state.words[state.ACTIVE] != 0 or _cuda.is_on()
 
 
-def _set(on: bool) -> None:
-    """On or off everywhere; where an error says that it cannot be on, it is as it was."""
+def _locked(change: Callable[..., None], *arguments: Any) -> None:
+    with _lock:
+        change(*arguments)
+
+
+_untraced = _locked  # Dynamo does not trace into it, once there is Dynamo
+
+
+def _tell_dynamo(dynamo: Any) -> None:
+    global _untraced
+    _untraced = dynamo.disable(_locked)
+
+
+after_import("torch._dynamo", _tell_dynamo)
+
+
+def _set(on: bool, for_good: bool = True) -> None:
+    """On or off on every device; where an error says that it cannot be on, it is as it was.
+
+    Off ``for_good`` removes the kernels; else those of the CPU stay where they are and call torch's.
+    """
     was = is_on()
     try:
         if on:
-            _take_over()
+            _install()
     except BaseException:
         if not was:
-            _give_back()
+            _uninstall(for_good=True)
         raise
     if not on:
-        _give_back()
+        _uninstall(for_good)
 
 
-def _take_over() -> None:
+def _install() -> None:
+    """On each device for itself: what one device lacks does not keep another from it."""
+    refused = [reason for reason in (_install_on_cpu(), _install_on_cuda()) if reason]
+    if not is_on():
+        raise RuntimeError(f"matmul_grad.enable(): torch's own products cannot be replaced here: {refused[0]}")
+    for reason in refused:
+        if reason not in _told:
+            _told.add(reason)
+            warnings.warn(f"matmul_grad.enable(): on one device torch's products stay: {reason}", stacklevel=4)
+
+
+def _install_on_cpu() -> str:
+    """ "", or why not."""
     from .kernels.native import override_cpu, register
 
     try:
-        if not is_on():
-            override_cpu.install()
+        override_cpu.install()
     except register.Unavailable as reason:
-        raise RuntimeError(f"matmul_grad.enable(): torch's own products cannot be replaced here: {reason}") from None
-    if not _cuda.is_on() and torch.cuda.is_available():
+        return str(reason)
+    return ""
+
+
+def _install_on_cuda() -> str:
+    if _cuda.is_on() or not torch.cuda.is_available():
+        return ""
+    try:
         _cuda.take_over()
+    except Exception as error:
+        return f"CUDA: {error}"
+    return ""
 
 
-def _give_back() -> None:
+def _uninstall(for_good: bool) -> None:
     if _cuda.is_on():
         _cuda.give_back()
-    if is_on():
+    if state.words[state.OVERRIDE] != 0:
         from .kernels.native import override_cpu
 
-        override_cpu.uninstall()
+        (override_cpu.uninstall if for_good else override_cpu.suspend)()
 
 
 def enable() -> None:
-    """Put these kernels under torch.mm, addmm, bmm and baddbmm, their out and in-place forms included.
+    """Put these kernels under torch.mm, addmm, bmm, baddbmm, mv, addmv, dot and vdot, out and in-place forms included.
 
     C = A · B,  C = beta · input + alpha · (A · B)
 
     shapes      as torch's
     strides     any, read as they are; results lie as torch's do
     dtypes      float16, bfloat16, float32, float64 on CPU and CUDA; the rest stays torch's
-    aliasing    as torch's; an ``out`` that overlaps an operand is left to torch
-    rounding    accumulated in float32 (float64 for float64); 16-bit results are rounded once, after the addition, on
-                a GPU before it and after it
+    aliasing    as torch's; an ``out`` that overlaps an operand is right on CPU, where torch's own may not be
+    rounding    accumulated in float32 (float64 for float64); 16-bit results are rounded once, after the addition
     errors      torch's own, raised by torch's own kernels
     determinism on CPU the same bits for any m, n, batch, strides and number of threads
     source      docs/design.md, "The switch"
 
-    For all threads of the process, and only once if called again. Where torch is of a version that is not known,
-    RuntimeError says so, and nothing has changed.
+    For all threads of the process, and only once if called again. The first call on a build of torch tries it in a
+    child process, which takes some seconds; a torch that does not pass is refused by RuntimeError, which tells what
+    failed, and nothing has changed. CPU and CUDA are independent: a warning names the one that stays torch's.
 
     >>> import torch, matmul_grad
     >>> matmul_grad.enable()
@@ -95,8 +136,7 @@ def enable() -> None:
     >>> linear(torch.ones(2, 4)).sum().backward()  # forward and backward, on these kernels
     >>> matmul_grad.disable()
     """
-    with _lock:
-        _set(True)
+    _untraced(_set, True)
 
 
 def disable() -> None:
@@ -107,8 +147,7 @@ def disable() -> None:
     >>> matmul_grad.info()["on"]
     []
     """
-    with _lock:
-        _set(False)
+    _untraced(_set, False)
 
 
 @contextlib.contextmanager
@@ -124,14 +163,16 @@ def enabled() -> Iterator[None]:
     """
     block = [False]
     try:
-        with _lock:
-            block[0] = is_on()
-            _blocks.append(block)
-            _set(True)
+        _untraced(_open, block)
         yield
     finally:
-        with _lock:
-            _close(block)
+        _untraced(_close, block)
+
+
+def _open(block: list[bool]) -> None:
+    block[0] = is_on()
+    _blocks.append(block)
+    _set(True)
 
 
 def _close(block: list[bool]) -> None:
@@ -143,7 +184,7 @@ def _close(block: list[bool]) -> None:
     if place < len(_blocks):
         _blocks[place][0] = block[0]
     else:
-        _set(block[0])
+        _set(block[0], for_good=False)
 
 
 def info() -> dict[str, Any]:
@@ -160,13 +201,9 @@ def info() -> dict[str, Any]:
     1
     """
     outcomes = {"accelerated": state.ACCELERATED, "handed_over": state.HANDED_OVER}
-    devices = {"cpu": is_on(), "cuda": _cuda.is_on()}
+    devices = {"cpu": state.words[state.ACTIVE] != 0, "cuda": _cuda.is_on()}
     found: dict[str, Any] = {"on": [device for device, on in devices.items() if on]}
     for outcome, code in outcomes.items():
         sums = {name: Counter(state.calls(name, code)) + calls[name, outcome] for name in state.OPERATORS}
         found[outcome] = {name: dict(dtypes) for name, dtypes in sums.items() if dtypes}
     return found
-
-
-if hasattr(os, "register_at_fork"):  # a child must not find the lock taken by a thread that it has not
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

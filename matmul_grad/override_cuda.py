@@ -6,7 +6,6 @@ where these do not take it: so its results, its errors and their words are torch
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import strictness
+from .kernels.cpu.fork_safety import fork_safe_lock
 from .ops import accelerated, are_scales, can_be_added, compute, has_work, rank_of
 from .out import can_write
 
@@ -25,7 +25,7 @@ OVERLOADS = (
 OURS, TORCHS_TO_SAY, NOT_OURS = range(3)  # what is to become of a call
 
 calls: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by operator and outcome: how many of a dtype
-_counting = threading.Lock()
+_counting = fork_safe_lock()
 
 
 class Switch:

@@ -1,8 +1,10 @@
-"""How DTensor may shard the operators: told to torch.distributed when that is first imported.
+"""How DTensor may shard the operators: registered when torch.distributed.tensor is first imported.
 
     C[m,n] = Σ_k A[m,k] · B[k,n]
 
-Over one dimension of a mesh every rule shards one letter. What has the letter is sharded along it, what has not is
+The operators have the schemas of aten's, so they get the strategies that torch has for those: the same placements,
+strided shards and partial sums included. torch does not promise the tables that hold them; where they are not found
+the rules of this file are registered. Over one dimension of a mesh every rule shards one letter. What has the letter is sharded along it, what has not is
 replicated. A letter that the result has not, k, is summed over: there each device holds a partial sum.
 """
 
@@ -57,19 +59,34 @@ def shardings(equation: str, shapes: list[tuple[int, ...]]) -> list[tuple[list[A
     return rules
 
 
-def tell(_: ModuleType) -> None:
-    """Register the rules of every operator with DTensor."""
+def share_strategy(propagator: Any, ours: Any, atens: Any) -> bool:
+    """Enter an operator wherever DTensor's propagator has aten's; whether a strategy was among it."""
+    tables = {name: table for name, table in vars(propagator).items() if isinstance(table, dict) and atens in table}
+    for table in tables.values():
+        table[ours] = table[atens]
+    return bool(tables.keys() & {"op_strategy_funcs", "op_single_dim_strategy_funcs"})
+
+
+def register_rules(name: str, equation: str) -> None:
+    """The rules of ``shardings`` for one operator."""
     from torch.distributed.tensor.experimental import register_sharding
 
+    def rules(*operands: Any, **_scalars: Any) -> list[tuple[list[Any], list[Any]]]:
+        return shardings(equation, [tuple(operand.shape) for operand in operands[: equation.count(",") + 1]])
+
+    register_sharding(getattr(torch.ops.matmul_grad, name).default)(rules)
+
+
+def register_with(tensor: ModuleType) -> None:
+    """Every operator with DTensor."""
+    dispatcher = getattr(tensor.DTensor, "_op_dispatcher", None)
+    propagator = getattr(dispatcher, "sharding_propagator", None)
     for name, equation in EQUATIONS.items():
-
-        def rules(*operands: Any, _equation: str = equation, **_scalars: Any) -> list[tuple[list[Any], list[Any]]]:
-            count = _equation.count(",") + 1
-            return shardings(_equation, [tuple(operand.shape) for operand in operands[:count]])
-
-        register_sharding(getattr(torch.ops.matmul_grad, name).default)(rules)
+        ours, atens = (getattr(getattr(torch.ops, space), name).default for space in ("matmul_grad", "aten"))
+        if propagator is None or not share_strategy(propagator, ours, atens):
+            register_rules(name, equation)
 
 
 def register() -> None:
-    """Tell DTensor, now or when it comes."""
-    after_import(TENSOR, tell)
+    """Register with DTensor, now or when it is imported."""
+    after_import(TENSOR, register_with)

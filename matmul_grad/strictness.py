@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 from torch import Tensor
+
+from .kernels.cpu.fork_safety import fork_safe_lock
 
 SUPPORTED = (
     "these kernels take two dense matrices of one dtype on one device: bfloat16, float32 or float64, on CPU or CUDA, "
     "and float16 where the processor converts it"
 )
 
-_lock = threading.Lock()
-_open = 0
+_lock = fork_safe_lock()
+open_blocks = 0
 
 
 def _change(by: int) -> None:
     from .kernels.native import state
 
-    global _open
+    global open_blocks
     with _lock:
-        _open += by
-        state.words[state.STRICT] = _open
+        open_blocks += by
+        state.words[state.STRICT] = open_blocks
 
 
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
     """Raise RuntimeError where a product would go to torch's own kernel. A context manager and a decorator.
 
-    Holds for all threads of the process, since autograd may run a backward in a thread of its own.
+    Holds for all threads of the process, since autograd may run a backward in a thread of its own. Functions compiled
+    by torch.compile are refused by dtype. A call that a tensor subclass, a tracer or a mode takes is no fallback.
 
     >>> import torch, matmul_grad
     >>> a = torch.ones(2, 2, dtype=torch.int64)
@@ -48,7 +50,7 @@ def strict() -> Iterator[None]:
 
 def is_on() -> bool:
     """Whether any ``strict()`` block is open."""
-    return _open > 0
+    return open_blocks > 0
 
 
 def hand_over(self: Tensor | None, mat2: Tensor | None) -> None:

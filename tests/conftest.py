@@ -1,17 +1,64 @@
-"""What tests count and is to be told at the end, also where workers of pytest-xdist have counted it."""
+"""For the whole suite: counts printed at its end, time limits that fit the machine, -x for workers of pytest-xdist."""
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import scaled
 
 COUNTS = pytest.StashKey[Counter[str]]()
+STOP = pytest.StashKey[Path]()  # a file that exists once as many tests have failed as -x or --maxfail allows
+FOLDER = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
+TIMEOUT = 1800  # seconds of a test on the reference machine of helpers/limits.py; it ends what hangs
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[COUNTS] = Counter()
+    given: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if given is not None:
+        config.stash[STOP] = Path(given["stop"])
+    else:
+        config.stash[FOLDER] = tempfile.TemporaryDirectory()
+        config.stash[STOP] = Path(config.stash[FOLDER].name, "stop")
+    config.pluginmanager.register(StopWorkers(config))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if FOLDER in config.stash:
+        config.stash[FOLDER].cleanup()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["stop"] = str(node.config.stash[STOP])
+
+
+class StopWorkers:
+    """pytest-xdist lets its workers finish their queues when the allowed failures are reached; here they stop."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.stop, self.allowed, self.failed = config.stash[STOP], config.getvalue("maxfail"), 0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed += report.failed
+        if self.allowed and self.failed >= self.allowed:
+            self.stop.touch()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        if not self.stop.exists():
+            return None
+        item.session.shouldstop = "as many tests have failed as are allowed"
+        return True
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("timeout") is None:
+        item.add_marker(pytest.mark.timeout(scaled(TIMEOUT)))
 
 
 @pytest.fixture(scope="session")

@@ -96,7 +96,7 @@ def test_under_a_transform() -> None:
         assert_same_bits(*(torch.func.grad(loss)(w) for loss in losses))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_compiled() -> None:
     torch._dynamo.reset()
     a, w = torch.ones(3, 4), torch.ones(2, 4, requires_grad=True)

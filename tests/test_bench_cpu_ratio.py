@@ -1,12 +1,10 @@
 """`python -m bench cpu-ratio`: figures as its rows say, the wrong refused, a fall noticed, rivals one at a time."""
 
-import functools
 import importlib
 import itertools
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -295,9 +293,15 @@ def test_openblas_and_this_package_take_turns() -> None:
         assert before.start < before.end <= after.start - openblas.REST
 
 
-def test_slow_rivals_have_fewer_rounds() -> None:
-    slow = functools.partial(time.sleep, 0.02)
-    batches = {"slow": lambda: slow() or 1.0, "quick": lambda: 0.0}
+def test_slow_rivals_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(turns, "perf_counter", lambda: clock[0])
+
+    def slow() -> float:
+        clock[0] += 0.02
+        return 1.0
+
+    batches = {"slow": slow, "quick": lambda: 0.0}
     assert [len(times) for times in turns.take_turns(batches, 0.001).values()] == [3, 3]
     assert [len(times) for times in turns.take_turns(batches, 0.03).values()] == [5, 5]
 

@@ -19,7 +19,7 @@ ROWS = torch.export.Dim("rows", min=2, max=64)
 # torch's own code for export and packages warns of what torch has deprecated.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*"),
     pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning"),
 ]
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -106,6 +107,40 @@ def case_nothing_moves_that_need_not(mesh: DeviceMesh) -> None:
                 product = getattr(torch.ops.matmul_grad, name)(*parts)
             assert product.placements == (expected,), f"{name} {placing}: {product.placements}"
             assert moved.get_total_counts() == 0, f"{name} {placing}: {moved.get_comm_counts()}"
+
+
+FUNCTIONS: dict[str, list[tuple[int, ...]]] = {
+    "mm": [(4, 8), (8, 6)],
+    "bmm": [(2, 4, 8), (2, 8, 6)],
+    "addmm": [(6,), (4, 8), (8, 6)],
+    "baddbmm": [(4, 6), (2, 4, 8), (2, 8, 6)],
+    "matmul": [(2, 4, 8), (8, 6)],
+    "linear": [(2, 4, 8), (6, 8), (6,)],
+}
+
+
+def results_of(function: Callable[..., Tensor], parts: list[DTensor]) -> tuple[list[tuple[Placement, ...]], int]:
+    """Placements of a function's result and gradients, and how much was communicated for them."""
+    with CommDebugMode() as moved:
+        leaves = [part.detach().requires_grad_() for part in parts]
+        result = function(*leaves)
+        grads = torch.autograd.grad(result.sum(), leaves)
+    return [x.placements for x in (result, *grads)], moved.get_total_counts()
+
+
+def placements_case(name: str) -> Callable[[DeviceMesh], None]:
+    """Whatever the placements of the operands: the result and the gradients lie as torch's do, for as much traffic."""
+    torchs = nn.functional.linear if name == "linear" else getattr(torch, name)
+
+    def case(mesh: DeviceMesh) -> None:
+        sizes = FUNCTIONS[name]
+        values = [whole_numbers(size, seed, mesh.device_type) for seed, size in enumerate(sizes)]
+        for placing in itertools.product(*(placements(len(size)) for size in sizes)):
+            parts = [arranged(x, mesh, p) for x, p in zip(values, placing, strict=True)]
+            expected, found = results_of(torchs, parts), results_of(getattr(matmul_grad, name), parts)
+            assert found == expected, f"{name} {placing}: {found}, torch {expected}"
+
+    return case
 
 
 # --- models --------------------------------------------------------------------------------------------------
@@ -206,9 +241,31 @@ def unchanged(net: nn.Module) -> Iterator[None]:
     yield
 
 
+def case_fully_shard_and_convert(mesh: DeviceMesh) -> None:
+    """In either order; ``restore`` leaves FSDP's classes and methods, with or without it."""
+    for convert_first in (True, False):
+        net, (x, y) = model(torch.float32, mesh.device_type), data(torch.float32, mesh.device_type)
+        if convert_first:
+            matmul_grad.convert(net)
+        sharded_data_parallel(net, mesh)
+        classes = [type(module) for module in net.modules()]
+        names = matmul_grad.converted(net if convert_first else matmul_grad.convert(net))
+        assert names == ["0", "2", "3"], names
+        with converted(net):
+            step(net, x, y)
+        assert matmul_grad.converted(matmul_grad.restore(net)) == []
+        assert [type(module) for module in net.modules()] == classes
+        assert isinstance(net[0], FSDPModule) and type(net[0]).__name__ == "FSDPLinear"
+        net[0].unshard()
+        net[0].reshard()
+        step(net, x, y)
+
+
 CASES: dict[str, Callable[[DeviceMesh], None]] = {
     **{f"operator-{name}": operator_case(name) for name in sharding.EQUATIONS},
     "nothing-moves": case_nothing_moves_that_need_not,
+    **{f"placements-{name}": placements_case(name) for name in FUNCTIONS},
+    "fully-shard": case_fully_shard_and_convert,
     **{f"{parallel}-{way}": model_case(parallel, way) for parallel in PARALLEL for way in WAYS},
 }
 
@@ -270,6 +327,29 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_two_processes(name: str, outcomes: list[dict[str, str]]) -> None:
     for rank, raised in enumerate(outcomes):
         assert not raised[name], f"process {rank}:\n{raised[name]}"
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_rules_for_a_torch_whose_strategies_are_not_found(name: str) -> None:
+    rules = sharding.shardings(sharding.EQUATIONS[name], list(SIZES[name][0]))
+    for operands, result in LOCAL[name]:
+        assert ([result], list(operands)) in rules
+
+
+def test_strategies_are_shared_or_rules_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Propagator:
+        def __init__(self) -> None:
+            self.op_strategy_funcs, self.op_to_schema_info = {"aten": "strategy"}, {"aten": "info"}
+
+    full, empty = Propagator(), Propagator()
+    assert sharding.share_strategy(full, "ours", "aten")
+    assert (full.op_strategy_funcs["ours"], full.op_to_schema_info["ours"]) == ("strategy", "info")
+    empty.op_strategy_funcs.clear()
+    assert not sharding.share_strategy(empty, "ours", "aten")
+    registered: list[str] = []
+    monkeypatch.setattr(sharding, "register_rules", lambda name, equation: registered.append(name))
+    sharding.register_with(types.SimpleNamespace(DTensor=types.SimpleNamespace()))  # type: ignore[arg-type]
+    assert registered == list(sharding.EQUATIONS)
 
 
 if __name__ == "__main__":

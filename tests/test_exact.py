@@ -2,13 +2,19 @@
 
 import itertools
 import mmap
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from dtypes import ACCELERATED
+from limits import scaled
 from torch import Tensor
 
 import matmul_grad
+from matmul_grad.kernels.cpu import host
 from matmul_grad.testing import (
     DTYPES,
     SHAPES,
@@ -23,7 +29,8 @@ from matmul_grad.testing import (
 )
 
 FLOATS = [pytest.param(DTYPES[name], id=name) for name in ("f32", "f64")]
-EVERY = [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
+EVERY = [pytest.param(dtype, id=name) for name, dtype in ACCELERATED.items()]
+NARROW = tuple(name for name in ("f16", "bf16") if name in ACCELERATED)
 # Beyond the table: more than one block of rows, of columns and of k, and each way to split work between threads.
 LARGER = ((700, 6, 400), (6, 700, 400), (415, 66, 769), (1, 7001, 3), (3, 7000, 2), (200, 200, 385))
 STRIDED = ((1, 1, 1), (1, 5, 3), (7, 65, 9), (13, 33, 17), (5, 1, 9), (31, 130, 41), (70, 129, 65))
@@ -31,7 +38,7 @@ TABLE = [
     *cases(("f32", "f64")),
     *cases(("f32", "f64"), shapes=LARGER, layouts=("NN", "TT")),
     # 16 bits: the sums are exact in float32, and the one rounding at the store is that of the exact product.
-    *cases(("f16", "bf16"), shapes=(*SHAPES, *LARGER), layouts=("NN", "TT")),
+    *cases(NARROW, shapes=(*SHAPES, *LARGER), layouts=("NN", "TT")),
 ]
 
 
@@ -195,3 +202,27 @@ def test_sizes_are_64_bits_wide(dtype: torch.dtype) -> None:
     assert matmul_grad.mm(wide, one.expand(many, 3)).shape == (0, 3)
     with pytest.raises(RuntimeError, match=rf"shapes cannot be multiplied \(0x{many} and 5x2\)"):
         matmul_grad.mm(wide, torch.ones(5, 2, dtype=dtype))
+
+
+WITHOUT_CONVERSIONS = """
+import torch, matmul_grad
+from matmul_grad.testing import assert_same_bits, normal
+a, b = normal(9, 40, torch.float16, 1), normal(40, 7, torch.float16, 2)
+assert_same_bits(matmul_grad.mm(a, b), torch.mm(a, b), "torch's own kernel")
+with matmul_grad.strict():
+    try:
+        matmul_grad.mm(a, b)
+    except RuntimeError as error:
+        assert "torch's own" in str(error), error
+    else:
+        raise AssertionError("strict() let float16 go to torch")
+"""
+
+
+@pytest.mark.skipif(host.is_arm(), reason="every Arm CPU converts float16")
+def test_float16_falls_back_without_conversions() -> None:
+    """A generic x86-64 has no F16C: the product is torch's, and strict() raises."""
+    command = [sys.executable, "-c", WITHOUT_CONVERSIONS]
+    environment = os.environ | {"MATMUL_GRAD_ISA": "generic"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=scaled(600))
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import matmul_grad
-from matmul_grad.ops import raised
 from matmul_grad.testing import DTYPES, STRIDINGS, assert_same_bits, assert_within_budget, integers, lay_out, normal
 
 DOUBLE = torch.float64
@@ -149,7 +148,7 @@ def test_matmul(one: tuple[int, ...], other: tuple[int, ...], needs: tuple[bool,
         expected = torch.matmul(a, b)
         with matmul_grad.strict():
             c = matmul_grad.matmul(a, b)
-        torch.testing.assert_close(c, expected, check_stride=True)
+        torch.testing.assert_close(c, expected, check_stride=expected.numel() > 0)
         wanted = [x for x in (a, b) if x.requires_grad]
         if wanted:
             grad = torch.randn_like(c)
@@ -157,17 +156,20 @@ def test_matmul(one: tuple[int, ...], other: tuple[int, ...], needs: tuple[bool,
             torch.testing.assert_close(ours, torchs)
 
 
-class Copies(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the bytes of what is copied."""
+class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Elements of each tensor that is made, and in sum of those that are copied."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements = 0
+        self.largest, self.copied = 0, 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         result = op(*args, **(kwargs or {}))
+        for made in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(made, Tensor) and not made._is_view():
+                self.largest = max(self.largest, made.untyped_storage().nbytes() // made.element_size())
         if op.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_, torch.ops.aten._to_copy):
-            self.elements += result.numel()
+            self.copied += result.numel()
         return result
 
 
@@ -177,11 +179,49 @@ def test_matmul_copies_no_more_than_torch(one: tuple[int, ...], other: tuple[int
     a, b = torch.ones(one), torch.ones(other)
     if inside and a.dim() > 2:
         a = a.transpose(0, -2).contiguous().transpose(0, -2)
-    with Copies() as ours:
+    with Sizes() as ours:
         matmul_grad.matmul(a, b)
-    with Copies() as torchs:
+    with Sizes() as torchs:
         torch.matmul(a, b)
-    assert ours.elements == torchs.elements
+    assert ours.copied <= torchs.copied
+
+
+BROADCASTS = [
+    ((64, 8, 1, 10), (8, 10, 10)), ((96, 96), (24, 96, 1)), ((5, 5), (10, 5, 3)), ((10, 3, 5), (5, 5)),
+    ((7, 1, 4, 6), (1, 9, 6, 3)), ((7, 1, 1, 6), (9, 6, 1)), ((7, 1, 3, 4, 6), (8, 1, 6, 3)), ((6,), (8, 5, 6, 1)),
+    ((1, 40, 30), (20, 30, 2)), ((20, 2, 30), (1, 30, 40)), ((8, 9, 1, 6), (6,)), ((3, 1, 5, 2, 6), (3, 4, 1, 6, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), BROADCASTS, ids=str)
+@pytest.mark.parametrize("needs", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("order", ["contiguous", "inside", "transposed"])
+def test_matmul_makes_nothing_larger_than_result_and_operands(one: Any, other: Any, needs: Any, order: str) -> None:
+    """Forward and backward: a batch that is broadcast is read where it lies."""
+
+    def laid_out(x: Tensor) -> Tensor:
+        if order == "inside" and x.dim() > 2:
+            return x.transpose(0, -2).contiguous().transpose(0, -2)
+        return x.mT.contiguous().mT if order == "transposed" and x.dim() > 1 else x
+
+    made = [integers(1, torch.Size(size).numel(), DOUBLE, i).view(size) for i, size in enumerate((one, other))]
+    a, b = (laid_out(x).detach().requires_grad_(need) for x, need in zip(made, needs, strict=True))
+    expected = torch.matmul(a, b)
+    largest = max(a.numel(), b.numel(), expected.numel())
+    with matmul_grad.strict(), Sizes() as sizes:
+        c = matmul_grad.matmul(a, b)
+    assert_exact(c, expected)
+    assert c.is_contiguous()
+    assert sizes.largest <= largest
+    wanted = [x for x in (a, b) if x.requires_grad]
+    if wanted:
+        grad = integers(1, c.numel(), DOUBLE, 3).view(c.shape)
+        torchs = torch.autograd.grad(expected, wanted, grad)
+        with Sizes() as sizes:
+            ours = torch.autograd.grad(c, wanted, grad)
+        for x, y in zip(ours, torchs, strict=True):
+            assert_exact(x, y)
+        assert sizes.largest <= largest
 
 
 LINEARS = [
@@ -278,7 +318,7 @@ def test_strict_refuses_to_hand_over(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "scales", [{"alpha": 1j}, {"beta": True}, {"alpha": 2**60}, {"alpha": torch.tensor(2.0)}], ids=str
+    "scales", [{"alpha": 1j}, {"beta": True}, {"alpha": 2**60 + 1}, {"alpha": torch.tensor(True)}], ids=str
 )
 def test_strict_refuses_other_scales(scales: dict[str, Any]) -> None:
     with matmul_grad.strict(), pytest.raises(RuntimeError, match=r"matmul_grad\.strict\(\)"):
@@ -371,7 +411,8 @@ def test_out_under_gradient_is_torchs_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_out_that_shares_memory_is_torchs(name: str) -> None:
+def test_out_that_shares_memory_with_itself_or_the_input_is_torchs(name: str) -> None:
+    """With a matrix it may: tests/test_out.py."""
     ours, torchs = pair_of(name)
 
     def arguments(kind: str) -> tuple[list[Tensor], Tensor]:
@@ -379,16 +420,9 @@ def test_out_that_shares_memory_is_torchs(name: str) -> None:
         whole = torch.arange(1000.0)
         square = [whole[100 * i : 100 * i + torch.Size((*batch, 4, 4)).numel()].view(*batch, 4, 4) for i in range(4)]
         found = square[1:4] if "add" in name else square[2:4]
-        out = {"itself": whole[500:501].expand(*batch, 4, 4), "a": found[-2], "b": found[-1].mT}.get(kind)
-        if kind == "partly":
-            start = found[-2].storage_offset() + 1
-            out = whole[start : start + found[-2].numel()].view_as(found[-2])
-        if kind == "input":
-            out = found[0].mT
-        assert out is not None
-        return found, out
+        return found, found[0].mT if kind == "input" else whole[500:501].expand(*batch, 4, 4)
 
-    for kind in ("itself", "a", "b", "partly", *(["input"] if "add" in name else [])):
+    for kind in ("itself", *(["input"] if "add" in name else [])):
         results = []
         for call in (ours, torchs):
             found, out = arguments(kind)
@@ -449,6 +483,7 @@ def bad_operands() -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         yield name, right[name], scales
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")  # once in a process
 def test_bad_operands() -> None:
     """torch's error, of its type and to the letter; or its result."""
     compared = 0
@@ -496,7 +531,6 @@ def test_no_call_keeps_its_operands() -> None:
         for call in (getattr(matmul_grad, name), getattr(torch.ops.matmul_grad, name)):
             with matmul_grad.strict() if strictly else contextlib.nullcontext(), contextlib.suppress(RuntimeError):
                 assert call(*operands, **scales)._use_count() == 1
-        raised.error = None  # the last exception, which a bare operator leaves for the next function
         if [x._use_count() for x in operands] != before:
             gc.collect()  # exceptions and their frames hold each other
         assert [x._use_count() for x in operands] == before, (name, operands, scales, strictly)

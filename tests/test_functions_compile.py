@@ -16,7 +16,7 @@ from matmul_grad.testing import normal
 DOUBLE = torch.float64
 OPERATORS = torch.ops.matmul_grad
 # The compilers script and trace with parts of torch that torch itself has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 
 
 @pytest.fixture(autouse=True)

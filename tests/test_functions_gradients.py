@@ -22,7 +22,7 @@ func = torch.func
 DOUBLE = torch.float64
 OPERATORS = torch.ops.matmul_grad
 # The first dual number of a process makes torch script its own formulas, and torch.jit warns that it is deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 traces = pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
 
 

@@ -19,7 +19,7 @@ from matmul_grad.testing import assert_same_bits, exact_product, integers, norma
 func = torch.func
 DOUBLE = torch.float64
 # The first dual number of a process makes torch script its own formulas, and torch.jit warns that it is deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 # linearize traces, and torch.fx warns of the constants that it meets itself; torch.mm brings the same.
 traces = pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")
 

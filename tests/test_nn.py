@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import matmul_grad
+from matmul_grad.layers import MARK
 from matmul_grad.testing import assert_same_bits
 
-compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 
 
 class Mlp(nn.Module):
@@ -60,9 +62,27 @@ def strictly(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
         return step(model, *inputs)
 
 
+class counted(TorchDispatchMode):  # reads as the function of a block
+    """The products of a block, by the names of their operators: this package's, and aten's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours: list[str] = []
+        self.torchs: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operator.name().split("::")[1].split(".")[0]
+        if operator.namespace == "matmul_grad":
+            self.ours.append(name)
+        elif name in ("mm", "addmm", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"):
+            self.torchs.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
 def everything(model: nn.Module) -> dict[str, Any]:
-    """Each module with its class and all that it holds, by identity."""
-    return {name: (type(module), dict(vars(module))) for name, module in model.named_modules(remove_duplicate=False)}
+    """Each module with its class and all that it holds but the mark of ``convert``, by identity."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: (type(module), {k: v for k, v in vars(module).items() if k != MARK}) for name, module in modules}
 
 
 # --- the module ---------------------------------------------------------------------------------------------
@@ -107,10 +127,8 @@ def test_convert_swaps_in_place_and_restore_undoes_it() -> None:
     expected = step(model, x)
     assert matmul_grad.convert(model) is model
     assert matmul_grad.converted(model) == NAMES
-    assert all(isinstance(model.get_submodule(name), matmul_grad.Linear) for name in NAMES)
     torch.testing.assert_close(strictly(model, x), expected)
-    now = everything(model)
-    assert {name: held for name, (_, held) in now.items()} == {name: held for name, (_, held) in before.items()}
+    assert everything(model) == before
     assert repr(model) == shown
     assert list(model.state_dict()) == state
     assert model.head.weight is model.embedding.weight
@@ -118,6 +136,7 @@ def test_convert_swaps_in_place_and_restore_undoes_it() -> None:
     assert matmul_grad.convert(model) is model  # twice is once
     assert matmul_grad.restore(model) is model
     assert everything(model) == before
+    assert all(MARK not in vars(module) for module in model.modules())
     assert matmul_grad.converted(model) == []
     torch.testing.assert_close(step(model, x), expected, rtol=0, atol=0)
     assert everything(matmul_grad.restore(model)) == before
@@ -145,21 +164,92 @@ def test_filter_is_asked_of_each_module_by_name() -> None:
     assert type(model.first) is type(model.head) is nn.Linear
 
 
-def test_what_is_not_torchs_own_linear_is_left() -> None:
+def test_a_forward_that_is_not_torchs_is_left_out_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     class Special(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
 
-    patched = nn.Linear(3, 3)
-    patched.forward = lambda x: x  # type: ignore[method-assign]
-    built = matmul_grad.Linear(3, 3)
-    model = nn.Sequential(Special(3, 3), nn.LazyLinear(3), patched, built, nn.Bilinear(3, 3, 3))
-    classes = [type(module) for module in model]
+    replaced = nn.Linear(3, 3)
+    replaced.forward = lambda x: x  # type: ignore[method-assign]
+    bound_elsewhere = nn.Linear(3, 3)
+    bound_elsewhere.forward = nn.Linear(3, 3).forward  # type: ignore[method-assign]
+    model = nn.Sequential(Special(3, 3), nn.Bilinear(3, 3, 3), replaced, matmul_grad.Linear(3, 3), bound_elsewhere)
+    before = everything(model)
     matmul_grad.convert(model)
-    assert [type(module) for module in model] == classes
+    assert everything(model) == before
     assert matmul_grad.converted(model) == []
-    matmul_grad.restore(model)
-    assert [type(module) for module in model] == classes
+    assert list(matmul_grad.nn.left_out(model)) == ["0", "2", "4"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    for part in ("3 of the model's", "Special has a forward of its own", "2: its forward was replaced"):
+        assert part in record.getMessage()
+    caplog.clear()
+    matmul_grad.convert(model, filter=lambda module, name: name == "1")
+    assert not caplog.records, "what the caller leaves out"
+
+
+def test_a_subclass_with_torchs_forward_is_converted() -> None:
+    class Mixin:
+        def extra_repr(self) -> str:
+            return "mixed"
+
+    class Mixed(Mixin, nn.Linear):
+        pass
+
+    model, x = nn.Sequential(Mixed(4, 3)), torch.randn(2, 4)
+    expected, before = step(model, x), everything(model)
+    assert matmul_grad.converted(matmul_grad.convert(model)) == ["0"]
+    torch.testing.assert_close(strictly(model, x), expected)
+    assert everything(model) == before == everything(matmul_grad.restore(model))
+
+
+def test_lazy_layers_are_converted_before_they_materialise() -> None:
+    model = matmul_grad.convert(nn.Sequential(nn.LazyLinear(3)))
+    assert matmul_grad.converted(model) == ["0"]
+    with matmul_grad.strict(), counted() as calls:
+        assert model(torch.randn(2, 5)).shape == (2, 3)
+    assert type(model[0]) is nn.Linear
+    assert matmul_grad.converted(model) == ["0"]
+    assert calls.ours == ["addmm"]
+
+
+# --- forwards that are wrapped ------------------------------------------------------------------------------
+
+
+def test_a_forward_that_was_wrapped_and_unwrapped_is_converted() -> None:
+    """What accelerate's remove_hook_from_module leaves behind, from before and after the first ``convert``."""
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.MultiheadAttention(4, 2)), torch.randn(2, 4)
+    for module in model:
+        module.forward = module.forward  # type: ignore[method-assign]
+    assert matmul_grad.converted(matmul_grad.convert(model)) == ["0", "1"]
+    with counted() as calls:
+        model[0](x)
+    assert calls.ours == ["addmm"]
+    older = "import torch, matmul_grad; l = torch.nn.Linear(2, 3); l.forward = l.forward\n"
+    code = (
+        older
+        + "print(matmul_grad.converted(matmul_grad.convert(l))); l(torch.ones(1, 2)); print(matmul_grad.nn.calls())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "['']\n{'linear': {'float32': 1}}\n", done.stderr
+
+
+def test_a_forward_that_is_wrapped_after_convert_follows_restore() -> None:
+    layer, x = matmul_grad.convert(nn.Linear(4, 3)), torch.randn(2, 4)
+    inner = layer.forward
+    layer.forward = lambda x: inner(x) * 2  # type: ignore[method-assign]
+    with counted() as calls:
+        doubled = layer(x)
+    assert calls.ours == ["addmm"]
+    matmul_grad.restore(layer)
+    with counted() as calls:
+        torch.testing.assert_close(layer(x), doubled)
+    assert calls.ours == []
+    del layer.forward
+    torch.testing.assert_close(layer(x) * 2, doubled)
+
+
+# --- what stays ---------------------------------------------------------------------------------------------
 
 
 def test_hooks_stay() -> None:
@@ -182,12 +272,12 @@ def test_parametrizations_stay(parametrization: str) -> None:
     getattr(parametrizations, parametrization)(model[0])
     model.eval()
     before, kind, expected = everything(model), type(model[0]), step(model, x)
-    shared = copy.deepcopy(model)  # of the same generated class
+    shared = copy.deepcopy(model)
     torch.testing.assert_close(strictly(matmul_grad.convert(model), x), expected)
     assert matmul_grad.converted(model) == ["0"]
     assert repr(model) == repr(shared)
-    assert type(shared[0]) is kind
-    assert not isinstance(shared[0], matmul_grad.Linear)
+    assert type(shared[0]) is type(model[0]) is kind
+    assert matmul_grad.converted(shared) == []
     assert parametrize.is_parametrized(model[0], "weight")
     torch.testing.assert_close(strictly(copy.deepcopy(model), x), expected)
     matmul_grad.restore(model)
@@ -241,11 +331,43 @@ def test_copies(model: nn.Module) -> None:
 
 
 def test_a_pickle_is_read_by_a_fresh_process(tmp_path: Any) -> None:
+    """It is converted there too, although nothing there has imported this package."""
     path = tmp_path / "model.pt"
     torch.save(matmul_grad.convert(nn.Sequential(nn.Linear(2, 3))), path)
-    code = f"import torch; print(type(torch.load({str(path)!r}, weights_only=False)[0]).__mro__[1].__name__)"
+    code = f"import torch; model = torch.load({str(path)!r}, weights_only=False); model(torch.ones(1, 2))\n"
+    code += "import matmul_grad; print(matmul_grad.converted(model), matmul_grad.nn.calls())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "Linear\n", done.stderr
+    assert done.stdout == "['0'] {'linear': {'float32': 1}}\n", done.stderr
+
+
+def test_a_state_dict_is_torchs(tmp_path: Any) -> None:
+    model, path = matmul_grad.convert(seeded(Mlp)), tmp_path / "state.pt"
+    torch.save(model.state_dict(), path)
+    plain = Mlp()
+    plain.load_state_dict(torch.load(path, weights_only=True))
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(plain(x), model(x))
+
+
+def test_a_clone_of_the_attributes_computes_by_its_own_weight() -> None:
+    """As torch's DataParallel and libraries of meta-learning clone modules, to put other tensors for parameters."""
+    layer, x = matmul_grad.convert(nn.Linear(4, 3)), torch.randn(2, 4)
+    for clone in (copy.copy(layer), layer._replicate_for_data_parallel()):
+        clone._parameters = {}
+        clone.weight, clone.bias = torch.ones(3, 4), torch.zeros(3)  # type: ignore[assignment]
+        with counted() as calls:
+            assert_same_bits(clone(x), matmul_grad.linear(x, torch.ones(3, 4), torch.zeros(3)))
+        assert calls.ours == ["addmm", "addmm"]
+
+
+def test_import_replaces_nothing_and_an_unmarked_layer_runs_torchs_forward() -> None:
+    code = (
+        "import torch; before = torch.nn.Linear.forward\nimport matmul_grad\n"
+        "print(torch.nn.Linear.forward is before)\nmatmul_grad.convert(torch.nn.Linear(2, 3))\n"
+        "torch.nn.Linear(2, 3)(torch.ones(1, 2)); print(matmul_grad.nn.calls(), torch.nn.Linear.forward.__wrapped__ is before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True\n{} True\n", done.stderr
 
 
 @compiles
@@ -260,10 +382,27 @@ def test_compiled_model(dynamic: bool | None) -> None:
     torch._dynamo.reset()
 
 
-def test_in_training_by_parts_of_torch() -> None:
-    """A transformer layer of torch's: its Linear modules are swapped, the attention's own product is not a module's."""
-    layer, x = seeded(nn.TransformerEncoderLayer, 8, 2, 16, batch_first=True, dropout=0.0), torch.randn(2, 5, 8)
-    expected = step(layer, x)
-    matmul_grad.convert(layer)
-    assert matmul_grad.converted(layer) == ["linear1", "linear2"]
-    torch.testing.assert_close(step(layer, x), expected, rtol=1e-4, atol=1e-5)
+@compiles
+def test_compiled_code_follows_convert_and_restore() -> None:
+    torch._dynamo.reset()
+    layer, x, graphs = nn.Linear(4, 3), torch.randn(2, 4), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    expected = compiled(x)
+    torch.testing.assert_close(matmul_grad.convert(compiled)(x), expected)
+    matmul_grad.restore(compiled)(x)
+    assert ["matmul_grad" in graph for graph in graphs] == [False, True]
+    torch._dynamo.reset()
+
+
+def test_calls_are_counted_by_dtype() -> None:
+    layer = matmul_grad.convert(nn.Linear(4, 3, dtype=torch.bfloat16))
+    before = matmul_grad.nn.calls().get("linear", {}).get("bfloat16", 0)
+    layer(torch.ones(2, 4, dtype=torch.bfloat16))
+    assert matmul_grad.nn.calls()["linear"]["bfloat16"] - before == 1
+    matmul_grad.restore(layer)(torch.ones(2, 4, dtype=torch.bfloat16))
+    assert matmul_grad.nn.calls()["linear"]["bfloat16"] - before == 1

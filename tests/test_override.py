@@ -12,8 +12,8 @@ import torch
 
 import matmul_grad
 from matmul_grad import cli, override
-from matmul_grad.kernels.native import override_cpu
-from matmul_grad.kernels.native.state import OVERLOADS
+from matmul_grad.kernels.native import override_cpu, override_probe, torch_layout
+from matmul_grad.kernels.native.op_table import OVERLOADS
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, forks")
 
@@ -376,26 +376,25 @@ def assert_cannot_be_switched_on(reason: str) -> None:
 @pytest.fixture
 def unloaded() -> Iterator[None]:
     """The compiled entries are looked for anew."""
-    switch._load.cache_clear()
+    override_cpu._load.cache_clear()
     yield
-    switch._load.cache_clear()
+    override_cpu._load.cache_clear()
 
 
-@pytest.mark.usefixtures("unloaded")
-def test_an_unknown_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switch, "KNOWN", ("1.0",))
-    assert_cannot_be_switched_on(r"the switch knows torch 1\.0, not ")
+def test_a_torch_that_does_not_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(override_probe, "_verdict", lambda: "exit code -11, no message")
+    assert_cannot_be_switched_on("does not pass the test of the override: exit code -11, no message")
 
 
 @pytest.mark.usefixtures("unloaded")
 def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(switch.MANGLED, "matmul_grad_library_impl", "no_such_function")
+    monkeypatch.setitem(torch_layout.OVERRIDE_MANGLED, "matmul_grad_library_impl", "no_such_function")
     assert_cannot_be_switched_on("has no matmul_grad_library_impl")
 
 
 def test_a_kernel_kept_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switch, "_own", {})
-    monkeypatch.setattr(switch, "_is_code", lambda address: False)
+    monkeypatch.setattr(override_cpu, "_own", {})
+    monkeypatch.setattr(override_cpu, "_is_library_code", lambda address: False)
     assert_cannot_be_switched_on("keeps its kernel of mm in a way that is not known")
 
 

@@ -214,11 +214,41 @@ def test_a_resized_result_is_ours() -> None:
     assert matmul_grad.info()["accelerated"]["mm"]["float32"] - before == 3
 
 
-def test_an_out_that_overlaps_an_operand_is_torchs() -> None:
-    def side_by_side() -> Tensor:
-        whole = counting(6, 6)
-        return torch.mm(whole[:3, :3], whole[3:, 3:], out=whole[:3, 3:])
+def test_an_out_that_overlaps_an_operand_is_right() -> None:
+    """torch does not look, and overwrites what it still has to read."""
 
+    def itself(whole: Tensor) -> tuple[Tensor, Tensor]:
+        expected = whole[:5].clone() @ whole[:5].clone()
+        return torch.mm(whole[:5], whole[:5], out=whole[:5]), expected
+
+    def shifted(whole: Tensor) -> tuple[Tensor, Tensor]:
+        expected = whole[:5].clone() @ whole[:5].clone()
+        return torch.mm(whole[:5], whole[:5], out=whole[1:]), expected
+
+    def side_by_side(whole: Tensor) -> tuple[Tensor, Tensor]:
+        expected = whole[:2, :2].clone() @ whole[3:5, 3:].clone()
+        return torch.mm(whole[:2, :2], whole[3:5, 3:], out=whole[:2, 3:]), expected
+
+    def in_place(whole: Tensor) -> tuple[Tensor, Tensor]:
+        expected = 2 * whole[1:] + whole[:5].clone() @ whole[:5].clone()
+        return whole[1:].addmm_(whole[:5], whole[:5], beta=2), expected
+
+    def batch(whole: Tensor) -> tuple[Tensor, Tensor]:
+        x = whole[:5].expand(1, 5, 5)
+        expected = torch.bmm(x.clone(), x.clone())
+        return torch.bmm(x, x, out=x), expected
+
+    def vector(whole: Tensor) -> tuple[Tensor, Tensor]:
+        expected = whole[:5].clone() @ whole[0].clone()
+        return torch.mv(whole[:5], whole[0], out=whole[0]), expected
+
+    for call in (itself, shifted, side_by_side, in_place, batch, vector):
+        with matmul_grad.enabled(), matmul_grad.strict():
+            actual, expected = call(counting(6, 5))
+        assert torch.equal(actual, expected), call.__name__
+
+
+def test_an_out_that_holds_another_addend_is_torchs() -> None:
     def same_as_added() -> Tensor:
         whole = counting(4, 4)
         return torch.addmm(whole[0, :3], ones(3, 3), ones(3, 3), out=whole[:3, :3])
@@ -231,7 +261,7 @@ def test_an_out_that_overlaps_an_operand_is_torchs() -> None:
         whole = counting(3, 3)
         return torch.addmm(whole, ones(3, 3), ones(3, 3), out=whole.t())
 
-    for call in (side_by_side, same_as_added, shifted, transposed):
+    for call in (same_as_added, shifted, transposed):
         assert_same_outcome(call)
         with matmul_grad.enabled(), matmul_grad.strict(), pytest.raises(RuntimeError, match="strict"):
             call()

@@ -13,7 +13,7 @@ from matmul_grad.testing import integers, normal
 
 DOUBLE = torch.float64
 # Forward mode and the compilers script with parts of torch that torch itself has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from dtypes import ACCELERATED
 from torch import Tensor
 
 import matmul_grad
@@ -13,7 +14,7 @@ from matmul_grad.kernels.cpu.config import CHAIN, KC, SHORT_CHAIN, k_block
 from matmul_grad.testing import DTYPES, LAYOUTS, assert_same_bits, lay_out, normal
 
 FLOATS = [pytest.param(DTYPES[name], id=name) for name in ("f32", "f64")]
-EVERY = [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
+EVERY = [pytest.param(dtype, id=name) for name, dtype in ACCELERATED.items()]
 # Edge and whole tiles, operands read in place and packed, one block of k and several, more rows than a block of A, a
 # product computed as its transpose, chunks of k.
 SHAPES = (

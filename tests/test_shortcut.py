@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from limits import scaled
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -44,7 +45,11 @@ def test_modes_of_the_first_call_do_not_matter(first_call_in: str) -> None:
         assert state.words[state.PLAIN_KEYS] == torch._C._dispatch_keys(torch.empty(1)).raw_repr()
         """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=os.environ, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=scaled(600),
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

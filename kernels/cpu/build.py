@@ -1,7 +1,7 @@
 """From Numba functions to addresses: compile once, keep the object file, load it with LLVM alone afterwards.
 
 A warm start needs neither Numba nor its import: the kernels become one relocatable object for each set, cached
-under a name that hashes the sources of this folder, the versions of Numba and llvmlite, and the CPU.
+under a name that hashes the sources of this folder, the versions of this package, Numba and llvmlite, and the CPU.
 """
 
 from __future__ import annotations
@@ -10,21 +10,30 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
+import inspect
 import os
+import pkgutil
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import llvmlite.binding as llvm
 
+from .numba_settings import needed_settings
+
 SCHEDULER = ("sched_getcpu", "sched_getaffinity", "sched_setaffinity") if sys.platform == "linux" else ()
 LIBC = ("malloc", "free", "memset", "memcpy", "snprintf", *SCHEDULER)
 
+SLOW = 2.0  # seconds of compiling after which the user is told
+
 _UNLINKED = ctypes.c_int64()
+_told: list[str] = []  # what was being compiled when the user was told
 
 # Kernels by C name: (Python function, Numba signature) for Numba to compile, or IR text that is ready.
 Kernels = Mapping[str, "str | tuple[Callable, object]"]
@@ -50,37 +59,63 @@ class Machine:
 
 @functools.cache
 def sources_digest(package: str = __package__) -> str:
-    """Hash of every source file of this folder, and of ``package``: an edit to any of them recompiles."""
+    """Hash of every module of this package, and of ``package``, as it would be imported; "" where none can be read.
+
+    From sources, compiled files or an archive, whatever the modules come from. An edit to any of them recompiles.
+    """
     digest = hashlib.sha256()
-    for folder in sorted({Path(__file__).parent, *(Path(x) for x in sys.modules[package].__path__)}):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
+    try:
+        for name in sorted({__package__, package}):
+            for module in (name, *sorted(f"{name}.{x.name}" for x in pkgutil.iter_modules(sys.modules[name].__path__))):
+                spec = importlib.util.find_spec(module)
+                digest.update(module.rpartition(".")[2].encode())
+                digest.update(spec.loader.get_data(spec.origin))  # type: ignore[union-attr]
+    except Exception:  # whatever an importer may raise; every importer of Python's own gives the data
+        return ""
     return digest.hexdigest()
 
 
-def cache_folder() -> Path:
-    """``$MATMUL_GRAD_CACHE``, or ``matmul_grad`` in the user's cache folder."""
+def cache_folder() -> Path | None:
+    """``$MATMUL_GRAD_CACHE``, or ``matmul_grad`` in the user's cache folder; None where the user has no home folder."""
     chosen = os.environ.get("MATMUL_GRAD_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matmul_grad"
+    try:
+        if chosen:
+            return Path(chosen).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matmul_grad"
+    except RuntimeError:
+        return None
 
 
-def object_path(key: str, name: str, machine: Machine, package: str = __package__) -> Path:
-    versions = [metadata.version(package) for package in ("numba", "llvmlite")]
-    key = "\n".join(
-        [
-            key,
-            sources_digest(package),
-            *versions,
-            platform.python_version(),
-            machine.triple,
-            machine.cpu,
-            machine.features,
-        ]
-    )
-    return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    """What a compiled set depends on beside its sources: this package, Numba, llvmlite and Python."""
+    own = getattr(sys.modules.get(__package__.partition(".")[0]), "__version__", "")
+    return own, *(_version(name) for name in ("numba", "llvmlite")), platform.python_version()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # bundled without it
+        return importlib.import_module(package).__version__
+
+
+def object_path(key: str, name: str, machine: Machine, package: str = __package__) -> Path | None:
+    """The file of a compiled set; None where none can be kept: no folder, or no sources to tell it from another."""
+    folder, sources = cache_folder(), sources_digest(package)
+    if folder is None or not sources:
+        return None
+    key = "\n".join([key, sources, *_versions(), machine.triple, machine.cpu, machine.features])
+    return folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
+
+
+def declare(name: str) -> str:
+    """Give ``name`` an address for Numba's own linking, since LLVM ends the process where a name has none.
+
+    Numba links what it compiles, never to be run; `Loaded` gives the names their meaning.
+    """
+    llvm.add_symbol(name, ctypes.addressof(_UNLINKED))
+    return name
 
 
 def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llvm.ModuleRef:
@@ -92,14 +127,14 @@ def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llv
     from numba import cfunc
 
     for name in (*kernels, *symbols):
-        # Numba links what it compiles, never to be run; the names get their meaning in `Loaded`.
-        llvm.add_symbol(name, ctypes.addressof(_UNLINKED))
+        declare(name)
     module = llvm.parse_assembly("")
     for name, kernel in kernels.items():
         if isinstance(kernel, str):
             text = kernel
         else:
             function, signature = kernel
+            _declare_externals(function)
             compiled = cfunc(signature, error_model="numpy")(function)
             text = compiled.inspect_llvm().replace(compiled.native_name, name)
         module.link_in(llvm.parse_assembly(text))
@@ -111,12 +146,29 @@ def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llv
     builder = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
     builder.getModulePassManager().run(module, builder)
     missing = {
-        function.name for function in module.functions
-        if function.is_declaration and not function.name.startswith("llvm.")
+        value.name for value in (*module.functions, *module.global_variables)
+        if value.is_declaration and not value.name.startswith("llvm.")
     } - {*symbols, *LIBC}  # fmt: skip
     if missing:
         raise RuntimeError(f"the kernels {', '.join(kernels)} refer to {', '.join(sorted(missing))}")
     return module
+
+
+def _declare_externals(function: Callable, seen: set[int] | None = None) -> None:
+    """``declare`` the C functions that a kernel calls, itself or by what it calls."""
+    from numba.core.types import ExternalFunction
+
+    seen = set() if seen is None else seen
+    used = inspect.getclosurevars(function)
+    for value in (*used.nonlocals.values(), *used.globals.values()):
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, ExternalFunction):
+            if llvm.address_of_symbol(value.symbol) is None:
+                declare(value.symbol)
+        elif inspect.isfunction(called := getattr(value, "py_func", None)):
+            _declare_externals(called, seen)
 
 
 def load(
@@ -132,11 +184,40 @@ def load(
     ``package`` is the one whose sources it is compiled from, beside those of this folder.
     """
     path = object_path(key, name, machine, package)
-    code = _read(path)
+    code = None if path is None else _read(path)
     if code is None:
-        code = machine.llvm().emit_object(to_module(kernels(), machine, symbols))
-        _write(path, code)
+        with _told_if_slow(name, path), needed_settings():
+            code = machine.llvm().emit_object(to_module(kernels(), machine, symbols))
+        if path is not None:
+            _write(path, code)
     return Loaded(code, machine, symbols)
+
+
+def tell(message: str) -> None:
+    """One line on stderr, where there is one."""
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            print(f"matmul_grad: {message}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _told_if_slow(name: str, path: Path | None) -> Iterator[None]:
+    """Tell, the first time in a process that compiling takes longer than SLOW seconds, what is going on."""
+    timer = threading.Timer(SLOW, _tell_once, (name, None if path is None else path.parent))
+    timer.daemon = True
+    with contextlib.suppress(RuntimeError):  # no more threads
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _tell_once(name: str, folder: Path | None) -> None:
+    kept = "cannot be kept: there is no cache folder" if folder is None else f"are kept in {folder}"
+    if not _told:
+        _told.append(name)
+        tell(f"compiling CPU kernels ({name}), 10 to 60 seconds a set, longer on a busy machine; they {kept}")
 
 
 class Loaded:
@@ -176,6 +257,6 @@ def _write(path: Path, code: bytes) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(code).digest() + code)
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:
             os.unlink(temporary)
             raise

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import threading
 
-from . import build, host
+from . import build, fork_safety, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose
+from .once import Once
 
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
 parallel_for = ctypes.c_int64()  # the address of the thread pool's function, 0: one thread computes all
-_lock = threading.RLock()
+_gemms: dict[BlockConfig, Once[int]] = {}
+_addresses: dict[str, Once[int]] = {}
 _kept: list[object] = []  # loaded code, for the life of the process
 
 
@@ -45,14 +46,30 @@ def supports(dtype: str) -> bool:
         return False
 
 
+def address(dtype: str) -> int:
+    """Address of the driver for a dtype; 0 where this CPU has no kernel for it or, which is told, none can be compiled.
+
+    Raises only what interrupts the caller, who may call again.
+    """
+    if not supports(dtype):
+        return 0
+    return _addresses.setdefault(dtype, Once(functools.partial(_address, dtype))).result()
+
+
+def _address(dtype: str) -> int:
+    try:
+        return gemm_address(config(dtype))
+    except Exception as error:
+        build.tell(f"{dtype} falls back to torch, its CPU kernels cannot be compiled: {error}")
+        return 0
+
+
 def gemm_address(block: BlockConfig) -> int:
-    """Address of the driver for ``block``, compiled or loaded at the first call."""
-    with _lock:
-        return _gemm_address(block)
+    """Address of the driver for ``block``, compiled or loaded at the first call; RuntimeError where that failed."""
+    return _gemms.setdefault(block, Once(functools.partial(_load, block))).result()
 
 
-@functools.cache
-def _gemm_address(block: BlockConfig) -> int:
+def _load(block: BlockConfig) -> int:
     def kernels() -> build.Kernels:
         from .gemm import make_kernels
 
@@ -64,8 +81,11 @@ def _gemm_address(block: BlockConfig) -> int:
 
 
 def _forked() -> None:
+    """One thread computes all."""
     workspace[0] = 1
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
+if fork_safety.is_child():  # torch's threads, if the parent has used them, are not in this process
+    _forked()

@@ -9,6 +9,7 @@ from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from .build import declare
 from .simd import I8, I32, I64, POINTER
 
 INT64 = types.int64
@@ -124,6 +125,7 @@ def stack_words(count: int) -> Callable[[], int]:
 
 def symbol(name: str) -> Callable[[], int]:
     """Intrinsic ``()``: the address that the linker gives to ``name``."""
+    declare(name)
 
     @intrinsic
     def address(typingctx):

@@ -1,1 +1,1 @@
-"""torch's dispatcher over compiled kernels: entries for operators of this package and of aten, and their registration."""
+"""torch's dispatcher over compiled kernels: entries for this package's operators and aten's."""

@@ -1,9 +1,9 @@
 """Kernels under aten's own operators on CPU, while ``matmul_grad.enable()`` overrides them.
 
 Signature, torch's own of a boxed kernel: ``void entry(functor, operator, keys, stack)``. The stack is a C++ vector of
-slots (``torch_layout.SLOT``), a payload and a tag; the last of them are the arguments. A slot that holds a tensor starts
-with the word that a handle of the stable C ABI points at, so its address serves as one. Nothing is taken off the stack
-before the product is done: until then torch's own kernel can still be called on it, and raises what is wrong.
+slots (``torch_layout.SLOT``), a payload and a tag; the last of them are the arguments. A slot that holds a tensor
+starts with the word that a handle of the stable C ABI points at, so its address serves as one. Nothing is taken off the
+stack before the product is done: until then torch's own kernel can still be called on it, and raises what is wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..cpu.product import ALPHA, BETA, PRODUCT
 from .call import IN_PLACE, NEW, OUT, RUN, UNSUPPORTED, linked_compute
 from .op_table import OVERLOADS, op_of
 from .own_entries import is_error, raise_for
-from .state import ACCELERATED, CODES, COUNTS, FALLBACKS, HANDED_OVER, OPERATORS, OVERRIDE, entry_name
+from .state import ACCELERATED, ACTIVE, CODES, COUNTS, FALLBACKS, HANDED_OVER, OPERATORS, OVERRIDE, entry_name
 from .torch_c_api import delete_library, delete_tensor, init_impl, library_impl, new, out_param, state, word
 from .torch_layout import DOUBLE, INT, NONE, SLOT
 
@@ -83,6 +83,10 @@ def put_on_stack(slots, stack, has_addend, result, handle):
 
 def product(operator_handle, keys, stack, overload, operator, kind, has_addend, result):
     """What every entry calls, with the facts about it that are its own."""
+    at = FALLBACKS + 2 * overload
+    if get(state(), ACTIVE) == 0:
+        call_boxed(get(state(), at), get(state(), at + 1), operator_handle, keys, stack)
+        return
     end = get(stack, 1)
     slots = end - SLOT * (2 + 3 * has_addend + (result == OUT))
     words, handle, dtype_at = product_words(), out_param(), out_param()
@@ -100,7 +104,6 @@ def product(operator_handle, keys, stack, overload, operator, kind, has_addend, 
         raise_for(outcome)
     if outcome == UNSUPPORTED:
         count(operator, get(dtype_at, 0), HANDED_OVER)
-    at = FALLBACKS + 2 * overload
     call_boxed(get(state(), at), get(state(), at + 1), operator_handle, keys, stack)
 
 
@@ -141,12 +144,14 @@ def install(table):
     for index in range(get(table, 1)):
         library_impl(get(library, 0), get(table, 2 + 2 * index), get(table, 3 + 2 * index), 0)
     put(state(), OVERRIDE, get(library, 0))
+    put(state(), ACTIVE, 1)
     return 0
 
 
 def uninstall():
     """Remove what ``install`` has put there."""
     library = get(state(), OVERRIDE)
+    put(state(), ACTIVE, 0)
     put(state(), OVERRIDE, 0)
     return delete_library(library)
 

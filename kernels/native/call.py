@@ -143,7 +143,7 @@ def expanded_stride(info, from_end, wanted):
 def put_source(words, info, kind):
     """Strides of the addend; False where it cannot be expanded to the result."""
     columns = kind > MATVEC
-    put(words, I_CS, expanded_stride(info, 0, get(words, N)) if columns else 0)
+    put(words, I_CS, expanded_stride(info, 0, get(words, N)) if columns else 1)  # as put_result has it
     put(words, I_RS, expanded_stride(info, 1 if columns else 0, get(words, M)))
     put(words, I_BS, expanded_stride(info, 2, get(words, BATCH)) if kind == BATCHES else 0)
     return get(info, DIM) <= kind and min(get(words, I_CS), get(words, I_RS), get(words, I_BS)) >= 0

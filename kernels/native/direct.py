@@ -14,8 +14,8 @@ from .torch_layout import has_thread_pool
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """Whether this CPU has a kernel for a dtype."""
-    return driver.supports(str(dtype).removeprefix("torch."))
+    """Whether there is a kernel for a dtype; it is loaded, or compiled, at the first call."""
+    return driver.address(str(dtype).removeprefix("torch.")) != 0
 
 
 def multiply(

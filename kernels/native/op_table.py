@@ -1,4 +1,4 @@
-"""The one list of operators: what is registered as ``matmul_grad::*`` and which operators of aten the override replaces.
+"""The one list of operators: those registered as ``matmul_grad::*``, and those of aten that the override replaces.
 
 A kind is the rank of the result: 0 for a dot product, 1 for matrix times vector, 2 for matrices, 3 for batches.
 """

@@ -18,20 +18,31 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..cpu import build
+from ..cpu.once import Once
 from . import register, torch_layout
 from .op_table import OVERLOADS
 from .register import Unavailable
-from .state import FALLBACKS, OVERRIDE, entry_name
+from .state import ACTIVE, FALLBACKS, OVERRIDE, entry_name
 from .state import words as state
 from .torch_layout import CppFunction, KernelFunction
 
 _own: dict[tuple[str, str], KernelFunction] = {}  # by overload and torch's words on where its kernel comes from
+_replaced: list[str] = []  # torch's words on where the kernels come from that the entries replace
 _given: dict[tuple[int, int], object] = {}  # what Python was given: what a running call uses must not go away
+
+
+def is_active() -> bool:
+    """Whether products of aten are computed by the entries."""
+    return state[ACTIVE] != 0
 
 
 def install() -> None:
     """Override aten's operators; raises Unavailable where that cannot be."""
+    if state[OVERRIDE] != 0:
+        state[ACTIVE] = 1
+        return
     _require()
+    _replaced.clear()
     for index, name in enumerate(OVERLOADS):
         kernel = _present_kernel(name)
         state[FALLBACKS + 2 * index], state[FALLBACKS + 2 * index + 1] = kernel.boxed, kernel.functor
@@ -51,9 +62,21 @@ def install_entries(namespace: str, overloads: Sequence[str]) -> dict[str, int]:
     return entries
 
 
+def suspend() -> None:
+    """Leave the entries in place, but let them call the kernels that they replaced: ``install`` is then quick.
+
+    Where one of those is not torch's, and may go away, they are removed.
+    """
+    if all("RegisterCPU" in registered for registered in _replaced):
+        state[ACTIVE] = 0
+    else:
+        uninstall()
+
+
 def uninstall() -> None:
     """What ``install`` found is there again."""
-    _call_quietly("matmul_grad_uninstall")
+    if state[OVERRIDE] != 0:
+        _call_quietly("matmul_grad_uninstall")
 
 
 def _require() -> None:
@@ -66,10 +89,19 @@ def _require() -> None:
     override_probe.require()
 
 
-@functools.cache
 def _load() -> build.Loaded:
+    try:
+        return _loaded.result()
+    except RuntimeError as reason:
+        raise Unavailable(str(reason)) from None
+
+
+def _load_entries() -> build.Loaded:
     linked = register.symbols(torch_layout.MANGLED | torch_layout.OVERRIDE_MANGLED)
     return register.load_entries("aten_entries", _entries, linked)
+
+
+_loaded = Once(_load_entries)
 
 
 def _entries() -> build.Kernels:
@@ -85,6 +117,7 @@ def _present_kernel(overload: str) -> KernelFunction:
     """
     dump = torch._C._dispatch_dump(f"aten::{overload}").split("\n")
     registered = overload, next((line for line in dump if line.startswith("CPU: ")), "")
+    _replaced.append(registered[1])
     if "RegisterCPU" not in registered[1] or registered not in _own:
         _own[registered] = kernel_of(f"aten::{overload}")
     return _own[registered]

@@ -1,4 +1,4 @@
-"""Try the layouts of ``torch_layout.py`` that only the override needs, in a process of its own, before they are trusted.
+"""Try the layouts of ``torch_layout.py`` that only the override needs, in a child process, before they are trusted.
 
 A layout that is wrong mostly ends the process, so no list of versions and no look at a few words is enough. The child
 registers the compiled entries as the override does, but on operators of its own with aten's schemas, passes tensors and
@@ -48,7 +48,7 @@ def require() -> None:
 
 @functools.cache
 def _verdict() -> str:
-    """"" for a pass, else what failed."""
+    """ "" for a pass, else what failed."""
     kept = _path()
     if kept is not None and kept.is_file():
         return ""

@@ -16,7 +16,16 @@ from ..cpu.memory import INT64, call_address, get, jit, put, stack_words, text
 from ..cpu.product import A_CS, A_RS, ALPHA, B_CS, B_RS, BETA, C_CS, C_RS, PRODUCT, A, B, C, K, M, N
 from .call import FREED, OUT_OF_BOUNDS, PENDING, RUN, UNSUPPORTED, item_size, linked_compute
 from .op_table import OWN, Op
-from .state import FUNCTIONALIZE_KEY, FUNCTORCH_KEY, KEYS_AT, NOT_ACCELERATED, PLAIN_KEYS, PYTHON_KEY, STRICT
+from .state import (
+    FUNCTIONALIZE_KEY,
+    FUNCTORCH_KEY,
+    INTERRUPTED,
+    KEYS_AT,
+    NOT_ACCELERATED,
+    PLAIN_KEYS,
+    PYTHON_KEY,
+    STRICT,
+)
 from .torch_c_api import (
     DATA,
     DIM,
@@ -43,8 +52,8 @@ from .torch_c_api import (
     size,
     small_storage_message,
     state,
-    stride,
     strict_message,
+    stride,
     threads,
 )
 
@@ -77,7 +86,7 @@ def raise_for(outcome):
 @jit
 def is_error(outcome):
     refused = outcome == UNSUPPORTED and get(state(), STRICT) != 0
-    return refused or outcome == FREED or outcome == OUT_OF_BOUNDS or outcome == PENDING
+    return refused or outcome in (FREED, OUT_OF_BOUNDS, PENDING)
 
 
 @jit
@@ -252,7 +261,11 @@ def mm_backward(stack, inputs, outputs):
     infos = info_words()
     info_grad, info_a, info_b = infos, infos + 8 * INFO, infos + 16 * INFO
     driver = backward_driver(grad, a, b, info_grad, info_a, info_b)
-    if driver <= 2:  # not an address
+    if driver == INTERRUPTED:
+        delete_all(stack, 3)
+        delete_list(mask)
+        raise_pending()
+    if driver == NOT_ACCELERATED:
         forward_pair_to(stack, backward_in_python())
         return
     dtype, words, count = dtype_of(info_a), pair_words(), 0

@@ -1,16 +1,15 @@
-"""Load the compiled entries and put those of ``own_entries.py`` under torch's dispatcher, or tell why that cannot be."""
+"""Load the compiled entries, and register those of ``own_entries.py`` with torch's dispatcher."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import sys
-import threading
 from collections.abc import Callable, Mapping
 
 import torch
 
 from ..cpu import build, driver, host
+from ..cpu.fork_safety import fork_safe_lock
 from . import launch_table, pending, torch_layout
 from .op_table import OWN
 from .state import (
@@ -19,7 +18,6 @@ from .state import (
     FUNCTIONALIZE_KEY,
     FUNCTORCH_KEY,
     GEMMS,
-    INTERRUPTED,
     KEYS_AT,
     NOT_ACCELERATED,
     NOT_LOADED,
@@ -29,7 +27,7 @@ from .state import (
 )
 from .state import words as state
 
-_lock = threading.RLock()
+_lock = fork_safe_lock()
 _kept: list[object] = []  # what native code points at, for the life of the process
 
 
@@ -41,19 +39,14 @@ class Unavailable(RuntimeError):
 def _load_gemm(code):
     """Called by an entry at the first product of a dtype.
 
-    NOT_ACCELERATED makes it fall back to torch, INTERRUPTED raise the exception that is pending.
+    It sets the word of the dtype, or leaves the exception that interrupted it pending.
     """
-    dtype = next(name for name, known in DTYPE_CODES.items() if known == code)
     try:
-        state[GEMMS + code] = driver.gemm_address(driver.config(dtype)) if driver.supports(dtype) else NOT_ACCELERATED
-        return state[GEMMS + code]
-    except Exception as error:
-        print(f"matmul_grad: {dtype} falls back to torch, its CPU kernels cannot be compiled: {error}", file=sys.stderr)
-        state[GEMMS + code] = NOT_ACCELERATED
-        return NOT_ACCELERATED
+        dtype = next(name for name, known in DTYPE_CODES.items() if known == code)
+        state[GEMMS + code] = driver.address(dtype) or NOT_ACCELERATED
     except BaseException as error:
         pending.keep(error)
-        return INTERRUPTED
+    return 0
 
 
 def symbols(mangled: Mapping[str, str]) -> dict[str, int]:

@@ -7,7 +7,8 @@ PYTHON_KEY    the dispatch key of Python modes; two more that may be on between 
 KEYS_AT       which word of a TensorImpl holds its dispatch keys, PLAIN_KEYS what is in that of an ordinary tensor
 GEMMS + code  by dtype code: a driver's address, NOT_LOADED, or NOT_ACCELERATED
 FALLBACKS + 2i  of overload i of aten: the kernel that was replaced, a boxed function and its functor
-OVERRIDE      torch's handle of the registration while aten's operators are overridden, else 0
+OVERRIDE      torch's handle of the registration while entries are under aten's operators, else 0
+ACTIVE        1 while those entries compute; 0: they call the kernels that they replaced
 COUNTS + …    calls while they are, see ``calls``
 """
 
@@ -36,7 +37,8 @@ OPERATORS = tuple(op.name for op in OPS)
 ACCELERATED, HANDED_OVER = range(2)
 FALLBACKS = GEMMS + CODES
 OVERRIDE = FALLBACKS + 2 * len(OVERLOADS)
-COUNTS = OVERRIDE + 1
+ACTIVE = OVERRIDE + 1
+COUNTS = ACTIVE + 1
 
 
 def entry_name(overload: str) -> str:

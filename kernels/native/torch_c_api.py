@@ -9,7 +9,7 @@ from __future__ import annotations
 from numba.core import types
 
 from ..cpu.memory import INT64, get, jit, put, stack_words, symbol, text
-from .state import ABI_VERSION, CODES, GEMMS, NOT_ACCELERATED, NOT_LOADED, RAISE
+from .state import ABI_VERSION, CODES, GEMMS, INTERRUPTED, NOT_ACCELERATED, NOT_LOADED, RAISE
 
 
 def _c(name: str, result: types.Type, *arguments: types.Type) -> types.ExternalFunction:
@@ -141,7 +141,10 @@ def driver_of(dtype):
     if dtype >= CODES:
         return NOT_ACCELERATED
     driver = get(state(), GEMMS + dtype)
-    return load_gemm(dtype) if driver == NOT_LOADED else driver
+    if driver == NOT_LOADED:
+        load_gemm(dtype)  # what it returns is undefined where Python raises before its first line
+        driver = get(state(), GEMMS + dtype)
+    return INTERRUPTED if driver == NOT_LOADED else driver
 
 
 @jit

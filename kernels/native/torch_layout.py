@@ -30,8 +30,7 @@ MANGLED = {
     "matmul_grad_check_fail": "_ZN3c106detail14torchCheckFailEPKcS2_jS2_",
     # raise the Python exception that is pending: it calls an operator of ours, through which exceptions pass
     "matmul_grad_call_operator": (
-        "_ZN2at17functionalization23functionalize_op_helperERKN3c1014OperatorHandleE"
-        "PSt6vectorINS1_6IValueESaIS6_EE"
+        "_ZN2at17functionalization23functionalize_op_helperERKN3c1014OperatorHandleEPSt6vectorINS1_6IValueESaIS6_EE"
     ),
     # whether a tensor is followed by autograd or forward mode
     "matmul_grad_autograd_meta": "_ZNK3c1010TensorImpl13autograd_metaEv",

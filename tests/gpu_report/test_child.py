@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import scaled
 
 from matmul_grad.gpu_report import child, measure, ours, process, sanitized
 from matmul_grad.gpu_report.child import Task
@@ -130,7 +131,9 @@ def test_small_set_sees_what_is_wrong(gpu: Any, monkeypatch: pytest.MonkeyPatch)
 def test_child_without_a_gpu_says_so_in_its_row() -> None:
     heard: list[str] = []
     ended = process.run(
-        process.python("-m", child.__name__, "environment", f"--until={time.time() + 60}"), heard.append, seconds=120
+        process.python("-m", child.__name__, "environment", f"--until={time.time() + scaled(300)}"),
+        heard.append,
+        seconds=scaled(600),
     )
     messages = [json.loads(line) for line in heard]
     assert messages[0] == {"begin": 0, "of": 1, "name": "environment"}

@@ -60,8 +60,8 @@ def run(
     apart = batch, a.stride(0), b.stride(0), out.stride(0)
     added = (source.data_ptr(), *strides(source), source.stride(0)) if source is not None else (0, 0, 0, 0)
     words = (ctypes.c_int64 * PRODUCT)(m, n, k, *operands, *apart, *added, bits(alpha), bits(beta))
-    driver = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(driver.gemm_address(block))
-    assert driver(ctypes.addressof(words), 1, threads) == 0
+    multiply = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(driver.gemm_address(block))
+    assert multiply(ctypes.addressof(words), 1, threads) == 0
 
 
 def integers(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from matmul_grad import testing
 from matmul_grad.kernels.cpu import driver, host
-from matmul_grad.kernels.native import direct
 from matmul_grad.kernels.cpu.config import BlockConfig, choose
+from matmul_grad.kernels.native import direct
 
 PAGE = mmap.PAGESIZE
 DTYPES = ("float32", "float64", "bfloat16", "float16")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from limits import scaled
 from torch import Tensor
 
 import matmul_grad
@@ -545,5 +546,7 @@ assert table.counts()[1] == 0
 def test_the_native_entry(device: torch.device) -> None:
     """Every path and layout through the compiled entry, on side streams, other threads, in a graph, under autograd."""
     environment = os.environ | {"MATMUL_GRAD_NATIVE_CUDA": "1"}
-    done = subprocess.run([sys.executable, "-c", NATIVE], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", NATIVE], env=environment, capture_output=True, text=True, timeout=scaled(600)
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,18 +1,16 @@
 """The kernel under Triton's interpreter: exact results, canaries, NaN and Inf, every layout, no GPU needed.
 
-Triton reads TRITON_INTERPRET when it is imported, so all cases run in one fresh process: this file as a
-program, which writes one line of JSON, what each case had to complain of. Each test then reads its own.
+Triton reads TRITON_INTERPRET when it is imported, so the cases run in a fresh process: this file as a program. It gets
+one case at a time and answers with what is wrong, so each case fails by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -20,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from case_process import CaseProcess, assert_no_complaint, serve
+from limits import scaled
 from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -431,24 +431,12 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def complaint(case: str, cases: dict[str, Callable[[], None]] = CASES) -> str:
-    try:
-        cases[case]()
-    except BaseException:
-        return traceback.format_exc()
-    return ""
-
-
 @pytest.fixture(scope="module")
-def complaints(request: pytest.FixtureRequest) -> dict[str, str]:
-    """Run the cases that pytest selected, in a process of their own, and give what each had to say."""
-    items: list[Any] = request.session.items
-    selected = [item.callspec.id for item in items if "complaints" in item.fixturenames]
-    command = [sys.executable, "-W", "error", __file__, *selected]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
+def interpreter() -> Iterator[CaseProcess]:
+    """A process of its own for the cases of this module; one that ends is followed by another."""
+    process = CaseProcess.interpreted(__file__)
+    yield process
+    process.close()
 
 
 # Each line is a setting, and what a float32 product on a GPU is then; old and new ways of setting mix.
@@ -468,7 +456,7 @@ torch.backends.cuda.matmul.fp32_precision = "ieee"; assert precision_now() == "i
 def test_precision_now_follows_every_setting_without_a_warning() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"}
     command = [sys.executable, "-W", "error", "-c", PRECISION_NOW]
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=scaled(600))
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
 
 
@@ -484,9 +472,9 @@ def test_without_the_interpreter_cpu_tensors_are_refused() -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_interpreted(case: str, complaints: dict[str, str]) -> None:
-    assert complaints[case] == "", complaints[case]
+def test_interpreted(case: str, interpreter: CaseProcess) -> None:
+    assert_no_complaint(interpreter.complaint(case))
 
 
 if __name__ == "__main__":
-    print(json.dumps({case: complaint(case) for case in sys.argv[1:]}))
+    serve(lambda case: CASES[case]())

@@ -1,16 +1,12 @@
 """Sums, C = alpha * (A . B) + beta * input, under Triton's interpreter: where the product is stored, in one rounding.
 
-As in test_interpreter.py all cases run in one fresh process, this file as a program.
+As in test_interpreter.py the cases run in a fresh process, this file as a program.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from case_process import CaseProcess, assert_no_complaint, serve
 from torch import Tensor
 
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -301,25 +298,17 @@ CASES: dict[str, Callable[[], None]] = {
 
 
 @pytest.fixture(scope="module")
-def complaints(request: pytest.FixtureRequest) -> dict[str, str]:
-    """Run the cases that pytest selected, in a process of their own, and give what each had to say."""
-    items: list[Any] = request.session.items
-    selected = [
-        item.callspec.id for item in items if item.module is request.module and "complaints" in item.fixturenames
-    ]
-    command = [sys.executable, "-W", "error", __file__, *selected]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
+def interpreter() -> Iterator[CaseProcess]:
+    """A process of its own for the cases of this module; one that ends is followed by another."""
+    process = CaseProcess.interpreted(__file__)
+    yield process
+    process.close()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_interpreted(case: str, complaints: dict[str, str]) -> None:
-    assert complaints[case] == "", complaints[case]
+def test_interpreted(case: str, interpreter: CaseProcess) -> None:
+    assert_no_complaint(interpreter.complaint(case))
 
 
 if __name__ == "__main__":
-    from test_interpreter import complaint
-
-    print(json.dumps({case: complaint(case, CASES) for case in sys.argv[1:]}))
+    serve(lambda case: CASES[case]())

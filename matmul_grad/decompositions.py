@@ -1,0 +1,65 @@
+"""aten's operators for this package's, where an exported program is decomposed: ``ExportedProgram.run_decompositions``.
+
+    matmul_grad.mm, bmm, addmm, baddbmm    aten's operator of the same name
+    matmul_grad.scaled_mm                  aten._scaled_mm
+
+Consumers of exported graphs (ONNX, back ends, quantisers) know aten's. Inductor, whose table is made from the same
+default, keeps the operators, so that compiled code runs on these kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .late import after_import
+from .ops import PRODUCTS, torchs_own
+
+EXPORT = ("torch.export.exported_program", "torch.export")
+INDUCTOR = "torch._inductor.decomposition"
+DEFAULT = "default_decompositions"
+
+
+def table() -> dict[Any, Callable[..., Any]]:
+    """The operators, and what computes each of them in aten's."""
+    operators = torch.ops.matmul_grad
+    products = {getattr(operators, name).default: torchs_own(name) for name in PRODUCTS}
+    return products | {operators.scaled_mm.default: _scaled_mm}
+
+
+def register() -> None:
+    """Add them to torch's default table for export, and take them out of Inductor's."""
+    for name in EXPORT:
+        after_import(name, _extend)
+    after_import(INDUCTOR, _leave_out)
+
+
+def _extend(module: ModuleType) -> None:
+    default = getattr(module, DEFAULT, None)
+    if default is None or hasattr(default, "__wrapped__"):
+        return
+
+    @functools.wraps(default)
+    def default_decompositions() -> Any:
+        found = default()
+        for operator, decomposition in table().items():
+            found[operator] = decomposition
+        return found
+
+    setattr(module, DEFAULT, default_decompositions)
+
+
+def _leave_out(inductor: ModuleType) -> None:
+    for operator in table():
+        getattr(inductor, "decompositions", {}).pop(operator, None)
+
+
+def _scaled_mm(
+    self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)

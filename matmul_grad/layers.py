@@ -1,0 +1,174 @@
+"""The forward of torch's own layers, which asks each module whether ``convert`` has marked it.
+
+A converted module keeps its class and carries one mark in its ``__dict__``. From the first ``convert`` on, the
+``forward`` of the classes in ``CONVERTED`` looks for the mark: marked modules run on ``matmul_grad.linear``, all
+others run torch's function. docs/design.md, "Converted modules", has the reasons.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .compose import linear
+
+MARK = "_matmul_grad"
+KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.MultiheadAttention)
+
+Forward = Callable[..., Any]
+
+_calls: defaultdict[tuple[str, str], int] = defaultdict(int)
+_torchs: dict[type[nn.Module], Forward] = {}  # the forward of each class before it was replaced
+
+
+class Mark:
+    """Set on a converted module. Copies and pickles of a module carry it; reading one replaces the forwards."""
+
+    def __reduce__(self) -> tuple[Callable[[], Mark], tuple[()]]:
+        return make_mark, ()
+
+
+_mark = Mark()
+
+
+def make_mark() -> Mark:
+    """The mark, once the forwards look for it."""
+    for kind, converted in CONVERTED.items():
+        if getattr(kind.forward, MARK, None) is not _mark:
+            torchs = _torchs.setdefault(kind, kind.forward)
+            setattr(kind, MARK, None)
+            kind.forward = _replace(kind.forward, converted(torchs))  # type: ignore[method-assign]
+    return _mark
+
+
+def is_marked(module: nn.Module) -> bool:
+    return MARK in vars(module)
+
+
+def is_class_forward(module: nn.Module, forward: Any) -> bool:
+    """Whether this is the forward of the module's own class, bound to it, as it is now or was before the first mark."""
+    functions = {type(module).forward, *(_torchs.get(kind) for kind in KINDS if isinstance(module, kind))}
+    return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) in functions
+
+
+def calls() -> dict[str, dict[str, int]]:
+    """How often converted modules were called, by operator and dtype; compiled and exported code is not counted.
+
+    As in ``matmul_grad.info()``. Calls that threads make in the same moment may be counted once.
+
+    >>> import torch, matmul_grad
+    >>> layer = matmul_grad.convert(torch.nn.Linear(4, 3, dtype=torch.float64))
+    >>> before = matmul_grad.nn.calls().get("linear", {}).get("float64", 0)
+    >>> result = layer(torch.ones(2, 4, dtype=torch.float64))
+    >>> matmul_grad.nn.calls()["linear"]["float64"] - before
+    1
+    """
+    found: dict[str, dict[str, int]] = {}
+    for (operator, dtype), count in list(_calls.items()):
+        found.setdefault(operator, {})[dtype] = count
+    return found
+
+
+def counted_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear``, and one more call where it runs in eager mode; torch's where TorchScript traces for ONNX."""
+    if not torch.compiler.is_compiling():
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            return functional.linear(input, weight, bias)
+        if type(input) is Tensor:
+            _calls["linear", str(input.dtype).removeprefix("torch.")] += 1
+    return linear(input, weight, bias)
+
+
+def _replace(torchs: Forward, converted: Forward) -> Forward:
+    """A forward that runs ``converted`` on marked modules and ``torchs`` on others.
+
+    TorchScript compiles the source of the function that is wrapped, with the globals of the wrapper: both are torch's.
+    """
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        if self._matmul_grad is None:  # by attribute, since Dynamo guards that and not what a __dict__ has not
+            return torchs(self, *arguments, **named)
+        return converted(self, *arguments, **named)
+
+    replaced = functools.wraps(torchs)(FunctionType(forward.__code__, torchs.__globals__, closure=forward.__closure__))
+    setattr(replaced, MARK, _mark)
+    return replaced
+
+
+def _linear(layer: nn.Linear, input: Tensor) -> Tensor:
+    return counted_linear(input, layer.weight, layer.bias)
+
+
+def _unless_nested(torchs: Forward, composed: Forward) -> Forward:
+    """``composed``, but ``torchs`` for nested tensors, which have torch's fused kernels alone."""
+
+    def forward(layer: nn.Module, input: Tensor, *arguments: Any, **named: Any) -> Any:
+        return (torchs if input.is_nested else composed)(layer, input, *arguments, **named)
+
+    return forward
+
+
+# --- torch's own functions with other globals: attention without its fused kernel, on our linear -----------------
+
+
+class _Namespace:
+    """The names of a module, some of them replaced."""
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        vars(self).update(replaced)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _with_globals(function: Forward, **replaced: Any) -> Forward:
+    """The function, in whose global names some are replaced; without ``__name__``, by which Dynamo would find torch's."""
+    names = {name: value for name, value in function.__globals__.items() if name != "__name__"} | replaced
+    copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def _without_fused_kernels() -> _Namespace:
+    """``torch``, in which torch.backends.mha.get_fastpath_enabled() is False."""
+    mha = _Namespace(torch.backends.mha, get_fastpath_enabled=lambda: False)
+    return _Namespace(torch, backends=_Namespace(torch.backends, mha=mha))
+
+
+def _overrides(operands: tuple[Any, ...]) -> bool:
+    """Whether an operand's class overrides torch's functions; a mode (as set_default_device is) sees the parts."""
+    disabled = nn.Parameter.__torch_function__
+    if torch.compiler.is_compiling():
+        return False
+    return any(type(x) is not Tensor and getattr(type(x), "__torch_function__", disabled) != disabled for x in operands)
+
+
+def _attention(torchs: Forward) -> Forward:
+    """``torch.nn.MultiheadAttention.forward``, whose in_proj and out_proj are ours."""
+    names: dict[str, Any] = {"linear": counted_linear, "has_torch_function": _overrides}
+    for projection in ("_in_projection", "_in_projection_packed"):
+        if (function := getattr(functional, projection, None)) is not None:
+            names[projection] = _with_globals(function, **names)
+    attention = _with_globals(functional.multi_head_attention_forward, **names)
+    replaced = _Namespace(functional, multi_head_attention_forward=attention)
+    return _unless_nested(torchs, _with_globals(torchs, torch=_without_fused_kernels(), F=replaced))
+
+
+def _encoder_layer(torchs: Forward) -> Forward:
+    """``torch.nn.TransformerEncoderLayer.forward``, which calls its modules in evaluation too."""
+    return _unless_nested(torchs, _with_globals(torchs, torch=_without_fused_kernels()))
+
+
+CONVERTED: dict[type[nn.Module], Callable[[Forward], Forward]] = {
+    nn.Linear: lambda _: _linear,
+    nn.MultiheadAttention: _attention,
+    nn.TransformerEncoderLayer: _encoder_layer,
+}

@@ -1,0 +1,177 @@
+"""Functions of vectors, each one product of matrices: ``mv``, ``addmv``, ``dot`` and ``vdot``."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import fallback, strictness
+from .fallback import alike, unsafe_view
+from .ops import DTYPES
+from .out import copied, given, is_torchs
+from .scalars import real_scales
+
+_mm = torch.ops.matmul_grad.mm.default
+_addmm = torch.ops.matmul_grad.addmm.default
+
+
+def mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Product of a matrix and a vector, differentiable to any order.
+
+    c = A · v,  dA = dc · vᵀ,  dv = Aᵀ · dc
+
+    shapes      input (m, k), vec (k) → (m); every size ≥ 0
+    strides     as ``mm``
+    dtypes      as ``mm``; the rest is torch.mv
+    aliasing    the result is new memory, or ``out``, which may share memory with an operand
+    rounding    as ``mm``
+    errors      torch.mv's
+    determinism as ``mm``: the bits of a column of ``mm``
+    source      as ``mm``
+
+    Under autocast it casts where torch.mv does: on CUDA.
+
+    >>> import torch, matmul_grad
+    >>> matmul_grad.mv(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 10.0])).tolist()
+    [21.0, 43.0]
+    """
+    if out is not None:
+        return _into(mv, (input, vec), {}, out)
+    if _is_torchs((2, 1), input, vec):
+        return torch.mv(input, vec)
+    with _own_autocast(input):
+        return unsafe_view(_mm(input, vec.unsqueeze(1)), (input.shape[0],))
+
+
+def addmv(
+    input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+) -> Tensor:
+    """Product of a matrix and a vector, to which something is added; differentiable to any order.
+
+    c = beta · input + alpha · (A · v),  dinput = beta · dc,  dA = alpha · dc · vᵀ,  dv = alpha · Aᵀ · dc
+
+    shapes      input any that expands to (m), mat (m, k), vec (k) → (m); every size ≥ 0
+    strides     as ``mm``
+    dtypes      as ``addmm``; the rest is torch.addmv
+    aliasing    as ``mv``
+    rounding    as ``addmm``
+    errors      torch.addmv's
+    determinism as ``mm``
+    source      as ``addmm``
+
+    With ``beta`` = 0 the input is not read. Under autocast it casts where torch.addmv does: on CUDA.
+
+    >>> import torch, matmul_grad
+    >>> matmul_grad.addmv(torch.ones(2), torch.eye(2), torch.tensor([1.0, 10.0]), beta=3).tolist()
+    [4.0, 13.0]
+    """
+    if out is not None:
+        return _into(addmv, (input, mat, vec), {"beta": beta, "alpha": alpha}, out)
+    if not _is_torchs((2, 1), mat, vec, input):
+        scales = real_scales(mat, beta, alpha)
+        if scales is not None:
+            column = input.unsqueeze(1) if input.dim() else input
+            with _own_autocast(mat):
+                result = _addmm(column, mat, vec.unsqueeze(1), beta=scales[0], alpha=scales[1])
+            return unsafe_view(result, (mat.shape[0],))
+        strictness.hand_over(mat, vec)
+    return torch.addmv(input, mat, vec, **given({"beta": beta, "alpha": alpha}))
+
+
+def dot(input: Tensor, tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Scalar product of two vectors, differentiable to any order.
+
+    c = Σ_k a[k] · b[k],  da = dc · b,  db = dc · a
+
+    shapes      input (k), tensor (k) → (); k ≥ 0
+    strides     as ``mm``
+    dtypes      as ``mm``; the rest is torch.dot
+    aliasing    as ``mv``
+    rounding    as ``mm``
+    errors      torch.dot's
+    determinism as ``mm``
+    source      as ``mm``
+
+    Autocast does not cast it, as in torch.
+
+    >>> import torch, matmul_grad
+    >>> matmul_grad.dot(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    tensor(11.)
+    """
+    if out is not None:
+        return _into(dot, (input, tensor), {}, out)
+    if _is_torchs((1, 1), input, tensor):
+        return torch.dot(input, tensor)
+    return _dot(input, tensor)
+
+
+def vdot(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Scalar product of two vectors, the first one conjugated: of real ones ``dot``, of complex ones torch.vdot.
+
+    c = Σ_k conj(a[k]) · b[k]
+
+    shapes      as ``dot``
+    strides     as ``dot``
+    dtypes      as ``dot``; the rest is torch.vdot
+    aliasing    as ``dot``
+    rounding    as ``dot``
+    errors      torch.vdot's
+    determinism as ``dot``
+    source      as ``dot``
+
+    >>> import torch, matmul_grad
+    >>> matmul_grad.vdot(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    tensor(11.)
+    """
+    if out is not None:
+        return _into(vdot, (input, other), {}, out)
+    if _is_torchs((1, 1), input, other):
+        return torch.vdot(input, other)
+    return _dot(input, other)
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    with torch.autocast(one.device.type, enabled=False) if _is_autocast(one) else contextlib.nullcontext():
+        return unsafe_view(_mm(one.unsqueeze(0), other.unsqueeze(1)), ())
+
+
+def _is_torchs(ranks: tuple[int, int], one: Tensor, other: Tensor, *inputs: Tensor) -> bool:
+    """Whether torch's function takes the call, or raises what is wrong with it."""
+    if fallback.is_needed_to_compose(one, other, *inputs):
+        return True
+    if (one.dim(), other.dim()) != ranks or one.shape[-1] != other.shape[0] or not _alike(one, other):
+        return True
+    for x in inputs:
+        if x.dim() > 1 or (x.dim() and x.shape[0] not in (1, one.shape[0])) or not _alike(one, x):
+            return True
+    if one.dtype not in DTYPES:
+        strictness.hand_over(one, other)
+        return True
+    return False
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return alike(one, other) if one.is_cuda else one.dtype == other.dtype and one.device == other.device
+
+
+def _is_autocast(x: Tensor) -> bool:
+    return x.device.type in fallback.DEVICES and torch.is_autocast_enabled(x.device.type)
+
+
+def _own_autocast(x: Tensor) -> Any:
+    """torch casts matrix times vector on CUDA, and on CPU not."""
+    if x.is_cuda or not _is_autocast(x):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _into(function: Any, operands: tuple[Tensor, ...], scales: dict[str, Any], out: Tensor) -> Tensor:
+    """A vector in new memory and then in ``out``."""
+    torchs = getattr(torch, function.__name__)
+    if is_torchs(operands, out) or out.dtype != operands[0].dtype or out.device != operands[0].device:
+        return torchs(*operands, **given(scales), out=out)
+    with torch.autocast(out.device.type, enabled=False):  # as for torch's own with out=
+        return copied(function(*operands, **scales), out)

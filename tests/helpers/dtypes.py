@@ -1,0 +1,6 @@
+"""Dtypes that these kernels multiply on the CPU at hand: float16 needs conversions, which a generic x86-64 has not."""
+
+from matmul_grad.kernels.cpu import host
+from matmul_grad.testing import DTYPES
+
+ACCELERATED = {name: dtype for name, dtype in DTYPES.items() if name != "f16" or host.cpu().halves}
