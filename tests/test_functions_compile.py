@@ -143,6 +143,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of torch
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch.export's, of its own file
 def test_export_through_a_file() -> None:
     model = matmul_grad.convert(Model())
     batch, rows = torch.export.Dim("batch", min=2), torch.export.Dim("rows", min=2)

@@ -30,7 +30,7 @@ WRONG = {
         class Other(ctypes.Structure):
             _fields_ = [{WORDS} ("boxed", "functor", "unboxed", "symbolic", "tokens")]
         torch_layout.KernelFunction = Other""",
-    "another object in pybind11's": "torch_layout.PYBIND_VALUE = 3",
+    "another word of pybind11's object": "torch_layout.PYBIND_VALUE = 1",
     "other tags": "torch_layout.DOUBLE, torch_layout.INT = 4, 6",
     "slots of 24 bytes": "torch_layout.SLOT = 24",
 }
