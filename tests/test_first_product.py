@@ -231,7 +231,7 @@ def fork_and(child):
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(100)
+        signal.alarm(280)  # ends a child that hangs
         try:
             child()
             os._exit(0)
