@@ -25,11 +25,11 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from . import cuda, strictness
-from .kernels.native import pending
 from .ops import (
     DTYPES,
     PRODUCTS,
     addition,
+    backward_by_compiled_code,
     both_gradients,
     by_compiled_code,
     library,
@@ -291,13 +291,4 @@ for name in PRODUCTS:
 library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")
 for batched in ("FuncTorchBatched", "Batched"):  # a composite still under vmap, where the CPU has its own kernel
     library.impl("mm_backward", mm_backward, batched)
-
-
-def mm_backward_and_mark(grad: Tensor, *others: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """For compiled code: that there is a third result tells it that nothing was raised."""
-    return (*mm_backward(grad, *others), grad)
-
-
-library.impl(
-    "_mm_backward_in_python", pending.kept(mm_backward_and_mark, (None, None, None)), "CompositeImplicitAutograd"
-)
+backward_by_compiled_code(mm_backward)

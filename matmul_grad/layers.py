@@ -44,7 +44,7 @@ def make_mark() -> Mark:
         if getattr(kind.forward, MARK, None) is not _mark:
             torchs = _torchs.setdefault(kind, kind.forward)
             setattr(kind, MARK, None)
-            kind.forward = _replace(kind.forward, converted(torchs))  # type: ignore[method-assign]
+            kind.forward = _replace(kind.forward, converted(torchs))
     return _mark
 
 
@@ -130,7 +130,7 @@ class _Namespace:
 
 
 def _with_globals(function: Forward, **replaced: Any) -> Forward:
-    """The function, in whose global names some are replaced; without ``__name__``, by which Dynamo would find torch's."""
+    """The function, in whose global names some are replaced; ``__name__`` goes, by which Dynamo would find torch's."""
     names = {name: value for name, value in function.__globals__.items() if name != "__name__"} | replaced
     copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copied.__kwdefaults__ = function.__kwdefaults__

@@ -57,8 +57,7 @@ def convert(model: Model, filter: Callable[[nn.Module, str], bool] | None = None
     """
     mark, reasons = make_mark(), {}
     for name, module in _layers(model):
-        asked = (module.out_proj, f"{name}.out_proj".lstrip(".")) if _is_attention(module) else (module, name)
-        if is_marked(module) or not (filter is None or filter(*asked)):
+        if is_marked(module) or not (filter is None or _is_chosen(filter, module, name)):
             continue
         if reason := _obstacle(module):
             reasons[name] = reason
@@ -114,14 +113,17 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     The projection within an attention is a module that nobody calls: the attention reads its weight.
     """
-    within = {id(module.out_proj) for module in model.modules() if _is_attention(module)}
+    within = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for name, module in model.named_modules():
         if isinstance(module, KINDS) and not isinstance(module, Linear) and id(module) not in within:
             yield name, module
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention)
+def _is_chosen(filter: Callable[[nn.Module, str], bool], module: nn.Module, name: str) -> bool:
+    """An attention is known by its projection, which has the sizes of a linear layer."""
+    if isinstance(module, nn.MultiheadAttention):
+        return filter(module.out_proj, f"{name}.out_proj".lstrip("."))
+    return filter(module, name)
 
 
 def _obstacle(module: nn.Module) -> str:

@@ -34,6 +34,7 @@ NAMESPACE = "matmul_grad"
 library = torch.library.Library(NAMESPACE, "DEF")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+BACKWARD = "(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)"
 PRODUCTS = {op.name: op.schema for op in OWN if op.schema is not None}
 # Keys that modes and transforms put in front of an operator without tensors; none of them is to see ``_raise``.
 ABOVE_ALL = ("Python", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "Functionalize")
@@ -242,6 +243,17 @@ def by_compiled_code(name: str, schema: str, kernel: Callable[..., Any], key: st
     library.impl(name, pending.kept(kernel), key)
 
 
+def backward_by_compiled_code(kernel: Callable[..., tuple[Tensor | None, Tensor | None]]) -> None:
+    """``by_compiled_code`` for ``mm_backward``: a third result tells the caller that nothing was raised."""
+
+    def mm_backward_and_mark(grad: Tensor, *others: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        return (*kernel(grad, *others), grad)
+
+    name = "_mm_backward_in_python"
+    library.define(f"{name}{BACKWARD[:-1]}, Tensor?)", tags=TAGS)
+    library.impl(name, pending.kept(mm_backward_and_mark, (None, None, None)), "CompositeImplicitAutograd")
+
+
 def _register() -> None:
     library.define("_raise() -> ()")
     for key in ("CompositeImplicitAutograd", *ABOVE_ALL):
@@ -254,9 +266,7 @@ def _register() -> None:
         # Shape and errors of a traced product are torch's own.
         torch.library.register_fake(f"{NAMESPACE}::{name}", torchs_own(name), lib=library)
         count_flops(getattr(torch.ops.matmul_grad, name), _flops_of_sum if adds else _flops)
-    backward = "(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?"
-    library.define(f"mm_backward{backward})", tags=TAGS)
-    library.define(f"_mm_backward_in_python{backward}, Tensor?)", tags=TAGS)
+    library.define(f"mm_backward{BACKWARD}", tags=TAGS)
     library.define(
         "scaled_mm(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, ScalarType? out_dtype=None) -> Tensor",
         tags=TAGS,

@@ -84,9 +84,11 @@ def _install() -> None:
 
 def _install_on_cpu() -> str:
     """ "", or why not."""
-    from .kernels.native import override_cpu, register
+    from .kernels.native import override_cpu, override_probe, register
 
     try:
+        override_cpu.load()
+        override_probe.require()
         override_cpu.install()
     except register.Unavailable as reason:
         return str(reason)

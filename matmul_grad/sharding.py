@@ -4,8 +4,9 @@
 
 The operators have the schemas of aten's, so they get the strategies that torch has for those: the same placements,
 strided shards and partial sums included. torch does not promise the tables that hold them; where they are not found
-the rules of this file are registered. Over one dimension of a mesh every rule shards one letter. What has the letter is sharded along it, what has not is
-replicated. A letter that the result has not, k, is summed over: there each device holds a partial sum.
+the rules of this file are registered. Over one dimension of a mesh every rule shards one letter. What has the letter
+is sharded along it, what has not is replicated. A letter that the result has not, k, is summed over: there each
+device holds a partial sum.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from time import perf_counter
 from . import machine, ops
 from .exits import Unusable
 
-__all__ = ["compiled", "require_cache", "steps"]
+__all__ = ["compiled", "steps"]
 
 MODULE = "matmul_grad.warmup"
 ROOT = Path(__file__).parents[1]  # where this package is found

@@ -29,7 +29,7 @@ def test_check_prints_the_example_and_agrees(capsys: pytest.CaptureFixture[str])
     for row in ("-5 -17   4", "50  83  29", "24", "0.167 0.167 0.167", "1  2 -1  0", "0.5 0.5 0.5"):
         assert [line.count(row) for line in printed.splitlines() if line.count(row) == 3], row
     for layout in ("NN", "NT", "TN", "TT", "sliced", "expanded"):
-        assert printed.count(f"\n {layout} ") == len(check_products.DTYPES["cpu"])
+        assert printed.count(f"\n {layout} ") == len(check_products.dtypes("cpu"))
     assert " NO" not in printed
     assert last_line(printed).startswith("all agree, in ")
 
@@ -74,7 +74,7 @@ def test_one_wrong_bit_is_found(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert cli.main(QUICK) == 1
     printed = last_line(capsys.readouterr().out)
     assert printed.startswith("DISAGREES: forward-f32-NN-31x37x41: 1 of 1147 elements differ, first at (30, 36)")
-    rows = len(check_products.LAYOUTS) * len(check_products.DTYPES["cpu"])
+    rows = len(check_products.LAYOUTS) * len(check_products.dtypes("cpu"))
     assert printed.endswith(f"(and {rows - 1} more)")
 
 

@@ -231,7 +231,7 @@ def fork_and(child):
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(100)
+        signal.alarm(280)  # ends a child that hangs
         try:
             child()
             os._exit(0)
@@ -345,7 +345,8 @@ fork_and(child)
 # --- the end of a process -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["atexit", "daemon", "thread"])
+# Not by a daemon thread: Python before 3.14 ends one by unwinding its stack, which C++ frames on it may not survive.
+@pytest.mark.parametrize("when", ["atexit", "thread"])
 def test_first_product_at_the_end_of_a_process(when: str) -> None:
     printed = assert_runs(
         f"""
@@ -359,8 +360,8 @@ def test_first_product_at_the_end_of_a_process(when: str) -> None:
         if {when!r} == "atexit":
             atexit.register(multiply)
         else:
-            threading.Thread(target=multiply, daemon={when == "daemon"}).start()
+            threading.Thread(target=multiply).start()
             started.wait()
         """
     )
-    assert printed in (("right\n",) if when != "daemon" else ("right\n", ""))
+    assert printed == "right\n"

@@ -225,10 +225,10 @@ def test_a_forward_that_was_wrapped_and_unwrapped_is_converted() -> None:
     with counted() as calls:
         model[0](x)
     assert calls.ours == ["addmm"]
-    older = "import torch, matmul_grad; l = torch.nn.Linear(2, 3); l.forward = l.forward\n"
     code = (
-        older
-        + "print(matmul_grad.converted(matmul_grad.convert(l))); l(torch.ones(1, 2)); print(matmul_grad.nn.calls())"
+        "import torch, matmul_grad; layer = torch.nn.Linear(2, 3); layer.forward = layer.forward\n"
+        "print(matmul_grad.converted(matmul_grad.convert(layer)))\n"
+        "layer(torch.ones(1, 2)); print(matmul_grad.nn.calls())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "['']\n{'linear': {'float32': 1}}\n", done.stderr
@@ -364,7 +364,8 @@ def test_import_replaces_nothing_and_an_unmarked_layer_runs_torchs_forward() -> 
     code = (
         "import torch; before = torch.nn.Linear.forward\nimport matmul_grad\n"
         "print(torch.nn.Linear.forward is before)\nmatmul_grad.convert(torch.nn.Linear(2, 3))\n"
-        "torch.nn.Linear(2, 3)(torch.ones(1, 2)); print(matmul_grad.nn.calls(), torch.nn.Linear.forward.__wrapped__ is before)"
+        "torch.nn.Linear(2, 3)(torch.ones(1, 2))\n"
+        "print(matmul_grad.nn.calls(), torch.nn.Linear.forward.__wrapped__ is before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "True\n{} True\n", done.stderr

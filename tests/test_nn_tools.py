@@ -242,11 +242,7 @@ def test_checkpoint_of_a_converted_model(reentrant: bool) -> None:
     torch.testing.assert_close(found, expected)
 
 
-# An exception ends the recomputation, and a bare operator, which compiled code calls, raises it as a RuntimeError.
-inside = pytest.param("inside", marks=pytest.mark.xfail(raises=RuntimeError, reason="the operators change its class"))
-
-
-@pytest.mark.parametrize("compiled", [inside, "around"])
+@pytest.mark.parametrize("compiled", ["inside", "around"])
 def test_checkpoint_and_compiled_code(compiled: str) -> None:
     torch._dynamo.reset()
     model: nn.Module = Checkpointed()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 # By name in numba.config. Those that only print are set to 0 too, see ``_needed``.
 NEEDED = {
@@ -52,5 +53,5 @@ def _needed(config: object) -> dict[str, object]:
     """Names that this Numba has, and their values."""
     printing = {name: 0 for name, value in vars(config).items() if name.startswith(PRINTING) and isinstance(value, int)}
     needed = printing | {name: value for name, value in NEEDED.items() if hasattr(config, name)}
-    level = type(getattr(config, "OPT", 3))
+    level: Any = type(getattr(config, "OPT", 3))
     return needed | {"OPT": level(3)}

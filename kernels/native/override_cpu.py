@@ -36,11 +36,14 @@ def is_active() -> bool:
 
 
 def install() -> None:
-    """Override aten's operators; raises Unavailable where that cannot be."""
+    """Override aten's operators; raises Unavailable where that cannot be.
+
+    The layouts of this torch have to be tried before: ``override_probe.require``.
+    """
     if state[OVERRIDE] != 0:
         state[ACTIVE] = 1
         return
-    _require()
+    load()
     _replaced.clear()
     for index, name in enumerate(OVERLOADS):
         kernel = _present_kernel(name)
@@ -52,7 +55,7 @@ def install() -> None:
 
 def install_entries(namespace: str, overloads: Sequence[str]) -> dict[str, int]:
     """Register the entries of ``overloads`` under the operators of that name in a namespace; their addresses."""
-    entries = {name: _load().address(entry_name(name)) for name in overloads}
+    entries = {name: load().address(entry_name(name)) for name in overloads}
     functions = [_cpp_function(entry) for entry in entries.values()]
     names = [ctypes.create_string_buffer(name.encode()) for name in (namespace, *overloads)]
     pairs = [ctypes.addressof(part) for pair in zip(names[1:], functions, strict=True) for part in pair]
@@ -78,17 +81,10 @@ def uninstall() -> None:
         _call_quietly("matmul_grad_uninstall")
 
 
-def _require() -> None:
-    """Raise Unavailable on a torch whose layouts are not as they were tried."""
-    from . import override_probe
-
+def load() -> build.Loaded:
+    """The compiled entries; raises Unavailable where there can be none."""
     if sys.platform != "linux" or not torch._C._GLIBCXX_USE_CXX11_ABI:
         raise Unavailable(f"the override needs torch as it is built for Linux, not for {sys.platform}")
-    _load()
-    override_probe.require()
-
-
-def _load() -> build.Loaded:
     try:
         return _loaded.result()
     except RuntimeError as reason:
@@ -154,7 +150,7 @@ def _call_quietly(name: str, *arguments: int) -> None:
     torch prints on stderr, once in a process, that a kernel is overridden, unless a function of its Python interface is
     running: ``apply_`` is one that calls back.
     """
-    call = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(arguments))(_load().address(name))
+    call = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * len(arguments))(load().address(name))
     with warnings.catch_warnings(), torch_layout.without_modes():
         warnings.simplefilter("ignore")
         torch.zeros(1, device="cpu").apply_(lambda _: float(call(*arguments)))

@@ -101,10 +101,10 @@ def positive(text: str) -> float:
 def run(command: argparse.Namespace) -> int:
     """Everything that was not measured yet, then the files and the tables of it."""
     left = clock(command)
+    members, planned, settings, larger = prepare(command)
     require("matplotlib")
     from . import files_of_run
 
-    members, planned, settings, larger = prepare(command)
     stamp = record.stamp(command.device, members)
     result = {
         "schema": record.SCHEMA, "kind": record.KIND, "stamp": stamp, "settings": settings, "whole": False,

@@ -190,7 +190,7 @@ def rows(
     left: Left = lambda: float("inf"),
     begun: Callable[[Ensemble], None] = lambda _: None,
 ) -> Generator[Row, None, None]:
-    """A row for each cell in their order until no time is ``left``; a cell that it ends in has none.
+    """A row for each cell in their order until the next takes longer than is ``left``; a cell that it ends in has none.
 
     The processes are begun anew where the number of threads changes, and ``begun`` is called with each ensemble first.
     """
@@ -198,7 +198,7 @@ def rows(
         with Ensemble(members, device, threads, pin, left) as ensemble:
             begun(ensemble)
             for cell in some:
-                if left() <= 0:
+                if cell.weight(seconds, contenders=sum(member.takes(cell) for member in members)) > left():
                     return
                 row = ensemble.measure(cell, seconds)
                 if left() <= -GRACE:

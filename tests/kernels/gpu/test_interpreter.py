@@ -157,6 +157,18 @@ def check_tf32() -> None:
     assert bool(launch.mm(payloads, torch.ones(1, 1), "tf32").isnan().all())
 
 
+@contextlib.contextmanager
+def rows_alike() -> Iterator[None]:
+    """Blocks are multiplied without BLAS, whose bits depend on a row's place in the block on CPUs with AVX2 alone."""
+
+    def matmul(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
+        return np.einsum("...ij,...jk->...ik", a.astype(dtype), b.astype(dtype))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "matmul", matmul)
+        yield
+
+
 def check_prefix(dtype: str) -> None:
     """In one tile shape, a row of C has the same bits whatever m is and wherever the row lies."""
     from matmul_grad.kernels.gpu import launch
@@ -164,9 +176,10 @@ def check_prefix(dtype: str) -> None:
     generator = torch.Generator().manual_seed(7)
     a = torch.randn(70, 131, generator=generator).to(DTYPES[dtype])
     b = torch.randn(131, 20, generator=generator).to(DTYPES[dtype])
-    whole = launch.mm(a, b, config=tile())
-    for first, last in ((0, 1), (0, 16), (0, 65), (7, 70), (69, 70)):
-        assert_same_bits(launch.mm(a[first:last], b, config=tile()), whole[first:last])
+    with rows_alike():
+        whole = launch.mm(a, b, config=tile())
+        for first, last in ((0, 1), (0, 16), (0, 65), (7, 70), (69, 70)):
+            assert_same_bits(launch.mm(a[first:last], b, config=tile()), whole[first:last])
 
 
 def check_empty(m: int, n: int, k: int, dtype: str) -> None:
