@@ -196,8 +196,8 @@ def scaled(tensor: Tensor, by: float) -> Tensor:
     return tensor if by == 1 else tensor * by
 
 
-_record = Mm.apply
-_record_addition = Addmm.apply
+_record: Callable[..., Tensor] = Mm.apply  # type: ignore[attr-defined]  # which torch adds to the base
+_record_addition: Callable[..., Tensor] = Addmm.apply  # type: ignore[attr-defined]
 
 
 def with_graph(record: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -27,8 +27,10 @@ from torch import Tensor
 from . import sharding, strictness
 from .flops import count_flops
 from .kernels.cpu.once import Once
-from .kernels.native import pending, storage
+from .kernels.native import pending
 from .kernels.native.op_table import OWN
+from .kernels.native.storage import require as require_storage
+from .kernels.native.torch_layout import const_data_ptr as const_data_ptr
 
 NAMESPACE = "matmul_grad"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -177,7 +179,7 @@ def compute(
     out: Tensor | None = None,
 ) -> Tensor:
     """What these kernels take, on them, into new memory or into ``out``."""
-    storage.require(self, mat2, *(x for x in (input, out) if x is not None))
+    require_storage(self, mat2, *(x for x in (input, out) if x is not None))
     if self.is_cuda:
         from .kernels.gpu import launch
 
@@ -208,7 +210,7 @@ def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | N
         return None
     from .kernels.gpu import launch
 
-    storage.require(grad, self, mat2)
+    require_storage(grad, self, mat2)
     try:
         return launch.mm_backward(grad, self, mat2)
     except launch.CannotBuild:
@@ -224,7 +226,7 @@ def _scaled_mm(
         from .kernels.gpu import launch
 
         if launch.takes_scaled(self, mat2, scale_a, scale_b, result):
-            storage.require(self, mat2, scale_a, scale_b)
+            require_storage(self, mat2, scale_a, scale_b)
             with contextlib.suppress(launch.CannotBuild):
                 return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
     strictness.hand_over(self, mat2)

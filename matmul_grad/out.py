@@ -15,8 +15,7 @@ from torch import Tensor
 
 from . import fallback, strictness
 from .autograd import is_plain
-from .kernels.native import storage
-from .ops import accelerated, can_be_added, compute, has_work
+from .ops import accelerated, can_be_added, compute, const_data_ptr, has_work, require_storage
 from .scalars import real_scales
 
 Operands = tuple[Any, ...]
@@ -53,11 +52,11 @@ def _computed(name: str, operands: Operands, scales: Scales, out: Tensor) -> Ten
     elif not is_plain(*operands, out):
         return _traced(name, operands, real, out)
     elif has_work(mat1, mat2, **real):
-        storage.require(*operands)
+        require_storage(*operands)
         input = inputs[0] if inputs else None
         if out.shape != (*mat1.shape[:-1], mat2.shape[-1]) or (_is_spread(out) and _overlaps_any(out, mat1, mat2)):
             return copied(compute(mat1, mat2, input, **real), out)
-        storage.require(out)
+        require_storage(out)
         if can_write(out, operands):
             compute(mat1, mat2, input, out=out, **real)
             return _written(out)
@@ -82,7 +81,7 @@ def is_torchs(operands: Operands, out: Tensor | None) -> bool:
 def copied(result: Tensor, out: Tensor) -> Tensor:
     """``out``, with a result copied to it, and resized as torch does, with its warning."""
     if type(out) in fallback.PLAIN and out.shape == result.shape and not torch.compiler.is_compiling():
-        storage.require(out)
+        require_storage(out)
     return torch.mul(result, 1, out=out)
 
 
@@ -108,7 +107,8 @@ def _written(out: Tensor) -> Tensor:
 def can_write(out: Tensor, operands: Operands) -> bool:
     """Whether ``out`` keeps its elements apart, and from those of the operands; it may be what is added."""
     *inputs, mat1, mat2 = operands
-    shared = [x for x in inputs if not (_address(x) == _address(out) and x.expand(out.shape).stride() == out.stride())]
+    start, strides = const_data_ptr(out), out.stride()
+    shared = [x for x in inputs if const_data_ptr(x) != start or x.expand(out.shape).stride() != strides]
     return _is_spread(out) and not _overlaps_any(out, mat1, mat2, *shared)
 
 
@@ -129,13 +129,8 @@ def _overlaps_any(one: Tensor, *others: Tensor) -> bool:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    start = _address(x)
+    start = const_data_ptr(x)
     return start, start + (_reach(x) if x.numel() else 0) * x.element_size()
-
-
-def _address(x: Any) -> int:
-    """Of the first element; a copy-on-write storage is not copied."""
-    return x.const_data_ptr()
 
 
 def _reach(x: Tensor) -> int:

@@ -16,12 +16,10 @@ from torch import Tensor
 
 from . import strictness
 from .kernels.cpu.fork_safety import fork_safe_lock
-from .ops import accelerated, are_scales, can_be_added, compute, has_work, rank_of
+from .kernels.native.op_table import DOT, MATRICES, MATVEC, OVERLOADS, op_of
+from .ops import accelerated, are_scales, can_be_added, compute, has_work
 from .out import can_write
 
-OVERLOADS = (
-    "mm", "mm.out", "addmm", "addmm.out", "addmm_", "bmm", "bmm.out", "baddbmm", "baddbmm.out", "baddbmm_"
-)  # fmt: skip
 OURS, TORCHS_TO_SAY, NOT_OURS = range(3)  # what is to become of a call
 
 calls: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by operator and outcome: how many of a dtype
@@ -60,23 +58,39 @@ class Switch:
 
 def make_kernel(overload: str, kept: Any) -> Callable[..., Tensor]:
     """The kernel for one of OVERLOADS; ``kept`` is torch's own."""
-    operator = overload.removesuffix(".out").removesuffix("_")
-    rank, adds, in_place = rank_of(operator), "add" in operator, overload.endswith("_")
+    op, in_place = op_of(overload), overload.endswith("_")
+    rank = max(op.kind, MATRICES)
 
     def kernel(keys: Any, *operands: Tensor, beta: Any = 1, alpha: Any = 1, out: Tensor | None = None) -> Tensor:
-        *inputs, mat1, mat2 = operands
-        target = operands[0] if in_place else out
+        place = operands[0] if in_place else out
+        *inputs, mat1, mat2 = operands if op.kind >= MATRICES else as_matrices(op.kind, operands)
+        target = as_column(place) if op.kind == MATVEC and place is not None else place
         outcome = look(rank, inputs, mat1, mat2, beta, alpha, target)
         if outcome == OURS:
-            count(operator, "accelerated", mat1)
-            return compute(mat1, mat2, inputs[0] if inputs else None, beta, alpha, target)
+            count(op.name, "accelerated", mat1)
+            result = compute(mat1, mat2, inputs[0] if inputs else None, beta, alpha, target)
+            if place is not None or op.kind >= MATRICES:
+                return result if place is None else place
+            return result.view(result.shape[: op.kind])
         if outcome == NOT_OURS:
             strictness.hand_over(mat1, mat2)
-            count(operator, "handed_over", mat1)
-        scales = {"beta": beta, "alpha": alpha} if adds else {}
+            count(op.name, "handed_over", mat1)
+        scales = {"beta": beta, "alpha": alpha} if op.has_addend else {}
         return kept.call_boxed(keys, *operands, **scales, **({} if out is None else {"out": out}))
 
     return kernel
+
+
+def as_matrices(kind: int, operands: tuple[Tensor, ...]) -> list[Tensor]:
+    """Views of the operands of a product with vectors; one of another rank gives no matrix, which torch refuses."""
+    *inputs, one, other = operands
+    if kind == DOT and one.dim() > 0:
+        one = one.unsqueeze(0)
+    return [*map(as_column, inputs), one, as_column(other)]
+
+
+def as_column(vector: Tensor) -> Tensor:
+    return vector.unsqueeze(1) if vector.dim() > 0 else vector
 
 
 def look(

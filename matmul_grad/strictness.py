@@ -8,11 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from .kernels.cpu.fork_safety import fork_safe_lock
-
-SUPPORTED = (
-    "these kernels take two dense matrices of one dtype on one device: bfloat16, float32 or float64, on CPU or CUDA, "
-    "and float16 where the processor converts it"
-)
+from .kernels.native.op_table import REFUSAL
 
 _lock = fork_safe_lock()
 open_blocks = 0
@@ -56,4 +52,4 @@ def is_on() -> bool:
 def hand_over(self: Tensor | None, mat2: Tensor | None) -> None:
     """Called before a product goes to torch: raises in a ``strict()`` block."""
     if is_on():
-        raise RuntimeError(f"matmul_grad.strict(): this product goes to torch's own kernel; {SUPPORTED}")
+        raise RuntimeError(REFUSAL)

@@ -80,7 +80,7 @@ CALLS: dict[str, tuple[Callable[..., Any], str]] = {
     **{f"switch-{name}": (getattr(torch, name), name) for name in SHAPES},
     **{
         f"switch-{name}_": (lambda x, *rest, name=name: getattr(x, f"{name}_")(*rest), name)
-        for name in ("addmm", "baddbmm")
+        for name in ("addmm", "baddbmm", "addmv")
     },
     **{
         f"operator-{name}": (getattr(torch.ops.matmul_grad, name).default, name)

@@ -12,6 +12,7 @@ import torch
 
 import matmul_grad
 from matmul_grad import cli, override
+from matmul_grad.kernels.cpu.once import Once
 from matmul_grad.kernels.native import override_cpu, override_probe, torch_layout
 from matmul_grad.kernels.native.op_table import OVERLOADS
 
@@ -21,6 +22,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 @pytest.fixture(autouse=True)
 def off_before_and_after() -> Iterator[None]:
     assert matmul_grad.info()["on"] == []
+    matmul_grad.disable()  # what a block left in place for the next one is removed
     yield
     left_on = matmul_grad.info()["on"]
     matmul_grad.disable()
@@ -376,9 +378,9 @@ def assert_cannot_be_switched_on(reason: str) -> None:
 @pytest.fixture
 def unloaded() -> Iterator[None]:
     """The compiled entries are looked for anew."""
-    override_cpu._load.cache_clear()
-    yield
-    override_cpu._load.cache_clear()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(override_cpu, "_loaded", Once(override_cpu._load_entries))
+        yield
 
 
 def test_a_torch_that_does_not_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +397,7 @@ def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kernel_kept_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(override_cpu, "_own", {})
     monkeypatch.setattr(override_cpu, "_is_library_code", lambda address: False)
-    assert_cannot_be_switched_on("keeps its kernel of mm in a way that is not known")
+    assert_cannot_be_switched_on("keeps its kernel of aten::mm in a way that is not known")
 
 
 # --- others' kernels ----------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ from torch import Tensor
 
 import matmul_grad
 from matmul_grad import override, override_cuda
-from matmul_grad.override_cuda import OVERLOADS, Switch
+from matmul_grad.kernels.native import override_probe
+from matmul_grad.kernels.native.op_table import OVERLOADS
+from matmul_grad.kernels.native.register import Unavailable
+from matmul_grad.override_cuda import Switch
 from matmul_grad.testing import DTYPES, assert_same_bits, integers
 
 DUMPS = tuple(f"aten::{name}" for name in OVERLOADS)
@@ -22,12 +25,14 @@ def registered() -> list[str]:
 
 @pytest.fixture
 def switched() -> Iterator[Switch]:
+    matmul_grad.disable()  # what a block left in place for the next one is removed
     before = registered()
     switch = Switch("CPU")
     switch.take_over()
     yield switch
     if switch.is_on():
         switch.give_back()
+    matmul_grad.disable()
     assert registered() == before
 
 
@@ -43,6 +48,11 @@ def operands(operator: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     if "bmm" in operator:
         found = [batch_of(3, 5, 7, dtype, 1), batch_of(3, 7, 4, dtype, 2).mT.contiguous().mT]
         return [batch_of(3, 5, 4, dtype, 3), *found] if "add" in operator else found
+    if operator in ("mv", "addmv"):
+        vectors = [integers(1, 5, dtype, 3)[0], integers(5, 7, dtype, 1), integers(7, 1, dtype, 2)[:, 0]]
+        return vectors if "add" in operator else vectors[1:]
+    if "dot" in operator:
+        return [integers(1, 7, dtype, 1)[0], integers(7, 2, dtype, 2)[:, 1]]
     found = [integers(5, 7, dtype, 1), integers(4, 7, dtype, 2).t()]
     return [integers(5, 4, dtype, 3), *found] if "add" in operator else found
 
@@ -51,14 +61,17 @@ def forms(operator: str) -> Iterator[Callable[..., Tensor]]:
     """Into new memory, into ``out`` by rows and by columns, and in place."""
     call = getattr(torch, operator)
     yield call
+    if "dot" in operator:
+        return  # its ``out`` form calls it
     yield lambda *x, **scales: call(*x, **scales, out=torch.full_like(call(*x, **scales), 7))
-    yield lambda *x, **scales: call(*x, **scales, out=torch.full_like(call(*x, **scales), 7).mT.contiguous().mT)
+    if operator not in ("mv", "addmv"):
+        yield lambda *x, **scales: call(*x, **scales, out=torch.full_like(call(*x, **scales), 7).mT.contiguous().mT)
     if "add" in operator:
         yield lambda source, *x, **scales: getattr(source.clone(), f"{operator}_")(*x, **scales)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("operator", ["mm", "bmm", "addmm", "baddbmm"])
+@pytest.mark.parametrize("operator", ["mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot"])
 def test_products(operator: str, dtype: torch.dtype) -> None:
     scales: list[dict[str, Any]] = [{}, {"beta": 2, "alpha": -1}, {"beta": 0, "alpha": 0.5}]
     found = operands(operator, dtype)
@@ -67,10 +80,11 @@ def test_products(operator: str, dtype: torch.dtype) -> None:
     switch = Switch("CPU")
     switch.take_over()
     try:
-        before = counted(operator)
+        counts = "addmv" if operator == "mv" else operator
+        before = counted(counts)
         with matmul_grad.strict():
             actual = [form(*found, **named) for form, named in cases]
-        assert counted(operator) - before >= len(cases)
+        assert counted(counts) - before >= len(cases)
     finally:
         switch.give_back()
     for got, want in zip(actual, expected, strict=True):
@@ -112,6 +126,10 @@ TORCHS: dict[str, Callable[[], tuple[Callable[..., Tensor], tuple[Any, ...], dic
     "empty": lambda: (torch.mm, (ones(2, 0), ones(0, 3)), {}),
     "alpha 0": lambda: (torch.addmm, (ones(2), ones(2, 2) * float("nan"), ones(2, 2)), {"alpha": 0}),
     "too large": lambda: (torch.addmm, (ones(2), ones(2, 2), ones(2, 2)), {"alpha": 1e300}),
+    "a matrix for a vector": lambda: (torch.mv, (ones(2, 2), ones(2, 1)), {}),
+    "vectors": lambda: (torch.dot, (ones(2), ones(3)), {}),
+    "a matrix added to a vector": lambda: (torch.addmv, (ones(2, 1), ones(2, 3), ones(3)), {}),
+    "a scalar for a vector": lambda: (torch.vdot, (ones(()), ones(3)), {}),
     "wrong out": lambda: (torch.mm, (ones(2, 2), ones(2, 2)), {"out": ones(2, 2).double()}),
     "resized": lambda: (torch.mm, (ones(2, 2), ones(2, 2)), {"out": ones(0)}),
     "in place": lambda: (ones(3, 2).addmm_, (ones(2, 2), ones(2, 2)), {}),
@@ -175,6 +193,7 @@ def test_half_of_it_is_taken_back(monkeypatch: pytest.MonkeyPatch, stop: type[Ba
 @pytest.fixture
 def as_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch built for CPU has no kernels for CUDA: those of CPU stand for them, never to be called."""
+    matmul_grad.disable()
     get_kernel = torch.library.get_kernel
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.library, "get_kernel", lambda name, key: get_kernel(name, key.replace("CUDA", "CPU")))
@@ -190,17 +209,35 @@ def test_enable_takes_both_devices() -> None:
             assert matmul_grad.info()["on"] == ["cpu", "cuda"]
         assert matmul_grad.info()["on"] == ["cpu", "cuda"]
     assert matmul_grad.info()["on"] == []
+    matmul_grad.disable()
     assert registered() == before
 
 
+def refuse(*_: Any) -> None:
+    raise Unavailable("not today")
+
+
 @pytest.mark.usefixtures("as_with_a_gpu")
-def test_where_one_device_fails_neither_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one cannot be overridden the other is, and a warning names the first, once."""
     before = registered()
+    for module, name, left in ((override._cuda, "take_over", "cpu"), (override_probe, "require", "cuda")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, refuse)
+            patched.setattr(override, "_told", set())
+            with pytest.warns(UserWarning, match="on one device torch's products stay: .*not today"):
+                matmul_grad.enable()
+            matmul_grad.enable()
+            assert matmul_grad.info()["on"] == [left]
+            matmul_grad.disable()
+            assert registered() == before
 
-    def fails() -> None:
-        raise RuntimeError("not today")
 
-    monkeypatch.setattr(override._cuda, "take_over", fails)
+@pytest.mark.usefixtures("as_with_a_gpu")
+def test_where_no_device_can_be_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = registered()
+    monkeypatch.setattr(override._cuda, "take_over", refuse)
+    monkeypatch.setattr(override_probe, "require", refuse)
     with pytest.raises(RuntimeError, match="not today"):
         matmul_grad.enable()
     assert matmul_grad.info()["on"] == []

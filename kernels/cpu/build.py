@@ -97,7 +97,13 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:  # bundled without it
-        return importlib.import_module(package).__version__
+        if package == "numba":
+            import numba
+
+            return numba.__version__
+        import llvmlite
+
+        return llvmlite.__version__
 
 
 def object_path(key: str, name: str, machine: Machine, package: str = __package__) -> Path | None:

@@ -10,7 +10,7 @@ import torch
 from ..cpu import driver
 from ..cpu.config import BlockConfig
 from ..cpu.product import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, I_BS, I_CS, I_RS, INPUT, PRODUCT
-from .torch_layout import has_thread_pool
+from .torch_layout import const_data_ptr, has_thread_pool
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -51,7 +51,7 @@ def multiply(
 
 def _address(tensor: torch.Tensor, is_written: bool = False) -> int:
     """Of the first element; a copy-on-write storage is copied only where it is written."""
-    return tensor.data_ptr() if is_written else tensor.const_data_ptr()
+    return tensor.data_ptr() if is_written else const_data_ptr(tensor)
 
 
 def _bits(number: float) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from numba.core import types
 
 from ..cpu.memory import INT64, get, jit, put, stack_words, symbol, text
+from .op_table import REFUSAL
 from .state import ABI_VERSION, CODES, GEMMS, INTERRUPTED, NOT_ACCELERATED, NOT_LOADED, RAISE
 
 
@@ -61,10 +62,7 @@ tensor_info = stack_words(INFO)
 out_param = stack_words(3)
 empty_vector = stack_words(3)  # of C++: begin, end, end of capacity
 unknown_error = text("matmul_grad: torch's kernel failed")
-strict_message = text(
-    "matmul_grad.strict(): this product goes to torch's own kernel; these kernels take two dense matrices of one "
-    "dtype on one device: float16, bfloat16, float32 or float64, on CPU or CUDA"
-)
+strict_message = text(REFUSAL)
 # The first sentence is torch's, for what has no storage; torch does not look at one that is too small.
 no_storage_message = text("The tensor has a non-zero number of elements, but its data is not allocated yet.")
 small_storage_message = text(

@@ -80,6 +80,14 @@ class CppFunction(ctypes.Structure):
     ]
 
 
+def const_data_ptr(tensor: torch.Tensor) -> int:
+    """``Tensor.const_data_ptr``, which torch has since 2.13: a copy-on-write storage is not copied."""
+    if hasattr(tensor, "const_data_ptr"):
+        return tensor.const_data_ptr()
+    start: int = torch._C._data_address(tensor)  # type: ignore[attr-defined]  # torch's stubs leave it out
+    return start + int(tensor.storage_offset()) * tensor.element_size()
+
+
 @functools.cache
 def libtorch() -> ctypes.CDLL:
     return ctypes.CDLL(torch._C.__file__)
