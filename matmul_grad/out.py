@@ -42,7 +42,7 @@ def into(name: str, operands: Operands, scales: Scales, out_dtype: torch.dtype |
 
 def _computed(name: str, operands: Operands, scales: Scales, out: Tensor) -> Tensor | None:
     """The product, in ``out``, or None where torch's function takes the call."""
-    *inputs, mat1, mat2 = operands
+    mat1, mat2 = operands[-2:]
     numbers = real_scales(mat1, *scales.values())
     real = {} if numbers is None else dict(zip(scales, numbers, strict=True))
     if numbers is not None and torch.compiler.is_compiling() and out.dtype == mat1.dtype:
@@ -51,16 +51,25 @@ def _computed(name: str, operands: Operands, scales: Scales, out: Tensor) -> Ten
         strictness.hand_over(mat1, mat2)
     elif not is_plain(*operands, out):
         return _traced(name, operands, real, out)
-    elif has_work(mat1, mat2, **real):
-        require_storage(*operands)
-        input = inputs[0] if inputs else None
-        if out.shape != (*mat1.shape[:-1], mat2.shape[-1]) or (_is_spread(out) and _overlaps_any(out, mat1, mat2)):
-            return copied(compute(mat1, mat2, input, **real), out)
-        require_storage(out)
-        if can_write(out, operands):
-            compute(mat1, mat2, input, out=out, **real)
-            return _written(out)
-        strictness.hand_over(mat1, mat2)
+    else:
+        return _computed_by_kernels(out, operands, real)
+    return None
+
+
+def _computed_by_kernels(out: Tensor, operands: Operands, scales: dict[str, float]) -> Tensor | None:
+    """``_computed`` for what fits, with nobody following what is done."""
+    *inputs, mat1, mat2 = operands
+    is_resized = out.shape != (*mat1.shape[:-1], mat2.shape[-1])
+    require_storage(*operands, *([] if is_resized else [out]))
+    if not has_work(mat1, mat2, **scales):
+        return None
+    input = inputs[0] if inputs else None
+    if is_resized or (_is_spread(out) and _overlaps_any(out, mat1, mat2)):
+        return copied(compute(mat1, mat2, input, **scales), out)
+    if can_write(out, operands):
+        compute(mat1, mat2, input, out=out, **scales)
+        return _written(out)
+    strictness.hand_over(mat1, mat2)
     return None
 
 

@@ -186,7 +186,7 @@ def fuzz(child: CaseProcess, examples: int, start: int | None = None) -> None:
 
 
 def test_for_a_moment(child: CaseProcess) -> None:
-    fuzz(child, 1500)
+    fuzz(child, 1500, 0)
 
 
 @pytest.mark.slow

@@ -283,6 +283,7 @@ def run(case: Any) -> None:
     shape = None if isinstance(wanted, RuntimeError) else tuple(wanted[0].shape)
     must = isinstance(wanted, RuntimeError) or must_raise(case, ours, shape)
     may = must or not all(ours.usable) or isinstance(case["into"], int) or case["gradient"] == "freed"
+    may |= ours.out is not None and repeats(ours.out)  # no result fits in it: torch raises, or leaves anything there
     expected = None if may else outcome(case, torchs, True)
     with matmul_grad.enabled() if case["route"] == "switch" else contextlib.nullcontext():
         found = outcome(case, ours, False)
@@ -294,6 +295,8 @@ def run(case: Any) -> None:
         return
     assert not isinstance(wanted, RuntimeError), f"no error, but torch raises: {wanted}"
     assert not must, "memory that is not there was read"
+    if isinstance(expected, RuntimeError) and (case["entry"], case["into"]) == ("matmul", "out"):
+        expected = None  # torch's matmul of batches fails on an out of some strides, where the result fits
     assert not isinstance(expected, RuntimeError), f"no error, but torch raises: {expected}"
     ours.assert_only_out_written(written=True)
     assert_results(case, ours, found, expected, wanted)
@@ -305,7 +308,8 @@ def assert_results(case: Case, built: Built, found: Any, expected: Any, wanted: 
     if built.out is not None:
         assert found is built.out
         if expected is not None:
-            assert (found.shape, found.stride()) == (expected.shape, expected.stride())
+            assert found.shape == expected.shape
+            assert found.stride() == expected.stride() or found.numel() == 0
         if repeats(found) or torch_writes(case, built):
             return  # no result fits in it, or torch's own kernel reads what it has written
     for i, (result, want) in enumerate(zip(results, wanted, strict=True)):
