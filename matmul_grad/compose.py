@@ -62,8 +62,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     [[3.5], [3.5]]
     """
     if bias is None:
-        if not fallback.is_needed_to_compose(input, weight) and input.dim() > 0 and 0 < weight.dim() <= 2:
-            return _matmul(input, weight.t())
+        if not fallback.is_needed_to_compose(input, weight):
+            if input.dim() > 0 and 0 < weight.dim() <= 2:
+                return _matmul(input, weight.t())
+            fallback.require_storages(input, weight)
     elif not fallback.is_needed_to_compose(input, weight, bias):
         result = _linear(input, weight, bias)
         if result is not None:
@@ -75,6 +77,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
     """The sum, or None where torch's function takes the call."""
     if input.dim() == weight.dim() == 2:
         return _addmm(bias, input, weight.t())
+    fallback.require_storages(input, weight, bias)
     if weight.dim() != 2 or bias.dim() != 1 or input.dim() == 0:
         strictness.hand_over(input, weight)
         return None
@@ -88,6 +91,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
 def _matmul(input: Tensor, other: Tensor) -> Tensor:
     if input.dim() == other.dim() == 2:
         return _mm(input, other)
+    fallback.require_storages(input, other)
     if input.dim() == 0 or other.dim() == 0 or not alike(input, other):
         return torch.matmul(input, other)  # raises
     a = input if input.dim() > 1 else input.unsqueeze(0)

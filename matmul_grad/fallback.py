@@ -20,7 +20,7 @@ from torch.overrides import has_torch_function
 
 from . import strictness
 from .autocast import DEVICES
-from .ops import DTYPES
+from .ops import DTYPES, require_storage
 
 PLAIN = frozenset((Tensor, Parameter))
 # Wrapper subclasses of PyTorch's for which torch.ops.matmul_grad is registered, or which pass on any operator.
@@ -55,6 +55,16 @@ def is_needed_to_compose(*operands: Any) -> bool:
             strictness.hand_over(x, x)
             return True
     return False
+
+
+def require_storages(*operands: Tensor) -> None:
+    """Raise RuntimeError for an operand that its storage does not hold, before something else reads it: a copy, torch.
+
+    Of tensors that have a storage of their own: a tracer's and a transform's have none, or one without memory.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return
+    require_storage(*(x for x in operands if type(x) in PLAIN))
 
 
 def is_nested(one: Tensor, other: Tensor) -> bool:

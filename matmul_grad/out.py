@@ -52,17 +52,17 @@ def _computed(name: str, operands: Operands, scales: Scales, out: Tensor) -> Ten
     elif not is_plain(*operands, out):
         return _traced(name, operands, real, out)
     else:
-        return _computed_by_kernels(out, operands, real)
+        return _computed_by_kernels(name, operands, real, out)
     return None
 
 
-def _computed_by_kernels(out: Tensor, operands: Operands, scales: dict[str, float]) -> Tensor | None:
+def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], out: Tensor) -> Tensor | None:
     """``_computed`` for what fits, with nobody following what is done."""
     *inputs, mat1, mat2 = operands
     is_resized = out.shape != (*mat1.shape[:-1], mat2.shape[-1])
     require_storage(*operands, *([] if is_resized else [out]))
     if not has_work(mat1, mat2, **scales):
-        return None
+        return copied(getattr(torch, name)(*operands, **given(scales)), out)
     input = inputs[0] if inputs else None
     if is_resized or (_is_spread(out) and _overlaps_any(out, mat1, mat2)):
         return copied(compute(mat1, mat2, input, **scales), out)

@@ -65,6 +65,7 @@ from .torch_c_api import (
 # something is wrong; torch's kernel takes it, as these do not (an error under strict()); a storage does not hold its
 # tensor; a Python exception is pending.
 RUN, FALLBACK, UNSUPPORTED, FREED, OUT_OF_BOUNDS, PENDING = range(6)
+TEMPORARY = PENDING + 1  # RUN, to new memory first
 
 NEW, OUT, IN_PLACE = range(3)  # where the result goes
 
@@ -282,8 +283,18 @@ def check(a, b, source, infos, words, kind, has_scales):
 
 
 @jit
+def resize(out, words, kind):
+    sizes = shape_words()
+    put_result_shape(words, sizes, kind)
+    resize_output(out, sizes, kind)
+
+
+@jit
 def check_out(a, b, source, out, infos, words, kind, result):
-    """What becomes of a call that writes to ``out``; it is resized, with torch's warning, where its sizes differ."""
+    """What becomes of a call that writes to ``out``; it is resized, with torch's warning, where its sizes differ.
+
+    Resizing moves a storage. Where an operand shares it the result is TEMPORARY, and ``out`` resized after the product.
+    """
     info, item = infos + INFO_OUT, item_size(dtype_of(infos + INFO_A))
     if not describe(out, info) or dtype_of(info) != dtype_of(infos + INFO_A):
         return FALLBACK
@@ -295,10 +306,8 @@ def check_out(a, b, source, out, infos, words, kind, result):
         if source != 0:
             shared |= share_a_storage(out, info, source, infos + INFO_SOURCE, item)
         if shared:
-            return UNSUPPORTED
-        sizes = shape_words()
-        put_result_shape(words, sizes, kind)
-        resize_output(out, sizes, kind)
+            return TEMPORARY
+        resize(out, words, kind)
         describe(out, info)
     outcome = bounds_outcome(info, item)
     if outcome == RUN:
@@ -354,10 +363,12 @@ def compute(a, b, source, out, words, kind, result, has_scales, handle, dtype_at
     target = result
     if result != NEW:
         outcome = check_out(a, b, source, out, infos, words, kind, result)
-        if outcome != RUN:
+        if outcome not in (RUN, TEMPORARY):
             return outcome
     locate_operands(a, b, source, infos, words, kind)
-    if result != NEW:
+    if outcome == TEMPORARY:
+        target = NEW
+    elif result != NEW:
         target = place_to_write(infos, words)
         if target < 0:
             return UNSUPPORTED
@@ -367,6 +378,8 @@ def compute(a, b, source, out, words, kind, result, has_scales, handle, dtype_at
         if get(handle, 0) == 0:
             return UNSUPPORTED
     done = call_gemm(driver_of(dtype), words, 1, threads()) == 0
+    if done and outcome == TEMPORARY:
+        resize(out, words, kind)
     if done and target == NEW and result != NEW:
         done = copy_(out, get(handle, 0), 0) == 0
     if target == NEW and (not done or result != NEW):

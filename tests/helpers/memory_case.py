@@ -247,17 +247,15 @@ def torch_writes(case: Case, built: Built) -> bool:
     assert built.of_out is not None and built.out is not None
     if case["route"] != "switch":
         return False
-    adds, before = case["entry"] in ADDS, built.described[built.of_out]
-    if tuple(before["shape"]) != tuple(built.out.shape):
-        shared = [x for i, x in enumerate(built.described) if i != built.of_out and x["storage"] == before["storage"]]
-        return bool(shared)
+    adds = case["entry"] in ADDS
     if (
         case["entry"] not in OVERRIDDEN
         or (adds and case["alpha"] == 0)
         or not all(all(x.shape) for x in built.operands)
     ):
         return overlaps(built)
-    return adds and case["beta"] != 0 and overlaps(built, only=0)
+    resized = tuple(built.described[built.of_out]["shape"]) != tuple(built.out.shape)
+    return adds and case["beta"] != 0 and not resized and overlaps(built, only=0)
 
 
 def overlaps(built: Built, only: int | None = None) -> bool:
@@ -276,6 +274,10 @@ def run(case: Any) -> None:
     if case == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     ours, torchs = Built(case), Built(case)
+    if case["entry"] == "addmv" and ours.operands[0].dim() == 0 and ours.operands[1].shape[:1] == (0,):
+        return  # torch gives a scalar, whose gradient it cannot compute
+    if case["route"] == "switch" and isinstance(case["into"], int) and not all(all(x.shape) for x in ours.operands):
+        return  # nothing to multiply, so torch's own kernel takes the call, and dies of an operand that it resizes
     try:
         wanted: list[Tensor] | RuntimeError = exact(case, ours.values())
     except RuntimeError as error:
@@ -295,8 +297,11 @@ def run(case: Any) -> None:
         return
     assert not isinstance(wanted, RuntimeError), f"no error, but torch raises: {wanted}"
     assert not must, "memory that is not there was read"
-    if isinstance(expected, RuntimeError) and (case["entry"], case["into"]) == ("matmul", "out"):
-        expected = None  # torch's matmul of batches fails on an out of some strides, where the result fits
+    if isinstance(expected, RuntimeError) and case["into"] == "out":
+        # The result, which is compared below, is right. torch's matmul of batches fails on an out of some strides, and
+        # its sums refuse an out that holds their input, where nothing is multiplied or out is resized first.
+        accepted = case["entry"] == "matmul" or (case["entry"] in ADDS and "a single memory location" in str(expected))
+        expected = None if accepted else expected
     assert not isinstance(expected, RuntimeError), f"no error, but torch raises: {expected}"
     ours.assert_only_out_written(written=True)
     assert_results(case, ours, found, expected, wanted)
