@@ -134,7 +134,7 @@ def test_paths_compares_packing_with_reading_in_place(
 
 def test_paths_refuses_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = module("paths")
-    monkeypatch.setattr(paths.native, "multiply", lambda block, a, b, out, threads=1: torch.rand_like(out))
+    monkeypatch.setattr(paths.direct, "multiply", lambda block, a, b, out, threads=1: torch.rand_like(out))
     with pytest.raises(AssertionError, match="elements differ"):
         paths.compare(paths.Case("direct_rows", "float32", "NN", 5, 70, 40, 1), 0.01)
 

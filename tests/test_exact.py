@@ -80,7 +80,8 @@ def assert_like_torch(a: Tensor, b: Tensor, what: str) -> None:
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.id)
 def test_product_is_exact(case: Case, threads: int) -> None:
     actual, expected = product_of(case)
-    assert actual.is_contiguous()
+    assert actual.is_contiguous() or actual.t().is_contiguous()  # a gradient has its operand's order
+    assert actual.is_contiguous() or case.product != "forward"
     assert_same_bits(actual, expected, f"{case.id}, {threads} threads")
 
 

@@ -106,7 +106,7 @@ class Built:
         ]
         for storage, asked in zip(self.storages, case["storages"], strict=True):
             storage.shrink(asked.get("lacking", 0))
-        held = [x.base.untyped_storage().nbytes() // x.base.element_size() for x in self.storages]
+        self.held = held = [x.base.untyped_storage().nbytes() // x.base.element_size() for x in self.storages]
         self.usable = [reach(x) <= held[x["storage"]] for x in self.described]
         self.of_out = {"new": None, "out": len(self.tensors) - 1, "self": 0}.get(into, into)
         self.out = None if self.of_out is None else self.tensors[self.of_out]
@@ -133,7 +133,7 @@ class Built:
         for i, storage in enumerate(self.storages):
             is_outs = written and self.of_out is not None and self.described[self.of_out]["storage"] == i
             now = storage.now()
-            held = min(now.numel(), storage.before.numel())
+            held = min(now.numel(), storage.before.numel(), self.held[i])  # what grows begins as anything
             differs = ~same(now[:held], storage.before[:held])
             if is_outs:
                 assert self.out is not None
