@@ -317,6 +317,15 @@ def check_out(a, b, source, out, infos, words, kind, result):
 
 
 @jit
+def outcome_for_torch(outcome, out, info, words, kind):
+    """The outcome of a call that torch's kernel is to take, which writes to ``out`` without a look at its storage."""
+    if outcome in (FALLBACK, UNSUPPORTED) and describe(out, info) and has_result_shape(words, info, kind):
+        bounds = bounds_outcome(info, item_size(dtype_of(info)))
+        return outcome if bounds == RUN else bounds
+    return outcome
+
+
+@jit
 def locate_operands(a, b, source, infos, words, kind):
     """Addresses of operands and addend: the last things that are read, as writing to ``out`` may have moved them."""
     locate(a, infos + INFO_A)
@@ -355,11 +364,13 @@ def compute(a, b, source, out, words, kind, result, has_scales, handle, dtype_at
     """
     infos = infos_words()
     put(dtype_at, 0, 0)
+    put(words, M, -1)  # no size, until the operands have been looked at
+    put(words, N, -1)
     outcome = check(a, b, source, infos, words, kind, has_scales)
     dtype = dtype_of(infos + INFO_A)
     put(dtype_at, 0, dtype)
     if outcome != RUN:
-        return outcome
+        return outcome if result == NEW else outcome_for_torch(outcome, out, infos + INFO_OUT, words, kind)
     target = result
     if result != NEW:
         outcome = check_out(a, b, source, out, infos, words, kind, result)
