@@ -85,7 +85,7 @@ def test_jax_in_a_process_of_its_own_is_right() -> None:
 
 def test_interrupt_from_a_terminal(tmp_path: Path) -> None:
     """Ctrl-C goes to every process of the group: the rows are kept, and no process is left."""
-    options = ["bench", "--suite=small", "--dtype=f32", "--seconds=0.05", "--rivals=torch", f"--out={tmp_path}"]
+    options = ["bench", "--suite=small", "--dtype=f32", "--seconds=0.5", "--rivals=torch", f"--out={tmp_path}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "matmul_grad", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
