@@ -30,11 +30,6 @@ _replaced: list[str] = []  # torch's words on where the kernels come from that t
 _given: dict[tuple[int, int], object] = {}  # what Python was given: what a running call uses must not go away
 
 
-def is_active() -> bool:
-    """Whether products of aten are computed by the entries."""
-    return state[ACTIVE] != 0
-
-
 def install() -> None:
     """Override aten's operators; raises Unavailable where that cannot be.
 
