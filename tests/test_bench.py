@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -102,11 +101,18 @@ def test_large_errors_count_before_timing(dtype: torch.dtype) -> None:
         rivals.assert_small_error(rounded, x, y)
 
 
-def test_rivals_take_turns() -> None:
+def test_rivals_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    now = 0.0
+    monkeypatch.setattr(timing, "perf_counter", lambda: now)
 
     def rival(name: str) -> Any:
-        return lambda: (calls.append(name), time.sleep(2 * timing.BATCH))
+        def call() -> None:
+            nonlocal now
+            now += 2 * timing.BATCH
+            calls.append(name)
+
+        return call
 
     times = timing.interleaved({"x": rival("x"), "y": rival("y")}, seconds=0)
     assert [len(rounds) for rounds in times.values()] == [5, 5]

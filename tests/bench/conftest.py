@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from matmul_grad import rivals, timing
+from matmul_grad import rivals, timing, turns
 from matmul_grad.bench import command, conductor, contenders, files_of_run, player, roof, work
 from matmul_grad.bench.contenders import OfTorch
 from matmul_grad.bench.devices import Cpu
@@ -47,6 +47,25 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Cpu, "cache_bytes", lambda self: 1 << 20)
     with timing.threads(1):
         yield
+
+
+class Clock:
+    """In place of perf_counter: each reading takes 10 µs, and ``now`` goes on by what a test adds to it."""
+
+    now = 0.0
+
+    def read(self) -> float:
+        self.now += 1e-5
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time that no other process can take from this one."""
+    clock = Clock()
+    for module in (timing, turns):
+        monkeypatch.setattr(module, "perf_counter", clock.read)
+    return clock
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,12 +118,16 @@ def test_planted_zeros_are_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch)
         assert "seconds" not in row
 
 
-def slow(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    time.sleep(0.002)
-    return torch.mm(a, b)
+@pytest.fixture
+def slow(clock: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        clock.now += 0.002
+        return torch.mm(a, b)
+
+    return mm
 
 
-def test_planted_slow_rival_is_shown(bench: Bench, plant: Plant) -> None:
+def test_planted_slow_rival_is_shown(bench: Bench, plant: Plant, slow: Any) -> None:
     plant("torch", slow)
     status, written = bench(TINY[:1], "--dtype=f32", "--pass=forward")
     assert status == 0
@@ -133,7 +136,9 @@ def test_planted_slow_rival_is_shown(bench: Bench, plant: Plant) -> None:
         assert row["ratio"]["torch"]["low"] > 10
 
 
-def test_slow_kernel_fails_where_it_is_asked_to(bench: Bench, plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
+def test_slow_kernel_fails_where_it_is_asked_to(
+    bench: Bench, plant: Plant, slow: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     plant("matmul_grad", slow)
     status, _ = bench(TINY[:1], "--dtype=f32", "--pass=forward", "--fail-below=0.5")
     assert status == 1
