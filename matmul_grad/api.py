@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import autocast, batching, fallback
 from .out import into
@@ -16,6 +17,7 @@ _mm = torch.ops.matmul_grad.mm.default
 _bmm = torch.ops.matmul_grad.bmm.default
 _addmm = torch.ops.matmul_grad.addmm.default
 _baddbmm = torch.ops.matmul_grad.baddbmm.default
+_eager_mm, _eager_bmm, _eager_addmm, _eager_baddbmm = map(fallback.eager, (_mm, _bmm, _addmm, _baddbmm))
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
 _scaled_mm = torch.ops.matmul_grad.scaled_mm.default
 
@@ -48,7 +50,7 @@ def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out
         return into("mm", (input, mat2), {}, out_dtype, out)
     if fallback.is_needed(input, mat2):
         return torch.mm(input, mat2)
-    return _mm(input, mat2)
+    return _mm(input, mat2) if is_compiling() else _eager_mm(input, mat2)
 
 
 def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -74,7 +76,7 @@ def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, ou
         return into("bmm", (input, mat2), {}, out_dtype, out)
     if fallback.is_needed(input, mat2) or fallback.is_nested(input, mat2):
         return torch.bmm(input, mat2)
-    return _bmm(input, mat2)
+    return _bmm(input, mat2) if is_compiling() else _eager_bmm(input, mat2)
 
 
 def addmm(
@@ -112,7 +114,8 @@ def addmm(
     if out is None and out_dtype is None and not fallback.is_needed(mat1, mat2, input):
         scales = real_scales(mat1, beta, alpha)
         if scales is not None:
-            return _addmm(input, mat1, mat2, beta=scales[0], alpha=scales[1])
+            operator = _addmm if is_compiling() else _eager_addmm
+            return operator(input, mat1, mat2, beta=scales[0], alpha=scales[1])
     return into("addmm", (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
 
 
@@ -147,7 +150,8 @@ def baddbmm(
     if out is None and out_dtype is None and not fallback.is_needed_to_compose(batch1, batch2, input):
         scales = real_scales(batch1, beta, alpha)
         if scales is not None:
-            return _baddbmm(input, batch1, batch2, beta=scales[0], alpha=scales[1])
+            operator = _baddbmm if is_compiling() else _eager_baddbmm
+            return operator(input, batch1, batch2, beta=scales[0], alpha=scales[1])
     return into("baddbmm", (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
 
 

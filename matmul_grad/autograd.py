@@ -72,7 +72,8 @@ def transposed(matrix: Tensor) -> Tensor:
 
 def is_column_major(matrix: Tensor) -> bool:
     """As torch's derivative of a matrix product asks it, whose gradient then lies in memory as its operand does."""
-    return matrix.dim() == 2 and matrix.stride(0) == 1 and matrix.stride(1) == matrix.shape[0]
+    strides = matrix.stride()
+    return len(strides) == 2 and strides[0] == 1 and strides[1] == matrix.shape[0]
 
 
 def gradients(

@@ -11,12 +11,13 @@ tensors, the default device, the modes of torch.export.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.overrides import has_torch_function
+from torch.overrides import has_torch_function, has_torch_function_unary
 
 from . import strictness
 from .autocast import DEVICES
@@ -38,12 +39,20 @@ def is_needed(first: Any, second: Any, third: Any = ...) -> bool:
         type(first) in PLAIN
         and type(second) in PLAIN
         and (third is ... or type(third) in PLAIN)
-        and not has_torch_function((first,))  # a mode
+        and not has_torch_function_unary(first)  # a mode
     ):
         if strictness.open_blocks and torch.compiler.is_compiling() and first.dtype not in DTYPES:
             strictness.hand_over(first, second)
         return False
     return _is_overridden(first, second) if third is ... else _is_overridden(first, second, third)
+
+
+def eager(operator: Any) -> Callable[..., Any]:
+    """An operator for eager code that has passed the gate: what ``OpOverload.__call__`` calls, without that Python.
+
+    Compilers know the OpOverload alone.
+    """
+    return getattr(operator, "_op", operator)
 
 
 def is_needed_to_compose(*operands: Any) -> bool:

@@ -60,15 +60,20 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
     """``_computed`` for what fits, with nobody following what is done."""
     *inputs, mat1, mat2 = operands
     is_resized = out.shape != (*mat1.shape[:-1], mat2.shape[-1])
-    require_storage(*operands, *([] if is_resized else [out]))
     if not has_work(mat1, mat2, **scales):
+        require_storage(*operands, *([] if is_resized else [out]))
         return copied(getattr(torch, name)(*operands, **given(scales)), out)
     input = inputs[0] if inputs else None
-    if is_resized or (_is_spread(out) and _overlaps_any(out, mat1, mat2)):
+    is_spread = _is_spread(out)
+    is_shared = is_spread and _overlaps_any(out, mat1, mat2)
+    if is_resized or is_shared:
+        if not is_resized:
+            require_storage(out)
         return copied(compute(mat1, mat2, input, **scales), out)
-    if can_write(out, operands):
+    if is_spread and not _overlaps_source(out, inputs):
         compute(mat1, mat2, input, out=out, **scales)
         return _written(out)
+    require_storage(*operands, out)
     strictness.hand_over(mat1, mat2)
     return None
 
@@ -116,13 +121,20 @@ def _written(out: Tensor) -> Tensor:
 def can_write(out: Tensor, operands: Operands) -> bool:
     """Whether ``out`` keeps its elements apart, and from those of the operands; it may be what is added."""
     *inputs, mat1, mat2 = operands
+    return _is_spread(out) and not _overlaps_any(out, mat1, mat2) and not _overlaps_source(out, inputs)
+
+
+def _overlaps_source(out: Tensor, inputs: list[Tensor]) -> bool:
+    """Whether ``out`` shares memory with what is added, and is not the same elements."""
     start, strides = const_data_ptr(out), out.stride()
-    shared = [x for x in inputs if const_data_ptr(x) != start or x.expand(out.shape).stride() != strides]
-    return _is_spread(out) and not _overlaps_any(out, mat1, mat2, *shared)
+    others = [x for x in inputs if const_data_ptr(x) != start or x.expand(out.shape).stride() != strides]
+    return bool(others) and _overlaps_any(out, *others)
 
 
 def _is_spread(x: Tensor) -> bool:
     """Whether no two elements share a place: each stride steps over all that the smaller ones reach."""
+    if x.is_contiguous():
+        return True
     covered = 0
     for step, size in sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1):
         if step <= covered:
@@ -144,4 +156,6 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 def _reach(x: Tensor) -> int:
     """Elements from the first to the last, of a tensor that has any."""
+    if x.is_contiguous():
+        return x.numel()
     return sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True)) + 1

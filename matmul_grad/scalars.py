@@ -18,6 +18,8 @@ def real_scales(operand: Tensor, *scales: Any) -> list[Any] | None:
     >>> real_scales(torch.ones(2, 2), 2, numpy.float32(0.5)), real_scales(torch.ones(2, 2), 1j, 1)
     ([2, 0.5], None)
     """
+    if operand.dtype in DTYPES and are_scales(*scales):
+        return list(scales)
     given = [x if type(x) in (int, float) else _as_number(x) for x in scales]
     real = [float(x) if type(x) is int and 2**53 < abs(x) < 2**63 and int(float(x)) == x else x for x in given]
     return real if operand.dtype in DTYPES and are_scales(*real) else None

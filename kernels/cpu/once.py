@@ -37,7 +37,7 @@ class Once(Generic[T]):
 
         Raises whatever interrupts the caller, too.
         """
-        if getattr(_local, "is_running", False):
+        if not self._done and getattr(_local, "is_running", False):
             self._run()
         step = FIRST_STEP
         while not self._done:

@@ -12,6 +12,8 @@ from ..cpu.config import BlockConfig
 from ..cpu.product import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, I_BS, I_CS, I_RS, INPUT, PRODUCT
 from .torch_layout import const_data_ptr, has_thread_pool
 
+CALL = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)
+
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether there is a kernel for a dtype; it is loaded, or compiled, at the first call."""
@@ -34,7 +36,7 @@ def multiply(
     is added; out (m, n) with its elements apart. A source expands to out; where beta is 0 it is not read.
     """
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    call = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(driver.gemm_address(block))
+    call = CALL(driver.gemm_address(block))
     operands = (x for tensor in (a, b, out) for x in (_address(tensor, tensor is out), *tensor.stride()[-2:]))
     words = (ctypes.c_int64 * PRODUCT)(m, n, k, *operands)
     words[BATCH], words[ALPHA], words[BETA] = 1, _bits(alpha), _bits(beta)

@@ -10,7 +10,10 @@ def require(*tensors: Tensor) -> None:
     for tensor in tensors:
         if tensor.numel() == 0:
             continue
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if tensor.is_contiguous():
+            last = tensor.numel() - 1
+        else:
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         held = tensor.untyped_storage().nbytes()
         if held == 0:
             raise RuntimeError("The tensor has a non-zero number of elements, but its data is not allocated yet.")
