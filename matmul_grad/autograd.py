@@ -198,7 +198,7 @@ def scaled(tensor: Tensor, by: float) -> Tensor:
 
 
 _record: Callable[..., Tensor] = Mm.apply  # type: ignore[attr-defined]  # which torch adds to the base
-_record_addition: Callable[..., Tensor] = Addmm.apply  # type: ignore[attr-defined]
+_record_addition: Callable[..., Tensor] = Addmm.apply  # type: ignore[attr-defined]  # likewise
 
 
 def with_graph(record: Callable[..., Tensor], *arguments: Any) -> Tensor:

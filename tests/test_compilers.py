@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import scaled
 from torch import Tensor, nn
 from torch._inductor import config
 
@@ -79,7 +80,7 @@ def test_aotinductor_calls_the_operators(tmp_path: Path) -> None:
 
     def loaded(before: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", LOAD.format(before), path]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+        return subprocess.run(command, capture_output=True, text=True, timeout=scaled(120), env=os.environ)
 
     assert loaded("import matmul_grad").stdout == "torch.Size([1, 3, 3])\n"
     assert "Could not find schema for matmul_grad::addmm" in loaded("").stderr

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import scaled
 from torch import Tensor
 
 import matmul_grad
@@ -258,6 +259,6 @@ PLACES = [("hook", "grad"), ("mode", "grad"), ("mode", "no-grad"), ("subclass", 
 def test_an_exception_of_the_users_own_passes_through(place: str, needs: str) -> None:
     """Raised by a hook or a mode below the operator; in a process of its own, since it may end there."""
     done = subprocess.run(
-        [sys.executable, "-c", MODE, place, needs], capture_output=True, text=True, env=os.environ, timeout=120
+        [sys.executable, "-c", MODE, place, needs], capture_output=True, text=True, env=os.environ, timeout=scaled(120)
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-2000:]}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import scaled
 from torch import Tensor, nn
 
 import matmul_grad
@@ -251,7 +252,7 @@ def beside(path: Path) -> list[object]:
     command = [sys.executable, "-c", BESIDE, __file__]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[1], env=os.environ | {"PYTHONPATH": str(path)},
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=scaled(120),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     said: list[object] = json.loads(done.stdout.splitlines()[-1])

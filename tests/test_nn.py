@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import scaled
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -230,7 +231,7 @@ def test_a_forward_that_was_wrapped_and_unwrapped_is_converted() -> None:
         "print(matmul_grad.converted(matmul_grad.convert(layer)))\n"
         "layer(torch.ones(1, 2)); print(matmul_grad.nn.calls())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=scaled(120))
     assert done.stdout == "['']\n{'linear': {'float32': 1}}\n", done.stderr
 
 
@@ -336,7 +337,7 @@ def test_a_pickle_is_read_by_a_fresh_process(tmp_path: Any) -> None:
     torch.save(matmul_grad.convert(nn.Sequential(nn.Linear(2, 3))), path)
     code = f"import torch; model = torch.load({str(path)!r}, weights_only=False); model(torch.ones(1, 2))\n"
     code += "import matmul_grad; print(matmul_grad.converted(model), matmul_grad.nn.calls())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=scaled(120))
     assert done.stdout == "['0'] {'linear': {'float32': 1}}\n", done.stderr
 
 
@@ -367,7 +368,7 @@ def test_import_replaces_nothing_and_an_unmarked_layer_runs_torchs_forward() -> 
         "torch.nn.Linear(2, 3)(torch.ones(1, 2))\n"
         "print(matmul_grad.nn.calls(), torch.nn.Linear.forward.__wrapped__ is before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=scaled(120))
     assert done.stdout == "True\n{} True\n", done.stderr
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from limits import scaled
 
 # What Python lacks on each system, of what anybody here might use; torch and Numba are loaded before it goes.
 MISSING = {
@@ -54,5 +55,5 @@ print(matmul_grad.mm(a, b).shape)
 def test_imports_and_multiplies(system: str) -> None:
     code = CODE.format(system=system, missing=MISSING[system], modules=MODULES[system])
     command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=scaled(280))
     assert (done.returncode, done.stdout) == (0, "torch.Size([3, 2])\n"), done.stderr[-3000:]

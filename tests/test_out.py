@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import scaled
 from torch import Tensor
 
 import matmul_grad
@@ -142,7 +143,9 @@ print("done")
 @pytest.mark.parametrize("name", [*NAMES, "linear", "mm_backward"])
 def test_storages_that_do_not_hold_their_tensors(name: str, kind: str) -> None:
     """In a process of its own, which would end here."""
-    done = subprocess.run([sys.executable, "-c", FREED, name, kind], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", FREED, name, kind], capture_output=True, text=True, timeout=scaled(300)
+    )
     assert done.returncode == 0, f"{done.returncode} after {done.stdout.splitlines()[-1:]}: {done.stderr[-500:]}"
     assert done.stdout.endswith("done\n")
 

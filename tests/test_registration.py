@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from functorch.compile import make_boxed_func
+from limits import scaled
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
@@ -40,7 +41,7 @@ def assert_close(actual: Any, expected: Any) -> None:
 def assert_runs(code: str, *options: str, arguments: tuple[str, ...] = (), quiet: bool = True) -> str:
     """A fresh interpreter runs ``code`` and ends well, without a word on stderr if ``quiet``; what it printed."""
     command = [sys.executable, *options, "-c", textwrap.dedent(code), *arguments]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=scaled(240))
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
     assert done.stderr == "" or not quiet
     return done.stdout

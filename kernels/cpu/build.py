@@ -25,7 +25,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from .numba_settings import needed_settings
+from .numba_settings import fixed_settings, needed_settings
 
 SCHEDULER = ("sched_getcpu", "sched_getaffinity", "sched_setaffinity") if sys.platform == "linux" else ()
 LIBC = ("malloc", "free", "memset", "memcpy", "snprintf", *SCHEDULER)
@@ -69,7 +69,7 @@ def sources_digest(package: str = __package__) -> str:
             for module in (name, *sorted(f"{name}.{x.name}" for x in pkgutil.iter_modules(sys.modules[name].__path__))):
                 spec = importlib.util.find_spec(module)
                 digest.update(module.rpartition(".")[2].encode())
-                digest.update(spec.loader.get_data(spec.origin))  # type: ignore[union-attr]
+                digest.update(spec.loader.get_data(spec.origin))  # type: ignore[union-attr]  # raises if there is none
     except Exception:  # whatever an importer may raise; every importer of Python's own gives the data
         return ""
     return digest.hexdigest()
@@ -111,7 +111,7 @@ def object_path(key: str, name: str, machine: Machine, package: str = __package_
     folder, sources = cache_folder(), sources_digest(package)
     if folder is None or not sources:
         return None
-    key = "\n".join([key, sources, *_versions(), machine.triple, machine.cpu, machine.features])
+    key = "\n".join([key, sources, *_versions(), machine.triple, machine.cpu, machine.features, *fixed_settings()])
     return folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,13 @@ NEEDED = {
     "TRACE": 0,
 }
 PRINTING = ("DUMP_", "DEBUG")
+# Fixed for the process at Numba's first compilation: code compiled under them may be slower, and is kept apart.
+FIXED = ("NUMBA_OPT", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES")
+
+
+def fixed_settings() -> list[str]:
+    """Those of the environment that ``needed_settings`` cannot change, for the key of the cache."""
+    return [f"{name}={os.environ[name]}" for name in FIXED if os.environ.get(name)]
 
 
 @contextlib.contextmanager
