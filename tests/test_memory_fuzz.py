@@ -149,6 +149,13 @@ KNOWN = {
     )
 } | {
     "cow-operands": one("switch", "mm", "new", [X, Y], "cow", "cow", "plain"),
+    **{
+        f"{route}-cow-out-grows-{behind}": one(
+            route, "mm", "out", [dense([2, 1], 0), dense([1, 1], 1), dense([0, 0], behind)], "plain", "cow", "cow"
+        )
+        for route in ("function", "switch")
+        for behind in (1, 2)
+    },
     "cow-out": one("function", "mm", "out", [X, Y, Z], "cow", "cow", "cow"),
     **{
         f"{route}-grows-behind-an-operand": one(

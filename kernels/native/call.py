@@ -231,8 +231,8 @@ def is_result(words):
 @jit
 def share_a_storage(one, info, other, other_info, item):
     """Whether two tensors are views of one storage, so that resizing the one moves the other."""
-    locate(one, info)
-    locate(other, other_info)
+    if not locate(one, info) or not locate(other, other_info):
+        return True
     start = get(info, DATA) - get(info, STORAGE_OFFSET) * item
     return get(one, 0) == get(other, 0) or start == get(other_info, DATA) - get(other_info, STORAGE_OFFSET) * item
 
@@ -311,7 +311,8 @@ def check_out(a, b, source, out, infos, words, kind, result):
         describe(out, info)
     outcome = bounds_outcome(info, item)
     if outcome == RUN:
-        locate_to_write(out, info)
+        if not locate_to_write(out, info):
+            return FALLBACK
         put_result(words, info, kind)
     return outcome
 
@@ -327,16 +328,21 @@ def outcome_for_torch(outcome, out, info, words, kind):
 
 @jit
 def locate_operands(a, b, source, infos, words, kind):
-    """Addresses of operands and addend: the last things that are read, as writing to ``out`` may have moved them."""
-    locate(a, infos + INFO_A)
-    locate(b, infos + INFO_B)
+    """Addresses of operands and addend: the last things that are read, as writing to ``out`` may have moved them.
+
+    False where torch has an error for one of them.
+    """
+    if not locate(a, infos + INFO_A) or not locate(b, infos + INFO_B):
+        return False
     put_operands(words, infos + INFO_A, infos + INFO_B, kind)
     put(words, INPUT, 0)
     if source == 0:
         put(words, ALPHA, ONE)
     elif number_of(get(words, BETA)) != 0.0:
-        locate(source, infos + INFO_SOURCE)
+        if not locate(source, infos + INFO_SOURCE):
+            return False
         put(words, INPUT, get(infos + INFO_SOURCE, DATA))
+    return True
 
 
 @jit
@@ -376,7 +382,8 @@ def compute(a, b, source, out, words, kind, result, has_scales, handle, dtype_at
         outcome = check_out(a, b, source, out, infos, words, kind, result)
         if outcome not in (RUN, TEMPORARY):
             return outcome
-    locate_operands(a, b, source, infos, words, kind)
+    if not locate_operands(a, b, source, infos, words, kind):
+        return FALLBACK
     if outcome == TEMPORARY:
         target = NEW
     elif result != NEW:

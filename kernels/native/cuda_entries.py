@@ -179,8 +179,8 @@ def find(a, b, info_a, info_b, device):
         return 0
     if device != device_of(b) or device != current_device():
         return 0
-    locate(a, info_a)
-    locate(b, info_b)
+    if not locate(a, info_a) or not locate(b, info_b):
+        return 0
     key = key_words()
     put_key(key, info_a, info_b, device)
     return look_up(key)

@@ -183,9 +183,8 @@ def backward_driver(grad, a, b, info_grad, info_a, info_b):
         return NOT_ACCELERATED
     if not is_within_storage(info_b, item):
         return NOT_ACCELERATED
-    locate(grad, info_grad)
-    locate(a, info_a)
-    locate(b, info_b)
+    if not locate(grad, info_grad) or not locate(a, info_a) or not locate(b, info_b):
+        return NOT_ACCELERATED
     return driver_of(dtype)
 
 

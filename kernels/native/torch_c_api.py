@@ -90,14 +90,17 @@ def describe(tensor, info):
 
 @jit
 def locate(tensor, info):
-    """Read DATA of a tensor that is only read: a copy-on-write storage stays shared."""
-    get_const_data(tensor, info + 8 * DATA)
+    """Read DATA of a tensor that is only read: a copy-on-write storage stays shared. False where torch has an error."""
+    return get_const_data(tensor, info + 8 * DATA) == 0
 
 
 @jit
 def locate_to_write(tensor, info):
-    """Read DATA of a tensor that is written: a copy-on-write storage gets memory of its own."""
-    get_mutable_data(tensor, info + 8 * DATA)
+    """Read DATA of a tensor that is written: a copy-on-write storage gets memory of its own.
+
+    False where torch has an error, as of such a storage that was resized.
+    """
+    return get_mutable_data(tensor, info + 8 * DATA) == 0
 
 
 @jit
