@@ -4,11 +4,11 @@ from importlib import import_module
 from types import ModuleType
 
 from .api import addmm, baddbmm, bmm, mm, mm_backward, scaled_mm
-from .compose import linear, matmul
-from .modes import deterministic, float32_products
+from .aten_override import disable, enable, enabled, info
+from .functional import linear, matmul
 from .nn import Linear, convert, converted, restore
-from .override import disable, enable, enabled, info
-from .strictness import strict
+from .settings import deterministic, float32_products
+from .strict_mode import strict
 from .vectors import addmv, dot, mv, vdot
 
 __version__ = "0.1.0"

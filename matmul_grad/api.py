@@ -1,4 +1,4 @@
-"""The public functions, with torch's own argument names."""
+"""The public functions, with torch's argument names."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import autocast, batching, fallback
-from .out import into
+from . import autocast, fallback, vmap
+from .out_variants import run_with_out
 from .scalars import real_scales
 
 autocast.register()
-batching.register()
+vmap.register()
 
 _mm = torch.ops.matmul_grad.mm.default
 _bmm = torch.ops.matmul_grad.bmm.default
@@ -47,7 +47,7 @@ def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out
     ([[1.0, 4.0], [3.0, 8.0]], [[1.0, 2.0], [1.0, 2.0]])
     """
     if out is not None or out_dtype is not None:
-        return into("mm", (input, mat2), {}, out_dtype, out)
+        return run_with_out("mm", (input, mat2), {}, out_dtype, out)
     if fallback.is_needed(input, mat2):
         return torch.mm(input, mat2)
     return _mm(input, mat2) if is_compiling() else _eager_mm(input, mat2)
@@ -73,7 +73,7 @@ def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, ou
     [5.0, 25.0]
     """
     if out is not None or out_dtype is not None:
-        return into("bmm", (input, mat2), {}, out_dtype, out)
+        return run_with_out("bmm", (input, mat2), {}, out_dtype, out)
     if fallback.is_needed(input, mat2) or fallback.is_nested(input, mat2):
         return torch.bmm(input, mat2)
     return _bmm(input, mat2) if is_compiling() else _eager_bmm(input, mat2)
@@ -116,7 +116,7 @@ def addmm(
         if scales is not None:
             operator = _addmm if is_compiling() else _eager_addmm
             return operator(input, mat1, mat2, beta=scales[0], alpha=scales[1])
-    return into("addmm", (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
+    return run_with_out("addmm", (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
 
 
 def baddbmm(
@@ -152,7 +152,7 @@ def baddbmm(
         if scales is not None:
             operator = _baddbmm if is_compiling() else _eager_baddbmm
             return operator(input, batch1, batch2, beta=scales[0], alpha=scales[1])
-    return into("baddbmm", (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
+    return run_with_out("baddbmm", (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
 
 
 def mm_backward(

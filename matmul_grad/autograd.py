@@ -24,7 +24,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from . import cuda, strictness
+from . import cuda, strict_mode
 from .ops import (
     DTYPES,
     PRODUCTS,
@@ -36,7 +36,7 @@ from .ops import (
     native_status,
     product,
     rank_of,
-    torchs_own,
+    torch_impl_of,
 )
 
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
@@ -109,7 +109,7 @@ def fused_gradients(
 
 
 class _Node(_SingleLevelFunction):
-    """The base class of the nodes. Its ``apply`` records at the current functorch level, as torch's own transforms do.
+    """The base class of the nodes. Its ``apply`` records at the current functorch level, as torch's transforms do.
 
     ``torch.autograd.Function.apply`` starts at the outermost level and requires ``setup_context``. Only that class
     has the key under which compiled autograd caches a graph.
@@ -204,7 +204,7 @@ _record_addition: Callable[..., Tensor] = Addmm.apply  # type: ignore[attr-defin
 def with_graph(record: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """The product, recorded for backward and forward mode.
 
-    This runs inside the dispatcher, at autograd's turn of one functorch level, where torch's own formulas run
+    This runs inside the dispatcher, at autograd's turn of one functorch level, where torch's formulas run
     too. ``_Node`` records at this level.
     """
     if not torch._C._are_functorch_transforms_active():
@@ -226,14 +226,14 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
 
 def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
     """The Autograd key of every device for one of PRODUCTS, until the compiled one takes the CPU's place."""
-    rank, torchs = rank_of(name), torchs_own(name)
+    rank, torch_impl = rank_of(name), torch_impl_of(name)
 
     def product_autograd(self: Tensor, mat2: Tensor) -> Tensor:
         if not has_own_graph(self, mat2):
-            strictness.hand_over(self, mat2)
-            return torchs(self, mat2)
+            strict_mode.note_fallback(self, mat2)
+            return torch_impl(self, mat2)
         if not self.dim() == mat2.dim() == rank:
-            return torchs(self, mat2)  # which says so
+            return torch_impl(self, mat2)  # which says so
         if self.device.type == "cpu":
             native_status()
         elif self.is_cuda:
@@ -245,10 +245,10 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
 
     def addition_autograd(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         if not has_own_graph(mat1, mat2) or not has_own_graph(self, mat1):
-            strictness.hand_over(mat1, mat2)
-            return torchs(self, mat1, mat2, beta=beta, alpha=alpha)
+            strict_mode.note_fallback(mat1, mat2)
+            return torch_impl(self, mat1, mat2, beta=beta, alpha=alpha)
         if not mat1.dim() == mat2.dim() == rank:
-            return torchs(self, mat1, mat2)
+            return torch_impl(self, mat1, mat2)
         if self.device.type == "cpu":
             native_status()
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat1.requires_grad or mat2.requires_grad)

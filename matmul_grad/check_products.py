@@ -28,7 +28,7 @@ SHAPES = (
     (0, 3, 2), (3, 2, 0), (1, 1, 7), (5, 1, 9), (7, 65, 9), (31, 37, 41), (2, 257, 3), (3, 5, 1031),
     (97, 101, 103), (257, 129, 513),
 )  # fmt: skip
-# Held against torch's own error: results of many elements, so that torch's worst is no stroke of luck, and
+# Held against torch's error: results of many elements, so that torch's worst is no stroke of luck, and
 # sums that torch too runs in one chain. In all layouts but the expanded one, whose elements repeat.
 BUDGETED = ((31, 37, 41), (97, 101, 103))
 
@@ -51,7 +51,7 @@ class Row:
     exact: int = 0
     close: int = 0
     ours: float = 0.0
-    torchs: float = 0.0
+    theirs: float = 0.0
     found: list[str] = field(default_factory=list)
 
 
@@ -70,18 +70,18 @@ def example(console: Console, device: str) -> list[str]:
     case = reference.example()
     manual = {"C": case.c, "L": case.loss, "dC": case.grad_c, "dA": case.grad_a, "dB": case.grad_b}
     try:
-        ours, torchs = (through_autograd(mm, case, device) for mm in (api.mm, torch.mm))
+        ours, theirs = (through_autograd(mm, case, device) for mm in (api.mm, torch.mm))
     except RuntimeError as error:
         return [f"example: {str(error).splitlines()[0]}"]
     rows = []
     for name, expected in manual.items():
-        columns = [lines(values[name]) for values in (manual, ours, torchs)]
+        columns = [lines(values[name]) for values in (manual, ours, theirs)]
         rows += [[name if i == 0 else "", *cells] for i, cells in enumerate(zip(*columns))]
-        worst = max(difference(ours[name], expected), difference(ours[name], torchs[name]))
+        worst = max(difference(ours[name], expected), difference(ours[name], theirs[name]))
         rows[-1].append(f"{worst:.1e}")
     table(console, ["", "by hand", "matmul_grad", "torch", "apart by"], rows)
     console.print("dC = 1/numel(C)   dA = dC·Bᵀ   dB = Aᵀ·dC")
-    rivals = {"by hand": manual, "by torch": torchs}
+    rivals = {"by hand": manual, "by torch": theirs}
     return [
         f"example: {name} differs from the one {by} by {off:.1e} > {EXAMPLE_BUDGET:.0e}"
         for name in manual
@@ -117,7 +117,7 @@ def table_of_products(console: Console, device: str, seed: int) -> list[str]:
     rows = [one_row(layout, dtype, device, seed) for layout, dtype in track(console, "checking", kinds, len(kinds))]
     shown = []
     for row in rows:
-        errors = [f"{row.ours:.1f}", f"{row.torchs:.1f}"] if row.close else ["", ""]
+        errors = [f"{row.ours:.1f}", f"{row.theirs:.1f}"] if row.close else ["", ""]
         agree = f"NO, {len(row.found)}" if row.found else "yes"
         shown.append([row.layout, row.dtype, f"{row.exact}", f"{row.close}", *errors, agree])
     columns = ["layout", "dtype", "exact", "close", "error", "torch's", "agree"]
@@ -168,7 +168,7 @@ def judge(product: Product, what: str, integers: bool, row: Row) -> None:
         found = disagreement(what, lambda: assert_close(product, what))
         row.close += not found
         row.ours = max(row.ours, roundings(product, product.result))
-        row.torchs = max(row.torchs, roundings(product, torch.mm(product.x, product.y)))
+        row.theirs = max(row.theirs, roundings(product, torch.mm(product.x, product.y)))
     row.found += found
 
 

@@ -54,9 +54,9 @@ def run(console: Console, device: str, seed: int) -> list[str]:
             curves[name] = train(linear, data, seed)
         except RuntimeError as error:
             return [f"training with {name}: {str(error).splitlines()[0]}"]
-    torchs, ours = curves.values()
-    show(console, torchs, ours, data)
-    return compare(torchs, ours)
+    theirs, ours = curves.values()
+    show(console, theirs, ours, data)
+    return compare(theirs, ours)
 
 
 def digits(device: str, seed: int) -> Digits:
@@ -107,18 +107,18 @@ def classify(linear: Linear, parameters: list[Tensor], images: Tensor) -> Tensor
     return linear(torch.relu(linear(images, weight, bias)), weight2, bias2)
 
 
-def show(console: Console, torchs: Curve, ours: Curve, data: Digits) -> None:
+def show(console: Console, theirs: Curve, ours: Curve, data: Digits) -> None:
     steps = len(ours.losses) // EPOCHS
     rows = []
     for epoch in range(EPOCHS):
         part = slice(epoch * steps, (epoch + 1) * steps)
-        losses = [sum(curve.losses[part]) / steps for curve in (torchs, ours)]
-        apart = gap(torchs.losses[part], ours.losses[part])
-        accuracies = [f"{curve.accuracies[epoch]:.2%}" for curve in (torchs, ours)]
+        losses = [sum(curve.losses[part]) / steps for curve in (theirs, ours)]
+        apart = gap(theirs.losses[part], ours.losses[part])
+        accuracies = [f"{curve.accuracies[epoch]:.2%}" for curve in (theirs, ours)]
         rows.append([f"{epoch + 1}", *(f"{loss:.5f}" for loss in losses), f"{apart:.1e}", *accuracies])
     heads = ["epoch", "loss: torch", "ours", "apart by", "accuracy: torch", "ours"]
     table(console, heads, rows)
-    console.print(f"loss, torch        {sparkline(torchs.losses)}\nloss, matmul_grad  {sparkline(ours.losses)}")
+    console.print(f"loss, torch        {sparkline(theirs.losses)}\nloss, matmul_grad  {sparkline(ours.losses)}")
     console.print(
         f"{len(data.images)} digits, {len(ours.losses)} steps; {len(data.test_images)} unseen digits for the "
         f"accuracy.\nAllowed: losses {LOSS_BUDGET:g} apart in any step, accuracies {ACCURACY_BUDGET:.0%}; "
@@ -131,10 +131,10 @@ def gap(x: list[float], y: list[float]) -> float:
     return float((torch.tensor(x, dtype=torch.float64) - torch.tensor(y, dtype=torch.float64)).abs().max())
 
 
-def compare(torchs: Curve, ours: Curve) -> list[str]:
+def compare(theirs: Curve, ours: Curve) -> list[str]:
     """What disagrees; a NaN does."""
     found = []
-    losses, accuracies = gap(torchs.losses, ours.losses), gap(torchs.accuracies, ours.accuracies)
+    losses, accuracies = gap(theirs.losses, ours.losses), gap(theirs.accuracies, ours.accuracies)
     if not losses <= LOSS_BUDGET:
         found.append(f"training: losses are {losses:.1e} apart, allowed {LOSS_BUDGET:g}")
     if not accuracies <= ACCURACY_BUDGET:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .late import after_import
-from .ops import PRODUCTS, torchs_own
+from .ops import PRODUCTS, torch_impl_of
 
 EXPORT = ("torch.export.exported_program", "torch.export")
 INDUCTOR = "torch._inductor.decomposition"
@@ -28,7 +28,7 @@ DEFAULT = "default_decompositions"
 def table() -> dict[Any, Callable[..., Any]]:
     """The operators, and what computes each of them in aten's."""
     operators = torch.ops.matmul_grad
-    products = {getattr(operators, name).default: torchs_own(name) for name in PRODUCTS}
+    products = {getattr(operators, name).default: torch_impl_of(name) for name in PRODUCTS}
     return products | {operators.scaled_mm.default: _scaled_mm}
 
 

@@ -1,4 +1,4 @@
-"""The gate in front of every public function: whether torch's own function takes the call, before any composition.
+"""The gate in front of every public function: whether torch's function takes the call, before any composition.
 
     not a tensor                                     torch raises its TypeError
     ``__torch_function__`` overridden                 subclasses, proxies of torch.fx, modes
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import has_torch_function, has_torch_function_unary
 
-from . import strictness
+from . import strict_mode
 from .autocast import DEVICES
 from .ops import DTYPES, require_storage
 
@@ -41,8 +41,8 @@ def is_needed(first: Any, second: Any, third: Any = ...) -> bool:
         and (third is ... or type(third) in PLAIN)
         and not has_torch_function_unary(first)  # a mode
     ):
-        if strictness.open_blocks and torch.compiler.is_compiling() and first.dtype not in DTYPES:
-            strictness.hand_over(first, second)
+        if strict_mode.open_blocks and torch.compiler.is_compiling() and first.dtype not in DTYPES:
+            strict_mode.note_fallback(first, second)
         return False
     return _is_overridden(first, second) if third is ... else _is_overridden(first, second, third)
 
@@ -61,7 +61,7 @@ def is_needed_to_compose(*operands: Any) -> bool:
         return True
     for x in operands:
         if x.layout is not torch.strided or x.is_nested:
-            strictness.hand_over(x, x)
+            strict_mode.note_fallback(x, x)
             return True
     return False
 
@@ -79,7 +79,7 @@ def require_storages(*operands: Tensor) -> None:
 def is_nested(one: Tensor, other: Tensor) -> bool:
     """Whether a tensor has no sizes to ask for: the operators take every other layout."""
     if one.is_nested or other.is_nested:
-        strictness.hand_over(one, other)
+        strict_mode.note_fallback(one, other)
         return True
     return False
 
@@ -103,16 +103,16 @@ def _overrides_functions(kind: Any) -> bool:
 def _overrides_operators(kind: Any) -> bool:
     if kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
         return False
-    return not any(base.__name__ in WRAPPERS and _is_torchs(base) for base in kind.__mro__)
+    return not any(base.__name__ in WRAPPERS and _is_part_of_torch(base) for base in kind.__mro__)
 
 
 def _is_mode_active() -> bool:
     """Whether a mode of torch functions is active that is not PyTorch's own."""
     modes = getattr(torch.overrides, "_get_current_function_mode_stack", None)
-    return modes is None or not all(_is_torchs(type(mode)) for mode in modes())
+    return modes is None or not all(_is_part_of_torch(type(mode)) for mode in modes())
 
 
-def _is_torchs(kind: type) -> bool:
+def _is_part_of_torch(kind: type) -> bool:
     return kind.__module__.partition(".")[0] == "torch"
 
 

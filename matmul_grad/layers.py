@@ -1,4 +1,4 @@
-"""The forward of torch's own layers, which asks each module whether ``convert`` has marked it.
+"""The forward of torch's layers, which asks each module whether ``convert`` has marked it.
 
 A converted module keeps its class and carries one mark in its ``__dict__``. From the first ``convert`` on, the
 ``forward`` of the classes in ``CONVERTED`` looks for the mark: marked modules run on ``matmul_grad.linear``, all
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .compose import linear
+from .functional import linear
 
 MARK = "_matmul_grad"
 KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.MultiheadAttention)
@@ -25,7 +25,7 @@ KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.MultiheadAttention)
 Forward = Callable[..., Any]
 
 _calls: defaultdict[tuple[str, str], int] = defaultdict(int)
-_torchs: dict[type[nn.Module], Forward] = {}  # the forward of each class before it was replaced
+_torch_impl: dict[type[nn.Module], Forward] = {}  # the forward of each class before it was replaced
 
 
 class Mark:
@@ -42,9 +42,9 @@ def make_mark() -> Mark:
     """The mark, once the forwards look for it."""
     for kind, converted in CONVERTED.items():
         if getattr(kind.forward, MARK, None) is not _mark:
-            torchs = _torchs.setdefault(kind, kind.forward)
+            torch_impl = _torch_impl.setdefault(kind, kind.forward)
             setattr(kind, MARK, None)
-            kind.forward = _replace(kind.forward, converted(torchs))
+            kind.forward = _replace(kind.forward, converted(torch_impl))
     return _mark
 
 
@@ -54,7 +54,7 @@ def is_marked(module: nn.Module) -> bool:
 
 def is_class_forward(module: nn.Module, forward: Any) -> bool:
     """Whether this is the forward of the module's own class, bound to it, as it is now or was before the first mark."""
-    functions = {type(module).forward, *(_torchs.get(kind) for kind in KINDS if isinstance(module, kind))}
+    functions = {type(module).forward, *(_torch_impl.get(kind) for kind in KINDS if isinstance(module, kind))}
     return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) in functions
 
 
@@ -86,18 +86,19 @@ def counted_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return linear(input, weight, bias)
 
 
-def _replace(torchs: Forward, converted: Forward) -> Forward:
-    """A forward that runs ``converted`` on marked modules and ``torchs`` on others.
+def _replace(torch_impl: Forward, converted: Forward) -> Forward:
+    """A forward that runs ``converted`` on marked modules and ``torch_impl`` on others.
 
     TorchScript compiles the source of the function that is wrapped, with the globals of the wrapper: both are torch's.
     """
 
     def forward(self: Any, *arguments: Any, **named: Any) -> Any:
         if self._matmul_grad is None:  # by attribute, since Dynamo guards that and not what a __dict__ has not
-            return torchs(self, *arguments, **named)
+            return torch_impl(self, *arguments, **named)
         return converted(self, *arguments, **named)
 
-    replaced = functools.wraps(torchs)(FunctionType(forward.__code__, torchs.__globals__, closure=forward.__closure__))
+    function = FunctionType(forward.__code__, torch_impl.__globals__, closure=forward.__closure__)
+    replaced = functools.wraps(torch_impl)(function)
     setattr(replaced, MARK, _mark)
     return replaced
 
@@ -106,16 +107,16 @@ def _linear(layer: nn.Linear, input: Tensor) -> Tensor:
     return counted_linear(input, layer.weight, layer.bias)
 
 
-def _unless_nested(torchs: Forward, composed: Forward) -> Forward:
-    """``composed``, but ``torchs`` for nested tensors, which have torch's fused kernels alone."""
+def _unless_nested(torch_impl: Forward, composed: Forward) -> Forward:
+    """``composed``, but ``torch_impl`` for nested tensors, which have torch's fused kernels alone."""
 
     def forward(layer: nn.Module, input: Tensor, *arguments: Any, **named: Any) -> Any:
-        return (torchs if input.is_nested else composed)(layer, input, *arguments, **named)
+        return (torch_impl if input.is_nested else composed)(layer, input, *arguments, **named)
 
     return forward
 
 
-# --- torch's own functions with other globals: attention without its fused kernel, on our linear -----------------
+# --- torch's functions with other globals: attention without its fused kernel, on our linear -----------------
 
 
 class _Namespace:
@@ -151,7 +152,7 @@ def _overrides(operands: tuple[Any, ...]) -> bool:
     return any(type(x) is not Tensor and getattr(type(x), "__torch_function__", disabled) != disabled for x in operands)
 
 
-def _attention(torchs: Forward) -> Forward:
+def _attention(torch_impl: Forward) -> Forward:
     """``torch.nn.MultiheadAttention.forward``, whose in_proj and out_proj are ours."""
     names: dict[str, Any] = {"linear": counted_linear, "has_torch_function": _overrides}
     for projection in ("_in_projection", "_in_projection_packed"):
@@ -159,12 +160,12 @@ def _attention(torchs: Forward) -> Forward:
             names[projection] = _with_globals(function, **names)
     attention = _with_globals(functional.multi_head_attention_forward, **names)
     replaced = _Namespace(functional, multi_head_attention_forward=attention)
-    return _unless_nested(torchs, _with_globals(torchs, torch=_without_fused_kernels(), F=replaced))
+    return _unless_nested(torch_impl, _with_globals(torch_impl, torch=_without_fused_kernels(), F=replaced))
 
 
-def _encoder_layer(torchs: Forward) -> Forward:
+def _encoder_layer(torch_impl: Forward) -> Forward:
     """``torch.nn.TransformerEncoderLayer.forward``, which calls its modules in evaluation too."""
-    return _unless_nested(torchs, _with_globals(torchs, torch=_without_fused_kernels()))
+    return _unless_nested(torch_impl, _with_globals(torch_impl, torch=_without_fused_kernels()))
 
 
 CONVERTED: dict[type[nn.Module], Callable[[Forward], Forward]] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, ops, override
+from . import __version__, aten_override, ops
 
 __all__ = [
     "cache_folder", "cpu_dtypes", "describe", "describe_cache", "lines", "processor", "usable_cores", "version",
@@ -35,7 +35,7 @@ def describe() -> dict[str, str]:
         "GPU": gpus(),
         "operator": operator(),
         "switch": switch(),
-        "threads": f"{torch.get_num_threads()} of torch's own pool",
+        "threads": f"{torch.get_num_threads()} of torch's pool",
         "versions": ", ".join(
             [f"matmul_grad {__version__}", f"python {platform.python_version()}"]
             + [f"{package} {version(package)}" for package in packages]
@@ -117,8 +117,8 @@ def operator() -> str:
 
 
 def switch() -> str:
-    """Whether torch's own products run on these kernels, and how many have."""
-    known = override.info()
+    """Whether torch's products run on these kernels, and how many have."""
+    known = aten_override.info()
     counted = [
         f"{outcome.replace('_', ' ')} {operator} {dtype} {calls}"
         for outcome in ("accelerated", "handed_over")

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from . import decompositions
-from .compose import linear
+from .functional import linear
 from .layers import KINDS, MARK, calls, is_class_forward, is_marked, make_mark
 
 __all__ = ["Linear", "calls", "convert", "converted", "left_out", "restore"]

@@ -7,7 +7,7 @@
     Autograd                     Python, in autograd.py: every other device    import
     CompositeExplicitAutograd    Python, here: every other device              import
     CompositeImplicitAutograd    mm_backward in Python: two products           import
-    FuncTorchBatched             Python, in batching.py: the rules of vmap     import
+    FuncTorchBatched             Python, in vmap.py: the rules of vmap     import
 
 The compiled kernels are more specific than those in Python, so nothing is overridden. Where torch's C ABI is not
 to be had the Python kernels stay and call the same drivers.
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import sharding, strictness
+from . import sharding, strict_mode
 from .flops import count_flops
 from .kernels.cpu.once import Once
 from .kernels.native import pending
@@ -113,7 +113,7 @@ def can_be_added(input: Tensor, self: Tensor, mat2: Tensor) -> bool:
 
 
 def has_work(self: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1) -> bool:
-    """Whether there is anything to multiply, and the scales are numbers that torch takes; else torch's own says."""
+    """Whether there is anything to multiply, and the scales are numbers that torch takes; else torch's says."""
     sizes = self.numel() and mat2.numel() and alpha
     return bool(sizes) and (self.dtype == torch.float64 or not any(LARGEST < abs(x) < inf for x in (beta, alpha)))
 
@@ -142,35 +142,35 @@ def _has_kernel(tensor: Tensor) -> bool:
 
 def make_kernel(name: str) -> Callable[..., Tensor]:
     """One of PRODUCTS on every backend without a compiled kernel of its own."""
-    rank, torchs = rank_of(name), torchs_own(name)
+    rank, torch_impl = rank_of(name), torch_impl_of(name)
 
     def multiply(self: Tensor, mat2: Tensor) -> Tensor:
         if self.dim() != rank or not accelerated(self, mat2):
-            strictness.hand_over(self, mat2)
+            strict_mode.note_fallback(self, mat2)
         elif self.is_cuda or has_work(self, mat2):
             return compute(self, mat2)
-        return torchs(self, mat2)
+        return torch_impl(self, mat2)
 
     def multiply_and_add(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         if mat1.dim() != rank or not accelerated(mat1, mat2) or not can_be_added(self, mat1, mat2):
-            strictness.hand_over(mat1, mat2)
+            strict_mode.note_fallback(mat1, mat2)
         elif has_work(mat1, mat2, beta, alpha):
             return compute(mat1, mat2, self, beta, alpha)
-        return torchs(self, mat1, mat2, beta=beta, alpha=alpha)
+        return torch_impl(self, mat1, mat2, beta=beta, alpha=alpha)
 
     return multiply_and_add if "add" in name else multiply
 
 
-def torchs_own(name: str) -> Callable[..., Tensor]:
+def torch_impl_of(name: str) -> Callable[..., Tensor]:
     """aten's own of one of PRODUCTS; of whole numbers it takes scales that are whole numbers too."""
     operator = getattr(torch.ops.aten, name).default
 
-    def torchs(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    def torch_impl(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         if not (mat1.is_floating_point() or mat1.is_complex()):
             beta, alpha = (int(x) if float(x).is_integer() else x for x in (beta, alpha))
         return operator(self, mat1, mat2, beta=beta, alpha=alpha)
 
-    return torchs if "add" in name else operator
+    return torch_impl if "add" in name else operator
 
 
 def compute(
@@ -191,7 +191,7 @@ def compute(
                 return launch.mm(self, mat2, out=out)
             return launch.product(self, mat2, input, beta, alpha, out)
         except launch.CannotBuild:  # from now on `launch.supports` is False
-            strictness.hand_over(self, mat2)
+            strict_mode.note_fallback(self, mat2)
             return _by_torch(self, mat2, input, beta, alpha, out)
     from .kernels.native import direct
 
@@ -223,7 +223,7 @@ def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | N
 def _scaled_mm(
     self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Every device: these kernels on a GPU that has 8-bit matrix units, else torch's own."""
+    """Every device: these kernels on a GPU that has 8-bit matrix units, else PyTorch's."""
     result = self.dtype if out_dtype is None else out_dtype
     if self.is_cuda:
         from .kernels.gpu import launch
@@ -232,7 +232,7 @@ def _scaled_mm(
             require_storage(self, mat2, scale_a, scale_b)
             with contextlib.suppress(launch.CannotBuild):
                 return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
-    strictness.hand_over(self, mat2)
+    strict_mode.note_fallback(self, mat2)
     return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
 
 
@@ -267,9 +267,9 @@ def _register() -> None:
         adds = "add" in name
         library.define(f"{name}{schema}", tags=TAGS)
         library.impl(name, make_kernel(name), "CompositeExplicitAutograd")
-        by_compiled_code(f"_{name}_by_torch", schema, torchs_own(name), "CompositeExplicitAutograd")
-        # Shape and errors of a traced product are torch's own.
-        torch.library.register_fake(f"{NAMESPACE}::{name}", torchs_own(name), lib=library)
+        by_compiled_code(f"_{name}_by_torch", schema, torch_impl_of(name), "CompositeExplicitAutograd")
+        # Shape and errors of a traced product are PyTorch's.
+        torch.library.register_fake(f"{NAMESPACE}::{name}", torch_impl_of(name), lib=library)
         count_flops(getattr(torch.ops.matmul_grad, name), _flops_of_sum if adds else _flops)
     library.define(f"mm_backward{BACKWARD}", tags=TAGS)
     library.define(

@@ -4,7 +4,7 @@ r"""The only oracle: the product and its two gradients in float64, and exactly.
     dA = dC · Bᵀ          (m,n)·(n,k)
     dB = Aᵀ · dC          (k,m)·(m,n)
 
-:func:`forward` and :func:`gradients` are torch's own float64, for operands of any size. :func:`exact` is
+:func:`forward` and :func:`gradients` are torch's float64, for operands of any size. :func:`exact` is
 rational arithmetic, element by element, for tiny ones: float64 itself is judged by it. :func:`example` is the
 worked example of docs/derivation.md.
 """

@@ -72,7 +72,7 @@ def work(mm: Mm, product: str, operands: Operands) -> Callable[[], object]:
 def assert_right(mm: Mm, m: int, n: int, k: int, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> None:
     """Forward, dgrad and wgrad: every bit on integers, the size of the error on normal operands.
 
-    The error is not held against torch's own here: at n = 256 torch may sum in several lanes, whose error is
+    The error is not held against torch's here: at n = 256 torch may sum in several lanes, whose error is
     half of one chain's, and a check must not hang on that. `check` shows both errors.
 
     >>> assert_right(torch.mm, 5, 6, 7, torch.float32)

@@ -140,31 +140,31 @@ def worst_error(actual: Tensor, a: Tensor, b: Tensor) -> float:
 
 
 def assert_within_budget(actual: Tensor, a: Tensor, b: Tensor, what: str = "") -> None:
-    """Worst error at most 2 × (torch's own worst error + one rounding of the largest element)."""
-    error, torchs = worst_error(actual, a, b), worst_error(torch.mm(a, b), a, b)
+    """Worst error at most 2 × (torch's worst error + one rounding of the largest element)."""
+    error, theirs = worst_error(actual, a, b), worst_error(torch.mm(a, b), a, b)
     rounding = torch.finfo(actual.dtype).eps / 2 * float(actual.abs().max()) if actual.numel() else 0.0
-    budget = 2 * (torchs + rounding)
-    assert error <= budget, f"{what}: error {error:.3e} > 2 × (torch's {torchs:.3e} + rounding {rounding:.3e})"
+    budget = 2 * (theirs + rounding)
+    assert error <= budget, f"{what}: error {error:.3e} > 2 × (torch's {theirs:.3e} + rounding {rounding:.3e})"
 
 
 def assert_model_within_budget(
-    ours: Mapping[str, Tensor], torchs: Mapping[str, Tensor], truth: Mapping[str, Tensor], what: str = ""
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], truth: Mapping[str, Tensor], what: str = ""
 ) -> None:
     """What a model gives (outputs, loss, gradients) on these kernels, beside torch's kernels and float64.
 
-    Of each tensor the norm of the error is at most 2 × (that of torch's own + one rounding of the tensor). Errors of
-    a model are those of many roundings, which norms average and a worst element does not. Where torch's own is as
+    Of each tensor the norm of the error is at most 2 × (that of torch's + one rounding of the tensor). Errors of
+    a model are those of many roundings, which norms average and a worst element does not. Where torch's is as
     large as an eighth of the tensor, nothing was computed that could be judged. A gradient that is zero in truth
     (the bias of attention's keys) is all rounding: there the one rounding is that of a typical tensor.
     """
-    assert ours.keys() == torchs.keys() == truth.keys(), f"{what}: {ours.keys() ^ truth.keys()}"
+    assert ours.keys() == theirs.keys() == truth.keys(), f"{what}: {ours.keys() ^ truth.keys()}"
     typical = statistics.median(float(exact.norm()) / exact.numel() ** 0.5 for exact in truth.values())
     for name, exact in truth.items():
-        assert ours[name].dtype == torchs[name].dtype and ours[name].shape == exact.shape, f"{what}: {name}"
-        error, torchs_error = (float((x[name].double() - exact).norm()) for x in (ours, torchs))
+        assert ours[name].dtype == theirs[name].dtype and ours[name].shape == exact.shape, f"{what}: {name}"
+        error, torch_error = (float((x[name].double() - exact).norm()) for x in (ours, theirs))
         eps, size, typical_size = torch.finfo(ours[name].dtype).eps, float(exact.norm()), typical * exact.numel() ** 0.5
         if size < 1e-9 * typical_size:
             size = typical_size
-        assert torchs_error <= size / 8, f"{what}: {name}: torch's own error is {torchs_error:.1e} of {size:.1e}"
-        budget = 2 * (torchs_error + eps / 2 * size)
-        assert error <= budget, f"{what}: {name}: {error:.2e} > {budget:.2e} = 2 × ({torchs_error:.2e} + one rounding)"
+        assert torch_error <= size / 8, f"{what}: {name}: torch's error is {torch_error:.1e} of {size:.1e}"
+        budget = 2 * (torch_error + eps / 2 * size)
+        assert error <= budget, f"{what}: {name}: {error:.2e} > {budget:.2e} = 2 × ({torch_error:.2e} + one rounding)"

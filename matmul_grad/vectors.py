@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fallback, strictness
+from . import fallback, strict_mode
 from .fallback import alike, unsafe_view
 from .ops import DTYPES
-from .out import copied, given, is_torchs
+from .out_variants import copy_to, is_left_to_torch, non_default
 from .scalars import real_scales
 
 _mm = torch.ops.matmul_grad.mm.default
@@ -39,8 +39,8 @@ def mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None) -> Tensor:
     [21.0, 43.0]
     """
     if out is not None:
-        return _into(mv, (input, vec), {}, out)
-    if _is_torchs((2, 1), input, vec):
+        return _run_with_out(mv, (input, vec), {}, out)
+    if _is_left_to_torch((2, 1), input, vec):
         return torch.mv(input, vec)
     with _own_autocast(input):
         return unsafe_view(_mm(input, vec.unsqueeze(1)), (input.shape[0],))
@@ -69,16 +69,16 @@ def addmv(
     [4.0, 13.0]
     """
     if out is not None:
-        return _into(addmv, (input, mat, vec), {"beta": beta, "alpha": alpha}, out)
-    if not _is_torchs((2, 1), mat, vec, input):
+        return _run_with_out(addmv, (input, mat, vec), {"beta": beta, "alpha": alpha}, out)
+    if not _is_left_to_torch((2, 1), mat, vec, input):
         scales = real_scales(mat, beta, alpha)
         if scales is not None:
             column = input.unsqueeze(1) if input.dim() else input
             with _own_autocast(mat):
                 result = _addmm(column, mat, vec.unsqueeze(1), beta=scales[0], alpha=scales[1])
             return unsafe_view(result, (mat.shape[0],))
-        strictness.hand_over(mat, vec)
-    return torch.addmv(input, mat, vec, **given({"beta": beta, "alpha": alpha}))
+        strict_mode.note_fallback(mat, vec)
+    return torch.addmv(input, mat, vec, **non_default({"beta": beta, "alpha": alpha}))
 
 
 def dot(input: Tensor, tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -102,8 +102,8 @@ def dot(input: Tensor, tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
     tensor(11.)
     """
     if out is not None:
-        return _into(dot, (input, tensor), {}, out)
-    if _is_torchs((1, 1), input, tensor):
+        return _run_with_out(dot, (input, tensor), {}, out)
+    if _is_left_to_torch((1, 1), input, tensor):
         return torch.dot(input, tensor)
     return _dot(input, tensor)
 
@@ -127,8 +127,8 @@ def vdot(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
     tensor(11.)
     """
     if out is not None:
-        return _into(vdot, (input, other), {}, out)
-    if _is_torchs((1, 1), input, other):
+        return _run_with_out(vdot, (input, other), {}, out)
+    if _is_left_to_torch((1, 1), input, other):
         return torch.vdot(input, other)
     return _dot(input, other)
 
@@ -138,7 +138,7 @@ def _dot(one: Tensor, other: Tensor) -> Tensor:
         return unsafe_view(_mm(one.unsqueeze(0), other.unsqueeze(1)), ())
 
 
-def _is_torchs(ranks: tuple[int, int], one: Tensor, other: Tensor, *inputs: Tensor) -> bool:
+def _is_left_to_torch(ranks: tuple[int, int], one: Tensor, other: Tensor, *inputs: Tensor) -> bool:
     """Whether torch's function takes the call, or raises what is wrong with it."""
     if fallback.is_needed_to_compose(one, other, *inputs):
         return True
@@ -148,7 +148,7 @@ def _is_torchs(ranks: tuple[int, int], one: Tensor, other: Tensor, *inputs: Tens
         if x.dim() > 1 or (x.dim() and x.shape[0] not in (1, one.shape[0])) or not _alike(one, x):
             return True
     if one.dtype not in DTYPES:
-        strictness.hand_over(one, other)
+        strict_mode.note_fallback(one, other)
         return True
     return False
 
@@ -168,10 +168,10 @@ def _own_autocast(x: Tensor) -> Any:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _into(function: Any, operands: tuple[Tensor, ...], scales: dict[str, Any], out: Tensor) -> Tensor:
+def _run_with_out(function: Any, operands: tuple[Tensor, ...], scales: dict[str, Any], out: Tensor) -> Tensor:
     """A vector in new memory and then in ``out``."""
-    torchs = getattr(torch, function.__name__)
-    if is_torchs(operands, out) or out.dtype != operands[0].dtype or out.device != operands[0].device:
-        return torchs(*operands, **given(scales), out=out)
-    with torch.autocast(out.device.type, enabled=False):  # as for torch's own with out=
-        return copied(function(*operands, **scales), out)
+    torch_impl = getattr(torch, function.__name__)
+    if is_left_to_torch(operands, out) or out.dtype != operands[0].dtype or out.device != operands[0].device:
+        return torch_impl(*operands, **non_default(scales), out=out)
+    with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=
+        return copy_to(function(*operands, **scales), out)

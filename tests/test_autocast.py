@@ -1,4 +1,4 @@
-"""Autocast: each function gives the dtype that torch's own gives, and parameters get gradients of theirs."""
+"""Autocast: each function gives the dtype that torch's gives, and parameters get gradients of theirs."""
 
 import itertools
 from typing import Any
@@ -23,9 +23,9 @@ SHAPES = {
 
 def both(name: str, *operands: Any, **named: Any) -> list[Any]:
     """What this package and torch make of it: a tensor, or type and message of the error."""
-    torchs = nn.functional.linear if name == "linear" else getattr(torch, name)
+    theirs = nn.functional.linear if name == "linear" else getattr(torch, name)
     found: list[Any] = []
-    for call in (getattr(matmul_grad, name), torchs):
+    for call in (getattr(matmul_grad, name), theirs):
         try:
             found.append(call(*operands, **named))
         except Exception as error:
@@ -41,12 +41,12 @@ def test_dtypes_are_torchs(name: str, to: torch.dtype) -> None:
     for dtypes in itertools.product(FLOATS, repeat=len(shapes)):
         operands = [torch.ones(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         with torch.autocast("cpu", to):
-            ours, torchs = both(name, *operands)
-        if isinstance(torchs, Tensor):
-            assert_same_bits(ours, torchs, f"{dtypes}")
+            ours, theirs = both(name, *operands)
+        if isinstance(theirs, Tensor):
+            assert_same_bits(ours, theirs, f"{dtypes}")
             seen.add(ours.dtype)
         else:
-            assert ours == torchs, dtypes
+            assert ours == theirs, dtypes
     assert seen == {to, torch.float64}
 
 
@@ -70,8 +70,8 @@ def test_the_operator_follows_it_and_out_does_not(name: str) -> None:
     operands = [torch.ones(shape) for shape in SHAPES[name]]
     with torch.autocast("cpu"):
         assert getattr(torch.ops.matmul_grad, name)(*operands).dtype == torch.bfloat16
-        ours, torchs = both(name, *operands, out=torch.empty(0))
-        assert ours.dtype == torchs.dtype == torch.float32
+        ours, theirs = both(name, *operands, out=torch.empty(0))
+        assert ours.dtype == theirs.dtype == torch.float32
         with torch.autocast("cpu", enabled=False):
             assert getattr(matmul_grad, name)(*operands).dtype == torch.float32
     assert getattr(matmul_grad, name)(*operands).dtype == torch.float32

@@ -17,7 +17,7 @@ import matmul_grad
 from matmul_grad.testing import assert_same_bits, integers, normal
 
 ROWS = torch.export.Dim("rows", min=2, max=64)
-# torch's own code for export and packages warns of what torch has deprecated.
+# torch's code for export and packages warns of what torch has deprecated.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*"),

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 import matmul_grad
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what torch's own test suite imports is torch's affair
+    warnings.simplefilter("ignore")  # what torch's test suite imports is torch's affair
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 
@@ -79,7 +79,7 @@ def assert_samples(op: OpInfo, product: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("switch", [False, True], ids=["torch", "switch"])
 def test_cow_input(op: OpInfo, switch: bool) -> None:
-    """Without the switch it shows that torch's own kernels pass the same check."""
+    """Without the switch it shows that torch's kernels pass the same check."""
     with matmul_grad.enabled() if switch else contextlib.nullcontext():
         assert_samples(op, op.get_op())
 

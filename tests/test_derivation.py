@@ -506,7 +506,7 @@ def _() -> None:
         a, b, g, u, v = operands(*sizes)
         grad_a, grad_b = reference.gradients(a, b, g)
         assert_equal(second(a, b, g, u, v), inner(u, grad_a) + inner(v, grad_b))
-        # With U and V coming down to dA and dB, the gradients of S are torch's own double backward.
+        # With U and V coming down to dA and dB, the gradients of S are torch's double backward.
         leaves = a, b, g = [x.requires_grad_() for x in (a, b, g)]
         once = torch.autograd.grad(a @ b, (a, b), g, create_graph=True)
         twice = torch.autograd.grad(once, leaves, (u, v))

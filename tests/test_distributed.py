@@ -130,14 +130,14 @@ def results_of(function: Callable[..., Tensor], parts: list[DTensor]) -> tuple[l
 
 def placements_case(name: str) -> Callable[[DeviceMesh], None]:
     """Whatever the placements of the operands: the result and the gradients lie as torch's do, for as much traffic."""
-    torchs = nn.functional.linear if name == "linear" else getattr(torch, name)
+    theirs = nn.functional.linear if name == "linear" else getattr(torch, name)
 
     def case(mesh: DeviceMesh) -> None:
         sizes = FUNCTIONS[name]
         values = [whole_numbers(size, seed, mesh.device_type) for seed, size in enumerate(sizes)]
         for placing in itertools.product(*(placements(len(size)) for size in sizes)):
             parts = [arranged(x, mesh, p) for x, p in zip(values, placing, strict=True)]
-            expected, found = results_of(torchs, parts), results_of(getattr(matmul_grad, name), parts)
+            expected, found = results_of(theirs, parts), results_of(getattr(matmul_grad, name), parts)
             assert found == expected, f"{name} {placing}: {found}, torch {expected}"
 
     return case
@@ -230,8 +230,8 @@ def model_case(parallel: str, way: str) -> Callable[[DeviceMesh], None]:
                 found["loss"] /= mesh.size()
             return found
 
-        torchs = together(unchanged)
-        assert_model_within_budget(together(WAYS[way]), torchs, truth, f"{parallel}, {way}")
+        theirs = together(unchanged)
+        assert_model_within_budget(together(WAYS[way]), theirs, truth, f"{parallel}, {way}")
 
     return case
 
@@ -290,7 +290,7 @@ def main(backend: str, folder: Path) -> None:
         except Exception:
             raised[name] = traceback.format_exc()
     (folder / f"{rank}.json").write_text(json.dumps(raised))
-    # Until all have written; then at once, since torch's own way out may abort ("terminate called without an active
+    # Until all have written; then at once, since torch's way out may abort ("terminate called without an active
     # exception", once in some twenty runs), and torchrun would take that for a failed test.
     with suppress(Exception):
         dist.barrier()

@@ -190,8 +190,8 @@ def test_a_wrong_keyword_is_an_error() -> None:
 @pytest.mark.parametrize("sizes", [((3, 3), (3, 4), (4, 2)), ((2, 2), (3, 4), (4, 2)), ((3, 2), (3, 4), (4,))])
 def test_backward_of_shapes_that_do_not_fit(sizes: Any, mask: tuple[bool, bool]) -> None:
     grad, a, b = (ones(*size) for size in sizes)
-    torchs = [lambda: torch.mm(grad, b.t())] * mask[0] + [lambda: torch.mm(a.t(), grad)] * mask[1]
-    expected = next((said for said in (outcome(one, ()) for one in torchs) if said[0] != "no error"), None)
+    theirs = [lambda: torch.mm(grad, b.t())] * mask[0] + [lambda: torch.mm(a.t(), grad)] * mask[1]
+    expected = next((said for said in (outcome(one, ()) for one in theirs) if said[0] != "no error"), None)
 
     def backward() -> Tensor:
         return next(x for x in matmul_grad.mm_backward(grad, a, b, mask) if x is not None)

@@ -1,4 +1,4 @@
-"""Calls that belong to torch's own function: other classes, tracers, modes, layouts; and what stays on the kernels."""
+"""Calls that belong to torch's function: other classes, tracers, modes, layouts; and what stays on the kernels."""
 
 import functools
 import warnings
@@ -97,45 +97,45 @@ class AtenOnly(Tensor):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_overriding_subclass_gets_torchs_function(name: str) -> None:
-    operands, torchs = CALLS[name]
+    operands, theirs = CALLS[name]
     for place in range(len(operands)):
         given = [x.as_subclass(Overriding) if i == place else x for i, x in enumerate(operands)]
         with matmul_grad.strict():  # the call is the subclass's, and no fallback
-            assert getattr(matmul_grad, name)(*given) is torchs, place
+            assert getattr(matmul_grad, name)(*given) is theirs, place
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_out_of_a_subclass_gets_torchs_function(name: str) -> None:
-    operands, torchs = CALLS[name]
+    operands, theirs = CALLS[name]
     if name != "linear":
-        assert getattr(matmul_grad, name)(*operands, out=ones(1).as_subclass(Overriding)) is torchs
+        assert getattr(matmul_grad, name)(*operands, out=ones(1).as_subclass(Overriding)) is theirs
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_wrapper_that_knows_aten_alone(name: str) -> None:
-    operands, torchs = CALLS[name]
+    operands, theirs = CALLS[name]
     for place in range(len(operands)):
         given = [AtenOnly(x) if i == place else x for i, x in enumerate(operands)]
         with matmul_grad.strict():
-            torch.testing.assert_close(getattr(matmul_grad, name)(*given), torchs(*operands))
+            torch.testing.assert_close(getattr(matmul_grad, name)(*given), theirs(*operands))
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_subclass_that_changes_nothing_runs_here(name: str) -> None:
-    operands, torchs = CALLS[name]
+    operands, theirs = CALLS[name]
     with matmul_grad.strict(), Seen() as seen:
         result = getattr(matmul_grad, name)(*(x.as_subclass(Tagged) for x in operands))
     assert type(result) is Tagged
     assert seen.ours
-    torch.testing.assert_close(result.as_subclass(Tensor), torchs(*operands))
+    torch.testing.assert_close(result.as_subclass(Tensor), theirs(*operands))
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_mode_sees_torchs_function_alone(name: str) -> None:
-    operands, torchs = CALLS[name]
+    operands, theirs = CALLS[name]
     with Functions() as mode:
         getattr(matmul_grad, name)(*operands)
-    assert mode.seen == [torchs]
+    assert mode.seen == [theirs]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -148,12 +148,12 @@ def test_default_device_does_not_cost_the_kernels(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_symbolic_trace_is_one_node(name: str) -> None:
-    operands, torchs = CALLS[name]
+    operands, theirs = CALLS[name]
     names = "xyz"[: len(operands)]
     function = eval(f"lambda {', '.join(names)}: ours({', '.join(names)})", {"ours": getattr(matmul_grad, name)})
     graph = torch.fx.symbolic_trace(function)
-    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [torchs]
-    torch.testing.assert_close(graph(*operands), torchs(*operands))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_function"] == [theirs]
+    torch.testing.assert_close(graph(*operands), theirs(*operands))
 
 
 def test_symbolic_trace_of_mm_backward() -> None:
@@ -223,8 +223,8 @@ def test_nested_tensors(layout: torch.layout) -> None:
         (lambda x, *_: layer(x), LINEAR, (x, layer.weight, layer.bias)),
     ]  # fmt: skip
     worked = 0
-    for ours, torchs, operands in calls:
-        actual, expected = outcome(ours, *operands), outcome(torchs, *operands)
+    for ours, theirs, operands in calls:
+        actual, expected = outcome(ours, *operands), outcome(theirs, *operands)
         if isinstance(expected, tuple):
             assert actual == expected
             continue
@@ -245,12 +245,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.filterwarnings("ignore:.*Sparse CSR")
 def test_other_layouts_are_torchs(name: str, layout: str) -> None:
-    operands, torchs = CALLS[name]
+    operands, theirs = CALLS[name]
     for place in range(len(operands)):
         if layout == "csr" and operands[place].dim() < 2:
             continue
         given = [LAYOUTS[layout](x) if i == place else x for i, x in enumerate(operands)]
-        actual, expected = (outcome(call, *given) for call in (getattr(matmul_grad, name), torchs))
+        actual, expected = (outcome(call, *given) for call in (getattr(matmul_grad, name), theirs))
         if isinstance(expected, Tensor):
             torch.testing.assert_close(actual, expected)
         else:
@@ -314,10 +314,10 @@ NUMBERS = [
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda x: f"{type(x).__module__}.{type(x).__name__}-{x}")
 @pytest.mark.parametrize("name", ["addmm", "baddbmm", "addmv"])
 def test_scale_is_taken_here_as_under_the_switch(name: str, number: Any) -> None:
-    operands, torchs = CALLS[name]
+    operands, theirs = CALLS[name]
     for scale in ("beta", "alpha"):
         actual, expected = (
-            outcome(call, *operands, **{scale: number}) for call in (getattr(matmul_grad, name), torchs)
+            outcome(call, *operands, **{scale: number}) for call in (getattr(matmul_grad, name), theirs)
         )
         if isinstance(expected, Tensor):
             torch.testing.assert_close(actual, expected)
@@ -327,7 +327,7 @@ def test_scale_is_taken_here_as_under_the_switch(name: str, number: Any) -> None
             with matmul_grad.strict():
                 here = outcome(getattr(matmul_grad, name), *operands, **{scale: number})
                 with matmul_grad.enabled():
-                    switch = outcome(torchs, *operands, **{scale: number})
+                    switch = outcome(theirs, *operands, **{scale: number})
             assert isinstance(here, Tensor) == isinstance(switch, Tensor)
 
 
@@ -390,7 +390,7 @@ def test_strict_refuses_compiled_code_of_another_dtype() -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_and_exported(name: str) -> None:
     """One graph, of this package's operators, also with a default device and with a mode of the user's."""
-    operands, torchs = CALLS[name]
+    operands, theirs = CALLS[name]
     call = getattr(matmul_grad, name)
 
     class Model(nn.Module):
@@ -401,9 +401,9 @@ def test_compiled_and_exported(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = torch.compile(call, fullgraph=True, backend="eager")
-        torch.testing.assert_close(compiled(*operands), torchs(*operands))
+        torch.testing.assert_close(compiled(*operands), theirs(*operands))
         with torch.device("cpu"):
-            torch.testing.assert_close(compiled(*operands), torchs(*operands))
+            torch.testing.assert_close(compiled(*operands), theirs(*operands))
         for strictly in (False, True):
             program = torch.export.export(Model(), operands, strict=strictly)
             targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]

@@ -91,9 +91,9 @@ def test_exception_of_a_signal_handler_reaches_the_caller() -> None:
         if driver.supports("float16"):
             backward = lambda a: torch.ops.matmul_grad.mm_backward.default(a, a, a, [True, True])[0]
             calls.append((torch.float16, SystemExit, backward, lambda a: torch.mm(a, a.t())))
-        for dtype, error, ours, torchs in calls:
+        for dtype, error, ours, theirs in calls:
             a = integers(8, 8, dtype, 1)
-            assert_same_bits(check_interrupted(lambda: ours(a), error), torchs(a))
+            assert_same_bits(check_interrupted(lambda: ours(a), error), theirs(a))
         """
     )
 
@@ -303,13 +303,13 @@ first.join()
 
 @posix
 @pytest.mark.parametrize(
-    "lock", ["strictness._lock", "modes._lock", "override._lock", "override_cuda._counting", "cuda._lock"]
+    "lock", ["strict_mode._lock", "settings._lock", "aten_override._lock", "aten_override_cuda._counting", "cuda._lock"]
 )
 def test_fork_while_another_thread_holds_a_lock(lock: str) -> None:
     assert_runs(
         FORK
         + f"""
-from matmul_grad import cuda, modes, override, override_cuda, strictness
+from matmul_grad import aten_override, aten_override_cuda, cuda, settings, strict_mode
 held = threading.Event()
 def hold():
     with {lock}:
@@ -331,7 +331,7 @@ with {lock}:
 
 @posix
 def test_first_product_in_a_child_after_torch_used_its_threads() -> None:
-    """Of a parent that has imported the package and never used it; torch's own product would hang."""
+    """Of a parent that has imported the package and never used it; torch's product would hang."""
     done = subprocess.run(
         [sys.executable, "-c", "import os, signal, sys, torch, matmul_grad\n" + FORK + """
 torch.set_num_threads(2)

@@ -153,8 +153,8 @@ def test_matmul(one: tuple[int, ...], other: tuple[int, ...], needs: tuple[bool,
         wanted = [x for x in (a, b) if x.requires_grad]
         if wanted:
             grad = torch.randn_like(c)
-            ours, torchs = (torch.autograd.grad(x, wanted, grad) for x in (c, expected))
-            torch.testing.assert_close(ours, torchs)
+            ours, theirs = (torch.autograd.grad(x, wanted, grad) for x in (c, expected))
+            torch.testing.assert_close(ours, theirs)
 
 
 class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
@@ -182,9 +182,9 @@ def test_matmul_copies_no_more_than_torch(one: tuple[int, ...], other: tuple[int
         a = a.transpose(0, -2).contiguous().transpose(0, -2)
     with Sizes() as ours:
         matmul_grad.matmul(a, b)
-    with Sizes() as torchs:
+    with Sizes() as theirs:
         torch.matmul(a, b)
-    assert ours.copied <= torchs.copied
+    assert ours.copied <= theirs.copied
 
 
 BROADCASTS = [
@@ -217,10 +217,10 @@ def test_matmul_makes_nothing_larger_than_result_and_operands(one: Any, other: A
     wanted = [x for x in (a, b) if x.requires_grad]
     if wanted:
         grad = integers(1, c.numel(), DOUBLE, 3).view(c.shape)
-        torchs = torch.autograd.grad(expected, wanted, grad)
+        theirs = torch.autograd.grad(expected, wanted, grad)
         with Sizes() as sizes:
             ours = torch.autograd.grad(c, wanted, grad)
-        for x, y in zip(ours, torchs, strict=True):
+        for x, y in zip(ours, theirs, strict=True):
             assert_exact(x, y)
         assert sizes.largest <= largest
 
@@ -255,13 +255,13 @@ def test_linear(size: Any, weight: Any, bias: Any, inside: bool) -> None:
 @pytest.mark.parametrize("name", ["addmm", "baddbmm"])
 def test_scales_of_zero(name: str) -> None:
     """With beta = 0 the input is not read, and with alpha = 0 the product is left out, NaN or not."""
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     source, a, b = operands(name)
     with matmul_grad.strict():
-        assert_same_bits(ours(torch.full_like(source, float("nan")), a, b, beta=0), torchs(source, a, b, beta=0))
+        assert_same_bits(ours(torch.full_like(source, float("nan")), a, b, beta=0), theirs(source, a, b, beta=0))
         for scales in ({"alpha": 0}, {"alpha": 0.0, "beta": 2.0}, {"alpha": 0, "beta": 0}):
             spoilt = torch.full_like(a, float("nan"))
-            assert_same_bits(ours(source, spoilt, b, **scales), torchs(source, spoilt, b, **scales), str(scales))
+            assert_same_bits(ours(source, spoilt, b, **scales), theirs(source, spoilt, b, **scales), str(scales))
         assert ours(torch.full_like(source, float("nan")), a, b).isnan().all()
 
 
@@ -273,11 +273,11 @@ def test_empty(name: str, zero: str) -> None:
     found = [torch.ones(*batch, size["m"], size["k"]), torch.ones(*batch, size["k"], size["n"])]
     if "add" in name:
         found.insert(0, torch.ones(*batch, size["m"], size["n"]))
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     with matmul_grad.strict():
-        assert_same_bits(ours(*found), torchs(*found))
-        out = torch.full_like(torchs(*found), float("nan"))
-        assert_same_bits(ours(*found, out=out), torchs(*found))
+        assert_same_bits(ours(*found), theirs(*found))
+        out = torch.full_like(theirs(*found), float("nan"))
+        assert_same_bits(ours(*found, out=out), theirs(*found))
 
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -294,11 +294,11 @@ FURTHER: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kind", [*KINDS, "float32"])
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_other_dtypes_and_scales_are_torchs(name: str, kind: str) -> None:
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     make = KINDS.get(kind, Tensor.float)
     for scales in FURTHER if "add" in name else [{}]:
         found = [make(x) for x in operands(name, DOUBLE)]
-        actual, expected = (outcome(call, *found, **scales) for call in (ours, torchs))
+        actual, expected = (outcome(call, *found, **scales) for call in (ours, theirs))
         if isinstance(expected, Tensor):
             assert (actual.shape, actual.dtype, actual.device) == (expected.shape, expected.dtype, expected.device)
             if kind != "meta":
@@ -356,9 +356,9 @@ def places(shape: torch.Size, dtype: torch.dtype) -> Iterator[tuple[str, Tensor,
 @pytest.mark.parametrize("dtype", EVERY)
 @pytest.mark.parametrize("name", [*PRODUCTS, "matmul"])
 def test_out(name: str, dtype: torch.dtype) -> None:
-    found, (ours, torchs) = operands(name.replace("matmul", "bmm"), dtype), pair_of(name)
+    found, (ours, theirs) = operands(name.replace("matmul", "bmm"), dtype), pair_of(name)
     for scales in SCALES if "add" in name else [{}]:
-        expected = torchs(*found, **scales)
+        expected = theirs(*found, **scales)
         for place, out, whole in places(expected.shape, dtype):
             version = out._version
             with matmul_grad.strict():
@@ -370,13 +370,13 @@ def test_out(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["addmm", "baddbmm"])
 def test_out_is_what_is_added(name: str) -> None:
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     source, a, b = operands(name)
     for _, out, _ in places(source.shape, source.dtype):
         out.copy_(source)
         with matmul_grad.strict():
             ours(out, a, b, beta=2, out=out)
-        assert_exact(out, torchs(source, a, b, beta=2))
+        assert_exact(out, theirs(source, a, b, beta=2))
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, "matmul"])
@@ -397,24 +397,24 @@ def test_out_is_resized_as_torch_does(name: str, size: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_out_under_gradient_is_torchs_error(name: str) -> None:
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     found = operands(name)
-    out = torch.full_like(torchs(*found), 7.0)
+    out = torch.full_like(theirs(*found), 7.0)
     for needs in range(len(found) + 1):
         given = [x.detach().requires_grad_(i == needs) for i, x in enumerate((*found, out))]
-        errors = [outcome(call, *given[:-1], out=given[-1]) for call in (ours, torchs)]
+        errors = [outcome(call, *given[:-1], out=given[-1]) for call in (ours, theirs)]
         assert errors[0] == errors[1]
         assert "don't support automatic differentiation" in errors[0][1]
         assert (given[-1] == 7).all()
     with torch.no_grad():
         needing = [x.requires_grad_() for x in found]
-        assert_exact(ours(*needing, out=out), torchs(*needing))
+        assert_exact(ours(*needing, out=out), theirs(*needing))
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_out_that_shares_memory_with_itself_or_the_input_is_torchs(name: str) -> None:
     """With a matrix it may: tests/test_out.py."""
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
 
     def arguments(kind: str) -> tuple[list[Tensor], Tensor]:
         batch = (2,) if "bmm" in name else ()
@@ -425,7 +425,7 @@ def test_out_that_shares_memory_with_itself_or_the_input_is_torchs(name: str) ->
 
     for kind in ("itself", *(["input"] if "add" in name else [])):
         results = []
-        for call in (ours, torchs):
+        for call in (ours, theirs):
             found, out = arguments(kind)
             results.append(outcome(call, *found, out=out))
         if isinstance(results[1], tuple):
@@ -439,21 +439,21 @@ def test_out_that_shares_memory_with_itself_or_the_input_is_torchs(name: str) ->
 
 @pytest.mark.parametrize("name", [*PRODUCTS, "matmul"])
 def test_wrong_out_is_torchs_error(name: str) -> None:
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     found = operands(name.replace("matmul", "bmm"))
-    right = torchs(*found)
+    right = theirs(*found)
     for out in (right.double(), right.half(), right.to("meta"), 3, right.to_sparse()):
-        actual, expected = (outcome(call, *found, out=out) for call in (ours, torchs))
+        actual, expected = (outcome(call, *found, out=out) for call in (ours, theirs))
         assert isinstance(expected, tuple)
         assert actual == expected
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_out_dtype_is_torchs(name: str) -> None:
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     found = operands(name, torch.bfloat16)
     for named in ({"out_dtype": torch.float32}, {"out_dtype": torch.float32, "out": torch.zeros(1)}):
-        actual, expected = (outcome(call, *found, **named) for call in (ours, torchs))
+        actual, expected = (outcome(call, *found, **named) for call in (ours, theirs))
         assert isinstance(expected, tuple)  # torch has it on CUDA
         assert actual == expected
     with matmul_grad.strict(), pytest.raises(RuntimeError, match=r"matmul_grad\.strict\(\)"):
@@ -489,8 +489,8 @@ def test_bad_operands() -> None:
     """torch's error, of its type and to the letter; or its result."""
     compared = 0
     for name, arguments, named in bad_operands():
-        ours, torchs = pair_of(name)
-        actual, expected = (outcome(call, *arguments, **named) for call in (ours, torchs))
+        ours, theirs = pair_of(name)
+        actual, expected = (outcome(call, *arguments, **named) for call in (ours, theirs))
         if isinstance(expected, tuple):
             compared += 1
             assert actual == expected, (name, arguments, named)
@@ -500,8 +500,8 @@ def test_bad_operands() -> None:
     assert compared > 500
     with matmul_grad.strict():
         for name in PRODUCTS:
-            ours, torchs = pair_of(name)
-            assert_exact(ours(*operands(name)), torchs(*operands(name)))
+            ours, theirs = pair_of(name)
+            assert_exact(ours(*operands(name)), theirs(*operands(name)))
 
 
 def test_an_error_of_a_hook_passes_through() -> None:

@@ -45,7 +45,7 @@ def ours(x: Tensor, w: Tensor, bias: Tensor, b: Tensor) -> Tensor:
     return matmul_grad.bmm(matmul_grad.matmul(summed, b[0].t()).relu(), hidden.mT)
 
 
-def torchs(x: Tensor, w: Tensor, bias: Tensor, b: Tensor) -> Tensor:
+def theirs(x: Tensor, w: Tensor, bias: Tensor, b: Tensor) -> Tensor:
     hidden = nn.functional.linear(x, w, bias)
     summed = torch.baddbmm(hidden[:, :, :1], hidden, b, beta=0.5, alpha=2)
     return torch.bmm(torch.matmul(summed, b[0].t()).relu(), hidden.mT)
@@ -57,7 +57,7 @@ def test_one_graph(backend: str, dynamic: bool | None) -> None:
     compiled = torch.compile(ours, fullgraph=True, dynamic=dynamic, backend=counter)
     for size in (3, 7, 8):
         operands = leaves(size)
-        value, expected = compiled(*operands), torchs(*operands)
+        value, expected = compiled(*operands), theirs(*operands)
         assert_close(value, expected)
         grads = [torch.autograd.grad(c.pow(2).sum(), operands) for c in (value, expected)]
         assert_close(*grads)
@@ -142,7 +142,7 @@ class Model(nn.Module):
         return matmul_grad.bmm(self.layers(x), y) + matmul_grad.matmul(x, x.mT).sum()
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of torch
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # PyTorch's, of torch
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")  # torch.export's, of its own file
 def test_export_through_a_file() -> None:
     model = matmul_grad.convert(Model())

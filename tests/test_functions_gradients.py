@@ -60,7 +60,7 @@ CASES: dict[str, tuple[Product, Product, tuple[tuple[int, ...], ...]]] = {
     "linear": (matmul_grad.linear, torch.nn.functional.linear, ((2, 3, 4), (2, 4), (2,))),
 }
 OURS = {name: ours for name, (ours, _, _) in CASES.items()}
-TORCHS = {name: torchs for name, (_, torchs, _) in CASES.items()}
+TORCHS = {name: theirs for name, (_, theirs, _) in CASES.items()}
 SHAPES = {name: shapes for name, (_, _, shapes) in CASES.items()}
 every_case = pytest.mark.parametrize("name", CASES)
 # The operators themselves, and of the compositions one each: the rest is made of these.
@@ -141,10 +141,10 @@ def test_only_wanted_products_run_and_only_theirs_is_saved(name: str, which: int
 def test_gradients_are_torchs(name: str) -> None:
     """Of an expanded gradient, as ``sum`` hands it, and of a transposed one."""
     for reduce in (lambda c: c.sum(), lambda c: (c.mT if c.dim() > 1 else c).pow(3).flatten()[::2].sum()):
-        ours, torchs = leaves(name), leaves(name)
+        ours, theirs = leaves(name), leaves(name)
         reduce(OURS[name](*ours)).backward()
-        reduce(TORCHS[name](*torchs)).backward()
-        assert_close([x.grad for x in ours], [x.grad for x in torchs], name)
+        reduce(TORCHS[name](*theirs)).backward()
+        assert_close([x.grad for x in ours], [x.grad for x in theirs], name)
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 4, 5), (1, 1, 1, 1), (0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
@@ -209,10 +209,10 @@ def test_checkpoint(name: str, use_reentrant: bool) -> None:
     def block(*operands: Tensor) -> Tensor:
         return OURS[name](*(x.tanh() for x in operands)).sin()
 
-    ours, torchs = leaves(name), leaves(name)
+    ours, theirs = leaves(name), leaves(name)
     checkpoint(block, *ours, use_reentrant=use_reentrant).sum().backward()
-    TORCHS[name](*(x.tanh() for x in torchs)).sin().sum().backward()
-    assert_close([x.grad for x in ours], [x.grad for x in torchs])
+    TORCHS[name](*(x.tanh() for x in theirs)).sin().sum().backward()
+    assert_close([x.grad for x in ours], [x.grad for x in theirs])
 
 
 @pytest.mark.parametrize(("name", "product"), [("bmm", "bmm"), ("linear", "addmm"), ("matmul-folded", "mm")])
@@ -224,7 +224,7 @@ def test_selective_checkpoint(name: str, product: str, policy: CheckpointPolicy)
     def decide(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return policy if op is operator else CheckpointPolicy.PREFER_RECOMPUTE
 
-    ours, torchs = leaves(name), leaves(name)
+    ours, theirs = leaves(name), leaves(name)
     contexts = functools.partial(create_selective_checkpoint_contexts, decide)
     c = checkpoint(lambda *x: OURS[name](*x).sin().cos(), *ours, use_reentrant=False, context_fn=contexts)
     with Products() as counted:
@@ -233,8 +233,8 @@ def test_selective_checkpoint(name: str, product: str, policy: CheckpointPolicy)
     backward = {"bmm": "bmm", "linear": "mm", "matmul-folded": "mm"}[name]
     expected = Counter({backward: 2}) + Counter({product: int(again)})
     assert counted.calls == expected
-    TORCHS[name](*torchs).sin().cos().sum().backward()
-    assert_close([x.grad for x in ours], [x.grad for x in torchs])
+    TORCHS[name](*theirs).sin().cos().sum().backward()
+    assert_close([x.grad for x in ours], [x.grad for x in theirs])
 
 
 @every_case
@@ -276,9 +276,9 @@ def test_dual_numbers(name: str, needs: bool) -> None:
                 forward_ad.make_dual(x, way) if which >> i & 1 else x
                 for i, (x, way) in enumerate(zip(operands, ways, strict=True))
             ]
-            ours, torchs = (forward_ad.unpack_dual(call(*duals)) for call in (OURS[name], TORCHS[name]))
-            assert_close(ours.primal, torchs.primal)
-            assert_close(ours.tangent, torchs.tangent)
+            ours, theirs = (forward_ad.unpack_dual(call(*duals)) for call in (OURS[name], TORCHS[name]))
+            assert_close(ours.primal, theirs.primal)
+            assert_close(ours.tangent, theirs.tangent)
             assert ours.primal.requires_grad == needs
 
 
@@ -313,8 +313,8 @@ TRANSFORMS: dict[str, Callable[[Product], Callable[..., Any]]] = {
 @some_cases
 def test_transform(name: str, transform: str) -> None:
     operands = leaves(name, needs=False)
-    ours, torchs = (TRANSFORMS[transform](call)(*operands) for call in (OURS[name], TORCHS[name]))
-    assert_close(ours, torchs, f"{name} {transform}")
+    ours, theirs = (TRANSFORMS[transform](call)(*operands) for call in (OURS[name], TORCHS[name]))
+    assert_close(ours, theirs, f"{name} {transform}")
 
 
 def batched(name: str, which: int, where: int) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
@@ -333,8 +333,8 @@ def test_batches_by_vmap(name: str, where: int) -> None:
     for which in range(1, 2 ** len(SHAPES[name])):
         operands, in_dims = batched(name, which, where)
         for transform in (lambda p: p, lambda p: TRANSFORMS["grad"](p), lambda p: TRANSFORMS["jvp"](p)):
-            ours, torchs = (func.vmap(transform(call), in_dims)(*operands) for call in (OURS[name], TORCHS[name]))
-            assert_close(ours, torchs, f"{name} {in_dims}")
+            ours, theirs = (func.vmap(transform(call), in_dims)(*operands) for call in (OURS[name], TORCHS[name]))
+            assert_close(ours, theirs, f"{name} {in_dims}")
         graphs = []
         for call in (OURS[name], TORCHS[name]):
             found = [x.clone().requires_grad_() for x in operands]

@@ -215,10 +215,10 @@ def test_change_in_place_of_a_saved_operand_is_an_error(changed: str) -> None:
             c.sum().backward()
         return str(raised.value)
 
-    ours, torchs = outcome(matmul_grad.mm), outcome(torch.mm)
+    ours, theirs = outcome(matmul_grad.mm), outcome(torch.mm)
     assert "modified by an inplace operation" in ours
     assert "is at version 1; expected version 0" in ours
-    assert "is at version 1; expected version 0" in torchs
+    assert "is at version 1; expected version 0" in theirs
 
 
 def test_change_in_place_of_what_is_not_saved_is_allowed() -> None:

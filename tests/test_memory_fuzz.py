@@ -108,7 +108,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 def storages(draw: st.DrawFn, i: int, route: str, name: str, into: Any, storage_of: list[int]) -> dict[str, Any]:
     written = {"new": None, "out": storage_of[-1], "self": storage_of[0]}.get(into, storage_of[0])
     kinds = [kind for kind in KINDS if i != written or kind not in ("readonly", "mapped")]
-    # torch's own copies read what is not there, and its dot fills an out that is not there.
+    # torch's copies read what is not there, and its dot fills an out that is not there.
     if route == "switch" and (name in ("matmul", "linear") or (name == "dot" and i == written)):
         kinds = [kind for kind in kinds if kind not in ("freed", "small")]
     kind = draw(st.sampled_from(kinds))

@@ -145,7 +145,7 @@ each_model = pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_logits_loss_and_gradients(name: str, dtype: torch.dtype, train: bool) -> None:
     images = normal(3 * 3 * 32, 32, dtype).view(3, 3, 32, 32)
-    torchs = loss_and_gradients(made(name, dtype), name, images, train)
+    theirs = loss_and_gradients(made(name, dtype), name, images, train)
     truth = loss_and_gradients(made(name, dtype).double(), name, images.double(), train)
     before = accelerated(dtype)
     with matmul_grad.enabled():
@@ -153,12 +153,12 @@ def test_logits_loss_and_gradients(name: str, dtype: torch.dtype, train: bool) -
     after = accelerated(dtype)
     assert after["mm"] - before.get("mm", 0) >= 2 * LAYERS, "each layer's gradients"
     assert sum(after.values()) - sum(before.values()) >= 4 * LAYERS
-    assert_model_within_budget(switched, torchs, truth, f"{name}, switched")
+    assert_model_within_budget(switched, theirs, truth, f"{name}, switched")
 
     model = matmul_grad.convert(made(name, dtype))
     assert matmul_grad.converted(model)
     converted = loss_and_gradients(model, name, images, train)
-    assert_model_within_budget(converted, torchs, truth, f"{name}, converted")
+    assert_model_within_budget(converted, theirs, truth, f"{name}, converted")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -171,13 +171,13 @@ def test_generates_what_torch_does(name: str, sampling: dict[str, object]) -> No
         settings = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **sampling}
         return model.eval().generate(prompt, attention_mask=torch.ones_like(prompt), **settings).tolist()  # type: ignore[operator]
 
-    torchs = generated(made(name, torch.float32))
-    assert {len(row) for row in torchs} == {5 + 12}
+    theirs = generated(made(name, torch.float32))
+    assert {len(row) for row in theirs} == {5 + 12}
     before = accelerated(torch.float32)
     with matmul_grad.enabled():
-        assert generated(made(name, torch.float32)) == torchs
+        assert generated(made(name, torch.float32)) == theirs
     assert sum(accelerated(torch.float32).values()) > sum(before.values())
-    assert generated(matmul_grad.convert(made(name, torch.float32))) == torchs
+    assert generated(matmul_grad.convert(made(name, torch.float32))) == theirs
 
 
 @pytest.mark.parametrize("way", ["switched", "converted"])
@@ -196,8 +196,8 @@ def test_each_token_in_bf16_is_a_best_one(name: str, way: str) -> None:
     assert written.shape == (2, 5 + 12)
     with torch.no_grad():
         truth = made(name, dtype).double().eval()(input_ids=written[:, :-1]).logits[:, 4:]
-        torchs = made(name, dtype).eval()(input_ids=written[:, :-1]).logits[:, 4:].double()
-    error, largest = float((torchs - truth).abs().max()), float(truth.abs().max())
+        theirs = made(name, dtype).eval()(input_ids=written[:, :-1]).logits[:, 4:].double()
+    error, largest = float((theirs - truth).abs().max()), float(truth.abs().max())
     budget = 2 * (error + torch.finfo(dtype).eps / 2 * largest)
     best = truth.amax(-1)
     taken = truth.gather(-1, written[:, 5:, None])[..., 0]
@@ -237,9 +237,9 @@ import importlib.util, json, runpy, sys
 models = runpy.run_path(sys.argv[1])
 from transformers.utils import is_kernels_available
 import torch, matmul_grad, matmul_grad.kernels.cpu
-torchs, ours = models["made"]("llama", torch.float32).eval(), models["made"]("llama", torch.float32).eval()
+theirs, ours = models["made"]("llama", torch.float32).eval(), models["made"]("llama", torch.float32).eval()
 matmul_grad.convert(ours)
-close = torch.allclose(torchs(models["tokens"]()).logits, ours(models["tokens"]()).logits, atol=1e-5)
+close = torch.allclose(theirs(models["tokens"]()).logits, ours(models["tokens"]()).logits, atol=1e-5)
 there = is_kernels_available()
 if there:
     import kernels

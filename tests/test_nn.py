@@ -69,14 +69,14 @@ class counted(TorchDispatchMode):  # reads as the function of a block
     def __init__(self) -> None:
         super().__init__()
         self.ours: list[str] = []
-        self.torchs: list[str] = []
+        self.theirs: list[str] = []
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operator.name().split("::")[1].split(".")[0]
         if operator.namespace == "matmul_grad":
             self.ours.append(name)
         elif name in ("mm", "addmm", "_native_multi_head_attention", "_transformer_encoder_layer_fwd"):
-            self.torchs.append(name)
+            self.theirs.append(name)
         return operator(*args, **(kwargs or {}))
 
 
@@ -91,26 +91,26 @@ def everything(model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("named", [{}, {"bias": False}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
 def test_linear_is_torchs_module(named: dict[str, Any]) -> None:
-    ours, torchs = seeded(matmul_grad.Linear, 7, 5, **named), seeded(nn.Linear, 7, 5, **named)
+    ours, theirs = seeded(matmul_grad.Linear, 7, 5, **named), seeded(nn.Linear, 7, 5, **named)
     assert isinstance(ours, nn.Linear)
-    assert repr(ours) == repr(torchs)
-    assert list(ours.state_dict()) == list(torchs.state_dict())
-    for one, other in zip(ours.parameters(), torchs.parameters(), strict=True):
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert (one.dtype, one.device, one.shape) == (other.dtype, other.device, other.shape)
         if one.device.type != "meta":
             assert_same_bits(one.detach(), other.detach())
-    ours.load_state_dict(torchs.state_dict(), assign=True)
+    ours.load_state_dict(theirs.state_dict(), assign=True)
     if named.get("device") != "meta":
         x = torch.randn(2, 3, 7, dtype=named.get("dtype"))
-        torch.testing.assert_close(strictly(ours, x), step(torchs, x))
+        torch.testing.assert_close(strictly(ours, x), step(theirs, x))
 
 
 def test_a_layer_that_is_reset_draws_as_torchs() -> None:
-    ours, torchs = matmul_grad.Linear(7, 5), nn.Linear(7, 5)
-    for layer in (ours, torchs):
+    ours, theirs = matmul_grad.Linear(7, 5), nn.Linear(7, 5)
+    for layer in (ours, theirs):
         torch.manual_seed(3)
         layer.reset_parameters()
-    assert_same_bits(ours.weight.detach(), torchs.weight.detach())
+    assert_same_bits(ours.weight.detach(), theirs.weight.detach())
 
 
 def test_on_meta_and_then_on_cpu() -> None:
@@ -379,8 +379,8 @@ def test_compiled_model(dynamic: bool | None) -> None:
     model = seeded(Mlp)
     expected = [step(model, torch.ones(size, 6)) for size in (3, 5)]
     compiled = torch.compile(matmul_grad.convert(model), fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for size, torchs in zip((3, 5), expected, strict=True):
-        torch.testing.assert_close(step(compiled, torch.ones(size, 6)), torchs)
+    for size, theirs in zip((3, 5), expected, strict=True):
+        torch.testing.assert_close(step(compiled, torch.ones(size, 6)), theirs)
     torch._dynamo.reset()
 
 

@@ -149,7 +149,7 @@ def test_an_input_without_a_batch_and_bad_input() -> None:
     for bad in (inputs(5, 7), inputs(2, 2, 5, 8), inputs(5, 8).double()):
         errors = []
         for each in (module, converted):
-            with pytest.raises(Exception) as raised:  # whatever torch's own is
+            with pytest.raises(Exception) as raised:  # whatever torch's is
                 each(bad, bad, bad)
             errors.append((raised.type, str(raised.value)))
         assert errors[0] == errors[1]

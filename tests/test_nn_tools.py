@@ -90,10 +90,10 @@ TOOLS = [quantized, prepared_for_training, quantized_dynamically, quantized_by_f
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
 def test_a_tool_that_knows_the_class_does_what_it_does_with_torchs(tool: Callable[[nn.Module], nn.Module]) -> None:
-    torchs, ours = on_both(tool)
-    assert classes(ours) == classes(torchs)
+    theirs, ours = on_both(tool)
+    assert classes(ours) == classes(theirs)
     if tool is not prepared_for_training:  # whose observers have seen nothing yet
-        torch.testing.assert_close(ours(x()), torchs(x()))
+        torch.testing.assert_close(ours(x()), theirs(x()))
 
 
 def test_batch_norm_is_fused_into_a_converted_layer() -> None:
@@ -106,12 +106,12 @@ def test_batch_norm_is_fused_into_a_converted_layer() -> None:
 
 
 def test_symbolic_trace_takes_a_layer_for_a_leaf() -> None:
-    torchs, ours = on_both(torch.fx.symbolic_trace)
-    assert str(ours.graph) == str(torchs.graph)
+    theirs, ours = on_both(torch.fx.symbolic_trace)
+    assert str(ours.graph) == str(theirs.graph)
     assert [node.op for node in ours.graph.nodes] == ["placeholder", *["call_module"] * 3, "output"]
     assert matmul_grad.converted(ours) == ["0", "2"]
     with matmul_grad.strict():
-        torch.testing.assert_close(ours(x()), torchs(x()))
+        torch.testing.assert_close(ours(x()), theirs(x()))
 
 
 # --- TorchScript and ONNX ------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_a_trace_for_onnx_has_torchs_operators(monkeypatch: pytest.MonkeyPatch) 
 def test_onnx_export(dynamo: bool) -> None:
     pytest.importorskip("onnxscript" if dynamo else "onnx", reason="torch.onnx.export needs it")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's own code and of ONNX's
+        warnings.simplefilter("ignore")  # of torch's code and of ONNX's
         target = io.BytesIO()
         torch.onnx.export(matmul_grad.convert(Everything()).eval(), (x(),), None if dynamo else target, dynamo=dynamo)
 

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 import matmul_grad
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what torch's own test suite imports is torch's affair
+    warnings.simplefilter("ignore")  # what torch's test suite imports is torch's affair
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 
@@ -151,11 +151,11 @@ def assert_agrees(kind: str, op: OpInfo, call: Callable[[Product], list[Tensor]]
         assert actual == expected, kind
         return
     assert len(actual) == len(expected), kind
-    for ours, torchs in zip(actual, expected, strict=True):
-        rtol, atol = TOLERANCE.get(torchs.dtype, (0, 0))
-        scale = float(torchs.abs().nan_to_num(posinf=0).max()) if is_differentiable(torchs) and torchs.numel() else 1.0
+    for ours, theirs in zip(actual, expected, strict=True):
+        rtol, atol = TOLERANCE.get(theirs.dtype, (0, 0))
+        scale = float(theirs.abs().nan_to_num(posinf=0).max()) if is_differentiable(theirs) and theirs.numel() else 1.0
         torch.testing.assert_close(
-            ours, torchs, rtol=rtol, atol=atol * max(1.0, scale), equal_nan=True, check_stride=kind == "results"
+            ours, theirs, rtol=rtol, atol=atol * max(1.0, scale), equal_nan=True, check_stride=kind == "results"
         )
 
 

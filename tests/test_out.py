@@ -99,9 +99,9 @@ def test_wrong_call_leaves_out_as_it_was(name: str) -> None:
         operands[-1] = wrong
         with pytest.raises(Exception) as ours:
             getattr(matmul_grad, name)(*operands, out=out)
-        with pytest.raises(type(ours.value)) as torchs:
+        with pytest.raises(type(ours.value)) as theirs:
             getattr(torch, name)(*operands, out=out.clone())
-        assert str(ours.value) == str(torchs.value)
+        assert str(ours.value) == str(theirs.value)
         assert out.tolist() == [7.0] * 3
 
 

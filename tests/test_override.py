@@ -12,7 +12,7 @@ import torch
 from limits import scaled
 
 import matmul_grad
-from matmul_grad import cli, override
+from matmul_grad import aten_override, cli
 from matmul_grad.kernels.cpu.once import Once
 from matmul_grad.kernels.native import override_cpu, override_probe, torch_layout
 from matmul_grad.kernels.native.op_table import OVERLOADS
@@ -198,7 +198,7 @@ def test_many_threads_switch_while_others_multiply() -> None:
     assert not any(thread.is_alive() for thread in flipping + multiplying)
     assert not failures, failures[0]
     matmul_grad.disable()
-    assert not override._blocks
+    assert not aten_override._blocks
     assert registrations() == before
 
 
@@ -366,14 +366,12 @@ def test_the_command_says_whether_it_is_on(capsys: pytest.CaptureFixture[str]) -
 
 
 def assert_cannot_be_switched_on(reason: str) -> None:
-    with pytest.raises(
-        RuntimeError, match=rf"matmul_grad\.enable\(\): torch's own products cannot be replaced.*{reason}"
-    ):
+    with pytest.raises(RuntimeError, match=rf"matmul_grad\.enable\(\): torch's products cannot be replaced.*{reason}"):
         matmul_grad.enable()
     with pytest.raises(RuntimeError, match=reason), matmul_grad.enabled():
         pytest.fail("the block must not run")
     assert not runs_on_ours()
-    assert not override._blocks
+    assert not aten_override._blocks
 
 
 @pytest.fixture

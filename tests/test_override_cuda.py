@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import matmul_grad
-from matmul_grad import override, override_cuda
+from matmul_grad import aten_override, aten_override_cuda
+from matmul_grad.aten_override_cuda import CudaOverride
 from matmul_grad.kernels.native import override_probe
 from matmul_grad.kernels.native.op_table import OVERLOADS
 from matmul_grad.kernels.native.register import Unavailable
-from matmul_grad.override_cuda import Switch
 from matmul_grad.testing import DTYPES, assert_same_bits, integers
 
 DUMPS = tuple(f"aten::{name}" for name in OVERLOADS)
@@ -24,20 +24,20 @@ def registered() -> list[str]:
 
 
 @pytest.fixture
-def switched() -> Iterator[Switch]:
+def switched() -> Iterator[CudaOverride]:
     matmul_grad.disable()  # what a block left in place for the next one is removed
     before = registered()
-    switch = Switch("CPU")
-    switch.take_over()
+    switch = CudaOverride("CPU")
+    switch.install()
     yield switch
     if switch.is_on():
-        switch.give_back()
+        switch.uninstall()
     matmul_grad.disable()
     assert registered() == before
 
 
 def counted(operator: str, outcome: str = "accelerated") -> int:
-    return sum(override_cuda.calls[operator, outcome].values())
+    return sum(aten_override_cuda.calls[operator, outcome].values())
 
 
 def batch_of(count: int, m: int, n: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -77,8 +77,8 @@ def test_products(operator: str, dtype: torch.dtype) -> None:
     found = operands(operator, dtype)
     cases = list(itertools.product(forms(operator), scales if "add" in operator else [{}]))
     expected = [form(*found, **named) for form, named in cases]
-    switch = Switch("CPU")
-    switch.take_over()
+    switch = CudaOverride("CPU")
+    switch.install()
     try:
         counts = "addmv" if operator == "mv" else operator
         before = counted(counts)
@@ -86,7 +86,7 @@ def test_products(operator: str, dtype: torch.dtype) -> None:
             actual = [form(*found, **named) for form, named in cases]
         assert counted(counts) - before >= len(cases)
     finally:
-        switch.give_back()
+        switch.uninstall()
     for got, want in zip(actual, expected, strict=True):
         assert_same_bits(got + 0.0, want + 0.0)
         assert got.stride() == want.stride()
@@ -142,8 +142,8 @@ def test_what_is_left_to_torch_is_torchs(case: str) -> None:
     call, arguments, named = make()
     expected = outcome(call, *arguments, **named)
     before = sum(counted(name, "handed_over") for name in ("mm", "bmm", "addmm", "baddbmm"))
-    switch = Switch("CPU")
-    switch.take_over()
+    switch = CudaOverride("CPU")
+    switch.install()
     try:
         call, arguments, named = make()
         actual = outcome(call, *arguments, **named)
@@ -152,7 +152,7 @@ def test_what_is_left_to_torch_is_torchs(case: str) -> None:
         with matmul_grad.strict():
             refused = outcome(call, *arguments, **named)
     finally:
-        switch.give_back()
+        switch.uninstall()
     if isinstance(expected, Tensor):
         assert torch.equal(actual, expected)
     else:
@@ -161,13 +161,13 @@ def test_what_is_left_to_torch_is_torchs(case: str) -> None:
     assert ("matmul_grad.strict()" in str(refused)) == (case in LEFT)
 
 
-def test_off_is_exactly_as_before(switched: Switch, recwarn: pytest.WarningsRecorder) -> None:
+def test_off_is_exactly_as_before(switched: CudaOverride, recwarn: pytest.WarningsRecorder) -> None:
     during = registered()
     for _ in range(3):
-        switched.give_back()
+        switched.uninstall()
         off = registered()
         assert all(one != other for one, other in zip(off, during, strict=True))
-        switched.take_over()
+        switched.install()
         assert registered() == during
     assert not recwarn.list
 
@@ -183,9 +183,9 @@ def test_half_of_it_is_taken_back(monkeypatch: pytest.MonkeyPatch, stop: type[Ba
         return torch._C._dispatch_get_computed_kernel_for_dispatch_key(name, getattr(torch._C.DispatchKey, key))
 
     monkeypatch.setattr(torch.library, "get_kernel", kernel)
-    switch = Switch("CPU")
+    switch = CudaOverride("CPU")
     with pytest.raises(stop):
-        switch.take_over()
+        switch.install()
     assert not switch.is_on()
     assert registered() == before
 
@@ -221,10 +221,10 @@ def refuse(*_: Any) -> None:
 def test_devices_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one cannot be overridden the other is, and a warning names the first, once."""
     before = registered()
-    for module, name, left in ((override._cuda, "take_over", "cpu"), (override_probe, "require", "cuda")):
+    for module, name, left in ((aten_override._cuda, "install", "cpu"), (override_probe, "require", "cuda")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, refuse)
-            patched.setattr(override, "_told", set())
+            patched.setattr(aten_override, "_told", set())
             with pytest.warns(UserWarning, match="on one device torch's products stay: .*not today"):
                 matmul_grad.enable()
             matmul_grad.enable()
@@ -236,7 +236,7 @@ def test_devices_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("as_with_a_gpu")
 def test_where_no_device_can_be_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     before = registered()
-    monkeypatch.setattr(override._cuda, "take_over", refuse)
+    monkeypatch.setattr(aten_override._cuda, "install", refuse)
     monkeypatch.setattr(override_probe, "require", refuse)
     with pytest.raises(RuntimeError, match="not today"):
         matmul_grad.enable()
@@ -244,13 +244,13 @@ def test_where_no_device_can_be_it_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     assert registered() == before
 
 
-def test_calls_of_both_devices_are_counted_together(switched: Switch) -> None:
+def test_calls_of_both_devices_are_counted_together(switched: CudaOverride) -> None:
     def now() -> int:
         return matmul_grad.info()["accelerated"].get("mm", {}).get("float64", 0)
 
     before, a = now(), torch.ones(2, 2, dtype=torch.float64)
     a @ a
-    switched.give_back()
+    switched.uninstall()
     with matmul_grad.enabled():
         a @ a
     assert now() - before == 2

@@ -1,4 +1,4 @@
-"""Models and transforms while the switch is on: torch's own autograd, compilers and modules, on these kernels."""
+"""Models and transforms while the switch is on: torch's autograd, compilers and modules, on these kernels."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -157,14 +157,14 @@ def train_step(model: nn.Module, x: Tensor, *others: Tensor, **kwargs: Any) -> d
 
 def assert_within_budget(make: Callable[[], nn.Module], step: Callable[[nn.Module, torch.dtype], dict[str, Tensor]],
                          dtype: torch.dtype, *operators: str) -> None:  # fmt: skip
-    """As matmul_grad.testing: each error against float64 at most 2 × (torch's own + one rounding of the largest)."""
+    """As matmul_grad.testing: each error against float64 at most 2 × (torch's + one rounding of the largest)."""
     truth = step(make().double(), DOUBLE)
-    ours, torchs = on_and_off(lambda: step(make().to(dtype), dtype), *operators)
-    assert ours.keys() == torchs.keys() == truth.keys()
+    ours, theirs = on_and_off(lambda: step(make().to(dtype), dtype), *operators)
+    assert ours.keys() == theirs.keys() == truth.keys()
     for name, exact in truth.items():
-        error, torchs_error = (float((x[name].double() - exact).abs().max()) for x in (ours, torchs))
+        error, torch_error = (float((x[name].double() - exact).abs().max()) for x in (ours, theirs))
         rounding = torch.finfo(dtype).eps / 2 * float(exact.abs().max())
-        assert error <= 2 * (torchs_error + rounding), f"{name}: {error:.2e}, torch's {torchs_error:.2e}"
+        assert error <= 2 * (torch_error + rounding), f"{name}: {error:.2e}, torch's {torch_error:.2e}"
 
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

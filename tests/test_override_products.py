@@ -1,4 +1,4 @@
-"""torch's own products while the switch is on: exact integers, every form, dtype and layout, NaN around the results."""
+"""torch's products while the switch is on: exact integers, every form, dtype and layout, NaN around the results."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -239,13 +239,13 @@ def test_same_bits_in_every_form(dtype: torch.dtype, shape: tuple[int, int, int]
 @pytest.mark.parametrize("dtype", EVERY)
 @pytest.mark.parametrize("shape", [(13, 65, 103), (64, 64, 64), (3, 5, 1031)], ids=str)
 def test_rounding(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    """16-bit results are rounded once, after the addition; torch's own are no better."""
+    """16-bit results are rounded once, after the addition; torch's are no better."""
     m, n, k = shape
     a, b, source = normal(m, k, dtype, 1), normal(k, n, dtype, 2), normal(m, n, dtype, 3)
     c = torch.addmm(source, a, b)
     matmul_grad.disable()
     truth = source.double() + a.double() @ b.double()
-    error, torchs = (float((x.double() - truth).abs().max()) for x in (c, torch.addmm(source, a, b)))
-    budget = 2 * (torchs + torch.finfo(dtype).eps / 2 * float(truth.abs().max()))
+    error, theirs = (float((x.double() - truth).abs().max()) for x in (c, torch.addmm(source, a, b)))
+    budget = 2 * (theirs + torch.finfo(dtype).eps / 2 * float(truth.abs().max()))
     assert error <= budget
     assert_within_budget(matmul_grad.mm(a, b), a, b)

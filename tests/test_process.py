@@ -207,7 +207,7 @@ def test_fork_after_the_pool_was_used(step: str, registered: str) -> None:
         assert matmul_grad.mm(*work[0][:2]).numpy().tobytes() == work[0][3][0]
         assert (ops.native_status() == "") == ({registered!r} == "native")
         child = os.fork()
-        if child == 0:  # torch's own operators would hang here on as many elements: compare bytes
+        if child == 0:  # torch's operators would hang here on as many elements: compare bytes
             signal.alarm({int(LIMIT)})
             for a, b, grad, exact in work:
                 if {step!r} == "forward":

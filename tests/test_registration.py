@@ -311,10 +311,10 @@ def test_handed_over_products_are_differentiable(kind: str) -> None:
         c.backward(torch.ones_like(c))
         return [a.grad, b.grad]
 
-    for ours, torchs in zip(gradients(matmul_grad.mm), gradients(torch.mm), strict=True):
-        assert (ours.dtype, ours.device, ours.shape) == (torchs.dtype, torchs.device, torchs.shape)
+    for ours, theirs in zip(gradients(matmul_grad.mm), gradients(torch.mm), strict=True):
+        assert (ours.dtype, ours.device, ours.shape) == (theirs.dtype, theirs.device, theirs.shape)
         if kind != "meta":
-            assert_close(ours.to_dense(), torchs.to_dense())
+            assert_close(ours.to_dense(), theirs.to_dense())
 
 
 @pytest.mark.parametrize("kind", [*sorted(HANDED_OVER.keys() - {"meta"}), "bool"])

@@ -73,30 +73,30 @@ def test_values(dtype: torch.dtype, striding: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_bits_are_those_of_mm(name: str) -> None:
     found = operands(name, torch.float32, 17, 300)
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     *_, one, vector = found
     product = matmul_grad.mm(one if one.dim() == 2 else one[None], vector[:, None])[:, 0]
     result = ours(*found, **({"beta": 0} if name == "addmv" else {}))
     assert_same_bits(result.reshape(-1), product)
-    torch.testing.assert_close(ours(*found), torchs(*found))
+    torch.testing.assert_close(ours(*found), theirs(*found))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_of_zero(name: str) -> None:
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     for m, k in ((0, 7), (5, 0), (0, 0)) if "mv" in name else ((0, 0),):
         found = operands(name, torch.float32, m, k)
         with matmul_grad.strict():
-            assert_same_bits(ours(*found), torchs(*found))
-            assert_same_bits(ours(*found, out=torch.empty_like(torchs(*found))), torchs(*found))
+            assert_same_bits(ours(*found), theirs(*found))
+            assert_same_bits(ours(*found, out=torch.empty_like(theirs(*found))), theirs(*found))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64, torch.complex128, torch.bool], ids=str)
 def test_other_dtypes_are_torchs(name: str, dtype: torch.dtype) -> None:
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     found = [(x + 1j * x.flip(-1)).to(dtype) if dtype.is_complex else x.abs().mul(3).to(dtype) for x in operands(name)]
-    assert_same_outcome(outcome(ours, *found), outcome(torchs, *found))
+    assert_same_outcome(outcome(ours, *found), outcome(theirs, *found))
     with matmul_grad.strict(), pytest.raises(RuntimeError, match=r"matmul_grad\.strict\(\)"):
         ours(*found)
 
@@ -108,10 +108,10 @@ def test_errors_are_torchs(name: str) -> None:
         one(4), one(2, 3), one(3, 4, 5), one(1), one(()), one(0), 3, None, "a", one(4).double(), one(4, 4).int(),
         one(4, device="meta"), one(4, 4).to_sparse(), [1.0],
     ]  # fmt: skip
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     compared = 0
     for arguments in itertools.product(wrong, repeat=3 if name == "addmv" else 2):
-        actual, expected = outcome(ours, *arguments), outcome(torchs, *arguments)
+        actual, expected = outcome(ours, *arguments), outcome(theirs, *arguments)
         if isinstance(expected, tuple):
             compared += 1
             assert actual == expected, arguments
@@ -119,11 +119,11 @@ def test_errors_are_torchs(name: str) -> None:
             assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), arguments
     assert compared > 100
     found = operands(name, torch.float32)
-    for out in (torchs(*found).double(), torchs(*found).to("meta"), 3):
-        assert outcome(ours, *found, out=out) == outcome(torchs, *found, out=out)
+    for out in (theirs(*found).double(), theirs(*found).to("meta"), 3):
+        assert outcome(ours, *found, out=out) == outcome(theirs, *found, out=out)
     if name == "addmv":
         for scales in ({"alpha": "a"}, {"beta": None}, {"alpha": 1e300}, {"beta": one(2)}, {"alpha": 1j}):
-            assert_same_outcome(outcome(ours, *found, **scales), outcome(torchs, *found, **scales))
+            assert_same_outcome(outcome(ours, *found, **scales), outcome(theirs, *found, **scales))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,14 +151,14 @@ def test_gradients_lie_as_torchs(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(name: str, dtype: torch.dtype) -> None:
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     found = operands(name, torch.float32)
     mixed = [found[0].to(dtype), *found[1:]]
     with torch.autocast("cpu", dtype), matmul_grad.strict():
-        assert ours(*found).dtype == torchs(*found).dtype
-        torch.testing.assert_close(ours(*found), torchs(*found))
+        assert ours(*found).dtype == theirs(*found).dtype
+        torch.testing.assert_close(ours(*found), theirs(*found))
     with torch.autocast("cpu", dtype):
-        assert_same_outcome(outcome(ours, *mixed), outcome(torchs, *mixed))
+        assert_same_outcome(outcome(ours, *mixed), outcome(theirs, *mixed))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -181,22 +181,22 @@ def test_transforms_and_compile(name: str) -> None:
 
         return all_of_them
 
-    ours, torchs = pair_of(name)
-    expected = transforms(torchs)(*found)
+    ours, theirs = pair_of(name)
+    expected = transforms(theirs)(*found)
     torch.testing.assert_close(transforms(ours)(*found), expected)
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compiled = torch.compile(transforms(ours), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*found), expected)
-        out = torch.zeros_like(torchs(*found))
+        out = torch.zeros_like(theirs(*found))
         torch.compile(ours, fullgraph=True, backend="aot_eager")(*found, out=out)
-    torch.testing.assert_close(out, torchs(*found))
+    torch.testing.assert_close(out, theirs(*found))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_out(name: str) -> None:
-    ours, torchs = pair_of(name)
+    ours, theirs = pair_of(name)
     found = operands(name, torch.float32)
     expected = ours(*found)
     for out in (
@@ -210,7 +210,7 @@ def test_out(name: str) -> None:
         assert_same_bits(out, expected)
         assert out._version > version
     needing = [x.clone().requires_grad_() for x in found]
-    actual, wanted = (outcome(call, *needing, out=torch.zeros_like(expected)) for call in (ours, torchs))
+    actual, wanted = (outcome(call, *needing, out=torch.zeros_like(expected)) for call in (ours, theirs))
     assert actual == wanted
     if name == "addmv":
         result = found[0].clone()

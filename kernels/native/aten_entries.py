@@ -1,9 +1,9 @@
 """Kernels under aten's own operators on CPU, while ``matmul_grad.enable()`` overrides them.
 
-Signature, torch's own of a boxed kernel: ``void entry(functor, operator, keys, stack)``. The stack is a C++ vector of
+Signature, torch's of a boxed kernel: ``void entry(functor, operator, keys, stack)``. The stack is a C++ vector of
 slots (``torch_layout.SLOT``), a payload and a tag; the last of them are the arguments. A slot that holds a tensor
 starts with the word that a handle of the stable C ABI points at, so its address serves as one. Nothing is taken off the
-stack before the product is done: until then torch's own kernel can still be called on it, and raises what is wrong.
+stack before the product is done: until then torch's kernel can still be called on it, and raises what is wrong.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ def make_entry(name: str) -> Callable:
     shapes      a (m, k), b (k, n), input any that expands to (m, n); bmm, baddbmm: with one more size in front;
                 addmv: b (k), the result (m); dot, vdot: a and b (k)
     strides     any; the result is contiguous, or has those of ``out``
-    dtypes      one for all, with a kernel; torch's own kernel takes what has none
+    dtypes      one for all, with a kernel; torch's kernel takes what has none
     aliasing    an ``out`` that shares memory with an operand is written from a temporary; one that shares it with
-                itself, or with an addend that lies otherwise, falls back to torch's own kernel
+                itself, or with an addend that lies otherwise, falls back to torch's kernel
     rounding    as the driver's
-    errors      torch's own kernel raises them
+    errors      torch's kernel raises them
     determinism as the driver's
     source      docs/design.md, "The switch"
     """

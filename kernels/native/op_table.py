@@ -10,7 +10,7 @@ from dataclasses import dataclass
 DOT, MATVEC, MATRICES, BATCHES = range(4)
 
 REFUSAL = (
-    "matmul_grad.strict(): this product goes to torch's own kernel; these kernels take two dense matrices of one dtype "
+    "matmul_grad.strict(): this product goes to torch's kernel; these kernels take two dense matrices of one dtype "
     "on one device: bfloat16, float32 or float64, on CPU or CUDA, and float16 where the processor converts it"
 )
 

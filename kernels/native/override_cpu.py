@@ -1,7 +1,7 @@
 """Put the compiled entries of ``aten_entries.py`` under aten's own CPU key, and remove them again.
 
-torch's stable C ABI cannot do this alone: it hands a kernel no Scalar (alpha, beta), and it hides torch's own kernel.
-So the kernels are registered as torch registers its own, as a C++ object, and torch's own kernel is read out of the
+torch's stable C ABI cannot do this alone: it hands a kernel no Scalar (alpha, beta), and it hides torch's kernel.
+So the kernels are registered as torch registers its own, as a C++ object, and torch's kernel is read out of the
 object in which Python gets it. Both layouts stand in ``torch_layout.py``; before they are used on aten,
 ``override_probe.py`` tries them in a process of its own.
 """
@@ -101,7 +101,7 @@ def _entries() -> build.Kernels:
 
 
 def _present_kernel(overload: str) -> KernelFunction:
-    """The kernel that aten has now under CPU: torch's own, or what somebody has put there.
+    """The kernel that aten has now under CPU: PyTorch's, or what somebody has put there.
 
     torch keeps a few bytes for each one that it gives, so its own are asked for once.
     """

@@ -96,7 +96,7 @@ def delete_all(stack, count):
 
 
 def own(stack, kind, has_addend):
-    """The product that the stack describes, 1; or 0: then torch's own kernel is to take the stack as it is."""
+    """The product that the stack describes, 1; or 0: then torch's kernel is to take the stack as it is."""
     words, handle, dtype = product_words(), out_param(), out_param()
     a, b, source = get(stack, has_addend), get(stack, has_addend + 1), 0
     if has_addend != 0:
@@ -120,10 +120,10 @@ def make_entry(op: Op) -> Callable:
 
     shapes      a (m, k), b (k, n), input any that expands to (m, n); bmm, baddbmm: with one more size in front
     strides     any; the result is contiguous
-    dtypes      one for all, with a kernel; torch's own kernel takes what has none
+    dtypes      one for all, with a kernel; torch's kernel takes what has none
     aliasing    the result is new memory; operands are only read
     rounding    as the driver's
-    errors      torch's own kernel raises them
+    errors      torch's kernel raises them
     determinism as the driver's
     source      docs/design.md, "Functions and modules"
     """

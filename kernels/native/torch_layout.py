@@ -40,7 +40,7 @@ MANGLED = {
     "matmul_grad_forward_grad": "_ZNK3c1010TensorImpl8_fw_gradEmRKN2at10TensorBaseE",
     # whether a Python mode or a transform is active
     "matmul_grad_key_included": "_ZN3c104impl28tls_is_dispatch_key_includedENS_11DispatchKeyE",
-    # resize an ``out`` with torch's own warning
+    # resize an ``out`` with torch's warning
     "matmul_grad_resize_output": "_ZN2at6native13resize_outputERKNS_6TensorEN3c108ArrayRefIlEE",
     # values that torch deletes, and those that it gives
     "matmul_grad_new": "_Znwm",

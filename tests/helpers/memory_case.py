@@ -2,7 +2,7 @@
 
 A case is plain data, so that whoever reads a failure can rebuild it:
 
-    entry, route      "addmm" as a "function" of matmul_grad, as an "operator", or torch's own under the "switch"
+    entry, route      "addmm" as a "function" of matmul_grad, as an "operator", or torch's under the "switch"
     into              "new", "out", "self" (in place), or the index of the operand that is out itself
     tensors           shape, stride, offset and storage of each, in the order of the call, then of out
     storages          kind, and of a "small" one how many elements it lacks
@@ -153,14 +153,14 @@ def same(x: Tensor, y: Tensor) -> Tensor:
     return (x == y) | (x.isnan() & y.isnan())
 
 
-def call(case: Case, built: Built, torchs: bool) -> Any:
+def call(case: Case, built: Built, theirs: bool) -> Any:
     """The case's call, by torch or by this package."""
     name, operands, out = case["entry"], built.operands, built.out
     scales = {"beta": case["beta"], "alpha": case["alpha"]} if name in ADDS else {}
     if case["into"] == "self":
         return getattr(operands[0], name + "_")(*operands[1:], **scales)
     into = {} if out is None else {"out": out}
-    if torchs or case["route"] == "switch":
+    if theirs or case["route"] == "switch":
         return TORCHS.get(name, getattr(torch, name, None))(*operands, **scales, **into)
     if case["route"] == "operator":
         more = ([True, True],) if name == "mm_backward" else ()
@@ -175,23 +175,23 @@ def mm_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 TORCHS["mm_backward"] = mm_backward
 
 
-def outcome(case: Case, built: Built, torchs: bool) -> Any:
+def outcome(case: Case, built: Built, theirs: bool) -> Any:
     """What comes back, its gradients with it where asked for, or the RuntimeError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an out that is resized
         try:
             if not case["gradient"]:
-                return call(case, built, torchs)
-            return differentiated(case, built, torchs)
+                return call(case, built, theirs)
+            return differentiated(case, built, theirs)
         except RuntimeError as error:
             return error
 
 
-def differentiated(case: Case, built: Built, torchs: bool) -> tuple[Tensor, ...]:
+def differentiated(case: Case, built: Built, theirs: bool) -> tuple[Tensor, ...]:
     for x in built.operands:
         x.requires_grad_()
-    result = call(case, built, torchs)
-    if case["gradient"] == "freed" and not torchs:
+    result = call(case, built, theirs)
+    if case["gradient"] == "freed" and not theirs:
         for storage in built.storages:
             if storage.kind in ("plain", "cow"):
                 storage.base.untyped_storage().resize_(0)
@@ -240,7 +240,7 @@ def repeats(x: Tensor) -> bool:
 
 
 def torch_writes(case: Case, built: Built) -> bool:
-    """Whether torch's own kernel writes to an out that shares memory, and overwrites what it still has to read.
+    """Whether torch's kernel writes to an out that shares memory, and overwrites what it still has to read.
 
     Under the override these kernels write to an out that overlaps a matrix, by a temporary.
     """
@@ -273,11 +273,11 @@ def overlaps(built: Built, only: int | None = None) -> bool:
 def run(case: Any) -> None:
     if case == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
-    ours, torchs = Built(case), Built(case)
+    ours, theirs = Built(case), Built(case)
     if case["entry"] == "addmv" and ours.operands[0].dim() == 0 and ours.operands[1].shape[:1] == (0,):
         return  # torch gives a scalar, whose gradient it cannot compute
     if case["route"] == "switch" and isinstance(case["into"], int) and not all(all(x.shape) for x in ours.operands):
-        return  # nothing to multiply, so torch's own kernel takes the call, and dies of an operand that it resizes
+        return  # nothing to multiply, so torch's kernel takes the call, and dies of an operand that it resizes
     try:
         wanted: list[Tensor] | RuntimeError = exact(case, ours.values())
     except RuntimeError as error:
@@ -286,7 +286,7 @@ def run(case: Any) -> None:
     must = isinstance(wanted, RuntimeError) or must_raise(case, ours, shape)
     may = must or not all(ours.usable) or isinstance(case["into"], int) or case["gradient"] == "freed"
     may |= ours.out is not None and repeats(ours.out)  # no result fits in it: torch raises, or leaves anything there
-    expected = None if may else outcome(case, torchs, True)
+    expected = None if may else outcome(case, theirs, True)
     with matmul_grad.enabled() if case["route"] == "switch" else contextlib.nullcontext():
         found = outcome(case, ours, False)
     if case["gradient"] == "freed":
@@ -316,7 +316,7 @@ def assert_results(case: Case, built: Built, found: Any, expected: Any, wanted: 
             assert found.shape == expected.shape
             assert found.stride() == expected.stride() or found.numel() == 0
         if repeats(found) or torch_writes(case, built):
-            return  # no result fits in it, or torch's own kernel reads what it has written
+            return  # no result fits in it, or torch's kernel reads what it has written
     for i, (result, want) in enumerate(zip(results, wanted, strict=True)):
         assert result.shape == want.shape
         right = result.to(torch.float64) == want.to(result.dtype)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import fallback, strictness
+from . import fallback, strict_mode
 from .api import mm
 from .broadcast import broadcast_product, is_broadcastable
 from .fallback import alike, unsafe_view
 from .ops import DTYPES
-from .out import copied, is_torchs
+from .out_variants import copy_to, is_left_to_torch
 
 _mm = torch.ops.matmul_grad.mm.default
 _addmm = torch.ops.matmul_grad.addmm.default
@@ -37,7 +37,7 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
     tensor(3.)
     """
     if out is not None:
-        return _matmul_into(input, other, out)
+        return _matmul_out(input, other, out)
     if fallback.is_needed_to_compose(input, other):
         return torch.matmul(input, other)
     return _matmul(input, other)
@@ -79,7 +79,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
         return _addmm(bias, input, weight.t())
     fallback.require_storages(input, weight, bias)
     if weight.dim() != 2 or bias.dim() != 1 or input.dim() == 0:
-        strictness.hand_over(input, weight)
+        strict_mode.note_fallback(input, weight)
         return None
     n, k = weight.shape
     if input.shape[-1] != k or bias.shape[0] not in (1, n) or not alike(input, weight) or not alike(input, bias):
@@ -99,7 +99,7 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor:
     if a.shape[-1] != b.shape[-2] or not is_broadcastable(a.shape[:-2], b.shape[:-2]):
         return torch.matmul(input, other)  # raises
     if input.dtype not in DTYPES:
-        strictness.hand_over(input, other)
+        strict_mode.note_fallback(input, other)
         return torch.matmul(input, other)
     shape = (*a.shape[-2:-1] * (input.dim() > 1), *b.shape[-1:] * (other.dim() > 1))
     if a.dim() == b.dim() == 2:
@@ -108,10 +108,10 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor:
     return unsafe_view(result, (*batch, *shape))
 
 
-def _matmul_into(input: Tensor, other: Tensor, out: Tensor) -> Tensor:
-    if is_torchs((input, other), out) or out.dtype != input.dtype or out.device != input.device:
+def _matmul_out(input: Tensor, other: Tensor, out: Tensor) -> Tensor:
+    if is_left_to_torch((input, other), out) or out.dtype != input.dtype or out.device != input.device:
         return torch.matmul(input, other, out=out)
     if input.dim() == other.dim() == 2:
         return mm(input, other, out=out)
-    with torch.autocast(out.device.type, enabled=False):  # as for torch's own with out=
-        return copied(_matmul(input, other), out)
+    with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=
+        return copy_to(_matmul(input, other), out)

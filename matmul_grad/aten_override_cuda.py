@@ -1,6 +1,6 @@
 """The switch on CUDA: aten's own products, by kernels in Python that launch those of this package.
 
-As on CPU only the kernels under one key change. torch's own are kept, and called with what they were called with
+As on CPU only the kernels under one key change. torch's are kept, and called with what they were called with
 where these do not take it: so its results, its errors and their words are torch's.
 """
 
@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import strictness
+from . import strict_mode
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native.op_table import DOT, MATRICES, MATVEC, OVERLOADS, op_of
 from .ops import accelerated, are_scales, can_be_added, compute, has_work
-from .out import can_write
+from .out_variants import can_write
 
-OURS, TORCHS_TO_SAY, NOT_OURS = range(3)  # what is to become of a call
+RUN, FALLBACK, UNSUPPORTED = range(3)  # what is to become of a call
 
 calls: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by operator and outcome: how many of a dtype
 _counting = fork_safe_lock()
 
 
-class Switch:
+class CudaOverride:
     """Kernels under aten's products for one dispatch key, while it is on."""
 
     def __init__(self, key: str = "CUDA") -> None:
@@ -36,8 +36,8 @@ class Switch:
     def is_on(self) -> bool:
         return self._library is not None
 
-    def take_over(self) -> None:
-        """Switch on, for all of OVERLOADS or, where that fails, for none."""
+    def install(self) -> None:
+        """Install the kernels, for all of OVERLOADS or, where that fails, for none."""
         library = torch.library.Library("aten", "IMPL")
         try:
             with warnings.catch_warnings():
@@ -50,14 +50,14 @@ class Switch:
             raise
         self._library = library
 
-    def give_back(self) -> None:
-        """Switch off: what ``take_over`` found is there again."""
+    def uninstall(self) -> None:
+        """Remove them: what ``install`` found is there again."""
         library, self._library = self._library, None
         library._destroy()
 
 
 def make_kernel(overload: str, kept: Any) -> Callable[..., Tensor]:
-    """The kernel for one of OVERLOADS; ``kept`` is torch's own."""
+    """The kernel for one of OVERLOADS; ``kept`` is PyTorch's."""
     op, in_place = op_of(overload), overload.endswith("_")
     rank = max(op.kind, MATRICES)
 
@@ -66,14 +66,14 @@ def make_kernel(overload: str, kept: Any) -> Callable[..., Tensor]:
         *inputs, mat1, mat2 = operands if op.kind >= MATRICES else as_matrices(op.kind, operands)
         target = as_column(place) if op.kind == MATVEC and place is not None else place
         outcome = look(rank, inputs, mat1, mat2, beta, alpha, target)
-        if outcome == OURS:
+        if outcome == RUN:
             count(op.name, "accelerated", mat1)
             result = compute(mat1, mat2, inputs[0] if inputs else None, beta, alpha, target)
             if place is not None or op.kind >= MATRICES:
                 return result if place is None else place
             return result.view(result.shape[: op.kind])
-        if outcome == NOT_OURS:
-            strictness.hand_over(mat1, mat2)
+        if outcome == UNSUPPORTED:
+            strict_mode.note_fallback(mat1, mat2)
             count(op.name, "handed_over", mat1)
         scales = {"beta": beta, "alpha": alpha} if op.has_addend else {}
         return kept.call_boxed(keys, *operands, **scales, **({} if out is None else {"out": out}))
@@ -98,15 +98,15 @@ def look(
 ) -> int:
     """What is to become of a call."""
     if not mat1.dim() == mat2.dim() == rank or mat1.shape[-1] != mat2.shape[-2] or mat1.shape[:-2] != mat2.shape[:-2]:
-        return TORCHS_TO_SAY
+        return FALLBACK
     shape = (*mat1.shape[:-1], mat2.shape[-1])
     if target is not None and (target.shape != shape or target.dtype != mat1.dtype or target.device != mat1.device):
-        return TORCHS_TO_SAY
+        return FALLBACK
     if not accelerated(mat1, mat2) or not are_scales(beta, alpha):
-        return NOT_OURS
+        return UNSUPPORTED
     if not all(can_be_added(x, mat1, mat2) for x in inputs) or not has_work(mat1, mat2, beta, alpha):
-        return TORCHS_TO_SAY
-    return OURS if target is None or can_write(target, (*inputs, mat1, mat2)) else NOT_OURS
+        return FALLBACK
+    return RUN if target is None or can_write(target, (*inputs, mat1, mat2)) else UNSUPPORTED
 
 
 def count(operator: str, outcome: str, operand: Tensor) -> None:

@@ -25,7 +25,7 @@ def _change(by: int) -> None:
 
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
-    """Raise RuntimeError where a product would go to torch's own kernel. A context manager and a decorator.
+    """Raise RuntimeError where a product would go to torch's kernel. A context manager and a decorator.
 
     Holds for all threads of the process, since autograd may run a backward in a thread of its own. Functions compiled
     by torch.compile are refused by dtype. A call that a tensor subclass, a tracer or a mode takes is no fallback.
@@ -35,7 +35,7 @@ def strict() -> Iterator[None]:
     >>> with matmul_grad.strict():
     ...     matmul_grad.mm(a, a)
     Traceback (most recent call last):
-    RuntimeError: matmul_grad.strict(): this product goes to torch's own kernel; these kernels take two dense ...
+    RuntimeError: matmul_grad.strict(): this product goes to torch's kernel; these kernels take two dense ...
     """
     _change(1)
     try:
@@ -49,7 +49,7 @@ def is_on() -> bool:
     return open_blocks > 0
 
 
-def hand_over(self: Tensor | None, mat2: Tensor | None) -> None:
+def note_fallback(self: Tensor | None, mat2: Tensor | None) -> None:
     """Called before a product goes to torch: raises in a ``strict()`` block."""
     if is_on():
         raise RuntimeError(REFUSAL)

@@ -3,7 +3,7 @@
 written where it lies     ``out`` has the shape and shares no memory with the matrices; it may be what is added
 by a temporary            ``out`` is to be resized, or shares memory with a matrix: the result is copied
 product and copy          tracers, modes, subclasses, which do not see what is written past them
-torch's own               the rest
+torch's               the rest
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fallback, strictness
+from . import fallback, strict_mode
 from .autograd import is_plain
 from .ops import accelerated, can_be_added, compute, const_data_ptr, has_work, require_storage
 from .scalars import real_scales
@@ -22,22 +22,24 @@ Operands = tuple[Any, ...]
 Scales = dict[str, Any]
 
 
-def into(name: str, operands: Operands, scales: Scales, out_dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+def run_with_out(
+    name: str, operands: Operands, scales: Scales, out_dtype: torch.dtype | None, out: Tensor | None
+) -> Tensor:
     """``torch.<name>(*operands, **scales, out=out)``, by these kernels where they can write to ``out``.
 
     What they cannot is torch's, with its results and its errors: an ``out`` of another dtype or device, one whose
     elements share memory with each other, or in part with what is added; scales that are no real numbers; and every
     ``out_dtype``. Raises RuntimeError where a storage holds fewer elements than its tensor has.
     """
-    if not is_torchs(operands, out):
+    if not is_left_to_torch(operands, out):
         if out is None or out_dtype is not None:
-            strictness.hand_over(*operands[-2:])
+            strict_mode.note_fallback(*operands[-2:])
         else:
             result = _computed(name, operands, scales, out)
             if result is not None:
                 return result
     more = {key: value for key, value in (("out_dtype", out_dtype), ("out", out)) if value is not None}
-    return getattr(torch, name)(*operands, **given(scales), **more)
+    return getattr(torch, name)(*operands, **non_default(scales), **more)
 
 
 def _computed(name: str, operands: Operands, scales: Scales, out: Tensor) -> Tensor | None:
@@ -48,7 +50,7 @@ def _computed(name: str, operands: Operands, scales: Scales, out: Tensor) -> Ten
     if numbers is not None and torch.compiler.is_compiling() and out.dtype == mat1.dtype:
         return _traced(name, operands, real, out)
     if numbers is None or not _fit(operands, out):
-        strictness.hand_over(mat1, mat2)
+        strict_mode.note_fallback(mat1, mat2)
     elif not is_plain(*operands, out):
         return _traced(name, operands, real, out)
     else:
@@ -62,28 +64,28 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
     is_resized = out.shape != (*mat1.shape[:-1], mat2.shape[-1])
     if not has_work(mat1, mat2, **scales):
         require_storage(*operands, *([] if is_resized else [out]))
-        return copied(getattr(torch, name)(*operands, **given(scales)), out)
+        return copy_to(getattr(torch, name)(*operands, **non_default(scales)), out)
     input = inputs[0] if inputs else None
     is_spread = _is_spread(out)
     is_shared = is_spread and _overlaps_any(out, mat1, mat2)
     if is_resized or is_shared:
         if not is_resized:
             require_storage(out)
-        return copied(compute(mat1, mat2, input, **scales), out)
+        return copy_to(compute(mat1, mat2, input, **scales), out)
     if is_spread and not _overlaps_source(out, inputs):
         compute(mat1, mat2, input, out=out, **scales)
         return _written(out)
     require_storage(*operands, out)
-    strictness.hand_over(mat1, mat2)
+    strict_mode.note_fallback(mat1, mat2)
     return None
 
 
-def given(scales: Scales) -> Scales:
+def non_default(scales: Scales) -> Scales:
     """Those that are not the default: torch names in an error what it is called with."""
     return {name: value for name, value in scales.items() if type(value) is not int or value != 1}
 
 
-def is_torchs(operands: Operands, out: Tensor | None) -> bool:
+def is_left_to_torch(operands: Operands, out: Tensor | None) -> bool:
     """Whether torch's function takes the call: the gate, or an ``out`` where a gradient or a transform follows."""
     tensors = operands if out is None else (*operands, out)
     if fallback.is_needed_to_compose(*tensors):
@@ -92,7 +94,7 @@ def is_torchs(operands: Operands, out: Tensor | None) -> bool:
     return out is not None and (recorded or torch._C._are_functorch_transforms_active())
 
 
-def copied(result: Tensor, out: Tensor) -> Tensor:
+def copy_to(result: Tensor, out: Tensor) -> Tensor:
     """``out``, with a result copied to it, and resized as torch does, with its warning."""
     if type(out) in fallback.PLAIN and out.shape == result.shape and not torch.compiler.is_compiling():
         require_storage(out)
@@ -107,8 +109,8 @@ def _fit(operands: Operands, out: Tensor) -> bool:
 
 def _traced(name: str, operands: Operands, scales: Scales, out: Tensor) -> Tensor:
     """The operator and a copy."""
-    with torch.autocast(out.device.type, enabled=False):  # as for torch's own with out=
-        return copied(getattr(torch.ops.matmul_grad, name).default(*operands, **scales), out)
+    with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=
+        return copy_to(getattr(torch.ops.matmul_grad, name).default(*operands, **scales), out)
 
 
 def _written(out: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The switch: torch's own matrix products on these kernels.
+"""The switch: torch's matrix products on these kernels.
 
-Only the kernels under aten's keys CPU and CUDA change. Whatever reaches them, from torch.nn, einsum, torch's own
+Only the kernels under aten's keys CPU and CUDA change. Whatever reaches them, from torch.nn, einsum, PyTorch's
 backward formulas or compiled code, runs on the kernels of this package; all that lies above those keys stays torch's.
 """
 
@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
+from .aten_override_cuda import CudaOverride, calls
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native import state
 from .late import after_import
-from .override_cuda import Switch, calls
 
 __all__ = ["disable", "enable", "enabled", "info"]
 
 _lock = fork_safe_lock()
-_cuda = Switch()
+_cuda = CudaOverride()
 _blocks: list[list[bool]] = []  # of the open enabled() blocks, in order: whether the override was on before
 _told: set[str] = set()  # reasons for which one device is not overridden
 
@@ -75,7 +75,7 @@ def _install() -> None:
     """On each device for itself: what one device lacks does not keep another from it."""
     refused = [reason for reason in (_install_on_cpu(), _install_on_cuda()) if reason]
     if not is_on():
-        raise RuntimeError(f"matmul_grad.enable(): torch's own products cannot be replaced here: {refused[0]}")
+        raise RuntimeError(f"matmul_grad.enable(): torch's products cannot be replaced here: {refused[0]}")
     for reason in refused:
         if reason not in _told:
             _told.add(reason)
@@ -99,7 +99,7 @@ def _install_on_cuda() -> str:
     if _cuda.is_on() or not torch.cuda.is_available():
         return ""
     try:
-        _cuda.take_over()
+        _cuda.install()
     except Exception as error:
         return f"CUDA: {error}"
     return ""
@@ -107,7 +107,7 @@ def _install_on_cuda() -> str:
 
 def _uninstall(for_good: bool) -> None:
     if _cuda.is_on():
-        _cuda.give_back()
+        _cuda.uninstall()
     if state.words[state.OVERRIDE] != 0:
         from .kernels.native import override_cpu
 
@@ -122,9 +122,9 @@ def enable() -> None:
     shapes      as torch's
     strides     any, read as they are; results lie as torch's do
     dtypes      float16, bfloat16, float32, float64 on CPU and CUDA; the rest stays torch's
-    aliasing    as torch's; an ``out`` that overlaps an operand is right on CPU, where torch's own may not be
+    aliasing    as torch's; an ``out`` that overlaps an operand is right on CPU, where torch's may not be
     rounding    accumulated in float32 (float64 for float64); 16-bit results are rounded once, after the addition
-    errors      torch's own, raised by torch's own kernels
+    errors      PyTorch's, raised by torch's kernels
     determinism on CPU the same bits for any m, n, batch, strides and number of threads
     source      docs/design.md, "The switch"
 
@@ -142,7 +142,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Put torch's own kernels back, exactly as they were.
+    """Put torch's kernels back, exactly as they were.
 
     >>> import matmul_grad
     >>> matmul_grad.disable()
