@@ -129,11 +129,13 @@ def switch() -> str:
 
 
 def version(package: str) -> str:
-    """The installed version, read without importing the package.
+    """The installed version, read without importing the package; of torch, its build too.
 
     >>> version("no such package")
     'missing'
     """
+    if package == "torch":
+        return torch.__version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

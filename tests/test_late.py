@@ -43,7 +43,8 @@ def run(code: str) -> str:
 
 SHARDS = """
 from torch.distributed.tensor import DTensor
-known = DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
+propagator = DTensor._op_dispatcher.sharding_propagator
+known = {*propagator.op_strategy_funcs, *getattr(propagator, "op_single_dim_strategy_funcs", ())}
 print(all(getattr(torch.ops.matmul_grad, name).default in known for name in sharding.EQUATIONS))
 """
 

@@ -302,7 +302,7 @@ def _reduce(problem: Problem, config: TileConfig, c: Strides, sum: Sum | None) -
         (cdiv(size, REDUCE_BLOCK), problem.batch),
         (Operand("work"), Operand("c"), size, problem.n, c.row, c.col, c.batch, source, *lies, *scaling(sum)),
         {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "NAME": name},
-        {"num_warps": 4, "num_stages": 1},
+        {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
     )
 
 
