@@ -13,6 +13,12 @@ from limits import scaled
 COUNTS = pytest.StashKey[Counter[str]]()
 STOP = pytest.StashKey[Path]()  # a file that exists once as many tests have failed as -x or --maxfail allows
 FOLDER = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
+# Files of -m smoke: every entry, device and kind of input, a minute in all.
+SMOKE = {
+    "test_coverage", "test_derivation", "test_docs", "test_exceptions", "test_fallback", "test_functions", "test_gemm",
+    "test_gradient_layout", "test_gradients", "test_nn_attention", "test_override_cuda", "test_override_errors",
+    "test_override_products", "test_override_vectors", "test_storages", "test_vectors",
+}  # fmt: skip
 TIMEOUT = 1800  # seconds of a test on the reference machine of helpers/limits.py; it ends what hangs
 
 
@@ -59,6 +65,8 @@ class StopWorkers:
 def pytest_itemcollected(item: pytest.Item) -> None:
     if item.get_closest_marker("timeout") is None:
         item.add_marker(pytest.mark.timeout(scaled(TIMEOUT)))
+    if item.path.stem in SMOKE:
+        item.add_marker(pytest.mark.smoke)
 
 
 @pytest.fixture(scope="session")

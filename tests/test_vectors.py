@@ -216,3 +216,17 @@ def test_out(name: str) -> None:
         result = found[0].clone()
         ours(result, *found[1:], out=result)
         assert_same_bits(result, expected)
+
+
+@pytest.mark.filterwarnings("ignore:An output with one or more elements")  # torch's, of an out of its own
+@pytest.mark.parametrize("mat", [(0, 0), (0, 3), (3, 0)])
+@pytest.mark.parametrize("input", [(), (1,), (0,)])
+def test_addmv_of_an_empty_matrix_has_the_shape_that_torch_gives(input: tuple[int, ...], mat: tuple[int, int]) -> None:
+    operands = torch.ones(input), torch.ones(mat), torch.ones(mat[1])
+    results = []
+    for addmv in (torch.addmv, matmul_grad.addmv):
+        try:
+            results.append(addmv(*operands).tolist())
+        except RuntimeError as error:
+            results.append(str(error))
+    assert results[0] == results[1]
