@@ -7,6 +7,8 @@ BENCH_JSON ?= .benchmarks/bench.json
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
+# The interpreter of triton 3.6, which torch 2.11 brings, fails on numpy 2.4.
+NUMPY := $(if $(filter 2.11.%,$(TORCH)),<2.4,>=2)
 REPORT := $(VENV)/report.xml
 TYPED := .mypy_cache/installed
 
@@ -32,8 +34,8 @@ help:
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifneq ($(TORCH),)
-	grep -vE '^(torch|torchvision|triton|setuptools|cuda-[a-z]+|nvidia-[a-z]+)==' constraints.txt >$(PINS)
-	printf '%s\n' 'torch==$(TORCH)' 'setuptools>=77' >>$(PINS)
+	grep -vE '^(torch|torchvision|triton|numpy|setuptools|cuda-[a-z]+|nvidia-[a-z]+)==' constraints.txt >$(PINS)
+	printf '%s\n' 'torch==$(TORCH)' 'setuptools>=77' 'numpy$(NUMPY)' >>$(PINS)
 endif
 	$(BIN)/python -m pip install -c $(PINS) setuptools torch
 	$(BIN)/python -m pip install -c $(PINS) --no-build-isolation -e '.[dev]'

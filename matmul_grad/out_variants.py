@@ -1,9 +1,9 @@
 """``out=``: a result in memory that the caller has. Nothing is resized or written before all is decided.
 
 written where it lies     ``out`` has the shape and shares no memory with the matrices; it may be what is added
-by a temporary            ``out`` is to be resized, or shares memory with a matrix: the result is copied
+by a temporary            ``out`` is to be resized, or shares memory with an operand: the result is copied
 product and copy          tracers, modes, subclasses, which do not see what is written past them
-torch's               the rest
+by torch                  the rest
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def run_with_out(
     """``torch.<name>(*operands, **scales, out=out)``, by these kernels where they can write to ``out``.
 
     What they cannot is torch's, with its results and its errors: an ``out`` of another dtype or device, one whose
-    elements share memory with each other, or in part with what is added; scales that are no real numbers; and every
-    ``out_dtype``. Raises RuntimeError where a storage holds fewer elements than its tensor has.
+    elements share memory with each other; scales that are no real numbers; and every ``out_dtype``. Raises RuntimeError
+    where a storage holds fewer elements than its tensor has.
     """
     if not is_left_to_torch(operands, out):
         if out is None or out_dtype is not None:
@@ -67,12 +67,12 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
         return copy_to(getattr(torch, name)(*operands, **non_default(scales)), out)
     input = inputs[0] if inputs else None
     is_spread = _is_spread(out)
-    is_shared = is_spread and _overlaps_any(out, mat1, mat2)
+    is_shared = is_spread and (_overlaps_any(out, mat1, mat2) or _overlaps_source(out, inputs))
     if is_resized or is_shared:
         if not is_resized:
             require_storage(out)
         return copy_to(compute(mat1, mat2, input, **scales), out)
-    if is_spread and not _overlaps_source(out, inputs):
+    if is_spread:
         compute(mat1, mat2, input, out=out, **scales)
         return _written(out)
     require_storage(*operands, out)

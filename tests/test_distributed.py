@@ -276,6 +276,7 @@ CASES: dict[str, Callable[[DeviceMesh], None]] = {
 def main(backend: str, folder: Path) -> None:
     """Every case, one after the other; what each raised, or nothing, to a file of this process."""
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message="Warning: Profiler clears events")  # torch 2.11, once
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of any linear layer: its result is a view
     rank, device = int(os.environ["RANK"]), "cuda" if backend == "nccl" else "cpu"
     if device == "cuda":

@@ -58,6 +58,19 @@ def test_out_overlaps_a_matrix(name: str) -> None:
         assert_same_bits(out, expected)
 
 
+@pytest.mark.parametrize("name", ["addmm", "baddbmm"])
+def test_out_overlaps_what_is_added(name: str) -> None:
+    operands = square(name)
+    expected = getattr(torch, name)(*[x.clone() for x in operands])
+    base = torch.cat([operands[0].flatten(), torch.zeros(9)])
+    operands[0] = base[: expected.numel()].view_as(expected)
+    for out in (operands[0].mT, base[3 : 3 + expected.numel()].view_as(expected)):
+        operands[0].copy_(square(name)[0])
+        with matmul_grad.strict():
+            getattr(matmul_grad, name)(*operands, out=out)
+        assert_same_bits(out, expected)
+
+
 def test_bmm_of_a_batch_and_its_transpose_into_itself() -> None:
     q = torch.arange(10.0).view(2, 1, 5)
     expected = torch.bmm(q.clone(), q.clone().transpose(1, 2))
