@@ -137,7 +137,11 @@ def placements_case(name: str) -> Callable[[DeviceMesh], None]:
         values = [whole_numbers(size, seed, mesh.device_type) for seed, size in enumerate(sizes)]
         for placing in itertools.product(*(placements(len(size)) for size in sizes)):
             parts = [arranged(x, mesh, p) for x, p in zip(values, placing, strict=True)]
-            expected, found = results_of(theirs, parts), results_of(getattr(matmul_grad, name), parts)
+            try:
+                expected = results_of(theirs, parts)
+            except RuntimeError:  # torch 2.11 flattens no dimensions of which the second is sharded
+                continue
+            found = results_of(getattr(matmul_grad, name), parts)
             assert found == expected, f"{name} {placing}: {found}, torch {expected}"
 
     return case
