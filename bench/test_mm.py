@@ -13,31 +13,31 @@ from typing import Any
 import pytest
 import torch
 
-from matmul_grad import rivals, strict
-from matmul_grad.bench import contenders, operands, right
-from matmul_grad.bench.cells import PASSES, Cell
+from matmul_grad import strict
+from matmul_grad.bench import backends, baseline, correctness, inputs
+from matmul_grad.bench.calls import call_of, products_of
 from matmul_grad.bench.devices import Cpu
-from matmul_grad.bench.work import call_of, products_of
+from matmul_grad.bench.workloads import PASSES, Cell
 
 
 @functools.lru_cache(maxsize=2)
-def drawn(cell: Cell, values: str) -> rivals.Operands:
-    found = operands.draw(cell, values)
+def drawn(cell: Cell, values: str) -> baseline.Operands:
+    found = inputs.draw(cell, values)
     if values == "normal":
-        operands.assert_normal(found)
+        inputs.assert_normal(found)
     return found
 
 
 @functools.cache
 def checked(name: str, cell: Cell) -> None:
-    library = contenders.BY_NAME[name].library()
-    for values, check in (("integers", right.assert_exact), ("normal", right.assert_close)):
+    library = backends.BY_NAME[name].library()
+    for values, check in (("integers", correctness.assert_exact), ("normal", correctness.assert_close)):
         whole = drawn(cell, values)
         for which, got in products_of(library, cell, call_of(library, cell, whole)()).items():
             check(got, *whole.of(which), f"{name}, {cell.name}, {which}")
 
 
-@pytest.mark.parametrize("rival", rivals.RIVALS)
+@pytest.mark.parametrize("rival", baseline.RIVALS)
 @pytest.mark.parametrize("product", PASSES)
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 def test_mm(benchmark: Any, shape: tuple[int, int, int], dtype: str, product: str, rival: str) -> None:
@@ -45,9 +45,9 @@ def test_mm(benchmark: Any, shape: tuple[int, int, int], dtype: str, product: st
     cpu = Cpu()
     with strict():
         checked(rival, cell)
-        library = contenders.BY_NAME[rival].library()
-        count = operands.copies_past(cpu.cache_bytes(), cell.held, cpu.free_bytes())
-        calls = [call_of(library, cell, each) for each in operands.copies(drawn(cell, "normal"), count)]
+        library = backends.BY_NAME[rival].library()
+        count = inputs.copies_past(cpu.cache_bytes(), cell.held, cpu.free_bytes())
+        calls = [call_of(library, cell, each) for each in inputs.copies(drawn(cell, "normal"), count)]
         benchmark.group = f"{product}-{dtype}-{'x'.join(map(str, shape))}"
         benchmark.extra_info |= {"rival": rival, "flops": cell.flops, "copies": count}
-        benchmark(operands.in_turn(calls))
+        benchmark(inputs.in_turn(calls))

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from .aten_override_cuda import CudaOverride, calls
+from .import_hooks import after_import
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native import state
-from .late import after_import
 
 __all__ = ["disable", "enable", "enabled", "info"]
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__, machine
-from .exits import DISAGREES, Unusable, complain, require, require_isa, run_command, thread_count
-from .gpu_report import command as gpu_report
-from .tuning import command as tuning
+from .bench import gpu_report
+from .bench import tune as tuning
+from .cli_common import DISAGREES, Unusable, complain, require, require_isa, run_command, thread_count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +98,6 @@ def warm_up(command: argparse.Namespace) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """A command of commands, with options of its own."""
-    from .bench import command
+    from .bench import commands
 
-    return command.main(list(arguments), "matmul-grad bench")
+    return commands.main(list(arguments), "matmul-grad bench")

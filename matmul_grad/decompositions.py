@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .late import after_import
+from .import_hooks import after_import
 from .ops import PRODUCTS, torch_impl_of
 
 EXPORT = ("torch.export.exported_program", "torch.export")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from .late import after_import
+from .import_hooks import after_import
 
 COUNTER = "torch.utils.flop_counter"
 

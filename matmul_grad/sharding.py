@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .late import after_import
+from .import_hooks import after_import
 
 TENSOR = "torch.distributed.tensor"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 
 from . import machine, ops
-from .exits import Unusable
+from .cli_common import Unusable
 
 __all__ = ["compiled", "steps"]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import matmul_grad
-from matmul_grad import rivals, timing
+from matmul_grad.bench import baseline, timer
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,42 +86,42 @@ def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_bit_counts_before_timing(dtype: torch.dtype) -> None:
-    rivals.assert_right(torch.mm, 9, 8, 7, dtype)
+    baseline.assert_right(torch.mm, 9, 8, 7, dtype)
     with pytest.raises(AssertionError, match=r"forward .* elements differ"):
-        rivals.assert_right(wrong, 9, 8, 7, dtype)
+        baseline.assert_right(wrong, 9, 8, 7, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_large_errors_count_before_timing(dtype: torch.dtype) -> None:
-    x, y = rivals.draw(64, 64, 64, dtype).of("dgrad")
-    rivals.assert_small_error(torch.mm(x, y), x, y)
+    x, y = baseline.draw(64, 64, 64, dtype).of("dgrad")
+    baseline.assert_small_error(torch.mm(x, y), x, y)
     narrow = torch.float32 if dtype == torch.float64 else torch.bfloat16
     rounded = torch.mm(x.to(narrow).to(dtype), y)
     with pytest.raises(AssertionError, match="roundings"):
-        rivals.assert_small_error(rounded, x, y)
+        baseline.assert_small_error(rounded, x, y)
 
 
-def test_rivals_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rivals_time_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     now = 0.0
-    monkeypatch.setattr(timing, "perf_counter", lambda: now)
+    monkeypatch.setattr(timer, "perf_counter", lambda: now)
 
     def rival(name: str) -> Any:
         def call() -> None:
             nonlocal now
-            now += 2 * timing.BATCH
+            now += 2 * timer.BATCH
             calls.append(name)
 
         return call
 
-    times = timing.interleaved({"x": rival("x"), "y": rival("y")}, seconds=0)
+    times = timer.interleaved({"x": rival("x"), "y": rival("y")}, seconds=0)
     assert [len(rounds) for rounds in times.values()] == [5, 5]
     assert "".join(calls) == "xxyy" + "xyyx" * 2 + "xy"  # two trials of each, then the rounds
 
 
 def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), timing.threads(before + 1):
+    with pytest.raises(KeyError), timer.threads(before + 1):
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before

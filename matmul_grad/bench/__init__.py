@@ -1,17 +1,9 @@
-"""`matmul-grad bench`, and `compare` for shapes and functions of your own.
+"""The measuring engine, as a checkout finds it: an installation has bench/ of the repository in this folder's place."""
 
-command       options, exit codes                                        one process, which multiplies nothing
-  cells       what is compared: suites to products
-  conductor   the turns: cells to rows                                    speaks to the players over pipes
-    player    makes contenders ready, proves them right, times them      a process for each pool of threads
-      contenders, operands, right, work     who multiplies what, and is it right
-      roof, peak, devices                   the ceilings of the machine, and what it says of itself
-  record      rows on disk, a run that goes on, CSV
-figures       rows to ratios, means, worst cases, what differs: pure
-tables, pictures, page, readme, files_of_run    figures to Markdown, PNG and SVG, HTML, README.md
-library       `compare`
-"""
+from pathlib import Path
 
-from .library import Comparison, compare
+__path__[:] = [str(Path(__file__).resolve().parents[2] / "bench")]
+
+from .comparison import Comparison, compare  # noqa: E402 -- found by the path above
 
 __all__ = ["Comparison", "compare"]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from matmul_grad.gpu_report import child, process
-from matmul_grad.gpu_report.device import Batch, Call, Gpu
+from matmul_grad.bench import gpu_worker, process
+from matmul_grad.bench.devices import Batch, Call, Gpu
 
 
 class FakeGpu(Gpu):
@@ -95,13 +95,15 @@ class Launcher:
     ) -> process.Ended:
         self.commands.append(list(command))
         self.environments.append(environment or {})
-        name = command[command.index(child.__name__) + 1] if child.__name__ in command else "pytest"
+        name = command[command.index(gpu_worker.__name__) + 1] if gpu_worker.__name__ in command else "pytest"
         if self.scripts.get(name):
             return self.scripts[name].pop(0)(heard)
         if name == "pytest":
             return process.Ended(0, "")
         start = next(int(part.split("=")[1]) for part in command if part.startswith("--start="))
-        status = child.serve(child.tasks(name), self.gpu, start, 1e9, lambda message: heard(json.dumps(message)))
+        status = gpu_worker.serve(
+            gpu_worker.tasks(name), self.gpu, start, 1e9, lambda message: heard(json.dumps(message))
+        )
         return process.Ended(status, "")
 
 

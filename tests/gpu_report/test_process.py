@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from limits import scaled
 
-from matmul_grad.gpu_report import process
+from matmul_grad.bench import process
 
 
 def script(text: str) -> list[str]:
