@@ -1,11 +1,12 @@
 """Who multiplies: this package, torch, and the other packages that are installed.
 
-A contender is a name, the process that it runs in (libraries with a pool of threads of their own never share one),
+A backend is a name, the process that it runs in (libraries with a pool of threads of their own never share one),
 and a library: how it is called on torch's operands, without a copy where it can read them in place.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from .. import testing
 from . import baseline
-from .workloads import Cell
+from .workloads import Workload
 
-PEAK = "peak"  # stands among the contenders, and is none: the most that this machine can multiply
-TORCHS = "torch"  # the process of all that runs on torch's own pool of threads
+PEAK = "peak"  # stands among the backends, and is none: the most that this machine can multiply
+TORCH_PROCESS = "torch"  # the process of all that runs on torch's own pool of threads
 CUBES_COMPILED = (1024, 4096)  # torch.compile takes half a minute to tune itself to one
 
 Call = Callable[[], Any]
@@ -138,7 +139,7 @@ class Jax(Bare):
 
 
 @dataclass(frozen=True)
-class Contender:
+class Backend:
     """A package, and what of a run it takes part in."""
 
     name: str
@@ -147,7 +148,7 @@ class Contender:
     library: Callable[[], Library]
     devices: tuple[str, ...] = ("cpu",)
     dtypes: tuple[str, ...] = tuple(testing.DTYPES)
-    process: str = TORCHS
+    process: str = TORCH_PROCESS
     products: tuple[str, ...] = (*testing.PRODUCTS, baseline.STEP)
     most_threads: int = 1 << 20
     every_layout: bool = False
@@ -157,16 +158,20 @@ class Contender:
     def installed(self) -> bool:
         return importlib.util.find_spec(self.module.partition(".")[0]) is not None
 
-    def takes(self, cell: Cell) -> bool:
+    def takes(self, workload: Workload) -> bool:
         """Others than torch read every layout only as gradients do: it is torch that ratios are of."""
         return (
-            cell.device in self.devices
-            and cell.dtype in self.dtypes
-            and cell.product in self.products
-            and cell.threads <= self.most_threads
-            and (self.every_layout or cell.layout == "NN")
-            and (not self.sizes or (cell.m == cell.n == cell.k and cell.m in self.sizes))
+            workload.device in self.devices
+            and workload.dtype in self.dtypes
+            and workload.product in self.products
+            and workload.threads <= self.most_threads
+            and (self.every_layout or workload.layout == "NN")
+            and (not self.sizes or (workload.m == workload.n == workload.k and workload.m in self.sizes))
         )
+
+
+def implementation(name: str) -> OfTorch:
+    return OfTorch(baseline.IMPLEMENTATIONS[name])
 
 
 def compiled(a: Tensor, b: Tensor) -> Tensor:
@@ -177,48 +182,46 @@ HALF, SINGLE = ("bf16", "f16"), ("f32", "f64")
 BOTH = ("cpu", "cuda")
 ALL = (
     *(
-        Contender(name, name, name, lambda name=name: OfTorch(baseline.RIVALS[name]), BOTH, every_layout=True)
-        for name in baseline.RIVALS
+        Backend(name, name, name, functools.partial(implementation, name), BOTH, every_layout=True)
+        for name in baseline.IMPLEMENTATIONS
     ),
-    Contender("numpy", "numpy", "numpy", Numpy, dtypes=SINGLE, process="numpy"),
+    Backend("numpy", "numpy", "numpy", Numpy, dtypes=SINGLE, process="numpy"),
     # The wheels of blis are built without threads.
-    Contender("blis", "blis", "blis", Blis, dtypes=SINGLE, process="blis", most_threads=1),
-    Contender("jax", "jax", "jax", Jax, process="jax"),
-    Contender(
+    Backend("blis", "blis", "blis", Blis, dtypes=SINGLE, process="blis", most_threads=1),
+    Backend("jax", "jax", "jax", Jax, process="jax"),
+    Backend(
         "flag_gems", "flag_gems", "flag_gems",
         lambda: OfTorch(importlib.import_module("flag_gems.ops").mm), ("cuda",), products=testing.PRODUCTS,
     ),
     # The persistent kernel of Triton's tutorials, as this package ships it.
-    Contender(
+    Backend(
         "triton tutorial", "batch_invariant_ops", "batch_invariant_ops",
         lambda: OfTorch(importlib.import_module("batch_invariant_ops").matmul_persistent), ("cuda",), HALF,
         products=testing.PRODUCTS,
     ),
-    Contender(
+    Backend(
         "quack", "quack-kernels", "quack",
         lambda: OfTorch(importlib.import_module("quack.gemm_interface").gemm), ("cuda",), HALF,
         products=testing.PRODUCTS,
     ),
-    Contender(
+    Backend(
         "torch.compile", "torch", "torch",
         lambda: OfTorch(torch.compile(compiled, mode="max-autotune-no-cudagraphs", dynamic=False)), ("cuda",), HALF,
         products=("forward",), sizes=CUBES_COMPILED,
     ),
 )  # fmt: skip
-BY_NAME = {contender.name: contender for contender in ALL}
+BY_NAME = {backend.name: backend for backend in ALL}
 NAMES = tuple(BY_NAME)
 
 
-def chosen(names: Sequence[str], device: str) -> list[Contender]:
+def chosen(names: Sequence[str], device: str) -> list[Backend]:
     """Of these names those that run on ``device`` and are installed, this package among them.
 
-    >>> [contender.name for contender in chosen(["torch", "no such"], "cpu")]
+    >>> [backend.name for backend in chosen(["torch", "no such"], "cpu")]
     ['torch', 'matmul_grad']
     """
     return [
-        contender
-        for contender in ALL
-        if (contender.name in names or contender.name == baseline.OURS)
-        and device in contender.devices
-        and contender.installed
+        backend
+        for backend in ALL
+        if (backend.name in names or backend.name == baseline.OURS) and device in backend.devices and backend.installed
     ]

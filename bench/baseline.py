@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import api, reference, testing
 
-__all__ = ["OURS", "RIVALS", "STEP", "THEIRS", "Operands", "assert_right", "draw", "flops", "work"]
+__all__ = ["IMPLEMENTATIONS", "OURS", "STEP", "TORCH", "Operands", "assert_correct", "draw", "flops", "work"]
 
 Mm = Callable[[Tensor, Tensor], Tensor]
-THEIRS, OURS = "torch", "matmul_grad"
+TORCH, OURS = "torch", "matmul_grad"
 STEP = "step"  # forward and both gradients through autograd
 # An error is at most this many roundings of ‖row‖·‖column‖: for independent values of mean zero that holds
 # for any length and order of the sum. Zen 4, n = 8-2048: 2.9 at most here, 2.0 in torch.
@@ -21,7 +21,7 @@ ROUNDINGS = 8
 ROWS = 8  # of a float64 result are judged so: its oracle is slow
 
 # Looked up at each call, so that what is timed is what the package does now.
-RIVALS: Mapping[str, Mm] = {THEIRS: lambda a, b: torch.mm(a, b), OURS: lambda a, b: api.mm(a, b)}
+IMPLEMENTATIONS: Mapping[str, Mm] = {TORCH: lambda a, b: torch.mm(a, b), OURS: lambda a, b: api.mm(a, b)}
 
 
 class Operands(NamedTuple):
@@ -69,13 +69,13 @@ def work(mm: Mm, product: str, operands: Operands) -> Callable[[], object]:
     return lambda: torch.autograd.grad(mm(a, b), (a, b), operands.grad)
 
 
-def assert_right(mm: Mm, m: int, n: int, k: int, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> None:
+def assert_correct(mm: Mm, m: int, n: int, k: int, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> None:
     """Forward, dgrad and wgrad: every bit on integers, the size of the error on normal operands.
 
     The error is not held against torch's here: at n = 256 torch may sum in several lanes, whose error is
     half of one chain's, and a check must not hang on that. `check` shows both errors.
 
-    >>> assert_right(torch.mm, 5, 6, 7, torch.float32)
+    >>> assert_correct(torch.mm, 5, 6, 7, torch.float32)
     """
     whole = draw(m, n, k, dtype, seed=seed, device=device, values="integers")
     normal = draw(m, n, k, dtype, seed=seed, device=device)

@@ -1,4 +1,4 @@
-"""What is timed of a library for a cell: the call, what it gave, and a batch of it."""
+"""What is timed of a library for a workload: the call, what it gave, and a batch of it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from .. import testing
 from . import baseline, timer
 from .backends import Call, Library
 from .roofline import Device
-from .workloads import Cell
+from .workloads import Workload
 
 BATCH = 5 * timer.BATCH  # the caches are another's when a turn begins, so it has a call to warm up, and lasts
 LONG = 0.05  # seconds: a call that needs no other before it
 
 
-def call_of(library: Library, cell: Cell, each: baseline.Operands) -> Call:
-    return library.step(each) if cell.product == baseline.STEP else library.product(*each.of(cell.product))
+def call_of(library: Library, workload: Workload, each: baseline.Operands) -> Call:
+    return library.step(each) if workload.product == baseline.STEP else library.product(*each.of(workload.product))
 
 
-def products_of(library: Library, cell: Cell, result: Any) -> dict[str, Tensor]:
+def products_of(library: Library, workload: Workload, result: Any) -> dict[str, Tensor]:
     """The products that a call gave, by name."""
-    if cell.product != baseline.STEP:
-        return {cell.product: library.tensor(result)}
+    if workload.product != baseline.STEP:
+        return {workload.product: library.tensor(result)}
     return {product: library.tensor(each) for product, each in zip(testing.PRODUCTS, result, strict=True)}
 
 

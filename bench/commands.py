@@ -16,15 +16,25 @@ from typing import Any
 import torch
 
 from .. import testing
-from ..cli_common import DISAGREES, INTERRUPTED, UNUSABLE, Parser, Unusable, complain, require, require_isa, run_command
+from ..cli_common import (
+    EXIT_INTERRUPTED,
+    EXIT_MISMATCH,
+    EXIT_USAGE,
+    Parser,
+    UsageError,
+    complain,
+    require,
+    require_isa,
+    run_command,
+)
 from ..console import Console, make_console, progress, table
 from . import backends, baseline, devices, results, runner, stats, tables, workloads
-from .backends import Contender
+from .backends import Backend
 from .gpu_report import terminated_as_interrupted
-from .workloads import PASSES, SUITES, Cell
+from .workloads import PASSES, SUITES, Workload
 
 DTYPES = {"cpu": ("f32", "f64"), "cuda": ("bf16", "f32")}
-SECONDS = {"cpu": 0.6, "cuda": 0.3}  # a comparison, all contenders together
+SECONDS = {"cpu": 0.6, "cuda": 0.3}  # a comparison, all backends together
 MAX_GFLOP = {"cpu": 40.0, "cuda": 1e5}
 MINUTES = 5.0  # of the quick suite on a GPU
 REPORT, REPORT_SHARE = 25.0, 0.2  # seconds, and the most of --minutes, that drawing and writing may take
@@ -101,11 +111,11 @@ def positive(text: str) -> float:
 def run(command: argparse.Namespace) -> int:
     """Everything that was not measured yet, then the files and the tables of it."""
     left = clock(command)
-    members, planned, settings, larger = prepare(command)
+    selected, planned, settings, larger = prepare(command)
     require("matplotlib")
     from . import run_files
 
-    stamp = results.stamp(command.device, members)
+    stamp = results.stamp(command.device, selected)
     result = {
         "schema": results.SCHEMA, "kind": results.KIND, "stamp": stamp, "settings": settings, "whole": False,
         "protocol": results.PROTOCOL, "planned": len(planned), "larger": larger, "roofs": [], "rows": [],
@@ -115,13 +125,13 @@ def run(command: argparse.Namespace) -> int:
     interrupted = False
     with terminated_as_interrupted():
         try:
-            measure(console, command, members, planned, run, left)
+            measure(console, command, selected, planned, run, left)
         except KeyboardInterrupt:
             interrupted = True
     whole = not run.left(planned)
     if not run.result["rows"]:
         complain(f"bench: {'interrupted' if interrupted else 'the time was up'} before anything was measured")
-        return INTERRUPTED if interrupted else UNUSABLE
+        return EXIT_INTERRUPTED if interrupted else EXIT_USAGE
     path = run.finish(whole)
     run_files.write(run.result, path.parent)
     conclude(console, run.result)
@@ -131,59 +141,61 @@ def run(command: argparse.Namespace) -> int:
     console.print(f"report: {path.with_name('bench.html')}", soft_wrap=True)
     if not whole:
         console.print(f"{len(run.left(planned))} comparisons are left: --resume goes on with them")
-    return INTERRUPTED if interrupted else verdict(run.result, command.fail_below)
+    return EXIT_INTERRUPTED if interrupted else verdict(run.result, command.fail_below)
 
 
-def prepare(command: argparse.Namespace) -> tuple[list[Contender], list[Cell], dict[str, Any], int]:
+def prepare(command: argparse.Namespace) -> tuple[list[Backend], list[Workload], dict[str, Any], int]:
     """Who takes part in what; the settings are what a run that goes on must have in common with its beginning."""
     require_isa()
     device = command.device
     if device == "cuda" and not torch.cuda.is_available():
-        raise Unusable(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
+        raise UsageError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
     for name in command.rivals or ():
-        contender = backends.BY_NAME.get(name)
-        if contender and device not in contender.devices:
-            raise Unusable(f"--rivals {name}: it does not run on {device}")
-        if contender and not contender.installed:
-            raise Unusable(f"--rivals {name}: {contender.package} is missing: pip install {contender.package}")
-    members = backends.chosen(command.rivals or backends.NAMES, device)
+        backend = backends.BY_NAME.get(name)
+        if backend and device not in backend.devices:
+            raise UsageError(f"--rivals {name}: it does not run on {device}")
+        if backend and not backend.installed:
+            raise UsageError(f"--rivals {name}: {backend.package} is missing: pip install {backend.package}")
+    selected = backends.chosen(command.rivals or backends.NAMES, device)
     dtypes, limit = command.dtype or DTYPES[device], command.max_gflop or MAX_GFLOP[device]
     counts = command.threads if device == "cpu" else (1,)
     planned, larger = workloads.plan(command.suite, device, dtypes, command.passes, counts, limit)
     if not planned:
-        raise Unusable(f"--max-gflop {limit:g}: all of the suite {command.suite} is larger")
+        raise UsageError(f"--max-gflop {limit:g}: all of the suite {command.suite} is larger")
     settings = {
         "suite": command.suite, "device": device, "dtypes": list(dtypes), "passes": list(command.passes),
-        "threads": list(counts), "rivals": [member.name for member in members if member.name != baseline.OURS],
+        "threads": list(counts), "rivals": [backend.name for backend in selected if backend.name != baseline.OURS],
         "seconds": command.seconds or SECONDS[device], "max gflop": limit, "pinned": command.pin,
     }  # fmt: skip
-    return members, planned, settings, larger
+    return selected, planned, settings, larger
 
 
 def measure(
     console: Console,
     command: argparse.Namespace,
-    members: list[Contender],
-    planned: list[Cell],
+    selected: list[Backend],
+    planned: list[Workload],
     run: results.Record,
     time_left: Callable[[], float],
 ) -> None:
-    """Keep a row for each cell that has none, until the time is up."""
+    """Keep a row for each workload that has none, until the time is up."""
     left, seconds = run.left(planned), run.result["settings"]["seconds"]
 
-    def begun(ensemble: runner.Ensemble) -> None:
+    def begun(pool: runner.WorkerPool) -> None:
         known = {(roof["device"], roof["threads"]) for roof in run.result["roofs"]}
         if not known:
-            run.result["stamp"] = ensemble.facts() | run.result["stamp"]  # which a run that goes on is held against
-        if (ensemble.device, ensemble.threads) not in known:
-            run.result["roofs"].append(ensemble.roof())
+            run.result["stamp"] = pool.facts() | run.result["stamp"]  # which a run that goes on is held against
+        if (pool.device, pool.threads) not in known:
+            run.result["roofs"].append(pool.roof())
 
-    rows = runner.rows(left, members, seconds, command.pin, time_left, begun)
-    weights = [cell.weight(seconds, contenders=sum(member.takes(cell) for member in members)) for cell in left]
+    rows = runner.rows(left, selected, seconds, command.pin, time_left, begun)
+    weights = [
+        workload.weight(seconds, backends=sum(backend.takes(workload) for backend in selected)) for workload in left
+    ]
     with contextlib.closing(rows), progress(console, "bench", len(left), sum(weights)) as shown:
-        for cell, weight, row in zip(left, weights, rows):
+        for workload, weight, row in zip(left, weights, rows):
             run.keep(row)
-            shown(cell.name, weight)
+            shown(workload.name, weight)
 
 
 def clock(command: argparse.Namespace) -> Callable[[], float]:
@@ -208,13 +220,13 @@ def verdict(result: dict[str, Any], least: float | None) -> int:
     status = 0
     for line in stats.troubles(result["rows"]):
         complain(f"bench: {line}")
-        status = DISAGREES
+        status = EXIT_MISMATCH
     for group, found in stats.summaries(result["rows"]).items():
         for summary in found:
-            if least is not None and summary.rival == baseline.THEIRS and summary.mean.median < least:
+            if least is not None and summary.rival == baseline.TORCH and summary.mean.median < least:
                 what = f"{group.product} {group.dtype}, {group.where}"
                 complain(f"bench: {what}: {summary.mean.median:.3f} of torch, below {least:g}")
-                status = DISAGREES
+                status = EXIT_MISMATCH
     return status
 
 
@@ -223,7 +235,7 @@ def compare(command: argparse.Namespace) -> int:
     first, second = results.load(command.first), results.load(command.second)
     found = stats.changes(first["rows"], second["rows"])
     if not found:
-        raise Unusable(f"compare: {command.first} and {command.second} have no comparison in common")
+        raise UsageError(f"compare: {command.first} and {command.second} have no comparison in common")
     console = make_console()
     table(console, tables.CHANGES, tables.changes(found))
     for line in tables.other_machine(first["stamp"], second["stamp"]):
@@ -242,7 +254,7 @@ def compare(command: argparse.Namespace) -> int:
         complain(f"bench: {change.name}: {change.ratio:.3f} of the first, below {least:g}")
     if least and mean < least:
         complain(f"bench: geometric mean: {mean:.3f} of the first, below {least:g}")
-    return DISAGREES if low or (least and mean < least) else 0
+    return EXIT_MISMATCH if low or (least and mean < least) else 0
 
 
 def report(command: argparse.Namespace) -> int:
@@ -252,11 +264,11 @@ def report(command: argparse.Namespace) -> int:
 
     result = results.load(command.file)
     if command.readme and result["stamp"]["device"] != "cpu":
-        raise Unusable(f"--readme: its section is of a CPU, and {command.file} of a GPU")
+        raise UsageError(f"--readme: its section is of a CPU, and {command.file} of a GPU")
     if command.readme and not command.busy:
         busy = stats.disturbed(result["rows"])
         if busy:
-            raise Unusable(f"--readme: other work ran here during {busy[0]}, in all {len(busy)} comparisons")
+            raise UsageError(f"--readme: other work ran here during {busy[0]}, in all {len(busy)} comparisons")
     place = results.writable(command.out or command.file.parent)
     run_files.write(result, place)
     print(f"report: {place / 'bench.html'}")

@@ -14,7 +14,7 @@ from .backends import OfTorch
 from .calls import batch_of, call_of, products_of
 from .devices import Cpu, Gpu
 from .stats import Spread
-from .workloads import PASSES, Cell
+from .workloads import PASSES, Workload
 
 __all__ = ["Comparison", "compare"]
 
@@ -83,26 +83,28 @@ def compare(
     for shape in shapes:
         if len(shape) != 3 or min(shape) < 1:
             raise ValueError(f"shapes are (m, n, k), each at least 1, got {shape}")
-        cell = Cell(product, testing.SHORT[dtype], layout, *shape, threads=torch.get_num_threads(), device=device)
-        found.append(measured({"fn_a": OfTorch(fn_a), "fn_b": OfTorch(fn_b)}, cell, seconds))
+        workload = Workload(
+            product, testing.SHORT[dtype], layout, *shape, threads=torch.get_num_threads(), device=device
+        )
+        found.append(measured({"fn_a": OfTorch(fn_a), "fn_b": OfTorch(fn_b)}, workload, seconds))
     return found
 
 
-def measured(libraries: dict[str, OfTorch], cell: Cell, seconds: float) -> Comparison:
-    where: Cpu | Gpu = Cpu() if cell.device == "cpu" else Gpu()
-    whole, normal = (inputs.draw(cell, values, cell.device) for values in ("integers", "normal"))
+def measured(libraries: dict[str, OfTorch], workload: Workload, seconds: float) -> Comparison:
+    where: Cpu | Gpu = Cpu() if workload.device == "cpu" else Gpu()
+    whole, normal = (inputs.draw(workload, values, workload.device) for values in ("integers", "normal"))
     inputs.assert_normal(normal)
-    sets = list(inputs.copies(normal, inputs.copies_past(where.cache_bytes(), cell.held, where.free_bytes())))
+    sets = list(inputs.copies(normal, inputs.copies_past(where.cache_bytes(), workload.held, where.free_bytes())))
     batches, digests = {}, set()
     for name, library in libraries.items():
         for values, check in ((whole, correctness.assert_exact), (normal, correctness.assert_close)):
-            products = products_of(library, cell, call_of(library, cell, values)())
+            products = products_of(library, workload, call_of(library, workload, values)())
             for which, got in products.items():
-                check(got, *values.of(which), f"{name}, {cell.name}, {which}")
+                check(got, *values.of(which), f"{name}, {workload.name}, {which}")
         digests.add(correctness.digest(tuple(products.values())))
-        calls = [call_of(library, cell, each) for each in sets]
-        batches[name] = batch_of(inputs.in_turn(calls), where)
+        calls = [call_of(library, workload, each) for each in sets]
+        batches[name] = batch_of(inputs.alternating(calls), where)
     times = timer.time_interleaved(batches, seconds)
     ratios = [b / a for a, b in zip(times["fn_a"], times["fn_b"], strict=True)]
     a, b, ratio = (Spread(*timer.quartiles(rounds)) for rounds in (times["fn_a"], times["fn_b"], ratios))
-    return Comparison(cell.shape, a, b, ratio, len(digests) == 1, len(ratios))
+    return Comparison(workload.shape, a, b, ratio, len(digests) == 1, len(ratios))

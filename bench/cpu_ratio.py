@@ -14,10 +14,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..cli_common import DISAGREES, INTERRUPTED, Unusable, require_isa
+from ..cli_common import EXIT_INTERRUPTED, EXIT_MISMATCH, UsageError, require_isa
 from ..console import Console, make_console, progress
 from . import ratio_openblas, ratio_results, ratio_stats, ratio_tables, ratio_workloads, timer, worker
-from .ratio_workloads import Job
+from .ratio_workloads import RatioWorkload
 
 KIND = "cpu-ratio"
 HELP = "torch and OpenBLAS beside this package on CPU: targets, figures, and the last committed ones"
@@ -80,9 +80,9 @@ def run(command: argparse.Namespace) -> int:
     interrupted = False
     try:
         measure(console, command, sessions, result["rows"])
-    except worker.Failed as reason:
+    except worker.WorkerFailed as reason:
         print(f"{KIND}: {reason}", file=sys.stderr)
-        return DISAGREES
+        return EXIT_MISMATCH
     except KeyboardInterrupt:
         print(f"{KIND}: interrupted after {len(result['rows'])} comparisons", file=sys.stderr)
         interrupted = True
@@ -96,25 +96,27 @@ def run(command: argparse.Namespace) -> int:
         ending = next((ending for ending, holds in endings.items() if holds), "")
         console.print(f"rows: {ratio_results.save(result, folder, KIND, ending).name}")
     status = conclude(console, result, command.shapes)
-    return INTERRUPTED if interrupted else status
+    return EXIT_INTERRUPTED if interrupted else status
 
 
 class Session(NamedTuple):
     """The comparisons with one number of threads: those with torch, then those with OpenBLAS."""
 
     threads: int
-    with_torch: list[Job]
-    with_openblas: list[Job]
+    with_torch: list[RatioWorkload]
+    with_openblas: list[RatioWorkload]
 
 
 def planned(command: argparse.Namespace) -> list[Session]:
     sessions = []
     for count in command.threads:
         jobs = ratio_workloads.jobs(command.rows, command.dtypes, count, command.quick)
-        apart = [job for job in jobs if job.part == "openblas"]
-        sessions.append(Session(count, [job for job in jobs if job not in apart], apart))
+        apart = [workload for workload in jobs if workload.part == "openblas"]
+        sessions.append(Session(count, [workload for workload in jobs if workload not in apart], apart))
     if not any(session.with_torch or session.with_openblas for session in sessions):
-        raise Unusable(f"--rows {listed(command.rows)} --dtypes {listed(command.dtypes)}: there is nothing to measure")
+        raise UsageError(
+            f"--rows {listed(command.rows)} --dtypes {listed(command.dtypes)}: there is nothing to measure"
+        )
     return sessions
 
 
@@ -126,9 +128,9 @@ def output(command: argparse.Namespace) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
-        raise Unusable(f"--out {folder}: {reason.strerror}") from reason
+        raise UsageError(f"--out {folder}: {reason.strerror}") from reason
     if not os.access(folder, os.W_OK):
-        raise Unusable(f"--out {folder}: cannot be written")
+        raise UsageError(f"--out {folder}: cannot be written")
     return folder
 
 
@@ -150,7 +152,7 @@ def measure(
 ) -> None:
     """Append a row for each comparison: what is there when it is interrupted is good."""
     each = seconds(command)
-    total = sum(job.weight(each, s.threads) for s in sessions for job in s.with_torch + s.with_openblas)
+    total = sum(workload.weight(each, s.threads) for s in sessions for workload in s.with_torch + s.with_openblas)
     number = sum(len(s.with_torch) + len(s.with_openblas) for s in sessions)
     with progress(console, KIND, number, total) as shown:
         for count, with_torch, with_openblas in sessions:
@@ -158,20 +160,20 @@ def measure(
             if with_torch:
                 options = [f"--threads={count}", f"--seconds={each}", *["--pin"] * pin]
                 with worker.Worker("matmul_grad.bench.ratio_worker", *options) as torchs:
-                    for job in with_torch:
-                        shown(named(job, count), 0.0)
-                        rows.append(torchs.ask(vars(job)))
-                        shown(named(job, count), job.weight(each, count))
+                    for workload in with_torch:
+                        shown(named(workload, count), 0.0)
+                        rows.append(torchs.ask(vars(workload)))
+                        shown(named(workload, count), workload.weight(each, count))
             if with_openblas:
                 with ratio_openblas.Match(count, each, pin) as match:
-                    for job in with_openblas:
-                        shown(named(job, count), 0.0)
-                        rows.append(match.compare(job))
-                        shown(named(job, count), job.weight(each, count))
+                    for workload in with_openblas:
+                        shown(named(workload, count), 0.0)
+                        rows.append(match.compare(workload))
+                        shown(named(workload, count), workload.weight(each, count))
 
 
-def named(job: Job, count: int) -> str:
-    return f"{job.case.id}, {ratio_tables.threads(count)}"
+def named(workload: RatioWorkload, count: int) -> str:
+    return f"{workload.case.id}, {ratio_tables.threads(count)}"
 
 
 def load(path: Path) -> ratio_results.Result:
@@ -182,9 +184,9 @@ def load(path: Path) -> ratio_results.Result:
             ratio_stats.key(row)
         return result
     except OSError as reason:
-        raise Unusable(f"--from {path}: {reason.strerror}") from reason
+        raise UsageError(f"--from {path}: {reason.strerror}") from reason
     except (ValueError, KeyError, TypeError) as reason:
-        raise Unusable(f"--from {path}: these are not rows of {KIND}") from reason
+        raise UsageError(f"--from {path}: these are not rows of {KIND}") from reason
 
 
 def conclude(console: Console, result: ratio_results.Result, shapes: bool) -> int:
@@ -195,4 +197,4 @@ def conclude(console: Console, result: ratio_results.Result, shapes: bool) -> in
     fell = ratio_tables.falls(entries)
     for line in fell:
         print(f"{KIND}: fell: {line}", file=sys.stderr)
-    return DISAGREES if fell else 0
+    return EXIT_MISMATCH if fell else 0

@@ -11,21 +11,21 @@ from torch import Tensor
 
 from . import baseline, gpu_calls
 from .gpu_calls import Missing, Mm
-from .gpu_workloads import Job
+from .gpu_workloads import GpuWorkload
 
 __all__ = ["copies", "draw", "mm_of", "work"]
 
 
-def mm_of(name: str, job: Job) -> Mm:
-    """The function that multiplies for a contender.
+def mm_of(name: str, workload: GpuWorkload) -> Mm:
+    """The function that multiplies for a backend.
 
-    >>> mm_of("torch", Job("products", "forward", "f32", 1, 1, 1)) is torch.mm
+    >>> mm_of("torch", GpuWorkload("products", "forward", "f32", 1, 1, 1)) is torch.mm
     True
     """
     if name == baseline.OURS:
-        return gpu_calls.bmm() if job.part == "bmm" else gpu_calls.mm(job.precision)
-    if name == baseline.THEIRS:
-        return torch.bmm if job.part == "bmm" else torch.mm
+        return gpu_calls.bmm() if workload.part == "bmm" else gpu_calls.mm(workload.precision)
+    if name == baseline.TORCH:
+        return torch.bmm if workload.part == "bmm" else torch.mm
     try:
         return OTHERS[name]()
     except Exception as error:  # a package that is there may still fail on this torch, or on this GPU
@@ -44,18 +44,18 @@ OTHERS: dict[str, Callable[[], Mm]] = {
 }
 
 
-def draw(job: Job, device: str, seed: int = 0) -> baseline.Operands:
+def draw(workload: GpuWorkload, device: str, seed: int = 0) -> baseline.Operands:
     """Standard normal operands, drawn where they are used: on the host it would take longer than all the rest.
 
-    >>> [tuple(x.shape) for x in draw(Job("bmm", "forward", "f32", 2, 3, 4, batch=5), "cpu")]
+    >>> [tuple(x.shape) for x in draw(GpuWorkload("bmm", "forward", "f32", 2, 3, 4, batch=5), "cpu")]
     [(5, 2, 4), (5, 4, 3), (5, 2, 3)]
     """
     generator = torch.Generator(device).manual_seed(seed)
-    batch = (job.batch,) if job.part == "bmm" else ()
-    sizes = (job.m, job.k), (job.k, job.n), (job.m, job.n)
+    batch = (workload.batch,) if workload.part == "bmm" else ()
+    sizes = (workload.m, workload.k), (workload.k, workload.n), (workload.m, workload.n)
 
     def one(size: tuple[int, int]) -> Tensor:
-        return torch.randn(*batch, *size, generator=generator, device=device).to(job.torch_dtype)
+        return torch.randn(*batch, *size, generator=generator, device=device).to(workload.torch_dtype)
 
     return baseline.Operands(*map(one, sizes))
 
@@ -70,11 +70,11 @@ def copies(operands: baseline.Operands, count: int) -> list[baseline.Operands]:
     return [operands, *(baseline.Operands(*(x.clone() for x in operands)) for _ in range(count - 1))]
 
 
-def work(mm: Mm, job: Job, operands: baseline.Operands) -> Any:
+def work(mm: Mm, workload: GpuWorkload, operands: baseline.Operands) -> Any:
     """The call that is timed.
 
-    >>> job = Job("products", "wgrad", "f32", 2, 3, 4)
-    >>> work(torch.mm, job, draw(job, "cpu"))().shape
+    >>> workload = GpuWorkload("products", "wgrad", "f32", 2, 3, 4)
+    >>> work(torch.mm, workload, draw(workload, "cpu"))().shape
     torch.Size([4, 3])
     """
-    return baseline.work(mm, job.product, operands)
+    return baseline.work(mm, workload.product, operands)

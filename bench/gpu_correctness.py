@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import baseline, gpu_backends
 from .gpu_calls import Mm
-from .gpu_workloads import Job
+from .gpu_workloads import GpuWorkload
 from .timer import rounded
 
 __all__ = ["Verdict", "judge", "verdicts"]
@@ -65,23 +65,23 @@ def judge(what: str, result: Tensor, theirs: Tensor, x: Tensor, y: Tensor, preci
     return Verdict(what, error, torchs, 2 * (torchs + rounding) + chain + operands)
 
 
-def verdicts(mm: Mm, job: Job, operands: baseline.Operands) -> list[Verdict]:
-    """A verdict for the product of a job, two for a step; a third where rows alone must have the same bits.
+def verdicts(mm: Mm, workload: GpuWorkload, operands: baseline.Operands) -> list[Verdict]:
+    """A verdict for the product of a workload, two for a step; a third where rows alone must have the same bits.
 
-    >>> job = Job("products", "step", "f32", 3, 4, 5)
-    >>> [verdict.what for verdict in verdicts(torch.mm, job, gpu_backends.draw(job, "cpu")) if verdict.right]
+    >>> workload = GpuWorkload("products", "step", "f32", 3, 4, 5)
+    >>> [verdict.what for verdict in verdicts(torch.mm, workload, gpu_backends.draw(workload, "cpu")) if verdict.right]
     ['dgrad', 'wgrad']
     """
-    theirs = torch.bmm if job.part == "bmm" else torch.mm
-    if job.product != baseline.STEP:
-        x, y = operands.of(job.product)
-        return [judge(job.product, mm(x, y), theirs(x, y), x, y, job.precision)]
-    products, expected_step = (gpu_backends.work(which, job, operands)() for which in (mm, theirs))
+    theirs = torch.bmm if workload.part == "bmm" else torch.mm
+    if workload.product != baseline.STEP:
+        x, y = operands.of(workload.product)
+        return [judge(workload.product, mm(x, y), theirs(x, y), x, y, workload.precision)]
+    products, expected_step = (gpu_backends.work(which, workload, operands)() for which in (mm, theirs))
     found = [
         judge(which, result, expected, *operands.of(which))
         for which, result, expected in zip(("dgrad", "wgrad"), products, expected_step, strict=True)
     ]
-    return found + ([rows_alone(mm, operands)] if job.part == "invariant" else [])
+    return found + ([rows_alone(mm, operands)] if workload.part == "invariant" else [])
 
 
 def rows_alone(mm: Mm, operands: baseline.Operands) -> Verdict:

@@ -22,7 +22,7 @@ from .. import cli_common
 from . import files, gpu_stats, gpu_tables, process, stages
 from .files import checkout
 from .gpu_session import Row
-from .stages import STEPS, Given, Step
+from .stages import STAGES, Stage, StageContext
 
 KIND = "gpu-report"
 HELP = "tests, sanitizer and times of the GPU kernels, in --minutes; written as JSON and Markdown"
@@ -39,10 +39,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="default: bench/results in a checkout, else this folder"
     )
-    parser.add_argument("--steps", type=some, default=STEPS, metavar="X,X", help=f"default: {listed(STEPS)}")
+    parser.add_argument("--steps", type=some, default=STAGES, metavar="X,X", help=f"default: {listed(STAGES)}")
 
 
-def listed(some: Sequence[Step]) -> str:
+def listed(some: Sequence[Stage]) -> str:
     return ",".join(step.name for step in some)
 
 
@@ -53,20 +53,20 @@ def minutes(text: str) -> float:
     raise argparse.ArgumentTypeError(f"a number above 0, got {text}")
 
 
-def some(text: str) -> tuple[Step, ...]:
+def some(text: str) -> tuple[Stage, ...]:
     """Steps by name, in their own order; the environment is always one."""
     wanted = set(text.split(","))
-    if wanted <= {step.name for step in STEPS}:
-        return tuple(step for step in STEPS if step.name in wanted | {STEPS[0].name})
-    raise argparse.ArgumentTypeError(f"some of {listed(STEPS)}, got {text}")
+    if wanted <= {step.name for step in STAGES}:
+        return tuple(step for step in STAGES if step.name in wanted | {STAGES[0].name})
+    raise argparse.ArgumentTypeError(f"some of {listed(STAGES)}, got {text}")
 
 
 def run(command: argparse.Namespace, launcher: process.Run = process.run) -> int:
     """Everything; ``launcher`` starts the processes."""
     if not torch.cuda.is_available():
-        raise cli_common.Unusable(f"gpu-report: torch {torch.__version__} finds no CUDA device here")
+        raise cli_common.UsageError(f"gpu-report: torch {torch.__version__} finds no CUDA device here")
     place = output(command.out)
-    record = Record(place, whole=command.steps == STEPS)
+    record = Record(place, whole=command.steps == STAGES)
     with terminated_as_interrupted(), progress(command.steps) as shown:
         interrupted = walk(record, command, launcher, shown)
     record.finish("interrupted" if interrupted else "" if record.result["whole"] else "part")
@@ -74,8 +74,8 @@ def run(command: argparse.Namespace, launcher: process.Run = process.run) -> int
         print(line)
     print(f"written: {record.path('.md')}")
     if interrupted:
-        return cli_common.INTERRUPTED
-    return cli_common.DISAGREES if record.is_bad else 0
+        return cli_common.EXIT_INTERRUPTED
+    return cli_common.EXIT_MISMATCH if record.is_bad else 0
 
 
 def output(wanted: Path | None) -> Path:
@@ -85,9 +85,9 @@ def output(wanted: Path | None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
-        raise cli_common.Unusable(f"--out {folder}: {reason.strerror}") from reason
+        raise cli_common.UsageError(f"--out {folder}: {reason.strerror}") from reason
     if not os.access(folder, os.W_OK):
-        raise cli_common.Unusable(f"--out {folder}: cannot be written")
+        raise cli_common.UsageError(f"--out {folder}: cannot be written")
     return folder
 
 
@@ -151,7 +151,7 @@ def walk(record: Record, command: argparse.Namespace, launcher: process.Run, sho
             continue
         shown(step.name)
         seconds, start = stages.limit(step, clock.left(), command.steps), monotonic()
-        given = Given(seconds, record.keep, functools.partial(tell, shown, step.name), launcher, checkout())
+        given = StageContext(seconds, record.keep, functools.partial(tell, shown, step.name), launcher, checkout())
         try:
             outcome = step.do(given)
         except KeyboardInterrupt:
@@ -183,7 +183,7 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(planned: Sequence[Step]) -> Iterator[Say]:
+def progress(planned: Sequence[Stage]) -> Iterator[Say]:
     """What is running, on stderr: a line that changes on a terminal, nothing elsewhere or where rich is missing."""
     console = cli_common.terminal()
     if console is None:

@@ -119,7 +119,7 @@ def figure(line: Line, rows: Sequence[Row], clock: str) -> Figure:
 def entries(rows: Iterable[Row]) -> list[Entry]:
     """The summary."""
     done = [row for row in rows if compared(row)]
-    planned = [asdict(job) for job in (*gpu_workloads.ratios(), *gpu_workloads.against_others())]
+    planned = [asdict(workload) for workload in (*gpu_workloads.ratios(), *gpu_workloads.against_others())]
     found = []
     for line in LINES:
         mine = [row for row in done if line.takes(row)]
@@ -140,7 +140,7 @@ def troubles(rows: Iterable[Row]) -> list[str]:
 
 def memory_met(row: Row) -> str:
     """A step's peak and what it keeps: at most torch's peak, and a workspace."""
-    ours, theirs = row["bytes"][baseline.OURS], row["bytes"][baseline.THEIRS]
+    ours, theirs = row["bytes"][baseline.OURS], row["bytes"][baseline.TORCH]
     return MET if ours["peak"] + ours["kept"] <= theirs["peak"] + WORKSPACE else SHORT
 
 

@@ -94,7 +94,7 @@ def memory(rows: Sequence[Row]) -> str:
     return table(columns, lines) if lines else ""
 
 
-WHO = (baseline.OURS, baseline.THEIRS)
+WHO = (baseline.OURS, baseline.TORCH)
 
 
 def mebibytes(count: int) -> str:

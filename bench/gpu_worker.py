@@ -29,18 +29,23 @@ import torch
 from .. import machine
 from . import baseline, gpu_backends, gpu_calls, gpu_session, gpu_workloads, sanitizer
 from .devices import Gpu
-from .gpu_session import Row, Skipped, Wrong
-from .gpu_workloads import Job
+from .gpu_session import IncorrectResult, Row, Skipped
+from .gpu_workloads import GpuWorkload
 
 BROKEN = 3
 LOG = 2000  # characters of a traceback that a row keeps
 COMPILERS = 8  # processes at a time, each with a context of its own on the GPU
 LAUNCHES = tuple((dtype, n) for n in (8, 256) for dtype in ("bf16", "f32"))
-MEMORY = (
-    Job("products", baseline.STEP, "bf16", 2048, 4096, 4096), Job("products", baseline.STEP, "bf16", 8192, 768, 768),
-    Job("products", baseline.STEP, "bf16", 128, 4096, 14336), Job("products", baseline.STEP, "bf16", 257, 129, 513),
-    Job("products", baseline.STEP, "f32", 2048, 3072, 768),
-)  # fmt: skip
+MEMORY = tuple(
+    GpuWorkload("products", baseline.STEP, dtype, *shape)
+    for dtype, shape in (
+        ("bf16", (2048, 4096, 4096)),
+        ("bf16", (8192, 768, 768)),
+        ("bf16", (128, 4096, 14336)),
+        ("bf16", (257, 129, 513)),
+        ("f32", (2048, 3072, 768)),
+    )
+)
 
 
 class Task(NamedTuple):
@@ -56,10 +61,14 @@ def tasks(step: str, seconds: float = 60.0) -> list[Task]:
         "environment": lambda: [Task("environment", environment)],
         "sanitized": lambda: [Task(case.name, partial(sanitizer.check, case)) for case in sanitizer.cases()],
         "compile": lambda: [Task("kernels", partial(compile_kernels, seconds))],
-        "ratios": lambda: [Task(job.name, partial(gpu_session.compare, job)) for job in gpu_workloads.ratios()],
-        "rivals": lambda: [Task(job.name, partial(gpu_session.compare, job)) for job in gpu_workloads.against_others()],
+        "ratios": lambda: [
+            Task(workload.name, partial(gpu_session.compare, workload)) for workload in gpu_workloads.ratios()
+        ],
+        "rivals": lambda: [
+            Task(workload.name, partial(gpu_session.compare, workload)) for workload in gpu_workloads.against_others()
+        ],
         "launch": lambda: [Task(f"{d} {n}×{n}", partial(gpu_session.launch_cost, n, d)) for d, n in LAUNCHES],
-        "memory": lambda: [Task(job.name, partial(gpu_session.memory, job)) for job in MEMORY],
+        "memory": lambda: [Task(workload.name, partial(gpu_session.memory, workload)) for workload in MEMORY],
     }[step]()
 
 
@@ -84,7 +93,7 @@ def attempt(task: Task, gpu: Gpu) -> tuple[Row, bool]:
         gpu.tidy()
         row = task.run(gpu)
         return row if "name" in row else {"name": task.name, **row}, False
-    except Wrong as verdict:
+    except IncorrectResult as verdict:
         return {"name": task.name, "wrong": str(verdict)}, False
     except (Skipped, gpu_calls.Missing) as reason:
         return {"name": task.name, "skipped": str(reason)}, False
@@ -119,11 +128,11 @@ def compile_kernels(seconds: float, gpu: Gpu) -> Row:
     What fails here fails in the table too, and is said there.
     """
     end, workers = perf_counter() + 0.9 * seconds, min(COMPILERS, os.cpu_count() or 1)
-    distinct = [job for job in gpu_workloads.ratios() if job.part != "invariant"]
+    distinct = [workload for workload in gpu_workloads.ratios() if workload.part != "invariant"]
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     # The products of one shape share kernels: in two processes they would compile them at the same time.
-    shapes = list(dict.fromkeys(job.shape for job in distinct))
-    parts = [[job for job in distinct if job.shape in shapes[i::workers]] for i in range(workers)]
+    shapes = list(dict.fromkeys(workload.shape for workload in distinct))
+    parts = [[workload for workload in distinct if workload.shape in shapes[i::workers]] for i in range(workers)]
     waiting = [pool.submit(compile_part, part, end - perf_counter()) for part in parts]
     done = 0
     for part in as_completed(waiting):
@@ -135,20 +144,22 @@ def compile_kernels(seconds: float, gpu: Gpu) -> Row:
     return {"products": done, "of": len(distinct), "processes": workers}
 
 
-def compile_part(part: Sequence[Job], seconds: float) -> int:
+def compile_part(part: Sequence[GpuWorkload], seconds: float) -> int:
     """Each product once; how many went through before the time was up."""
     gpu, end, done = Gpu(), perf_counter() + seconds, 0
     gpu.multiply_in_ieee()
-    for job in part:
+    for workload in part:
         if perf_counter() > end:
             break
         try:
-            if gpu_session.HELD * COMPILERS * job.bytes < gpu.free_bytes():
-                gpu_backends.work(gpu_backends.mm_of(baseline.OURS, job), job, gpu_backends.draw(job, gpu.device))()
+            if gpu_session.HELD * COMPILERS * workload.bytes < gpu.free_bytes():
+                gpu_backends.work(
+                    gpu_backends.mm_of(baseline.OURS, workload), workload, gpu_backends.draw(workload, gpu.device)
+                )()
                 gpu.wait()
                 done += 1
         except Exception as error:
-            print(f"{job.name}: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{workload.name}: {type(error).__name__}: {error}", file=sys.stderr)
             if is_broken(gpu):
                 break
     return done

@@ -34,12 +34,12 @@ INVARIANT: tuple[Shape, ...] = (
     (4096, 4096, 4096), (128, 4096, 4096), (2048, 4096, 4096), (8, 4096, 4096), (1024, 1024, 1024), (2048, 3072, 768),
 )  # fmt: skip
 BATCHED = ((32, (512, 512, 512)), (64, (128, 128, 64)), (16, (2048, 128, 2048)))
-RIVALS: tuple[Shape, ...] = ((4096, 4096, 4096), (1024, 1024, 1024), (128, 4096, 4096), (2048, 4096, 4096))
-NAMES_OF_RIVALS = ("batch_invariant_ops", "torch.compile", "flag_gems")  # the quickest to begin with first
+IMPLEMENTATIONS: tuple[Shape, ...] = ((4096, 4096, 4096), (1024, 1024, 1024), (128, 4096, 4096), (2048, 4096, 4096))
+OTHER_PACKAGES = ("batch_invariant_ops", "torch.compile", "flag_gems")  # the quickest to begin with first
 
 
 @dataclass(frozen=True)
-class Job:
+class GpuWorkload:
     """One comparison with torch on the same operands.
 
     part: "products", "bmm", "invariant" (in the batch-invariant mode), or the name of another package that
@@ -81,13 +81,13 @@ class Job:
         return self.batch * (m * k + k * n + m * n) * self.torch_dtype.itemsize
 
 
-def ratios() -> list[Job]:
+def ratios() -> list[GpuWorkload]:
     """The ratio table: bfloat16 on the shapes that matter most, then some of every other kind, then the rest."""
     first, rest = CORE, [shape for shape in EVERY if shape not in CORE]
     ordered = [
         *products(first, ("bf16",)),
         *float32(FLOAT32[:4]),
-        *(Job("invariant", baseline.STEP, "bf16", *shape) for shape in INVARIANT),
+        *(GpuWorkload("invariant", baseline.STEP, "bf16", *shape) for shape in INVARIANT),
         *batched(),
         *products(first, ("f16",)),
         *float32(FLOAT32[4:]),
@@ -97,33 +97,33 @@ def ratios() -> list[Job]:
     return list(dict.fromkeys(ordered))
 
 
-def products(shapes: Sequence[Shape], dtypes: Sequence[str]) -> Iterator[Job]:
+def products(shapes: Sequence[Shape], dtypes: Sequence[str]) -> Iterator[GpuWorkload]:
     for shape, dtype, product in itertools.product(shapes, dtypes, PRODUCTS):
-        yield Job("products", product, dtype, *shape)
+        yield GpuWorkload("products", product, dtype, *shape)
 
 
-def float32(shapes: Sequence[Shape]) -> Iterator[Job]:
+def float32(shapes: Sequence[Shape]) -> Iterator[GpuWorkload]:
     """A step follows torch's own setting, which has no name for 3×TF32 and would be torch's TF32 too."""
     for shape, precision in itertools.product(shapes, ("ieee", "tf32", "tf32x3")):
         for product in PRODUCTS if precision == "ieee" else testing.PRODUCTS:
-            yield Job("products", product, "f32", *shape, precision=precision)
+            yield GpuWorkload("products", product, "f32", *shape, precision=precision)
 
 
-def batched() -> Iterator[Job]:
+def batched() -> Iterator[GpuWorkload]:
     for (batch, shape), product in itertools.product(BATCHED, testing.PRODUCTS):
-        yield Job("bmm", product, "bf16", *shape, batch=batch)
+        yield GpuWorkload("bmm", product, "bf16", *shape, batch=batch)
 
 
-def against_others() -> list[Job]:
+def against_others() -> list[GpuWorkload]:
     """Other packages, forward."""
-    return [Job(name, "forward", "bf16", *shape) for name in NAMES_OF_RIVALS for shape in RIVALS]
+    return [GpuWorkload(name, "forward", "bf16", *shape) for name in OTHER_PACKAGES for shape in IMPLEMENTATIONS]
 
 
-def of_row(row: dict[str, Any]) -> Job:
-    """The job that a row was made of.
+def of_row(row: dict[str, Any]) -> GpuWorkload:
+    """The workload that a row was made of.
 
     >>> of_row({"part": "bmm", "product": "dgrad", "dtype": "f16", "m": 1, "n": 2, "k": 3, "batch": 4}).name
     'bmm-dgrad-f16-4x1x2x3'
     """
-    fields = {name: row[name] for name in Job.__dataclass_fields__ if name in row}
-    return Job(**fields)
+    fields = {name: row[name] for name in GpuWorkload.__dataclass_fields__ if name in row}
+    return GpuWorkload(**fields)

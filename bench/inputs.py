@@ -1,4 +1,4 @@
-"""Operands of a cell: normal values drawn where they are used, in the layout asked for, and copies to go round over."""
+"""Operands of a workload: values drawn on its device, in its layout, and the copies that calls rotate over."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import baseline
-from .workloads import Cell
+from .workloads import Workload
 
 IN_L1 = 32 << 10  # bytes: operands that fit stay there, since a call of such a product is overhead
 MOST_COPIES = 8192
@@ -24,27 +24,27 @@ class Unfit(AssertionError):
     """Operands that a time would say nothing of; the message says why."""
 
 
-def draw(cell: Cell, values: str = "normal", device: str = "cpu") -> baseline.Operands:
+def draw(workload: Workload, values: str = "normal", device: str = "cpu") -> baseline.Operands:
     """A, B and the gradient of C, drawn where they are used: the same in every process, with no memory but their own.
 
     Integers are such that a sum of products is exact in any order, in 16 bits too.
 
-    >>> [tuple(x.shape) for x in draw(Cell("forward", "f32", "NT", 2, 3, 4))]
+    >>> [tuple(x.shape) for x in draw(Workload("forward", "f32", "NT", 2, 3, 4))]
     [(2, 4), (4, 3), (2, 3)]
-    >>> draw(Cell("forward", "f32", "NT", 2, 3, 4)).b.stride()
+    >>> draw(Workload("forward", "f32", "NT", 2, 3, 4)).b.stride()
     (1, 4)
     """
     generator = torch.Generator(device).manual_seed(0)
-    m, n, k = cell.shape
+    m, n, k = workload.shape
 
     def one(rows: int, columns: int, order: str = "N") -> Tensor:
         size = (columns, rows) if order == "T" else (rows, columns)
-        memory = torch.empty(size, dtype=cell.torch_dtype, device=device)
+        memory = torch.empty(size, dtype=workload.torch_dtype, device=device)
         fill = fill_integers if values == "integers" else fill_normal
         fill(memory, generator, max(m, n, k))
         return memory.t() if order == "T" else memory
 
-    return baseline.Operands(one(m, k, cell.layout[0]), one(k, n, cell.layout[1]), one(m, n))
+    return baseline.Operands(one(m, k, workload.layout[0]), one(k, n, workload.layout[1]), one(m, n))
 
 
 def fill_normal(memory: Tensor, generator: torch.Generator, longest: int) -> None:
@@ -64,7 +64,7 @@ def fill_integers(memory: Tensor, generator: torch.Generator, longest: int) -> N
 def assert_normal(operands: Sequence[Tensor]) -> None:
     """Zeros and other easy values take less power, so clocks rise, and a time of them is of no use.
 
-    >>> assert_normal(draw(Cell("forward", "f32", "NN", 64, 64, 64)))
+    >>> assert_normal(draw(Workload("forward", "f32", "NN", 64, 64, 64)))
     >>> assert_normal([torch.zeros(64, 64)])
     Traceback (most recent call last):
     matmul_grad.bench.inputs.Unfit: operands are not standard normal: mean 0.000, deviation 0.000
@@ -99,10 +99,10 @@ def copies(operands: baseline.Operands, count: int) -> Iterator[baseline.Operand
         yield baseline.Operands(*(operand.clone() for operand in operands))
 
 
-def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+def alternating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     """One call that is another of ``calls`` each time.
 
-    >>> call = in_turn([lambda: 1, lambda: 2])
+    >>> call = alternating([lambda: 1, lambda: 2])
     >>> call(), call(), call()
     (1, 2, 1)
     """

@@ -1,6 +1,6 @@
 """`python -m bench cpu-paths`: what packing repays, around the limits that kernels/cpu/config.py sets.
 
-Each product is run by two compiled configurations in turns, one that reads an operand in place and one that packs it.
+Each product is run by two compiled configurations, timed interleaved: one reads an operand in place, one packs it.
 """
 
 from __future__ import annotations

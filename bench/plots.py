@@ -1,6 +1,6 @@
 """The pictures of a run, by matplotlib: each a function of the result, or None where there is nothing to draw.
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart; each contender has a marker of its own too.
+Colours are Okabe and Ito's, which the colour-blind can tell apart; each backend has a marker of its own too.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def throughput(result: Result) -> Figure | None:
     keys = {key: rows for key, rows in by_dtype(cubes).items() if len(rows) > 1}
     if not keys:
         return None
-    names, (scale, per) = stats.contenders(cubes), unit(cubes)
+    names, (scale, per) = stats.backends(cubes), unit(cubes)
     figure, axes = panels(len(keys), 3.0, TITLES["throughput"])
     for axis, (key, rows) in zip(axes, keys.items(), strict=True):
         rows = sorted(rows, key=lambda row: row["n"])
@@ -126,7 +126,7 @@ def throughput(result: Result) -> Figure | None:
 
 
 def ceiling(rows: Sequence[stats.Row]) -> float | None:
-    """The highest of the peaks, in GFLOP/s: whatever else ran, some cell met the machine at rest."""
+    """The highest of the peaks, in GFLOP/s: whatever else ran, some workload met the machine at rest."""
     return max((float(row["peak"]["median"]) for row in rows if "peak" in row), default=None)
 
 
@@ -213,8 +213,8 @@ def roofline(result: Result) -> Figure | None:
     keys = {k: some for k, some in by_dtype(rows).items() if any("peak" in r for r in some)}
     if not keys:
         return None
-    names, (scale, per) = stats.contenders(rows), unit(rows)
-    names = [name for name in names if name in baseline.RIVALS]
+    names, (scale, per) = stats.backends(rows), unit(rows)
+    names = [name for name in names if name in baseline.IMPLEMENTATIONS]
     figure, axes = panels(len(keys), 3.0, TITLES["roofline"])
     for axis, (key, some) in zip(axes, keys.items(), strict=True):
         peak = ceiling(some) or 0.0
@@ -242,7 +242,7 @@ def passes(result: Result) -> Figure | None:
         group: summary
         for group, some in stats.summaries(result["rows"]).items()
         for summary in some
-        if summary.rival == baseline.THEIRS
+        if summary.rival == baseline.TORCH
     }
     if not found:
         return None
@@ -276,7 +276,7 @@ def overhead(result: Result) -> Figure | None:
     """Microseconds of a call whose operands lie in the first cache."""
     rows = [r for r in result["rows"] if r["product"] in ("forward", baseline.STEP) and r["layout"] == "NN"]
     rows = [r for r in rows if r.get("seconds") and r.get("copies") == 1 and r["flops"] <= 6 * (IN_L1 / 4) ** 1.5]
-    names = stats.contenders(rows)
+    names = stats.backends(rows)
     keys = by_dtype(rows)
     if not keys:
         return None

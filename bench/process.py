@@ -20,7 +20,7 @@ import matmul_grad
 TAIL = 2000  # characters of stderr that are kept of a process that failed
 
 
-class Ended(NamedTuple):
+class ExitStatus(NamedTuple):
     """How a process ended: its status, or None where it was ended, and what it said last on stderr."""
 
     status: int | None
@@ -30,7 +30,7 @@ class Ended(NamedTuple):
     def reason(self) -> str:
         """One line.
 
-        >>> Ended(1, "Traceback\\nValueError: no").reason, Ended(-11, "").reason
+        >>> ExitStatus(1, "Traceback\\nValueError: no").reason, ExitStatus(-11, "").reason
         ('status 1: ValueError: no', 'killed by SIGSEGV')
         """
         if self.status is not None and self.status < 0:
@@ -52,7 +52,7 @@ class Run(Protocol):
         silence: float = ...,
         environment: Mapping[str, str] = ...,
         folder: Path | None = ...,
-    ) -> Ended: ...
+    ) -> ExitStatus: ...
 
 
 def run(
@@ -63,7 +63,7 @@ def run(
     silence: float = float("inf"),
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
-) -> Ended:
+) -> ExitStatus:
     """Run it for ``seconds`` at most, and for ``silence`` at most without a line; ``heard`` gets each line of stdout.
 
     Whatever way this ends, the process and all that it started are gone then.
@@ -84,7 +84,7 @@ def run(
             status = listen(process, heard, seconds, silence)
         finally:
             end(process)
-        return Ended(status, tail(errors))
+        return ExitStatus(status, tail(errors))
 
 
 def listen(process: subprocess.Popen[str], heard: Callable[[str], None], seconds: float, silence: float) -> int | None:

@@ -1,4 +1,4 @@
-"""This package beside NumPy's OpenBLAS, each in a process of its own, which take turns.
+"""This package beside NumPy's OpenBLAS, each in a process of its own, which alternate.
 
 In one process their two pools of threads would fight for the cores: each keeps its threads awake for a moment after a
 product, in the hope of another. So the turns lie REST apart, and one process waits while the other works.
@@ -18,7 +18,7 @@ import torch
 
 from .. import strict
 from . import baseline, ratio_correctness, ratio_worker, timer, worker
-from .ratio_workloads import Job
+from .ratio_workloads import RatioWorkload
 
 NUMPY = "numpy"
 NAMES = (NUMPY, baseline.OURS)
@@ -37,7 +37,7 @@ def main() -> None:
         worker.stay_on_one_core()
     torch.set_num_threads(command.threads if command.rival == baseline.OURS else 1)
     with strict():
-        worker.serve(Player(command.rival).answer)
+        worker.serve(BackendSession(command.rival).answer)
 
 
 class Turn(NamedTuple):
@@ -74,9 +74,9 @@ class Match:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def compare(self, job: Job) -> dict[str, Any]:
+    def compare(self, workload: RatioWorkload) -> dict[str, Any]:
         for name in NAMES:
-            self._take(name, {"prepare": vars(job)})
+            self._take(name, {"prepare": vars(workload)})
         shares: list[float] = []
 
         def batch(name: str) -> float:
@@ -85,7 +85,7 @@ class Match:
             return answer["seconds"]
 
         times = timer.time_interleaved({name: functools.partial(batch, name) for name in NAMES}, LONGER * self._seconds)
-        return ratio_worker.row(job, self._threads, times, NUMPY, sum(shares) / len(shares))
+        return ratio_worker.row(workload, self._threads, times, NUMPY, sum(shares) / len(shares))
 
     def _take(self, name: str, task: worker.Message) -> worker.Message:
         sleep(REST)
@@ -94,7 +94,7 @@ class Match:
         return answer
 
 
-class Player:
+class BackendSession:
     """In its process: the product at hand, and how many calls make a batch of it."""
 
     def __init__(self, rival: str) -> None:
@@ -105,19 +105,19 @@ class Player:
     def answer(self, task: worker.Message) -> worker.Message:
         start, share = monotonic(), timer.share_of_core()
         if "prepare" in task:
-            self._prepare(Job(**task["prepare"]))
+            self._prepare(RatioWorkload(**task["prepare"]))
             return {"start": start, "end": monotonic()}
         self._call()
         seconds = timer.batch(self._call, self._calls, timer.nothing)
         return {"seconds": seconds, "share": share(), "start": start, "end": monotonic()}
 
-    def _prepare(self, job: Job) -> None:
+    def _prepare(self, workload: RatioWorkload) -> None:
         if self._rival == NUMPY:
-            left, other = (operand.numpy() for operand in ratio_correctness.assert_product(by_numpy, job.case))
+            left, other = (operand.numpy() for operand in ratio_correctness.assert_product(by_numpy, workload.case))
             self._call = lambda: left @ other
         else:
-            ours = baseline.RIVALS[baseline.OURS]
-            x, y = ratio_correctness.assert_product(ours, job.case)
+            ours = baseline.IMPLEMENTATIONS[baseline.OURS]
+            x, y = ratio_correctness.assert_product(ours, workload.case)
             self._call = lambda: ours(x, y)
         self._call()
         self._calls = max(1, round(BATCH / timer.batch(self._call, 1, timer.nothing)))

@@ -1,4 +1,4 @@
-"""One child of `cpu-ratio`: torch, this package and the peak of the CPU in turns, with one number of threads.
+"""One child of `cpu-ratio`: torch, this package and the peak of the CPU interleaved, with one number of threads.
 
 All three run on torch's own pool of threads, so they may share a process.
 """
@@ -16,7 +16,7 @@ import torch
 
 from .. import ops, strict
 from . import baseline, ratio_correctness, roofline, timer, worker
-from .ratio_workloads import Job
+from .ratio_workloads import RatioWorkload
 
 PEAK = "peak"
 TRIES = 3  # of a comparison on one thread, for a moment when nothing else runs
@@ -35,13 +35,13 @@ def main() -> None:
         worker.stay_on_one_core()
     torch.set_num_threads(command.threads)
     with strict():
-        worker.serve(lambda task: measure(Job(**task), command.seconds))
+        worker.serve(lambda task: measure(RatioWorkload(**task), command.seconds))
 
 
-def measure(job: Job, seconds: float) -> Row:
+def measure(workload: RatioWorkload, seconds: float) -> Row:
     """Right first, then timed."""
-    calls = {"products": products, "step": step, "overhead": overhead}[job.part](job)
-    top = roofline.loop(str(job.case.dtype).removeprefix("torch.")) if job.peak else None
+    calls = {"products": products, "step": step, "overhead": overhead}[workload.part](workload)
+    top = roofline.loop(str(workload.case.dtype).removeprefix("torch.")) if workload.peak else None
     if top:
         calls[PEAK] = top.call
     batches = {name: timer.batch_of(call) for name, call in calls.items()}
@@ -52,39 +52,39 @@ def measure(job: Job, seconds: float) -> Row:
         # Of several threads those without work sleep: nothing is to be seen from their share.
         if had >= timer.AT_REST or long or torch.get_num_threads() > 1:
             break
-    found = row(job, torch.get_num_threads(), times, baseline.THEIRS, had)
+    found = row(workload, torch.get_num_threads(), times, baseline.TORCH, had)
     if top:
         of_peak = timer.quartiles(times[PEAK])._asdict()
         found[PEAK] = {name: timer.rounded(top.flops / s / 1e9) for name, s in of_peak.items()}
     return found
 
 
-def products(job: Job) -> Calls:
-    x, y = ratio_correctness.assert_product(baseline.RIVALS[baseline.OURS], job.case)
-    return {name: functools.partial(mm, x, y) for name, mm in baseline.RIVALS.items()}
+def products(workload: RatioWorkload) -> Calls:
+    x, y = ratio_correctness.assert_product(baseline.IMPLEMENTATIONS[baseline.OURS], workload.case)
+    return {name: functools.partial(mm, x, y) for name, mm in baseline.IMPLEMENTATIONS.items()}
 
 
-def step(job: Job) -> Calls:
-    ratio_correctness.assert_step(baseline.RIVALS[baseline.OURS], job.case)
-    operands = baseline.draw(job.m, job.n, job.k, job.case.dtype)
-    return {name: baseline.work(mm, baseline.STEP, operands) for name, mm in baseline.RIVALS.items()}
+def step(workload: RatioWorkload) -> Calls:
+    ratio_correctness.assert_step(baseline.IMPLEMENTATIONS[baseline.OURS], workload.case)
+    operands = baseline.draw(workload.m, workload.n, workload.k, workload.case.dtype)
+    return {name: baseline.work(mm, baseline.STEP, operands) for name, mm in baseline.IMPLEMENTATIONS.items()}
 
 
-def overhead(job: Job) -> Calls:
+def overhead(workload: RatioWorkload) -> Calls:
     """The two operators themselves, on operands without a gradient."""
     ops.native_status()
     theirs, ours = torch.ops.aten.mm.default, torch.ops.matmul_grad.mm.default
-    x, y = ratio_correctness.assert_product(ours, job.case)
-    return {baseline.THEIRS: functools.partial(theirs, x, y), baseline.OURS: functools.partial(ours, x, y)}
+    x, y = ratio_correctness.assert_product(ours, workload.case)
+    return {baseline.TORCH: functools.partial(theirs, x, y), baseline.OURS: functools.partial(ours, x, y)}
 
 
-def row(job: Job, threads: int, times: dict[str, list[float]], theirs: str, share: float) -> Row:
+def row(workload: RatioWorkload, threads: int, times: dict[str, list[float]], theirs: str, share: float) -> Row:
     """What is kept of a comparison."""
     names = theirs, baseline.OURS
     return {
-        **asdict(job),
+        **asdict(workload),
         "threads": threads,
-        "flops": job.flops,
+        "flops": workload.flops,
         "rounds": len(times[theirs]),
         "share of core": round(share, 3),
         "seconds": {name: timer.summary(times[name]) for name in names},

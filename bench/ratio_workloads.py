@@ -1,4 +1,4 @@
-"""What `cpu-ratio` compares, one job a comparison, in the order of measuring."""
+"""What `cpu-ratio` compares, one workload a comparison, in the order of measuring."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LARGEST = 2048  # rows or tokens: above it a comparison takes minutes, and says 
 CALL = 8  # the size whose time is all overhead
 PEAK_FROM = 1024  # cubes from here on are held against the peak of the CPU
 
-# Operations a second that the slower of two rivals makes with one thread, on Zen 4: to weigh what is left to do.
+# Operations a second that the slower of two backends makes with one thread, on Zen 4: to weigh what is left to do.
 PACE = {"f32": 80e9, "f64": 40e9, "bf16": 150e9, "f16": 6e9}
 
 
 @dataclass(frozen=True)
-class Job:
+class RatioWorkload:
     """One comparison: torch, or NumPy's OpenBLAS, beside this package."""
 
     part: str
@@ -54,27 +54,27 @@ class Job:
         return seconds + 0.1 + 10 * self.flops / PACE[self.dtype] / threads
 
 
-def jobs(parts: Collection[str], dtypes: Collection[str], threads: int, quick: bool = False) -> list[Job]:
+def jobs(parts: Collection[str], dtypes: Collection[str], threads: int, quick: bool = False) -> list[RatioWorkload]:
     """The comparisons of these parts and dtypes with this number of threads."""
     made = {
         "products": products(quick),
-        "step": (Job("step", "f32", "NN", n, n, n) for n in ((256,) if quick else (256, 512, 1024, 2048))),
+        "step": (RatioWorkload("step", "f32", "NN", n, n, n) for n in ((256,) if quick else (256, 512, 1024, 2048))),
         "openblas": openblas((256, 512) if quick else (256, 512, 1024, 2048)),
-        "overhead": iter([Job("overhead", "f32", "NN", CALL, CALL, CALL)] if threads == 1 else []),
+        "overhead": iter([RatioWorkload("overhead", "f32", "NN", CALL, CALL, CALL)] if threads == 1 else []),
     }
-    return [job for part in PARTS if part in parts for job in made[part] if job.dtype in dtypes]
+    return [workload for part in PARTS if part in parts for workload in made[part] if workload.dtype in dtypes]
 
 
-def products(quick: bool = False) -> Iterator[Job]:
+def products(quick: bool = False) -> Iterator[RatioWorkload]:
     """Shape by shape, so that the right result is worked out once for all dtypes and layouts of one."""
     for shape, dtype, layout in itertools.product(few_shapes() if quick else shapes(), DTYPES, LAYOUTS):
         if not quick or dtype != "f16" or baseline.flops(*shape, "forward") < 1e9:
-            yield Job("products", dtype, layout, *shape)
+            yield RatioWorkload("products", dtype, layout, *shape)
 
 
-def openblas(sizes: Collection[int]) -> Iterator[Job]:
+def openblas(sizes: Collection[int]) -> Iterator[RatioWorkload]:
     for n, dtype in itertools.product(sizes, ("f32", "f64")):
-        yield Job("openblas", dtype, "NN", n, n, n)
+        yield RatioWorkload("openblas", dtype, "NN", n, n, n)
 
 
 def shapes() -> list[Shape]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli_common import Unusable
+from ..cli_common import UsageError
 from ..markdown import table
 from . import baseline, plots, stats
 from .shapes import CUBES
@@ -29,7 +29,7 @@ def block(result: dict[str, Any], shown: Sequence[tuple[str, str]] = ()) -> str:
         (row["product"], row["dtype"], row["n"]): row
         for row in rows
         if row["m"] == row["n"] == row["k"] and row.get("layout", "NN") == "NN"
-        if set(baseline.RIVALS) <= set(row.get("seconds", {}))
+        if set(baseline.IMPLEMENTATIONS) <= set(row.get("seconds", {}))
     }
     parts = [
         f"Measured {stamp['date']} on {stamp['CPU']} ({stamp['instruction set'].split()[0]}), one thread; "
@@ -52,7 +52,7 @@ def cubes(found: dict[tuple[str, str, int], Row]) -> str:
         sizes = sorted(n for n in known if all((product, dtype, n) in found for product in PASSES))
         ratios = {(product, n): ratio(found[product, dtype, n]) for product in PASSES for n in sizes}
         for n in sizes:
-            rates = [f"{rate(found['forward', dtype, n], name):.0f}" for name in baseline.RIVALS]
+            rates = [f"{rate(found['forward', dtype, n], name):.0f}" for name in baseline.IMPLEMENTATIONS]
             lines.append([dtype, str(n), *rates, *(f"{ratios[product, n]:.2f}" for product in PASSES)])
         if sizes:
             means = [statistics.geometric_mean(ratios[product, n] for n in sizes) for product in PASSES]
@@ -81,7 +81,7 @@ def rate(row: Row, name: str) -> float:
 def ratio(row: Row) -> float:
     """Of the medians; of the rounds, where they are known."""
     spread = row["ratio"]
-    return spread[baseline.THEIRS]["median"] if isinstance(spread, dict) else spread
+    return spread[baseline.TORCH]["median"] if isinstance(spread, dict) else spread
 
 
 def calls(found: dict[tuple[str, str, int], Row]) -> str:
@@ -91,7 +91,7 @@ def calls(found: dict[tuple[str, str, int], Row]) -> str:
         if (product, "f32", CALL) not in found:
             return ""
         seconds = found[product, "f32", CALL]["seconds"]
-        ours, theirs = (seconds[name]["median"] * 1e6 for name in (baseline.OURS, baseline.THEIRS))
+        ours, theirs = (seconds[name]["median"] * 1e6 for name in (baseline.OURS, baseline.TORCH))
         texts.append(f"{words} takes {ours:.1f} µs (torch: {theirs:.1f} µs)")
     return f"At {CALL}×{CALL} in f32, where the time is all overhead, {', '.join(texts)}."
 
@@ -107,8 +107,8 @@ def rewrite(page: Path, text: str) -> None:
     try:
         whole = page.read_text(encoding="utf-8")
     except OSError as reason:
-        raise Unusable(f"{page}: {reason.strerror}") from reason
+        raise UsageError(f"{page}: {reason.strerror}") from reason
     if whole.count(BEGIN) != 1 or whole.count(END) != 1:
-        raise Unusable(f"{page} must hold {BEGIN} and {END} once each")
+        raise UsageError(f"{page} must hold {BEGIN} and {END} once each")
     before, rest = whole.split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The files of a run. What was measured is on disk after every cell; a run that is not whole never takes the place
+"""The files of a run. What was measured is on disk after every workload; a run that is not whole never takes the place
 of one that is."""
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import machine
-from ..cli_common import Unusable
+from ..cli_common import UsageError
 from . import backends, files, stats, workloads
 from .files import checkout
 
@@ -33,9 +33,9 @@ COLUMNS = (
 Result = dict[str, Any]
 
 
-def stamp(device: str, members: list[backends.Contender]) -> dict[str, str]:
+def stamp(device: str, selected: list[backends.Backend]) -> dict[str, str]:
     """When, which sources, and on what; nothing that says where or whose the machine is."""
-    versions = {member.package: machine.version(member.package) for member in members}
+    versions = {backend.package: machine.version(backend.package) for backend in selected}
     del versions["matmul_grad"]
     found = files.stamp(checkout()) | machine.describe()
     found.pop("threads")  # those of this process, which multiplies nothing
@@ -61,13 +61,13 @@ def folder(wanted: Path | None, result_stamp: dict[str, str]) -> Path:
 
 
 def writable(path: Path) -> Path:
-    """A folder; Unusable where it cannot be one."""
+    """A folder; UsageError where it cannot be one."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
-        raise Unusable(f"--out {path}: {reason.strerror}") from reason
+        raise UsageError(f"--out {path}: {reason.strerror}") from reason
     if not os.access(path, os.W_OK):
-        raise Unusable(f"--out {path}: cannot be written")
+        raise UsageError(f"--out {path}: cannot be written")
     return path
 
 
@@ -82,28 +82,28 @@ class Record:
         """A new run, or with ``resume`` the unfinished one of this folder, if it was begun in the same way."""
         path = place / UNFINISHED
         if not resume and path.exists():
-            raise Unusable(f"{path} is an unfinished run: --resume goes on with it; remove it to begin anew")
+            raise UsageError(f"{path} is an unfinished run: --resume goes on with it; remove it to begin anew")
         if not resume or not path.exists():
             return cls(place, result)
         known = load(path)
         for name in SAME:
             if known["stamp"].get(name) != result["stamp"].get(name):
-                raise Unusable(f"--resume: {path} has another {name}: {known['stamp'].get(name)}")
+                raise UsageError(f"--resume: {path} has another {name}: {known['stamp'].get(name)}")
         if known["settings"] != result["settings"]:
             other = [name for name, value in result["settings"].items() if known["settings"].get(name) != value]
-            raise Unusable(f"--resume: {path} was begun with another {', '.join(other)}")
+            raise UsageError(f"--resume: {path} was begun with another {', '.join(other)}")
         return cls(place, known)
 
-    def left(self, planned: list[workloads.Cell]) -> list[workloads.Cell]:
+    def left(self, planned: list[workloads.Workload]) -> list[workloads.Workload]:
         done = {workloads.of_row(row) for row in self.result["rows"]}
-        return [cell for cell in planned if cell not in done]
+        return [workload for workload in planned if workload not in done]
 
     def keep(self, row: stats.Row) -> None:
         self.result["rows"].append(row)
         try:
             files.write(self.place / UNFINISHED, files.as_json(self.result))
         except OSError as reason:
-            raise Unusable(f"{self.place}: {reason.strerror}; --resume goes on with what is there") from reason
+            raise UsageError(f"{self.place}: {reason.strerror}; --resume goes on with what is there") from reason
 
     def finish(self, whole: bool) -> Path:
         """Where the rows are now."""
@@ -116,17 +116,17 @@ class Record:
 
 
 def load(path: Path) -> Result:
-    """A file of the bench; Unusable where it is none, or of another schema."""
+    """A file of the bench; UsageError where it is none, or of another schema."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as reason:
-        raise Unusable(f"{path}: {reason.strerror}") from reason
+        raise UsageError(f"{path}: {reason.strerror}") from reason
     except ValueError as reason:
-        raise Unusable(f"{path}: broken JSON: {reason}") from reason
+        raise UsageError(f"{path}: broken JSON: {reason}") from reason
     if not isinstance(result, dict) or result.get("kind") != KIND:
-        raise Unusable(f"{path}: these are not results of `matmul-grad bench`")
+        raise UsageError(f"{path}: these are not results of `matmul-grad bench`")
     if result.get("schema") != SCHEMA:
-        raise Unusable(f"{path}: schema {result.get('schema')}, this version reads {SCHEMA}")
+        raise UsageError(f"{path}: schema {result.get('schema')}, this version reads {SCHEMA}")
     try:
         missing = [name for name in KEYS if name not in result]
         for row in result["rows"]:
@@ -134,14 +134,14 @@ def load(path: Path) -> Result:
             if not {"flops", "bytes", "device", "threads"} <= set(row):
                 raise KeyError("flops")
     except (KeyError, TypeError) as reason:
-        raise Unusable(f"{path}: these are not rows of `matmul-grad bench`: {reason}") from reason
+        raise UsageError(f"{path}: these are not rows of `matmul-grad bench`: {reason}") from reason
     if missing:
-        raise Unusable(f"{path}: there is no {missing[0]} in it")
+        raise UsageError(f"{path}: there is no {missing[0]} in it")
     return result
 
 
 def as_csv(result: Result) -> str:
-    """A line for each contender of each cell, the stamp in lines above that begin with #."""
+    """A line for each backend of each workload, the stamp in lines above that begin with #."""
     text = io.StringIO()
     for name, value in result["stamp"].items():
         text.write(f"# {name}: {value}\n")

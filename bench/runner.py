@@ -1,7 +1,7 @@
-"""Cell by cell: every contender made ready and proven right in its process, then timed in turns. Rows come out.
+"""The runner: for each workload, every backend is prepared and checked in its process, then timed interleaved.
 
-Processes whose libraries have threads of their own take turns REST apart: idle threads stay awake for a moment in the
-hope of more, and would take the cores from whoever is next.
+Batches of processes whose libraries have threads of their own lie REST apart: idle threads stay awake for a moment,
+and would take the cores from the next process.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 from . import baseline, timer, worker
 from . import process as processes
-from .backends import PEAK, TORCHS, Contender
+from .backends import PEAK, TORCH_PROCESS, Backend
 from .session import CALL, DEVICE
 from .worker import Worker
-from .workloads import Cell
+from .workloads import Workload
 
 REST = 0.1  # idle threads of OpenBLAS spin for 2²⁶ cycles before they sleep, GNU's OpenMP less
 TRIES = 3  # of a comparison on one thread, for a moment when nothing else runs
@@ -46,81 +46,81 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-class Ensemble:
-    """The processes of the contenders, with one number of threads; one that ended is begun again when it is needed."""
+class WorkerPool:
+    """The processes of the backends, with one number of threads; one that ended is begun again when it is needed."""
 
     def __init__(
         self,
-        members: Sequence[Contender],
+        selected: Sequence[Backend],
         device: str,
         threads: int,
         pin: bool,
         left: Left = lambda: float("inf"),
     ) -> None:
         self.device, self.threads = device, threads
-        self._members, self._pin, self._left = members, pin, left
-        self._players: dict[str, Worker] = {}
+        self._selected, self._pin, self._left = selected, pin, left
+        self._workers: dict[str, Worker] = {}
         self._stack = contextlib.ExitStack()
         self._last = ""  # whose turn it was
 
-    def __enter__(self) -> Ensemble:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
     def ask(self, process: str, task: worker.Message) -> worker.Message:
-        if process not in self._players:
+        if process not in self._workers:
             options = [f"--process={process}", f"--device={self.device}", f"--threads={self.threads}"]
-            player = Worker(
+            session_worker = Worker(
                 f"{__package__}.session", *options, *["--pin"] * self._pin, environment=environment(self.threads)
             )
-            self._players[process] = self._stack.enter_context(player)
+            self._workers[process] = self._stack.enter_context(session_worker)
         if self.threads > 1 and process != self._last:
             sleep(REST)
         self._last = process
         try:
-            return self._players[process].ask(task, min(SILENCE, max(0.0, self._left()) + GRACE))
-        except worker.Ended:
-            del self._players[process]
+            return self._workers[process].ask(task, min(SILENCE, max(0.0, self._left()) + GRACE))
+        except worker.WorkerExited:
+            del self._workers[process]
             raise
 
     def roof(self) -> Row:
         """The bandwidth of memory, on this number of threads."""
-        gbs = self.ask(TORCHS, {"bandwidth": True})
+        gbs = self.ask(TORCH_PROCESS, {"bandwidth": True})
         return {"device": self.device, "threads": self.threads, "GB/s": gbs}
 
     def facts(self) -> dict[str, str]:
         """What the device says of itself."""
-        return self.ask(TORCHS, {"facts": True})["facts"]
+        return self.ask(TORCH_PROCESS, {"facts": True})["facts"]
 
-    def measure(self, cell: Cell, seconds: float) -> Row:
-        """The row of a cell; ``seconds`` for all contenders together, more where they are slow."""
-        row: Row = {**asdict(cell), "flops": cell.flops, "bytes": cell.moved}
-        ready = self._prepare(cell, row)
+    def measure(self, workload: Workload, seconds: float) -> Row:
+        """The row of a workload; ``seconds`` for all backends together, more where they are slow."""
+        row: Row = {**asdict(workload), "flops": workload.flops, "bytes": workload.moved}
+        ready = self._prepare(workload, row)
         clocks = (DEVICE, CALL) if self.device != "cpu" else (CALL,)
         for clock in clocks if ready else ():
             self._time(ready, clock, seconds / len(clocks), row)
         row.pop(PEAK_FLOPS, None)
         return row
 
-    def _prepare(self, cell: Cell, row: Row) -> dict[str, str]:
+    def _prepare(self, workload: Workload, row: Row) -> dict[str, str]:
         """Who can be timed, and in which process; what there is to say of the others stands in the row then."""
         ready: dict[str, str] = {}
-        mine = [member for member in self._members if member.takes(cell)]
-        for process in dict.fromkeys(member.process for member in mine):
-            names = [member.name for member in mine if member.process == process]
-            names += [PEAK] if process == TORCHS else []
+        mine = [backend for backend in self._selected if backend.takes(workload)]
+        for process in dict.fromkeys(backend.process for backend in mine):
+            names = [backend.name for backend in mine if backend.process == process]
+            names += [PEAK] if process == TORCH_PROCESS else []
             try:
-                answer = self.ask(process, {"prepare": asdict(cell), "names": names})
-            except worker.Failed as reason:
+                answer = self.ask(process, {"prepare": asdict(workload), "names": names})
+            except worker.WorkerFailed as reason:
                 answer = {"failed": str(reason)}
-            if "contenders" not in answer:  # it is the cell that it cannot do
+            if "backends" not in answer:  # it is the workload that it cannot do
                 (kind, why), names = next(iter(answer.items())), [name for name in names if name != PEAK]
-                answer = {"contenders": {name: {"wrong" if kind == "unfit" else kind: why} for name in names}}
+                answer = {"backends": {name: {"wrong" if kind == "unfit" else kind: why} for name in names}}
             row["copies"] = answer.get("copies", row.get("copies", 0))
             row["beyond"] = max(answer.get("beyond", 0), row.get("beyond", 0))
-            for name, found in answer["contenders"].items():
+            for name, found in answer["backends"].items():
                 if not {"wrong", "failed", "skipped"} & set(found):
                     ready[name] = process
                 if name == PEAK:
@@ -135,11 +135,12 @@ class Ensemble:
         for _ in range(TRIES):
             shares: list[float] = []
             batches = {
-                name: functools.partial(self._turn, name, process, clock, shares) for name, process in ready.items()
+                name: functools.partial(self._time_batch, name, process, clock, shares)
+                for name, process in ready.items()
             }
             try:
                 times = timer.time_interleaved(batches, seconds)
-            except worker.Failed as reason:
+            except worker.WorkerFailed as reason:
                 row.setdefault("failed", {})[self._last] = str(reason)
                 return
             had = statistics.mean(shares)
@@ -150,7 +151,7 @@ class Ensemble:
         row |= {"rounds": len(next(iter(times.values()))), "share of core": round(had, 3)}
         row |= summary(times, clock, row)
 
-    def _turn(self, name: str, process: str, clock: str, shares: list[float]) -> float:
+    def _time_batch(self, name: str, process: str, clock: str, shares: list[float]) -> float:
         answer = self.ask(process, {"time": name, "clock": clock})
         shares.append(answer["share"])
         return float(answer["seconds"])
@@ -182,31 +183,32 @@ def summary(times: Mapping[str, list[float]], clock: str, row: Row) -> Row:
 
 
 def rows(
-    cells: Sequence[Cell],
-    members: Sequence[Contender],
+    planned: Sequence[Workload],
+    selected: Sequence[Backend],
     seconds: float,
     pin: bool,
     left: Left = lambda: float("inf"),
-    begun: Callable[[Ensemble], None] = lambda _: None,
+    begun: Callable[[WorkerPool], None] = lambda _: None,
 ) -> Generator[Row, None, None]:
-    """A row for each cell in their order until the next takes longer than is ``left``; a cell that it ends in has none.
+    """A row for each workload, in order, until the next would take longer than is ``left``.
 
-    The processes are begun anew where the number of threads changes, and ``begun`` is called with each ensemble first.
+    A workload during which the time ends has no row. The processes are started anew where the number of threads
+    changes, and ``begun`` is called with each pool first.
     """
-    for (device, threads), some in groups(cells).items():
-        with Ensemble(members, device, threads, pin, left) as ensemble:
-            begun(ensemble)
-            for cell in some:
-                if cell.weight(seconds, contenders=sum(member.takes(cell) for member in members)) > left():
+    for (device, threads), some in groups(planned).items():
+        with WorkerPool(selected, device, threads, pin, left) as pool:
+            begun(pool)
+            for workload in some:
+                if workload.weight(seconds, backends=sum(backend.takes(workload) for backend in selected)) > left():
                     return
-                row = ensemble.measure(cell, seconds)
+                row = pool.measure(workload, seconds)
                 if left() <= -GRACE:
                     return
                 yield row
 
 
-def groups(cells: Sequence[Cell]) -> dict[tuple[str, int], list[Cell]]:
-    found: dict[tuple[str, int], list[Cell]] = {}
-    for cell in cells:
-        found.setdefault((cell.device, cell.threads), []).append(cell)
+def groups(planned: Sequence[Workload]) -> dict[tuple[str, int], list[Workload]]:
+    found: dict[tuple[str, int], list[Workload]] = {}
+    for workload in planned:
+        found.setdefault((workload.device, workload.threads), []).append(workload)
     return found

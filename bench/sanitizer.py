@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import testing
 from . import baseline, gpu_calls, gpu_correctness
 from .devices import Gpu
-from .gpu_session import Wrong
-from .gpu_workloads import Job
+from .gpu_session import IncorrectResult
+from .gpu_workloads import GpuWorkload
 
 NUMBERS = (
     ("bf16", "ieee"), ("f16", "ieee"), ("f32", "ieee"), ("f32", "tf32"), ("f32", "tf32x3"), ("f64", "ieee"),
@@ -42,15 +42,15 @@ def cases() -> list[Case]:
 
 
 def product(dtype: str, precision: str, layout: str, shape: tuple[int, int, int]) -> Case:
-    job = Job("products", "forward", dtype, *shape, precision=precision)
+    workload = GpuWorkload("products", "forward", dtype, *shape, precision=precision)
 
     def run(gpu: Gpu) -> list[gpu_correctness.Verdict]:
-        a, b, _ = baseline.draw(*shape, job.torch_dtype)
+        a, b, _ = baseline.draw(*shape, workload.torch_dtype)
         striding = {"N": "row", "T": "column"}
         x, y = (testing.lay_out(v, striding[letter]).to(gpu.device) for v, letter in zip((a, b), layout, strict=True))
-        return verdicts(job.name, gpu_calls.mm(precision)(x, y), x, y, precision)
+        return verdicts(workload.name, gpu_calls.mm(precision)(x, y), x, y, precision)
 
-    return Case(f"{job.name}-{layout}", run)
+    return Case(f"{workload.name}-{layout}", run)
 
 
 def backward(dtype: str) -> Case:
@@ -87,6 +87,6 @@ def check(case: Case, gpu: Gpu) -> dict[str, object]:
     found = case.run(gpu)
     wrong = [verdict for verdict in found if not verdict.right]
     if wrong:
-        raise Wrong(str(wrong[0]))
+        raise IncorrectResult(str(wrong[0]))
     gpu.wait()
     return {"name": case.name}

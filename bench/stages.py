@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 
 @dataclass
-class Given:
+class StageContext:
     """What a step is given: its seconds, whom to give rows and news, how to start a process."""
 
     seconds: float
@@ -53,10 +53,10 @@ class Given:
     checkout: Path | None = None
 
 
-Do = Callable[[Given], Outcome]
+Do = Callable[[StageContext], Outcome]
 
 
-class Step(NamedTuple):
+class Stage(NamedTuple):
     """A step, and its share of the time."""
 
     name: str
@@ -65,10 +65,10 @@ class Step(NamedTuple):
 
 
 @dataclass
-class Listener:
+class MessageHandler:
     """Follows the lines of a child: which task is running, what came out, what was left."""
 
-    given: Given
+    given: StageContext
     step: str
     index: int = -1
     of: int = 0
@@ -115,19 +115,19 @@ def tasks_of(name: str, silence: float = SILENCE) -> Do:
 
 
 def tasks(
-    given: Given,
+    given: StageContext,
     name: str,
     silence: float,
     wrapper: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     step: str = "",
-) -> tuple[Listener, str, str]:
+) -> tuple[MessageHandler, str, str]:
     """Run a step of `child`, and again behind a task that breaks its process; ``wrapper`` is a command to run it in,
     ``step`` what its rows belong to where that is not ``name``.
 
     What was heard, and if it was stopped or did not end well, as what and why.
     """
-    listener, clock, start = Listener(given, step or name), Clock(given.seconds), 0
+    listener, clock, start = MessageHandler(given, step or name), Clock(given.seconds), 0
     for _ in range(1 + AGAIN):
         left = clock.left()
         arguments = f"--start={start}", f"--until={process.deadline(left):.1f}"
@@ -149,7 +149,7 @@ def tasks(
     return listener, FAILED, f"{1 + AGAIN} of its processes ended early"
 
 
-def conclude(listener: Listener, status: str = "", reason: str = "") -> Outcome:
+def conclude(listener: MessageHandler, status: str = "", reason: str = "") -> Outcome:
     """What became of a step, from its rows and its end."""
     parts = [f"{listener.rows} done", f"{listener.bad} of them failed" if listener.bad else "", reason]
     parts.append(f"no time for {listener.left} more" if listener.left else "")
@@ -159,7 +159,7 @@ def conclude(listener: Listener, status: str = "", reason: str = "") -> Outcome:
 def sanitizer(tool: str) -> Do:
     """The small set under a tool of compute-sanitizer."""
 
-    def do(given: Given) -> Outcome:
+    def do(given: StageContext) -> Outcome:
         command = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(HOMES))
         if command is None:
             return Outcome(MISSING, "compute-sanitizer is not on this machine")
@@ -185,7 +185,7 @@ def sanitizer(tool: str) -> Do:
     return do
 
 
-def gpu_tests(given: Given) -> Outcome:
+def gpu_tests(given: StageContext) -> Outcome:
     """The tests that need a GPU, where there are tests."""
     tests = given.checkout / "tests" if given.checkout else None
     if tests is None or not tests.is_dir():
@@ -228,37 +228,37 @@ def pytest(files: Sequence[Path]) -> list[str]:
     return process.python("-m", "pytest", *options, *map(str, files))
 
 
-def rivals_of(given: Given) -> Outcome:
+def rivals_of(given: StageContext) -> Outcome:
     """The other packages: one that takes its time to tune itself is no failure of this one."""
     outcome = tasks_of("rivals", float("inf"))(given)
     return outcome._replace(status=COMPLETE) if outcome.status == LATE else outcome
 
 
-def natively(given: Given) -> Outcome:
+def natively(given: StageContext) -> Outcome:
     """The launch costs again, with `mm` registered natively."""
     return conclude(*tasks(given, "launch", SILENCE, environment={cuda.VARIABLE: "1"}, step="native"))
 
 
 # Shares of eight minutes, in seconds. What a step leaves goes to those behind it.
-STEPS = (
-    Step("environment", 15, tasks_of("environment")),
-    Step("tests", 100, gpu_tests),
-    Step("sanitized", 30, tasks_of("sanitized")),
-    Step("memcheck", 45, sanitizer("memcheck")),
-    Step("racecheck", 45, sanitizer("racecheck")),
-    Step("compile", 40, tasks_of("compile", float("inf"))),
-    Step("ratios", 145, tasks_of("ratios")),
-    Step("rivals", 30, rivals_of),
-    Step("launch", 10, tasks_of("launch")),
-    Step("native", 10, natively),
-    Step("memory", 10, tasks_of("memory")),
+STAGES = (
+    Stage("environment", 15, tasks_of("environment")),
+    Stage("tests", 100, gpu_tests),
+    Stage("sanitized", 30, tasks_of("sanitized")),
+    Stage("memcheck", 45, sanitizer("memcheck")),
+    Stage("racecheck", 45, sanitizer("racecheck")),
+    Stage("compile", 40, tasks_of("compile", float("inf"))),
+    Stage("ratios", 145, tasks_of("ratios")),
+    Stage("rivals", 30, rivals_of),
+    Stage("launch", 10, tasks_of("launch")),
+    Stage("native", 10, natively),
+    Stage("memory", 10, tasks_of("memory")),
 )
 
 
-def limit(step: Step, left: float, steps: Sequence[Step] = STEPS) -> float:
+def limit(step: Stage, left: float, steps: Sequence[Stage] = STAGES) -> float:
     """Seconds for a step: its share of those that are left, among the steps that are.
 
-    >>> round(limit(STEPS[0], 480)), round(limit(STEPS[-1], 60))
+    >>> round(limit(STAGES[0], 480)), round(limit(STAGES[-1], 60))
     (15, 60)
     """
     return left * step.share / sum(other.share for other in steps[steps.index(step) :])

@@ -41,7 +41,7 @@ class Group(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Over a group: the geometric mean of a rival's time over ours, and the cell where it is least."""
+    """Over a group: the geometric mean of a backend's time over ours, and the workload where it is least."""
 
     rival: str
     mean: Spread
@@ -61,8 +61,8 @@ def seconds(row: Row, name: str) -> float | None:
     return None if found is None else float(found["median"])
 
 
-def ratio(row: Row, rival: str = baseline.THEIRS) -> Spread | None:
-    """A rival's time over ours, by rounds: above 1 this package is faster."""
+def ratio(row: Row, rival: str = baseline.TORCH) -> Spread | None:
+    """A backend's time over ours, by rounds: above 1 this package is faster."""
     found = row.get(f"{clock(row)}ratio", {}).get(rival)
     return None if found is None else Spread(**found)
 
@@ -98,7 +98,7 @@ def share_of_bandwidth(result: dict[str, Any], row: Row, name: str = baseline.OU
     return None if taken is None or most is None else row["bytes"] / taken / 1e9 / most
 
 
-def contenders(rows: Iterable[Row]) -> list[str]:
+def backends(rows: Iterable[Row]) -> list[str]:
     """All that were timed, ours first."""
     found = dict.fromkeys(name for row in rows for name in row.get("seconds", {}))
     return [name for name in (baseline.OURS,) if name in found] + [name for name in found if name != baseline.OURS]
@@ -125,10 +125,10 @@ def mean(spreads: Sequence[Spread]) -> Spread:
 
 
 def summaries(rows: Sequence[Row]) -> dict[Group, list[Summary]]:
-    """A group's rivals, each over the cells that it was timed in."""
+    """A group's backends, each over the workloads that it was timed in."""
     found: dict[Group, list[Summary]] = {}
     for group, some in groups(rows).items():
-        for rival in contenders(some):
+        for rival in backends(some):
             against = [(spread, row) for row in some if (spread := ratio(row, rival)) is not None]
             if against:
                 least, where = min(against, key=lambda pair: pair[0].median)
@@ -140,12 +140,12 @@ def summaries(rows: Sequence[Row]) -> dict[Group, list[Summary]]:
 
 
 def label(row: Row) -> str:
-    """A cell within its group."""
+    """A workload within its group."""
     return f"{row['layout']} {row['m']}×{row['n']}×{row['k']}"
 
 
 def troubles(rows: Sequence[Row]) -> list[str]:
-    """A line for each result that is wrong, each contender that failed, and each that may be another in disguise."""
+    """A line for each result that is wrong, each backend that failed, and each that may be another in disguise."""
     found = []
     for row in rows:
         for kind in ("wrong", "failed"):
@@ -170,7 +170,7 @@ def twins(rows: Iterable[Row]) -> list[str]:
 
 
 def disturbed(rows: Iterable[Row]) -> list[str]:
-    """The cells during which a contender on one thread did not have a core to itself."""
+    """The workloads during which a backend on one thread did not have a core to itself."""
     return [
         workloads.of_row(row).name
         for row in rows
@@ -191,7 +191,7 @@ def apart(before: Spread, after: Spread) -> bool:
 
 
 class Change(NamedTuple):
-    """A cell in two runs: its figure in each, and the second over the first, above 1 faster."""
+    """A workload in two runs: its figure in each, and the second over the first, above 1 faster."""
 
     name: str
     before: Spread
@@ -207,7 +207,7 @@ class Change(NamedTuple):
 
 
 def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
-    """The cells that both runs have: by our ratio to torch, which knows nothing of the machine's mood, or else by
+    """The workloads that both runs have: by our ratio to torch, which knows nothing of the machine's mood, or else by
     how many calls a second we make."""
     known = {workloads.of_row(row): row for row in before}
     found = []

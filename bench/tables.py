@@ -1,4 +1,4 @@
-"""What the bench prints and writes in words: summaries, cells, changes between two runs."""
+"""What the bench prints and writes in words: summaries, workloads, changes between two runs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def verdict(rows: Sequence[stats.Row]) -> str:
 
 
 def cell_columns(rows: Sequence[stats.Row]) -> list[str]:
-    names = stats.contenders(rows)
+    names = stats.backends(rows)
     ratios = [f"ratio to {name}" for name in names if name != baseline.OURS]
     rates = [f"GFLOP/s, {name}" for name in names]
     return ["where", "dtype", "pass", "layout, m×n×k", *rates, *ratios, "peak", "bandwidth", "first ms", "peak MiB"]
@@ -92,7 +92,7 @@ def cell_columns(rows: Sequence[stats.Row]) -> list[str]:
 
 def cell_lines(result: dict[str, Any]) -> list[list[str]]:
     rows = result["rows"]
-    names = stats.contenders(rows)
+    names = stats.backends(rows)
     lines = []
     for row in rows:
         group = stats.group_of(row)

@@ -65,7 +65,7 @@ def interleaved(
     seconds: float = 0.25,
     wait: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds a call, for each rival and round: ``seconds`` in all, but 5 rounds at least and 199 at most.
+    """Seconds a call, for each backend and round: ``seconds`` in all, but 5 rounds at least and 199 at most.
 
     ``wait`` is called before the clock is read: torch.cuda.synchronize where calls return early.
 
@@ -116,7 +116,7 @@ def batch(call: Callable[[], object], calls: int, wait: Callable[[], object]) ->
 
 
 def quartiles(times: list[float]) -> Quartiles:
-    """The quartiles of one rival's rounds.
+    """The quartiles of one backend's rounds.
 
     >>> quartiles([3.0, 1.0, 2.0, 5.0, 4.0])
     Quartiles(low=2.0, median=3.0, high=4.0)

@@ -62,20 +62,20 @@ def shape(text: str) -> Shape:
     raise argparse.ArgumentTypeError(f"three sizes of at least 1, as 128,4096,4096, got {text}")
 
 
-def planned(command: argparse.Namespace) -> list[gpu_workloads.Job]:
+def planned(command: argparse.Namespace) -> list[gpu_workloads.GpuWorkload]:
     """The problems: of each shape the forward product and both gradients, in every dtype."""
     found = []
     for m, n, k in command.shapes or SUITES[command.suite or "core"]:
         for dtype, precision in (NUMBERS[name] for name in command.dtype):
             for product in testing.PRODUCTS:
-                found.append(gpu_workloads.Job("products", product, dtype, m, n, k, precision))
+                found.append(gpu_workloads.GpuWorkload("products", product, dtype, m, n, k, precision))
     return list(dict.fromkeys(found))
 
 
 def run(command: argparse.Namespace, launcher: process.Run = process.run) -> int:
     """Everything; ``launcher`` starts the processes."""
     if not torch.cuda.is_available():
-        raise cli_common.Unusable(f"tune: torch {torch.__version__} finds no CUDA device here")
+        raise cli_common.UsageError(f"tune: torch {torch.__version__} finds no CUDA device here")
     table = Table(writable(command.out or gpu_calls.user_path()))
     with reporting.terminated_as_interrupted(), progress(len(planned(command))) as news:
         tuner = Tuner(table, planned(command), launcher, news)
@@ -83,7 +83,7 @@ def run(command: argparse.Namespace, launcher: process.Run = process.run) -> int
     print(f"{tuner.found} measured, {tuner.known} known before; written: {table.path}")
     if tuner.left:
         print(f"no time for {tuner.left} more: the same command goes on from here")
-    return cli_common.DISAGREES if tuner.failed else 0
+    return cli_common.EXIT_MISMATCH if tuner.failed else 0
 
 
 def writable(path: Path) -> Path:
@@ -91,9 +91,9 @@ def writable(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
-        raise cli_common.Unusable(f"tune: {path}: {reason.strerror}") from reason
+        raise cli_common.UsageError(f"tune: {path}: {reason.strerror}") from reason
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise cli_common.Unusable(f"tune: {path}: cannot be written")
+        raise cli_common.UsageError(f"tune: {path}: cannot be written")
     return path
 
 
@@ -102,7 +102,7 @@ class Tuner:
     """Starts children until every problem has its turn, and keeps what they say."""
 
     table: Table
-    waiting: list[gpu_workloads.Job]
+    waiting: list[gpu_workloads.GpuWorkload]
     launcher: process.Run
     news: Callable[[str, int], None]
     found: int = 0
@@ -110,7 +110,7 @@ class Tuner:
     failed: int = 0
     left: int = 0
     tried: dict[str, Any] | None = None
-    at: gpu_workloads.Job | None = None
+    at: gpu_workloads.GpuWorkload | None = None
     bad: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def run(self, seconds: float) -> None:
@@ -125,18 +125,18 @@ class Tuner:
             self.blame(ended)
         self.left = len(self.waiting)
 
-    def child(self, seconds: float) -> process.Ended:
-        plan = {"jobs": [asdict(job) for job in self.waiting], "known": self.table.keys, "bad": self.bad}
+    def child(self, seconds: float) -> process.ExitStatus:
+        plan = {"jobs": [asdict(workload) for workload in self.waiting], "known": self.table.keys, "bad": self.bad}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "plan.json")
             path.write_text(json.dumps(plan), encoding="utf-8")
             command = process.python("-m", tune_worker.__name__, str(path), f"--until={process.deadline(seconds):.1f}")
             return self.launcher(command, self.heard, seconds=seconds, silence=SILENCE)
 
-    def blame(self, ended: process.Ended) -> None:
+    def blame(self, ended: process.ExitStatus) -> None:
         """The candidate that was tried when the process ended is not tried again; without one, its problem is not."""
         if self.at is None:  # between two problems there is nothing that can fail, but at the first
-            raise cli_common.Unusable(f"tune: no measurement can be begun: {ended.reason}")
+            raise cli_common.UsageError(f"tune: no measurement can be begun: {ended.reason}")
         if self.tried is None:
             self.row({"name": self.at.name, "failed": ended.reason})
         elif self.tried not in self.bad.setdefault(self.at.name, []):
@@ -184,8 +184,8 @@ class Tuner:
         self.at = self.tried = None
         self.news(name, 1)
 
-    def waiting_for(self, name: str) -> gpu_workloads.Job:
-        return next(job for job in self.waiting if job.name == name)
+    def waiting_for(self, name: str) -> gpu_workloads.GpuWorkload:
+        return next(workload for workload in self.waiting if workload.name == name)
 
     def say(self, line: str) -> None:
         print(line, file=sys.stderr)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..cli_common import Unusable
+from ..cli_common import UsageError
 from . import files
 
 VERSION = 1
@@ -30,12 +30,12 @@ class Table:
         return list(self._whole["winners"])
 
     def begin(self, facts: dict[str, str]) -> None:
-        """On this GPU, with these versions; Unusable where the file's winners were found on others."""
+        """On this GPU, with these versions; UsageError where the file's winners were found on others."""
         before = self._whole["provenance"]
         for name in SAME:
             if self.keys and before.get(name) != facts.get(name):
                 found_on = f"winners of {name} {before.get(name)}, and this is {facts.get(name)}"
-                raise Unusable(f"tune: {self.path} holds {found_on}: remove it, or name another")
+                raise UsageError(f"tune: {self.path} holds {found_on}: remove it, or name another")
         self._whole["provenance"] = before | facts
 
     def put(self, row: Row) -> None:
@@ -49,12 +49,12 @@ def read(path: Path) -> dict[str, Any]:
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
         if whole["version"] != VERSION:
-            raise Unusable(f"tune: {path} is of version {whole['version']}, this reads {VERSION}")
+            raise UsageError(f"tune: {path} is of version {whole['version']}, this reads {VERSION}")
         for key, fields in whole["winners"].items():
             dict(fields)
             whole["provenance"]["measured"][key]
         return whole
     except OSError as reason:
-        raise Unusable(f"tune: {path}: {reason.strerror}") from reason
+        raise UsageError(f"tune: {path}: {reason.strerror}") from reason
     except (ValueError, KeyError, TypeError) as reason:
-        raise Unusable(f"tune: {path} is not a table of winners") from reason
+        raise UsageError(f"tune: {path} is not a table of winners") from reason

@@ -32,7 +32,7 @@ from ..kernels.gpu.config import TileConfig
 from . import baseline, files, gpu_backends, gpu_calls, gpu_correctness, gpu_session, timer
 from . import gpu_worker as reporting
 from .devices import Gpu
-from .gpu_workloads import Job
+from .gpu_workloads import GpuWorkload
 
 FIRST_SECONDS, FINAL_SECONDS = 0.02, 0.3  # a candidate in the first turns, all finalists in the last
 FINALISTS = 4
@@ -41,7 +41,7 @@ GAIN = 1.02  # that a winner must have over the default: less is noise, and the 
 
 Fields = dict[str, Any]
 Say = Callable[[dict[str, Any]], None]
-Compile = Callable[[Job, list[TileConfig]], None]
+Compile = Callable[[GpuWorkload, list[TileConfig]], None]
 
 
 class Broken(Exception):
@@ -53,16 +53,16 @@ def serve(plan: dict[str, Any], gpu: Gpu, seconds: float, say: Say, compiler: Co
     end, done = perf_counter() + seconds, set(plan["known"])
     say({"facts": reporting.environment(gpu)["facts"] | files.stamp()})
     for index, fields in enumerate(plan["jobs"]):
-        job = Job(**fields)
+        workload = GpuWorkload(**fields)
         if perf_counter() > end:
             say({"left": len(plan["jobs"]) - index})
             break
-        say({"begin": index, "name": job.name})
+        say({"begin": index, "name": workload.name})
         try:
             gpu.tidy()
-            found = tune(job, done, plan["bad"].get(job.name, []), gpu, say, compiler)
+            found = tune(workload, done, plan["bad"].get(workload.name, []), gpu, say, compiler)
         except Broken as reason:
-            print(f"{job.name}: {reason}", file=sys.stderr)
+            print(f"{workload.name}: {reason}", file=sys.stderr)
             return reporting.BROKEN
         except (gpu_session.Skipped, torch.cuda.OutOfMemoryError) as reason:
             found = {"skipped": str(reason).splitlines()[0]}
@@ -71,12 +71,12 @@ def serve(plan: dict[str, Any], gpu: Gpu, seconds: float, say: Say, compiler: Co
                 raise
             found = {"failed": f"{type(reason).__name__}: {reason}"}
         done.add(found.get("key", ""))
-        say({"row": {"name": job.name, **found}} if "known" not in found else {"known": job.name})
+        say({"row": {"name": workload.name, **found}} if "known" not in found else {"known": workload.name})
     return 0
 
 
 def tune(
-    job: Job,
+    workload: GpuWorkload,
     known: set[str],
     bad: Sequence[Fields],
     gpu: Gpu,
@@ -84,10 +84,10 @@ def tune(
     compiler: Compile,
 ) -> dict[str, Any]:
     """The row of a problem: every candidate that is right, timed; the winner beside `choose`'s default."""
-    if gpu_session.HELD * job.bytes > gpu.free_bytes():
-        raise gpu_session.Skipped(f"needs {gpu_session.HELD * job.bytes / 2**30:.0f} GiB of free memory")
-    operands = gpu_backends.draw(job, gpu.device)
-    problem, target = gpu_calls.describe(*operands.of(job.product), job.precision)
+    if gpu_session.HELD * workload.bytes > gpu.free_bytes():
+        raise gpu_session.Skipped(f"needs {gpu_session.HELD * workload.bytes / 2**30:.0f} GiB of free memory")
+    operands = gpu_backends.draw(workload, gpu.device)
+    problem, target = gpu_calls.describe(*operands.of(workload.product), workload.precision)
     key = gpu_calls.key(problem, target)
     if key in known:
         return {"key": key, "known": True}
@@ -95,12 +95,12 @@ def tune(
     every = list(dict.fromkeys([default, *gpu_calls.candidates(problem, target)]))
     tried = [config for config in every if asdict(config) not in bad]
     say({"candidates": len(tried)})
-    compiler(job, tried)
-    good = [config for config in tried if is_good(config, job, operands, gpu, say)]
+    compiler(workload, tried)
+    good = [config for config in tried if is_good(config, workload, operands, gpu, say)]
     if not good:
         return {"failed": f"none of {len(every)} candidates is right"}
     say({"try": None})
-    seconds = times(good, default, job, operands, gpu)
+    seconds = times(good, default, workload, operands, gpu)
     best = min(seconds, key=lambda config: seconds[config])
     winner = best if default not in seconds or seconds[default] > GAIN * seconds[best] else default
     row: dict[str, Any] = {"key": key, "winner": asdict(winner), "kernel": gpu_calls.kernel_name(problem, winner)}
@@ -108,12 +108,12 @@ def tune(
     return row | {"candidates": len(every), "timed": len(good), **files.stamp()}
 
 
-def is_good(config: TileConfig, job: Job, operands: baseline.Operands, gpu: Gpu, say: Say) -> bool:
+def is_good(config: TileConfig, workload: GpuWorkload, operands: baseline.Operands, gpu: Gpu, say: Say) -> bool:
     """Whether a candidate compiles, runs and is right; it is named before it is tried."""
     say({"try": asdict(config)})
-    mm = partial(with_config, config, job)
+    mm = partial(with_config, config, workload)
     try:
-        wrong = [str(verdict) for verdict in gpu_correctness.verdicts(mm, job, operands) if not verdict.right]
+        wrong = [str(verdict) for verdict in gpu_correctness.verdicts(mm, workload, operands) if not verdict.right]
         gpu.wait()
     except Exception as error:
         why = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
@@ -126,16 +126,16 @@ def is_good(config: TileConfig, job: Job, operands: baseline.Operands, gpu: Gpu,
     return not wrong
 
 
-def with_config(config: TileConfig, job: Job, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return gpu_calls.with_config(x, y, job.precision, config)
+def with_config(config: TileConfig, workload: GpuWorkload, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return gpu_calls.with_config(x, y, workload.precision, config)
 
 
 def times(
-    good: list[TileConfig], default: TileConfig, job: Job, operands: baseline.Operands, gpu: Gpu
+    good: list[TileConfig], default: TileConfig, workload: GpuWorkload, operands: baseline.Operands, gpu: Gpu
 ) -> dict[TileConfig, float]:
-    """Median seconds of device time: all in turns, then the fastest and the default again for longer."""
-    mms = {str(index): partial(with_config, config, job) for index, config in enumerate(good)}
-    batches, _ = gpu_session.graphs(mms, job, operands, gpu)
+    """Median seconds of device time: all interleaved, then the fastest and the default again for longer."""
+    mms = {str(index): partial(with_config, config, workload) for index, config in enumerate(good)}
+    batches, _ = gpu_session.graphs(mms, workload, operands, gpu)
     first = medians(batches, FIRST_SECONDS * len(good))
     finalists = sorted(first, key=lambda name: first[name])[:FINALISTS]
     finalists += [str(good.index(default))] if default in good and str(good.index(default)) not in finalists else []
@@ -157,11 +157,11 @@ class Compilers:
     def _new(processes: int) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
 
-    def __call__(self, job: Job, configs: list[TileConfig]) -> None:
+    def __call__(self, workload: GpuWorkload, configs: list[TileConfig]) -> None:
         try:
-            list(self._pool.map(compile_one, [job] * len(configs), configs, timeout=COMPILING))
+            list(self._pool.map(compile_one, [workload] * len(configs), configs, timeout=COMPILING))
         except Exception as error:  # a candidate that ended its process, or never ends
-            print(f"{job.name}: compiling: {type(error).__name__}: {error}", file=sys.stderr)
+            print(f"{workload.name}: compiling: {type(error).__name__}: {error}", file=sys.stderr)
             processes = list((self._pool._processes or {}).values())
             self._pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
@@ -169,12 +169,12 @@ class Compilers:
             self._pool = self._new(self._processes)
 
 
-def compile_one(job: Job, config: TileConfig) -> None:
+def compile_one(workload: GpuWorkload, config: TileConfig) -> None:
     """One product with a candidate; a process whose context it breaks ends."""
     gpu = Gpu()
     gpu.multiply_in_ieee()
     try:
-        with_config(config, job, *gpu_backends.draw(job, gpu.device).of(job.product))
+        with_config(config, workload, *gpu_backends.draw(workload, gpu.device).of(workload.product))
         gpu.wait()
     except Exception:
         if reporting.is_broken(gpu):

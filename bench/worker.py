@@ -21,11 +21,11 @@ ROOT = Path(__file__).parents[1]  # a checkout's root; matmul_grad in an install
 Message = dict[str, Any]
 
 
-class Failed(Exception):
+class WorkerFailed(Exception):
     """What a worker could not do; the message is what it said."""
 
 
-class Ended(Failed):
+class WorkerExited(WorkerFailed):
     """A worker that is no more."""
 
 
@@ -44,21 +44,21 @@ class Worker:
         )
 
     def ask(self, task: Message, seconds: float | None = None) -> Message:
-        """Its answer; Ended where there is none, or none within ``seconds``."""
+        """Its answer; WorkerExited where there is none, or none within ``seconds``."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             print(json.dumps(task), file=self._process.stdin, flush=True)
             if seconds is not None and not select.select([self._process.stdout], [], [], seconds)[0]:
                 self.end()
-                raise Ended(f"{self._name} said nothing for {seconds:.0f} s at {json.dumps(task)}")
+                raise WorkerExited(f"{self._name} said nothing for {seconds:.0f} s at {json.dumps(task)}")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
-            raise Ended(f"{self._name} ended with status {self._process.wait()} at {json.dumps(task)}")
+            raise WorkerExited(f"{self._name} ended with status {self._process.wait()} at {json.dumps(task)}")
         answer = json.loads(line)
         if "failed" in answer:
-            raise Failed(answer["failed"])
+            raise WorkerFailed(answer["failed"])
         return answer
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""What the bench compares: a cell is one product, of one dtype, layout and shape, on so many threads."""
+"""What the bench compares: a workload is one product, of one dtype, layout and shape, on so many threads."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .shapes import QUICK, QUICK_GPU, SETS, Shape
 PASSES = (*testing.PRODUCTS, baseline.STEP)
 LAYOUTS = ("NN", "NT", "TN")
 SUITES = ("quick", *(name for name in SETS if name != "deepseek"), "all")
-# Operations a second of the slower of two rivals on one thread of Zen 4: to weigh what is left to do.
+# Operations a second of the slower of two backends on one thread of Zen 4: to weigh what is left to do.
 PACE = {"f32": 60e9, "f64": 30e9, "bf16": 100e9, "f16": 6e9}
 
 
 @dataclass(frozen=True)
-class Cell:
+class Workload:
     """One comparison. ``layout`` says how A and B lie in memory; the gradient of C lies by rows."""
 
     product: str
@@ -74,20 +74,20 @@ class Cell:
         """Bytes that have to be read or written: each factor and each result once, for each of the products."""
         return self.held * (3 if self.product == baseline.STEP else 1)
 
-    def weight(self, seconds: float, rounds: int = 6, contenders: int = 3) -> float:
+    def weight(self, seconds: float, rounds: int = 6, backends: int = 3) -> float:
         """About how many seconds the comparison takes where ``seconds`` are asked for."""
         if self.device != "cpu":
             return seconds + 1.0
-        return seconds + 0.3 + rounds * contenders * self.flops / PACE[self.dtype] / self.threads
+        return seconds + 0.3 + rounds * backends * self.flops / PACE[self.dtype] / self.threads
 
 
-def of_row(row: dict[str, Any]) -> Cell:
-    """The cell that a row was measured of.
+def of_row(row: dict[str, Any]) -> Workload:
+    """The workload that a row was measured of.
 
     >>> of_row({"product": "dgrad", "dtype": "f32", "layout": "NN", "m": 1, "n": 2, "k": 3, "rounds": 5}).name
     'dgrad-f32-NN-1x2x3-1t'
     """
-    return Cell(**{name: row[name] for name in Cell.__dataclass_fields__ if name in row})
+    return Workload(**{name: row[name] for name in Workload.__dataclass_fields__ if name in row})
 
 
 def shapes(suite: str, device: str) -> tuple[Shape, ...]:
@@ -105,21 +105,21 @@ def shapes(suite: str, device: str) -> tuple[Shape, ...]:
 
 def plan(
     suite: str, device: str, dtypes: Sequence[str], passes: Sequence[str], threads: Sequence[int], max_gflop: float
-) -> tuple[list[Cell], int]:
-    """The cells of a run in the order of measuring, and how many were left out as larger than ``max_gflop``.
+) -> tuple[list[Workload], int]:
+    """The workloads of a run in the order of measuring, and how many were left out as larger than ``max_gflop``.
 
     A shape is met in every layout forward. Its gradients and the step read operands that lie by rows, and turn
     them by their strides.
 
-    >>> cells, larger = plan("cubes", "cpu", ["f32"], ["forward"], [1], max_gflop=1)
-    >>> [cell.name for cell in cells][:4], larger
+    >>> planned, larger = plan("cubes", "cpu", ["f32"], ["forward"], [1], max_gflop=1)
+    >>> [workload.name for workload in planned][:4], larger
     (['forward-f32-NN-64x64x64-1t', 'forward-f32-NT-64x64x64-1t', 'forward-f32-TN-64x64x64-1t', \
 'forward-f32-NN-128x128x128-1t'], 9)
     """
     every = [
-        Cell(product, dtype, layout, *shape, threads=count, device=device)
+        Workload(product, dtype, layout, *shape, threads=count, device=device)
         for count, shape, dtype, product in itertools.product(threads, shapes(suite, device), dtypes, passes)
         for layout in (LAYOUTS if product == "forward" else LAYOUTS[:1])
     ]
-    kept = [cell for cell in every if cell.flops <= max_gflop * 1e9]
+    kept = [workload for workload in every if workload.flops <= max_gflop * 1e9]
     return kept, len(every) - len(kept)

@@ -25,8 +25,8 @@ def run(console: Console, device: str, seed: int) -> list[str]:
     rows: list[list[str]] = []
     kinds = list(itertools.product(DTYPES[device], SIZES[device]))
     for dtype, n in track(console, "timing", kinds, len(kinds)):
-        ours, kind = baseline.RIVALS[baseline.OURS], testing.DTYPES[dtype]
-        right = functools.partial(baseline.assert_right, ours, n, n, n, kind, seed=seed, device=device)
+        ours, kind = baseline.IMPLEMENTATIONS[baseline.OURS], testing.DTYPES[dtype]
+        right = functools.partial(baseline.assert_correct, ours, n, n, n, kind, seed=seed, device=device)
         found_here = disagreement(f"timing {dtype} {n}", right)
         found += found_here
         if not found_here:
@@ -44,9 +44,9 @@ def time_products(n: int, dtype: str, device: str, seed: int) -> list[list[str]]
     operands = baseline.draw(n, n, n, testing.DTYPES[dtype], seed=seed, device=device)
     rows = []
     for product in testing.PRODUCTS:
-        work = {name: baseline.work(mm, product, operands) for name, mm in baseline.RIVALS.items()}
+        work = {name: baseline.work(mm, product, operands) for name, mm in baseline.IMPLEMENTATIONS.items()}
         times = timer.interleaved(work, SECONDS, wait)
-        theirs, ours = times[baseline.THEIRS], times[baseline.OURS]
+        theirs, ours = times[baseline.TORCH], times[baseline.OURS]
         rate = baseline.flops(n, n, n, product) / timer.quartiles(ours).median / 1e9
         figures = f"{rate:.0f}", f"{timer.ratio(theirs, ours):.2f}"
         rows.append([f"{product}-{dtype}-{n}", *cells(theirs), *cells(ours), *figures])

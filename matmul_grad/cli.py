@@ -15,7 +15,7 @@ import torch
 from . import __version__, machine
 from .bench import gpu_report
 from .bench import tune as tuning
-from .cli_common import DISAGREES, Unusable, complain, require, require_isa, run_command, thread_count
+from .cli_common import EXIT_MISMATCH, UsageError, complain, require, require_isa, run_command, thread_count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def check(command: argparse.Namespace) -> int:
     if command.train:
         require(sklearn="scikit-learn")
     if command.device == "cuda" and not torch.cuda.is_available():
-        raise Unusable(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
+        raise UsageError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
     require_isa()
     from .check import Options, run
     from .console import make_console
@@ -89,7 +89,7 @@ def warm_up(command: argparse.Namespace) -> int:
             print(f"{name:24}  {seconds:6.2f} s", flush=True)
     except warmup.NotCompiled as reason:
         complain(f"matmul-grad: {reason}")
-        return DISAGREES
+        return EXIT_MISMATCH
     for note in machine.left_to_torch():
         print(note)
     print(f"cache: {machine.describe_cache()}")

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from rich.console import Console
 
-DISAGREES, UNUSABLE, INTERRUPTED, CLOSED = 1, 2, 130, 141
+EXIT_MISMATCH, EXIT_USAGE, EXIT_INTERRUPTED, CLOSED = 1, 2, 130, 141
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG, errno.EBADF)
 MOST_THREADS = 1024  # torch takes any C int, and the process ends where the system cannot start so many
 
 
-class Unusable(Exception):
+class UsageError(Exception):
     """What was asked for cannot be done here; the message is the one line that says why."""
 
 
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         complain(f"{self.prog}: {message}")
-        raise SystemExit(UNUSABLE)
+        raise SystemExit(EXIT_USAGE)
 
 
 def run_command(program: str, command: Callable[[], int]) -> int:
@@ -46,12 +46,12 @@ def run_command(program: str, command: Callable[[], int]) -> int:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except Unusable as reason:
+    except UsageError as reason:
         complain(f"{program}: {reason}")
-        return UNUSABLE
+        return EXIT_USAGE
     except KeyboardInterrupt:
         complain(f"{program}: interrupted")
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         discard_output()
         return CLOSED
@@ -60,7 +60,7 @@ def run_command(program: str, command: Callable[[], int]) -> int:
             raise
         discard_output()
         complain(f"{program}: the output cannot be written: {reason.strerror}")
-        return UNUSABLE
+        return EXIT_USAGE
 
 
 def complain(line: str) -> None:
@@ -90,28 +90,28 @@ def thread_count(text: str) -> int:
 
 
 def require_isa() -> None:
-    """Unusable where $MATMUL_GRAD_ISA names an instruction set that this CPU does not have."""
+    """UsageError where $MATMUL_GRAD_ISA names an instruction set that this CPU does not have."""
     from .kernels.cpu import host
 
     try:
         host.cpu()
     except (ValueError, RuntimeError) as reason:
-        raise Unusable(str(reason)) from reason
+        raise UsageError(str(reason)) from reason
 
 
 def require(*modules: str, **packages: str) -> None:
-    """Unusable where one of the modules is not installed; ``packages`` are modules whose package has another name.
+    """UsageError where one of the modules is not installed; ``packages`` are modules whose package has another name.
 
     >>> require("argparse")
     >>> require("argparse", sklearn_of_nowhere="scikit-learn")
     Traceback (most recent call last):
-    matmul_grad.cli_common.Unusable: scikit-learn is missing: pip install scikit-learn
+    matmul_grad.cli_common.UsageError: scikit-learn is missing: pip install scikit-learn
     """
     wanted = {module: module for module in modules} | packages
     missing = [package for module, package in wanted.items() if importlib.util.find_spec(module) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise Unusable(f"{', '.join(missing)} {verb} missing: pip install {' '.join(missing)}")
+        raise UsageError(f"{', '.join(missing)} {verb} missing: pip install {' '.join(missing)}")
 
 
 def terminal() -> Console | None:

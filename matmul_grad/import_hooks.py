@@ -14,7 +14,7 @@ Then = Callable[[ModuleType], None]
 _waiting: dict[str, list[Then]] = {}
 
 
-def after_import(name: str, then: Then) -> None:
+def on_import(name: str, then: Then) -> None:
     """Call ``then(module)`` once: now where the module is imported already, else at the end of its import."""
     if (module := sys.modules.get(name)) is not None:
         then(module)

@@ -1,4 +1,4 @@
-"""`python -m bench cpu-ratio`: figures as its rows say, the wrong refused, a fall noticed, rivals one at a time."""
+"""`python -m bench cpu-ratio`: figures as its rows say, the wrong refused, a fall noticed, backends one at a time."""
 
 import itertools
 import json
@@ -82,11 +82,14 @@ def test_targets_are_those_agreed_on() -> None:
 
 def test_plan_is_whole() -> None:
     one, two = (ratio_workloads.jobs(ratio_workloads.PARTS, ratio_workloads.DTYPES, threads) for threads in (1, 2))
-    assert one == [*two, ratio_workloads.Job("overhead", "f32", "NN", 8, 8, 8)]
-    products = [job for job in one if job.part == "products"]
+    assert one == [*two, ratio_workloads.RatioWorkload("overhead", "f32", "NN", 8, 8, 8)]
+    products = [workload for workload in one if workload.part == "products"]
     assert len(products) == len(set(products)) == (6 + 3 * 6) * 3 * 4
-    assert {(job.m, job.n, job.k) for job in products if job.m != job.n} >= {(1, 768, 768), (2048, 768, 3072)}
-    assert {(job.dtype, job.layout, job.n) for job in products if job.peak} == set(
+    assert {(workload.m, workload.n, workload.k) for workload in products if workload.m != workload.n} >= {
+        (1, 768, 768),
+        (2048, 768, 3072),
+    }
+    assert {(workload.dtype, workload.layout, workload.n) for workload in products if workload.peak} == set(
         itertools.product(ratio_workloads.DTYPES, ratio_workloads.LAYOUTS, (1024, 2048))
     )
 
@@ -157,19 +160,19 @@ def wrong_in_a_corner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def test_wrong_product_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, mm: baseline.Mm, why: str, dtype: str, layout: str
 ) -> None:
-    job = ratio_workloads.Job("products", dtype, layout, 13, 21, 34)
-    assert ratio_worker.measure(job, 0.0)["ratio"] > 0
+    workload = ratio_workloads.RatioWorkload("products", dtype, layout, 13, 21, 34)
+    assert ratio_worker.measure(workload, 0.0)["ratio"] > 0
     monkeypatch.setattr(api, "mm", mm)
     with pytest.raises(AssertionError, match=f"forward-{dtype}-{layout}-13x21x34.*{why}"):
-        ratio_worker.measure(job, 0.0)
+        ratio_worker.measure(workload, 0.0)
 
 
 def test_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = ratio_workloads.Job("step", "f32", "NN", 16, 16, 16)
-    assert ratio_worker.measure(job, 0.0)["flops"] == 3 * 2 * 16**3
+    workload = ratio_workloads.RatioWorkload("step", "f32", "NN", 16, 16, 16)
+    assert ratio_worker.measure(workload, 0.0)["flops"] == 3 * 2 * 16**3
     monkeypatch.setattr(api, "mm", lambda a, b: 2 * torch.mm(a, b) - torch.mm(a, b.detach()))
     with pytest.raises(AssertionError, match="step-f32-NN-16x16x16, gradient of b"):
-        ratio_worker.measure(job, 0.0)
+        ratio_worker.measure(workload, 0.0)
 
 
 def test_wrong_kernel_ends_the_run(
@@ -253,7 +256,7 @@ def test_peak_is_above_every_product_and_below_every_cpu() -> None:
     rates = {}
     with timer.threads(1):
         for dtype, name in (("f32", "float32"), ("f64", "float64")):
-            found = ratio_worker.measure(ratio_workloads.Job("products", dtype, "NN", 1024, 1024, 1024), 0.0)
+            found = ratio_worker.measure(ratio_workloads.RatioWorkload("products", dtype, "NN", 1024, 1024, 1024), 0.0)
             rates[dtype] = found["peak"]["median"]
             assert 0.2 < ratio_stats.share(found) < 1.05
             assert ratio_stats.rate(found, "torch") < 1.05 * rates[dtype]
@@ -282,8 +285,8 @@ def test_peak_of_float16_is_that_of_float32() -> None:
 
 def test_openblas_and_this_package_time_interleaved() -> None:
     with ratio_openblas.Match(threads=1, seconds=0.001, pin=False) as match:
-        found = match.compare(ratio_workloads.Job("openblas", "f64", "NN", 64, 64, 64))
-        second = match.compare(ratio_workloads.Job("openblas", "f32", "NN", 64, 64, 64))
+        found = match.compare(ratio_workloads.RatioWorkload("openblas", "f64", "NN", 64, 64, 64))
+        second = match.compare(ratio_workloads.RatioWorkload("openblas", "f32", "NN", 64, 64, 64))
     assert list(found["seconds"]) == ["numpy", "matmul_grad"]
     assert found["rounds"] == second["rounds"] == 3
     one = ["numpy", "matmul_grad"]  # to prepare; then three rounds, each in the order of the one before, turned
@@ -307,8 +310,11 @@ def test_slow_rivals_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_failed_worker_says_why() -> None:
     with worker.Worker("matmul_grad.bench.ratio_worker", "--threads=1", "--seconds=0") as child:
-        with pytest.raises(worker.Failed, match="KeyError: 'nothing'"):
-            child.ask(vars(ratio_workloads.Job("nothing", "f32", "NN", 1, 1, 1)))
-        assert child.ask(vars(ratio_workloads.Job("overhead", "f32", "NN", 8, 8, 8)))["part"] == "overhead"
-    with worker.Worker("matmul_grad.bench.nowhere") as child, pytest.raises(worker.Failed, match="ended with status 1"):
+        with pytest.raises(worker.WorkerFailed, match="KeyError: 'nothing'"):
+            child.ask(vars(ratio_workloads.RatioWorkload("nothing", "f32", "NN", 1, 1, 1)))
+        assert child.ask(vars(ratio_workloads.RatioWorkload("overhead", "f32", "NN", 8, 8, 8)))["part"] == "overhead"
+    with (
+        worker.Worker("matmul_grad.bench.nowhere") as child,
+        pytest.raises(worker.WorkerFailed, match="ended with status 1"),
+    ):
         child.ask({})

@@ -24,13 +24,13 @@ def test_waits_for_the_import(module: str) -> None:
     import importlib.util
 
     seen: list[ModuleType] = []
-    import_hooks.after_import(module, seen.append)
-    import_hooks.after_import(module, seen.append)
+    import_hooks.on_import(module, seen.append)
+    import_hooks.on_import(module, seen.append)
     assert importlib.util.find_spec(module) is not None, "asking where it is imports nothing"
     assert seen == []
     imported = __import__(module)
     assert seen == [imported, imported] and imported.value == 1
-    import_hooks.after_import(module, seen.append)
+    import_hooks.on_import(module, seen.append)
     assert seen == [imported] * 3
     assert module not in import_hooks._waiting
 

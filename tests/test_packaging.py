@@ -330,7 +330,7 @@ def test_only_ops_reaches_into_the_kernels() -> None:
 
 
 def test_nothing_imports_the_name_kernels() -> None:
-    others = [file for folder in ("tests", "bench", "examples") for file in (ROOT / folder).rglob("*.py")]
+    others = [file for folder in ("tests", "examples") for file in (ROOT / folder).rglob("*.py")]
     files = sources() | {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in others}
     for module, path in files.items():
         names = imported(module, path.read_text(encoding="utf-8"), path.name == "__init__.py")

@@ -1,4 +1,4 @@
-"""The bench without its processes: the players answer here, where a test can plant what it likes."""
+"""The bench without its processes: the sessions answer here, where a test can plant what it likes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from matmul_grad.bench.shapes import SETS, Shape
 
 
 class Here:
-    """In place of ``Worker``: the player itself; tasks and answers pass through JSON as they do between processes."""
+    """In place of ``Worker``: the session itself; tasks and answers pass through JSON as they do between processes."""
 
     device: Device = Cpu()
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
-        self._player = session.Player(type(self).device)
+        self._player = session.BackendSession(type(self).device)
 
     def ask(self, task: Any, seconds: float | None = None) -> Any:
         return json.loads(json.dumps(self._player.answer(json.loads(json.dumps(task)))))
@@ -71,7 +71,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
     """Another product in place of torch's or of this package's."""
 
     def do(name: str, mm: Any) -> None:
-        monkeypatch.setattr(baseline, "RIVALS", {**baseline.RIVALS, name: mm})
+        monkeypatch.setattr(baseline, "IMPLEMENTATIONS", {**baseline.IMPLEMENTATIONS, name: mm})
 
     return do
 

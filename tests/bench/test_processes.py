@@ -15,7 +15,7 @@ import pytest
 
 from matmul_grad.bench import backends, commands, results, runner, stats
 from matmul_grad.bench.shapes import SETS
-from matmul_grad.bench.workloads import Cell
+from matmul_grad.bench.workloads import Workload
 
 GIB = 1 << 30
 
@@ -49,9 +49,9 @@ def dies(self, x, y):
 backends.Numpy.product = dies
 """
     plant(tmp_path, code, monkeypatch)
-    members = backends.chosen(["torch", "numpy"], "cpu")
-    with runner.Ensemble(members, "cpu", 1, pin=True) as ensemble:
-        dead, alive = (ensemble.measure(Cell("forward", "f32", "NN", n, 8, 8), 0.01) for n in (7, 8))
+    selected = backends.chosen(["torch", "numpy"], "cpu")
+    with runner.WorkerPool(selected, "cpu", 1, pin=True) as pool:
+        dead, alive = (pool.measure(Workload("forward", "f32", "NN", n, 8, 8), 0.01) for n in (7, 8))
     assert "ended with status -11" in dead["failed"]["numpy"] and set(dead["seconds"]) == {"torch", "matmul_grad"}
     assert "failed" not in alive and set(alive["seconds"]) == {"torch", "matmul_grad", "numpy"}
 
@@ -61,21 +61,21 @@ def test_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     plant(tmp_path, code, monkeypatch)
     monkeypatch.setattr(runner, "GRACE", 12.0)
     left = itertools.chain([1.0], itertools.repeat(-100.0))
-    cells = [Cell("forward", "f32", "NN", 8, 8, 8)]
+    planned = [Workload("forward", "f32", "NN", 8, 8, 8)]
     start = time.monotonic()
-    rows = list(runner.rows(cells, backends.chosen([], "cpu"), 0.01, False, lambda: next(left)))
+    rows = list(runner.rows(planned, backends.chosen([], "cpu"), 0.01, False, lambda: next(left)))
     assert rows == [] and time.monotonic() - start < 60
 
 
 @pytest.mark.skipif(not backends.BY_NAME["jax"].installed, reason="jax is not installed")
 def test_jax_in_a_process_of_its_own_is_right() -> None:
-    members = backends.chosen(["jax"], "cpu")
-    cells = [Cell(*what) for what in (
+    selected = backends.chosen(["jax"], "cpu")
+    planned = [Workload(*what) for what in (
         ("forward", "f32", "NN", 33, 17, 65), ("dgrad", "f32", "NN", 1, 65, 33), ("wgrad", "f64", "NN", 65, 1, 33),
         ("step", "f32", "NN", 17, 33, 65), ("step", "bf16", "NN", 17, 33, 65), ("forward", "f16", "NN", 17, 1, 65),
     )]  # fmt: skip
-    with runner.Ensemble(members, "cpu", 1, pin=True) as ensemble:
-        rows = [ensemble.measure(cell, 0.0) for cell in cells]
+    with runner.WorkerPool(selected, "cpu", 1, pin=True) as pool:
+        rows = [pool.measure(workload, 0.0) for workload in planned]
     assert stats.troubles(rows) == []
     for row in rows:
         assert set(row["seconds"]) == {"matmul_grad", "jax"}
@@ -87,7 +87,7 @@ def test_interrupt_from_a_terminal(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "matmul_grad", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background workload ignores it
     )  # fmt: skip
     unfinished, end = tmp_path / results.UNFINISHED, time.monotonic() + 100
     while not unfinished.exists() and time.monotonic() < end:
@@ -110,11 +110,11 @@ def test_interrupt_from_a_terminal(tmp_path: Path) -> None:
     ],
 )
 def test_processes_stay_small_beside_their_operands(k: int, names: list[str]) -> None:
-    cell = Cell("dgrad", "f32", "NN", 16, 2, k)
-    with runner.Ensemble(backends.chosen(names, "cpu"), "cpu", 1, pin=True) as ensemble:
-        row = ensemble.measure(cell, 0.01)
+    workload = Workload("dgrad", "f32", "NN", 16, 2, k)
+    with runner.WorkerPool(backends.chosen(names, "cpu"), "cpu", 1, pin=True) as pool:
+        row = pool.measure(workload, 0.01)
     assert set(row["seconds"]) == {"matmul_grad", *names}
-    assert cell.held == 4 * 18 * k + 4 * 32 and cell.given == 4 * 16 * k
+    assert workload.held == 4 * 18 * k + 4 * 32 and workload.given == 4 * 16 * k
     assert 0 < row["beyond"] < 2 * GIB
 
 

@@ -349,10 +349,10 @@ def test_tables_fit_a_terminal_of_80_columns(row: Any, monkeypatch: pytest.Monke
             console.table(console.make_console(width), columns, lines, left)
             printed = capsys.readouterr().out.splitlines()
             assert max(map(len, printed)) <= width
-            assert len([line for line in printed if any(line.strip().startswith(cell[0]) for cell in lines)]) == len(
-                lines
-            )
-            assert all(any(cell in line for line in printed) for cells in lines for cell in cells), printed
+            assert len(
+                [line for line in printed if any(line.strip().startswith(workload[0]) for workload in lines)]
+            ) == len(lines)
+            assert all(any(workload in line for line in printed) for planned in lines for workload in planned), printed
 
 
 def test_report_has_a_verdict(written: Path) -> None:
@@ -373,7 +373,7 @@ def test_verdict_counts_what_is_wrong(row: Any) -> None:
 
 
 def test_summary_fits_a_phone(written: Path) -> None:
-    """Its cells may break in a narrow window, so nothing of it is cut off; the browser's test measures it."""
+    """Its workloads may break in a narrow window, so nothing of it is cut off; the browser's test measures it."""
     text = (written / "bench.html").read_text(encoding="utf-8")
     narrow = text.split("@media (max-width: 40rem)")[1].split("</style>")[0]
     assert "white-space: normal; overflow-wrap: anywhere" in narrow

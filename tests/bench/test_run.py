@@ -15,7 +15,7 @@ import torch
 import matmul_grad
 from matmul_grad import api
 from matmul_grad.bench import backends, baseline, commands, devices, inputs, results, runner, stats, workloads
-from matmul_grad.bench.workloads import Cell
+from matmul_grad.bench.workloads import Workload
 
 Bench = Callable[..., tuple[int, Any]]
 Plant = Callable[[str, Any], None]
@@ -150,11 +150,11 @@ def test_slow_kernel_fails_where_it_is_asked_to(
 
 def test_rivals_time_interleaved(monkeypatch: pytest.MonkeyPatch, here: None) -> None:
     asked: list[str] = []
-    members = backends.chosen(["torch", "numpy"], "cpu")
-    with runner.Ensemble(members, "cpu", 1, False) as ensemble:
-        ask = ensemble.ask
-        monkeypatch.setattr(ensemble, "ask", lambda p, task: asked.append(task.get("time", "prepare")) or ask(p, task))
-        row = ensemble.measure(Cell("forward", "f32", "NN", 16, 16, 16), 0.0)
+    selected = backends.chosen(["torch", "numpy"], "cpu")
+    with runner.WorkerPool(selected, "cpu", 1, False) as pool:
+        ask = pool.ask
+        monkeypatch.setattr(pool, "ask", lambda p, task: asked.append(task.get("time", "prepare")) or ask(p, task))
+        row = pool.measure(Workload("forward", "f32", "NN", 16, 16, 16), 0.0)
     first = ["torch", "matmul_grad", "peak", "numpy"]
     turned = [first[i:] + first[:i] for i in range(row["rounds"])]
     assert asked == ["prepare", "prepare", *itertools.chain(*turned)]
@@ -163,11 +163,11 @@ def test_rivals_time_interleaved(monkeypatch: pytest.MonkeyPatch, here: None) ->
 def test_processes_with_threads_rest_between_turns(monkeypatch: pytest.MonkeyPatch, here: None) -> None:
     rests: list[float] = []
     monkeypatch.setattr(runner, "sleep", rests.append)
-    members = backends.chosen(["torch", "numpy"], "cpu")
+    selected = backends.chosen(["torch", "numpy"], "cpu")
     for threads, expected in ((1, 0), (2, 2)):
         rests.clear()
-        with runner.Ensemble(members, "cpu", threads, False) as ensemble:
-            ensemble._prepare(Cell("forward", "f32", "NN", 16, 16, 16, threads), {})
+        with runner.WorkerPool(selected, "cpu", threads, False) as pool:
+            pool._prepare(Workload("forward", "f32", "NN", 16, 16, 16, threads), {})
         assert rests == [runner.REST] * expected
 
 
@@ -175,26 +175,26 @@ def test_disturbed_comparison_is_tried_again(monkeypatch: pytest.MonkeyPatch, he
     shares = iter([0.5] * 100)
     monkeypatch.setattr(runner, "TRIES", 3)
     monkeypatch.setattr(runner.timer, "AT_REST", 0.97)
-    members = backends.chosen(["torch"], "cpu")
-    with runner.Ensemble(members, "cpu", 1, False) as ensemble:
-        monkeypatch.setattr(ensemble, "ask", lambda p, task: {"seconds": 0.0, "share": next(shares)})
+    selected = backends.chosen(["torch"], "cpu")
+    with runner.WorkerPool(selected, "cpu", 1, False) as pool:
+        monkeypatch.setattr(pool, "ask", lambda p, task: {"seconds": 0.0, "share": next(shares)})
         row: dict[str, Any] = {}
         with pytest.raises(ZeroDivisionError):  # after the last try, whose times are what this test says
-            ensemble._time({"torch": "torch", "matmul_grad": "torch"}, "call", 0.0, row)
-    assert 100 - len(list(shares)) == 3 * 2 * 3  # tries, contenders, rounds
+            pool._time({"torch": "torch", "matmul_grad": "torch"}, "call", 0.0, row)
+    assert 100 - len(list(shares)) == 3 * 2 * 3  # tries, backends, rounds
 
 
 def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the comparison behind ``count`` others."""
-    measure, done = runner.Ensemble.measure, []
+    measure, done = runner.WorkerPool.measure, []
 
-    def stop(self: Any, cell: Cell, seconds: float) -> Any:
+    def stop(self: Any, workload: Workload, seconds: float) -> Any:
         if len(done) == count:
             raise KeyboardInterrupt
-        done.append(cell)
-        return measure(self, cell, seconds)
+        done.append(workload)
+        return measure(self, workload, seconds)
 
-    monkeypatch.setattr(runner.Ensemble, "measure", stop)
+    monkeypatch.setattr(runner.WorkerPool, "measure", stop)
 
 
 def test_interrupted_run_keeps_its_rows_and_goes_on(

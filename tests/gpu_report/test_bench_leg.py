@@ -21,7 +21,7 @@ def bench(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     class Here:
         def __init__(self, module: str, *arguments: str, environment: Any) -> None:
             assert "--device=cuda" in arguments and "--process=torch" in arguments
-            self._player = session.Player(gpu)
+            self._player = session.BackendSession(gpu)
 
         def ask(self, task: Any, seconds: float | None = None) -> Any:
             return json.loads(json.dumps(self._player.answer(task)))
@@ -81,13 +81,13 @@ def test_memory_is_the_gpus(bench: Bench, gpu: Any, monkeypatch: pytest.MonkeyPa
 def test_quick_suite_ends_in_five_minutes(bench: Bench, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on which a comparison takes 10 seconds: 27 fit, and the next run goes on behind them."""
     now = [0.0]
-    measure = runner.Ensemble.measure
+    measure = runner.WorkerPool.measure
 
-    def slowly(self: Any, cell: Any, seconds: float) -> Any:
+    def slowly(self: Any, workload: Any, seconds: float) -> Any:
         now[0] += 10.0
-        return measure(self, cell, seconds)
+        return measure(self, workload, seconds)
 
-    monkeypatch.setattr(runner.Ensemble, "measure", slowly)
+    monkeypatch.setattr(runner.WorkerPool, "measure", slowly)
     monkeypatch.setattr(commands, "monotonic", lambda: now[0])
     monkeypatch.setattr(workloads, "QUICK_GPU", tuple((n, n, n) for n in (8, 16, 24, 32)))
     monkeypatch.setattr(shapes, "QUICK_GPU", ())
@@ -100,11 +100,11 @@ def test_quick_suite_ends_in_five_minutes(bench: Bench, gpu: Any, monkeypatch: p
 
 def test_packages_of_a_gpu_take_part_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
-    members = backends.chosen(backends.NAMES, "cuda")
-    names = [member.name for member in members]
+    selected = backends.chosen(backends.NAMES, "cuda")
+    names = [backend.name for backend in selected]
     assert names == ["torch", "matmul_grad", "flag_gems", "triton tutorial", "quack", "torch.compile"]
     planned, _ = workloads.plan("quick", "cuda", ["bf16", "f32"], workloads.PASSES, [1], 1e5)
-    takes = {member.name: sum(member.takes(cell) for cell in planned) for member in members}
+    takes = {backend.name: sum(backend.takes(workload) for workload in planned) for backend in selected}
     assert takes == {
         "torch": 96, "matmul_grad": 96, "flag_gems": 48, "triton tutorial": 24, "quack": 24, "torch.compile": 2
     }  # fmt: skip
@@ -113,7 +113,7 @@ def test_packages_of_a_gpu_take_part_where_they_are(monkeypatch: pytest.MonkeyPa
 def test_tidy_after_an_error_that_stays(bench: Bench, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken context: the comparison failed, the run says so."""
     monkeypatch.setitem(SETS, "small", ((16, 16, 16),))
-    ready = session.Player._make_ready
+    ready = session.BackendSession._make_ready
 
     def breaking(self: Any, *arguments: Any) -> Any:
         gpu.broken = True
@@ -122,7 +122,7 @@ def test_tidy_after_an_error_that_stays(bench: Bench, gpu: Any, monkeypatch: pyt
         finally:
             gpu.broken = False
 
-    monkeypatch.setattr(session.Player, "_make_ready", breaking)
+    monkeypatch.setattr(session.BackendSession, "_make_ready", breaking)
     status, written = bench("--suite=small", "--dtype=f32", "--rivals=torch", "--pass=dgrad")
     assert status == 1
     assert "illegal memory access" in written["rows"][0]["failed"]["matmul_grad"]

@@ -12,7 +12,7 @@ from limits import scaled
 
 from matmul_grad.bench import gpu_calls, gpu_session, gpu_worker, process, sanitizer
 from matmul_grad.bench.gpu_worker import Task
-from matmul_grad.bench.gpu_workloads import Job
+from matmul_grad.bench.gpu_workloads import GpuWorkload
 
 Row = dict[str, Any]
 
@@ -46,7 +46,7 @@ def test_time_is_up(gpu: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "row"),
     [
-        (gpu_session.Wrong("off by one"), {"wrong": "off by one"}),
+        (gpu_session.IncorrectResult("off by one"), {"wrong": "off by one"}),
         (gpu_session.Skipped("too large"), {"skipped": "too large"}),
         (gpu_calls.Missing("no bmm"), {"skipped": "no bmm"}),
         (torch.cuda.OutOfMemoryError("tried to allocate"), {"skipped": "out of device memory"}),
@@ -89,7 +89,7 @@ def test_every_step_has_tasks_with_names() -> None:
 
 def test_kernels_are_compiled_until_the_time_is_up(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_worker, "Gpu", lambda: gpu)
-    part = [Job("products", "forward", "f32", 8, 8, 8), Job("bmm", "forward", "f32", 8, 8, 8)]
+    part = [GpuWorkload("products", "forward", "f32", 8, 8, 8), GpuWorkload("bmm", "forward", "f32", 8, 8, 8)]
     monkeypatch.setattr(gpu_calls, "bmm", lambda: torch.mm)  # raises for batches: no reason to stop
     assert gpu_worker.compile_part([*part, part[0]], 60) == 2
     assert gpu_worker.compile_part(part, -1) == 0
@@ -123,7 +123,7 @@ def test_small_set_sees_what_is_wrong(gpu: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(gpu_calls, "bmm", lambda: lambda a, b: torch.bmm(a, b) * 1.1)
     monkeypatch.setattr(gpu_calls, "mm_backward", lambda *operands: right(*operands)[::-1])
     for case in sanitizer.cases():
-        with pytest.raises((gpu_session.Wrong, RuntimeError)):
+        with pytest.raises((gpu_session.IncorrectResult, RuntimeError)):
             sanitizer.check(case, gpu)
 
 

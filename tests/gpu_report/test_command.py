@@ -16,10 +16,10 @@ import torch
 
 from matmul_grad import cli, cli_common
 from matmul_grad.bench import gpu_calls, gpu_report, gpu_session, gpu_worker, gpu_workloads, stages
-from matmul_grad.bench.gpu_workloads import Job
-from matmul_grad.bench.stages import STEPS, Outcome
+from matmul_grad.bench.gpu_workloads import GpuWorkload
+from matmul_grad.bench.stages import STAGES, Outcome
 
-TINY = [Job("products", product, "f32", 16, 16, 16) for product in ("forward", "dgrad", "step")]
+TINY = [GpuWorkload("products", product, "f32", 16, 16, 16) for product in ("forward", "dgrad", "step")]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +72,7 @@ def test_some_steps(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     assert (found["schema"], found["whole"], found["stamp"]["driver_version"]) == (1, False, "1.2")
     timed = [row for row in found["rows"] if row["step"] == "ratios"]
-    assert [row["name"] for row in timed] == [job.name for job in TINY]
+    assert [row["name"] for row in timed] == [workload.name for workload in TINY]
     assert timed[0]["device"]["ratio"] == 2.0
     printed = capsys.readouterr()
     assert "forward, geometric mean" not in printed.out  # float32 is not in it
@@ -85,7 +85,7 @@ def test_every_step(run: Run, launcher: Any, tmp_path: Path, says: Any) -> None:
     launcher.scripts = {name: [says(*row)] for name in ("sanitized", "compile", "rivals")}
     assert run() == 0
     found = result(tmp_path)
-    assert found["whole"] and [step["name"] for step in found["steps"]] == [step.name for step in STEPS]
+    assert found["whole"] and [step["name"] for step in found["steps"]] == [step.name for step in STAGES]
     assert {step["status"] for step in found["steps"]} == {"complete", "missing"}
     assert all("part" not in name for name in written(tmp_path))
 
@@ -121,8 +121,8 @@ def test_step_that_cannot_even_be_run(run: Run, tmp_path: Path, monkeypatch: pyt
     def broken(given: Any) -> Outcome:
         raise OSError("no memory to fork")
 
-    replaced = tuple(step._replace(do=broken) if step.name == "launch" else step for step in STEPS)
-    monkeypatch.setattr(gpu_report, "STEPS", replaced)
+    replaced = tuple(step._replace(do=broken) if step.name == "launch" else step for step in STAGES)
+    monkeypatch.setattr(gpu_report, "STAGES", replaced)
     assert run("--steps=launch,memory") == 1
     done = {step["name"]: (step["status"], step["note"]) for step in result(tmp_path)["steps"]}
     assert done["launch"] == ("failed", "OSError: no memory to fork")
@@ -150,7 +150,7 @@ def test_files_are_there_before_the_end(
         heard(json.dumps({"begin": 0, "of": 1, "name": "a"}))
         heard(json.dumps({"row": {"name": "a"}}))
         seen.extend((name, text.count('"name": "a"')) for name, text in written(tmp_path).items())
-        return stages.process.Ended(0, "")
+        return stages.process.ExitStatus(0, "")
 
     launcher.scripts["ratios"] = [look]
     assert run(SOME) == 0
@@ -195,7 +195,7 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert gpu_report.output(None) == tmp_path
     monkeypatch.setattr(gpu_report, "checkout", lambda: tmp_path / "repo")
     assert gpu_report.output(None) == tmp_path / "repo" / "bench" / "results"
-    with pytest.raises(cli_common.Unusable, match="--out"):
+    with pytest.raises(cli_common.UsageError, match="--out"):
         monkeypatch.setattr(os, "access", lambda path, mode: False)
         gpu_report.output(tmp_path)
 

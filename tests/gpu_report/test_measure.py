@@ -13,9 +13,9 @@ from torch import Tensor
 
 import matmul_grad
 from matmul_grad.bench import baseline, gpu_backends, gpu_calls, gpu_correctness, gpu_session
-from matmul_grad.bench.gpu_workloads import Job
+from matmul_grad.bench.gpu_workloads import GpuWorkload
 
-SMALL = Job("products", "forward", "f32", 33, 17, 65)
+SMALL = GpuWorkload("products", "forward", "f32", 33, 17, 65)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_turns_alternate(gpu: Any) -> None:
 
 def test_operands_go_round_over_twice_the_cache(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[int] = []
-    monkeypatch.setattr(gpu_backends, "work", lambda mm, job, operands: lambda: met.append(operands.a.data_ptr()))
+    monkeypatch.setattr(gpu_backends, "work", lambda mm, workload, operands: lambda: met.append(operands.a.data_ptr()))
     operands = gpu_backends.draw(SMALL, "cpu")
     gpu.l2 = 10 * SMALL.bytes
     batches, calls = gpu_session.graphs({"torch": torch.mm, "matmul_grad": torch.mm}, SMALL, operands, gpu)
@@ -67,7 +67,7 @@ def test_operands_go_round_over_twice_the_cache(gpu: Any, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("change", [lambda c: c + 1, lambda c: c * float("nan"), lambda c: c * 1.001])
 def test_wrong_product_is_not_timed(change: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, change)
-    with pytest.raises(gpu_session.Wrong, match="forward: error "):
+    with pytest.raises(gpu_session.IncorrectResult, match="forward: error "):
         gpu_session.compare(SMALL, gpu)
     assert gpu.graphs == []
 
@@ -85,12 +85,12 @@ def test_wrong_gradient_is_not_timed(gpu: Any, monkeypatch: pytest.MonkeyPatch) 
             return grad @ b.t(), 1.01 * (a.t() @ grad)
 
     monkeypatch.setattr(gpu_calls, "mm", lambda precision: Bad.apply)
-    with pytest.raises(gpu_session.Wrong, match="wgrad: error "):
-        gpu_session.compare(Job("products", "step", "f32", 33, 17, 65), gpu)
+    with pytest.raises(gpu_session.IncorrectResult, match="wgrad: error "):
+        gpu_session.compare(GpuWorkload("products", "step", "f32", 33, 17, 65), gpu)
 
 
 def test_step_is_compared_through_autograd(gpu: Any) -> None:
-    row = gpu_session.compare(Job("products", "step", "f32", 9, 8, 7), gpu)
+    row = gpu_session.compare(GpuWorkload("products", "step", "f32", 9, 8, 7), gpu)
     assert set(row["error"]) == {"dgrad", "wgrad"}
     assert [len(call()) for graph in gpu.graphs for call in graph[:1]] == [2, 2]
 
@@ -98,12 +98,12 @@ def test_step_is_compared_through_autograd(gpu: Any) -> None:
 def test_rival_that_is_wrong_is_left_out(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu_backends.OTHERS, "flag_gems", lambda: lambda a, b: a @ b + 1)
     with pytest.raises(gpu_session.Skipped, match="flag_gems is wrong: forward"):
-        gpu_session.compare(Job("flag_gems", "forward", "f32", 9, 8, 7), gpu)
+        gpu_session.compare(GpuWorkload("flag_gems", "forward", "f32", 9, 8, 7), gpu)
 
 
 def test_rival_takes_torchs_place(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpu_backends.OTHERS, "flag_gems", lambda: torch.matmul)
-    row = gpu_session.compare(Job("flag_gems", "forward", "f32", 9, 8, 7), gpu)
+    row = gpu_session.compare(GpuWorkload("flag_gems", "forward", "f32", 9, 8, 7), gpu)
     assert list(row["device"]["seconds"]) == ["flag_gems", "matmul_grad"]
 
 
@@ -121,11 +121,11 @@ def test_too_little_memory(gpu: Any) -> None:
 def test_bmm_and_its_gradients(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_calls, "bmm", lambda: torch.matmul)
     for product in ("forward", "dgrad", "wgrad"):
-        job = Job("bmm", product, "f32", 5, 6, 7, batch=3)
-        assert gpu_session.compare(job, gpu)["name"] == f"bmm-{product}-f32-3x5x6x7"
+        workload = GpuWorkload("bmm", product, "f32", 5, 6, 7, batch=3)
+        assert gpu_session.compare(workload, gpu)["name"] == f"bmm-{product}-f32-3x5x6x7"
     monkeypatch.setattr(gpu_calls, "bmm", lambda: lambda a, b: 2 * torch.matmul(a, b))
-    with pytest.raises(gpu_session.Wrong):
-        gpu_session.compare(job, gpu)
+    with pytest.raises(gpu_session.IncorrectResult):
+        gpu_session.compare(workload, gpu)
 
 
 @contextlib.contextmanager
@@ -135,7 +135,7 @@ def mode(inside: list[bool], *, batch_invariant: bool) -> Iterator[None]:
     inside.append(False)
 
 
-INVARIANT = Job("invariant", "step", "f32", 40, 8, 300)
+INVARIANT = GpuWorkload("invariant", "step", "f32", 40, 8, 300)
 
 
 def test_batch_invariant_mode(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_batch_invariant_mode(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None
 def test_bits_that_change_with_m_are_wrong(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul_grad, "deterministic", functools.partial(mode, []), raising=False)
     monkeypatch.setattr(gpu_calls, "mm", lambda precision: lambda a, b: torch.mm(a, b) * (1 + 2**-23 * (len(a) == 39)))
-    with pytest.raises(gpu_session.Wrong, match="rows that change with m: error 39"):
+    with pytest.raises(gpu_session.IncorrectResult, match="rows that change with m: error 39"):
         gpu_session.compare(INVARIANT, gpu)
 
 
@@ -196,7 +196,7 @@ def test_launch_cost_of_the_native_entry_tells_what_became_of_its_recipes(
     row = gpu_session.launch_cost(8, "f32", gpu)
     assert (row["recipes"], row["refused"]) == (7, 0)
     monkeypatch.setattr(gpu_session.table, "counts", lambda: (7, 2))
-    with pytest.raises(gpu_session.Wrong, match="2 of 7 recipes"):
+    with pytest.raises(gpu_session.IncorrectResult, match="2 of 7 recipes"):
         gpu_session.launch_cost(8, "f32", gpu)
     monkeypatch.setattr(gpu_session.cuda, "status", lambda: "no libcuda")
     with pytest.raises(gpu_session.Skipped, match="no libcuda"):
@@ -206,7 +206,7 @@ def test_launch_cost_of_the_native_entry_tells_what_became_of_its_recipes(
 def test_memory_tells_the_peak_from_what_is_kept(gpu: Any) -> None:
     gpu.memory = [1000, 1032, 1032, 1040]
     gpu.peaks = [1532, 1640]
-    row = gpu_session.memory(Job("products", "step", "f32", 9, 8, 7), gpu)
+    row = gpu_session.memory(GpuWorkload("products", "step", "f32", 9, 8, 7), gpu)
     assert row["bytes"] == {"matmul_grad": {"peak": 500, "kept": 32}, "torch": {"peak": 600, "kept": 8}}
 
 

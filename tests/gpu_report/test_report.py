@@ -10,23 +10,23 @@ import pytest
 
 from matmul_grad.bench import files, gpu_stats, gpu_tables, gpu_workloads
 from matmul_grad.bench.gpu_stats import MET, OPEN, SHORT
-from matmul_grad.bench.gpu_workloads import Job
+from matmul_grad.bench.gpu_workloads import GpuWorkload
 
 Row = dict[str, Any]
 
 
-def row(job: Job, device: float, call: float) -> Row:
+def row(workload: GpuWorkload, device: float, call: float) -> Row:
     """Where this package takes a microsecond."""
-    theirs = job.part if "." in job.part or "_" in job.part else "torch"
-    found: Row = {"step": "ratios", "name": job.name, **asdict(job), "flops": 2_000_000, "kernel": "gemm_nn"}
+    theirs = workload.part if "." in workload.part or "_" in workload.part else "torch"
+    found: Row = {"step": "ratios", "name": workload.name, **asdict(workload), "flops": 2_000_000, "kernel": "gemm_nn"}
     for clock, ratio in (("device", device), ("call", call)):
         seconds = {theirs: {"low": 0.0, "median": ratio * 1e-6, "high": 0.0}}
         found[clock] = {"rounds": 5, "ratio": ratio, "seconds": seconds | {"matmul_grad": {"median": 1e-6}}}
     return found
 
 
-def half(product: str = "forward", dtype: str = "bf16", n: int = 2048) -> Job:
-    return Job("products", product, dtype, n, n, n)
+def half(product: str = "forward", dtype: str = "bf16", n: int = 2048) -> GpuWorkload:
+    return GpuWorkload("products", product, dtype, n, n, n)
 
 
 def entry(rows: list[Row], name: str) -> gpu_stats.Entry:
@@ -39,11 +39,18 @@ def test_forward_is_a_geometric_mean_of_both_dtypes() -> None:
     found = entry(rows, "forward, geometric mean")
     assert found.device == (pytest.approx(4.0), 1.00, "") and found.device.met == MET
     assert found.call == (pytest.approx(0.5), 1.00, "") and found.call.met == SHORT
-    assert (found.rows, found.planned) == (2, len([job for job in planned() if job.product == "forward"]))
+    assert (found.rows, found.planned) == (
+        2,
+        len([workload for workload in planned() if workload.product == "forward"]),
+    )
 
 
-def planned() -> list[Job]:
-    return [job for job in gpu_workloads.ratios() if job.part == "products" and job.dtype in ("bf16", "f16")]
+def planned() -> list[GpuWorkload]:
+    return [
+        workload
+        for workload in gpu_workloads.ratios()
+        if workload.part == "products" and workload.dtype in ("bf16", "f16")
+    ]
 
 
 def test_targets_are_met_at_the_target() -> None:
@@ -57,7 +64,7 @@ def test_worst_shape_says_which() -> None:
     rows = [
         row(half(), 2.0, 0.7),
         row(half("wgrad", n=512), 0.8, 0.9),
-        row(Job("bmm", "forward", "bf16", 1, 1, 1), 0.1, 0.1),
+        row(GpuWorkload("bmm", "forward", "bf16", 1, 1, 1), 0.1, 0.1),
     ]
     found = entry(rows, "worst")
     assert found.device == (0.8, 0.90, "wgrad-bf16-512x512x512") and found.device.met == SHORT
@@ -69,16 +76,16 @@ def test_each_line_takes_its_own_rows() -> None:
         "dgrad": row(half("dgrad"), 1.1, 1.1),
         "wgrad": row(half("wgrad"), 1.2, 1.2),
         "through autograd": row(half("step"), 1.3, 1.3),
-        "batch-invariant": row(Job("invariant", "step", "bf16", 8, 8, 8), 1.4, 1.4),
-        "IEEE": row(Job("products", "wgrad", "f32", 8, 8, 8), 1.5, 1.5),
-        "float32 TF32": row(Job("products", "forward", "f32", 8, 8, 8, precision="tf32"), 1.6, 1.6),
-        "3×TF32": row(Job("products", "forward", "f32", 8, 8, 8, precision="tf32x3"), 1.7, 1.7),
-        "bmm": row(Job("bmm", "forward", "bf16", 8, 8, 8, batch=2), 1.8, 1.8),
-        "torch.compile": row(Job("torch.compile", "forward", "bf16", 8, 8, 8), 1.9, 1.9),
-        "flag_gems": row(Job("flag_gems", "forward", "bf16", 8, 8, 8), 2.0, 2.0),
-        "batch_invariant_ops": row(Job("batch_invariant_ops", "forward", "bf16", 8, 8, 8), 2.1, 2.1),
+        "batch-invariant": row(GpuWorkload("invariant", "step", "bf16", 8, 8, 8), 1.4, 1.4),
+        "IEEE": row(GpuWorkload("products", "wgrad", "f32", 8, 8, 8), 1.5, 1.5),
+        "float32 TF32": row(GpuWorkload("products", "forward", "f32", 8, 8, 8, precision="tf32"), 1.6, 1.6),
+        "3×TF32": row(GpuWorkload("products", "forward", "f32", 8, 8, 8, precision="tf32x3"), 1.7, 1.7),
+        "bmm": row(GpuWorkload("bmm", "forward", "bf16", 8, 8, 8, batch=2), 1.8, 1.8),
+        "torch.compile": row(GpuWorkload("torch.compile", "forward", "bf16", 8, 8, 8), 1.9, 1.9),
+        "flag_gems": row(GpuWorkload("flag_gems", "forward", "bf16", 8, 8, 8), 2.0, 2.0),
+        "batch_invariant_ops": row(GpuWorkload("batch_invariant_ops", "forward", "bf16", 8, 8, 8), 2.1, 2.1),
     }
-    rows = [*made.values(), row(Job("products", "step", "f32", 8, 8, 8), 9, 9)]
+    rows = [*made.values(), row(GpuWorkload("products", "step", "f32", 8, 8, 8), 9, 9)]
     for name, mine in made.items():
         found = entry(rows, name)
         assert (found.device.value, found.rows) == (pytest.approx(mine["device"]["ratio"]), 1), name

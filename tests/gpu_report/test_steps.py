@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from matmul_grad.bench import gpu_worker, process, stages
-from matmul_grad.bench.stages import COMPLETE, FAILED, LATE, MISSING, STEPS, Given
+from matmul_grad.bench.stages import COMPLETE, FAILED, LATE, MISSING, STAGES, StageContext
 
 ROWS = {"begin": 0, "of": 99, "name": "a"}, {"row": {"name": "a", "x": 1}}
 
 
-def given(launcher: Any, **more: Any) -> tuple[Given, list[Any], list[str]]:
+def given(launcher: Any, **more: Any) -> tuple[StageContext, list[Any], list[str]]:
     rows: list[Any] = []
     news: list[str] = []
-    return Given(60.0, rows.append, news.append, launcher, **more), rows, news
+    return StageContext(60.0, rows.append, news.append, launcher, **more), rows, news
 
 
 def starts(launcher: Any) -> list[str]:
@@ -104,13 +104,13 @@ def test_a_rival_may_take_its_time(launcher: Any, says: Any) -> None:
 
 
 def sanitize(launcher: Any, log: str, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> tuple[Any, list[Any]]:
-    def run(heard: Any) -> process.Ended:
+    def run(heard: Any) -> process.ExitStatus:
         for line in ('{"begin": 0, "of": 99, "name": "a"}', '{"row": {"name": "a"}}'):
             heard(line)
         if log:
             (option,) = (part for part in launcher.commands[-1] if part.startswith("--log-file="))
             Path(option.partition("=")[2]).write_text(log)
-        return process.Ended(status, "")
+        return process.ExitStatus(status, "")
 
     monkeypatch.setattr(shutil, "which", lambda name, path=None: "/bin/compute-sanitizer")
     launcher.scripts["sanitized"] = [run]
@@ -229,9 +229,9 @@ def test_pytest_itself_is_understood(missing: tuple[str, ...], checkout: Path, m
 
 
 def test_shares_add_up_to_eight_minutes() -> None:
-    assert sum(step.share for step in STEPS) == 480
+    assert sum(step.share for step in STAGES) == 480
     left = 100.0
-    for step in STEPS:
+    for step in STAGES:
         limit = stages.limit(step, left)
         assert 0 < limit <= left
         left -= limit

@@ -33,11 +33,11 @@ class Tuning:
     def __init__(self, gpu: Any) -> None:
         self.gpu = gpu
         self.plans: list[dict[str, Any]] = []
-        self.scripts: list[Callable[..., process.Ended]] = []
+        self.scripts: list[Callable[..., process.ExitStatus]] = []
         self.compiled: list[int] = []
         self.seconds = 1e9
 
-    def __call__(self, arguments: Sequence[str], heard: Callable[[str], None], **limits: Any) -> process.Ended:
+    def __call__(self, arguments: Sequence[str], heard: Callable[[str], None], **limits: Any) -> process.ExitStatus:
         assert arguments[:3] == [sys.executable, "-m", "matmul_grad.bench.tune_worker"]
         self.plans.append(json.loads(Path(arguments[3]).read_text()))
         if self.scripts:
@@ -47,9 +47,9 @@ class Tuning:
             self.gpu,
             self.seconds,
             lambda message: heard(json.dumps(message)),
-            lambda job, configs: self.compiled.append(len(configs)),
+            lambda workload, configs: self.compiled.append(len(configs)),
         )
-        return process.Ended(status, "")
+        return process.ExitStatus(status, "")
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_candidate_that_breaks_the_context(run: Any, tuning: Tuning, gpu: Any, k
     monkeypatch.setattr(gpu_calls, "with_config", breaks)
     original = tuning.__class__.__call__
 
-    def mended(self: Tuning, *arguments: Any, **more: Any) -> process.Ended:
+    def mended(self: Tuning, *arguments: Any, **more: Any) -> process.ExitStatus:
         gpu.broken = False
         return original(self, *arguments, **more)
 
@@ -293,7 +293,9 @@ def test_problems_of_a_suite() -> None:
     parsed = cli.parse(["tune", "--dtype", "bf16,tf32", "--suite", "core"])
     found = tune.planned(parsed)
     assert len(found) == len(gpu_workloads.CORE) * 2 * 3
-    assert {job.precision for job in found} == {"ieee", "tf32"} and {job.part for job in found} == {"products"}
+    assert {workload.precision for workload in found} == {"ieee", "tf32"} and {workload.part for workload in found} == {
+        "products"
+    }
 
 
 @pytest.mark.parametrize(
@@ -345,10 +347,10 @@ def test_compilers_go_on_after_one_that_ended(monkeypatch: pytest.MonkeyPatch, c
 
     monkeypatch.setattr(tune_worker, "ProcessPoolExecutor", Pool)
     compilers = tune_worker.Compilers(2)
-    job = gpu_workloads.Job("products", "forward", "f32", 8, 8, 8)
-    compilers(job, [DEFAULT])
+    workload = gpu_workloads.GpuWorkload("products", "forward", "f32", 8, 8, 8)
+    compilers(workload, [DEFAULT])
     assert "a process ended" in capsys.readouterr().err
-    compilers(job, [DEFAULT])
+    compilers(workload, [DEFAULT])
     assert len(made) == 2 and killed == [1, 1]
 
 
@@ -367,10 +369,10 @@ gpu_calls.candidates = lambda problem, target: every(problem, target)[:3]
 tune_worker.FIRST_SECONDS = tune_worker.FINAL_SECONDS = 0.0
 gpu, said, table = FakeGpu(), [], Table(Path(sys.argv[2]))
 for product in ("forward", "dgrad", "wgrad"):
-    job = gpu_workloads.Job("products", product, "f32", 17, 33, 20)
-    row = tune_worker.tune(job, set(), [], gpu, said.append, lambda job, configs: None)
-    problem, target = gpu_calls.describe(*tune_worker.gpu_backends.draw(job, "cpu").of(product), "ieee")
-    table.put(row | {"name": job.name})
+    workload = gpu_workloads.GpuWorkload("products", product, "f32", 17, 33, 20)
+    row = tune_worker.tune(workload, set(), [], gpu, said.append, lambda workload, configs: None)
+    problem, target = gpu_calls.describe(*tune_worker.gpu_backends.draw(workload, "cpu").of(product), "ieee")
+    table.put(row | {"name": workload.name})
     assert winners.load(table.path)[winners.key(problem, target)] == TileConfig(**row["winner"]), row
 print(len(table.keys), sum("dropped" in message for message in said))
 """
