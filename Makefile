@@ -59,9 +59,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/matmul_grad/kernels
 	@ln -s "$(CURDIR)"/matmul_grad/*.py "$(CURDIR)"/matmul_grad/py.typed $(TYPED)/matmul_grad
-	@ln -s "$(CURDIR)"/matmul_grad/bench "$(CURDIR)"/matmul_grad/gpu_report "$(CURDIR)"/matmul_grad/tuning $(TYPED)/matmul_grad
+	@ln -s "$(CURDIR)"/bench $(TYPED)/matmul_grad
 	@ln -s "$(CURDIR)"/matmul_grad/kernels/*.py "$(CURDIR)"/kernels/?pu "$(CURDIR)"/kernels/native $(TYPED)/matmul_grad/kernels
-	@ln -s "$(CURDIR)"/bench "$(CURDIR)"/examples/*.py $(TYPED)
+	@ln -s "$(CURDIR)"/examples/*.py $(TYPED)
 	cd $(TYPED) && "$(CURDIR)"/$(BIN)/mypy --config-file "$(CURDIR)"/pyproject.toml --cache-dir "$(CURDIR)"/.mypy_cache .
 
 format: $(STAMP)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from matmul_grad.exits import Parser, run_command
+from matmul_grad.cli_common import Parser, run_command
 
 PROGRAM = "python -m bench"
 
@@ -23,15 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def dispatch(arguments: Sequence[str]) -> int:
-    from matmul_grad.bench import command as whole
-
-    from . import cpu_ratio, paths, switch
+    from matmul_grad.bench import commands as whole
+    from matmul_grad.bench import cpu_ratio, packing, switch_overhead
 
     if not arguments or arguments[0] in whole.VERBS or arguments[0].startswith("--"):
         return whole.main(list(arguments), PROGRAM)
     parser = Parser(prog=PROGRAM, description="benchmarks that are commands")
     commands = parser.add_subparsers(dest="name", required=True, metavar="command")
-    known = {module.KIND: module for module in (cpu_ratio, paths, switch)}
+    known = {module.KIND: module for module in (cpu_ratio, packing, switch_overhead)}
     for name, module in known.items():
         module.add_options(commands.add_parser(name, help=module.HELP, description=module.HELP))
     command = parser.parse_args(arguments)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from matmul_grad import machine, rivals, timing
-from matmul_grad.shapes import SETS
+from matmul_grad import machine
+from matmul_grad.bench import baseline, timer
+from matmul_grad.bench.shapes import SETS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,18 +32,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         sizes = option("--sizes")
         shapes = [(int(n),) * 3 for n in sizes.split(",")] if sizes else SETS[option("--shapes")]
         limit = option("--max-gflop") * 1e9
-        kept = [shape for shape in shapes if rivals.flops(*shape, "forward") <= limit]
+        kept = [shape for shape in shapes if baseline.flops(*shape, "forward") <= limit]
         metafunc.parametrize("shape", kept, ids=["x".join(map(str, shape)) for shape in kept])
 
 
 @pytest.fixture(autouse=True, scope="session")
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    with timing.threads(request.config.getoption("--threads")):
+    with timer.threads(request.config.getoption("--threads")):
         yield
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.pop("node", None)  # which machine it is concerns nobody; what machine it is does
-    with timing.threads(config.getoption("--threads")):
+    with timer.threads(config.getoption("--threads")):
         machine_info["matmul_grad"] = machine.describe()
     machine_info["torch"] = torch.__config__.show()

@@ -14,13 +14,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matmul_grad import timing
-from matmul_grad.bench import worker
-from matmul_grad.console import Console, make_console, progress
-from matmul_grad.exits import DISAGREES, INTERRUPTED, Unusable, require_isa
-
-from . import figures, openblas, plan, report, saved
-from .plan import Job
+from ..cli_common import EXIT_INTERRUPTED, EXIT_MISMATCH, UsageError, require_isa
+from ..console import Console, make_console, progress
+from . import ratio_openblas, ratio_results, ratio_stats, ratio_tables, ratio_workloads, timer, worker
+from .ratio_workloads import RatioWorkload
 
 KIND = "cpu-ratio"
 HELP = "torch and OpenBLAS beside this package on CPU: targets, figures, and the last committed ones"
@@ -32,7 +29,7 @@ QUICK = 0.05
 def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("--threads", type=threads, default=THREADS, metavar="N,N", help=f"default: {listed(THREADS)}")
-    for name, known in (("--dtypes", plan.DTYPES), ("--rows", plan.PARTS)):
+    for name, known in (("--dtypes", ratio_workloads.DTYPES), ("--rows", ratio_workloads.PARTS)):
         option(name, type=some_of(known), default=known, metavar="X,X", help=f"default: {listed(known)}")
     option("--seconds", type=positive, help=f"a comparison; default: {SECONDS}, {QUICK} with --quick")
     option("--quick", action="store_true", help="few shapes, a minute: to see it run, compared with nothing")
@@ -83,41 +80,43 @@ def run(command: argparse.Namespace) -> int:
     interrupted = False
     try:
         measure(console, command, sessions, result["rows"])
-    except worker.Failed as reason:
+    except worker.WorkerFailed as reason:
         print(f"{KIND}: {reason}", file=sys.stderr)
-        return DISAGREES
+        return EXIT_MISMATCH
     except KeyboardInterrupt:
         print(f"{KIND}: interrupted after {len(result['rows'])} comparisons", file=sys.stderr)
         interrupted = True
     everything = not command.quick and (command.threads, command.dtypes, command.rows) == (
-        THREADS, plan.DTYPES, plan.PARTS,
+        THREADS, ratio_workloads.DTYPES, ratio_workloads.PARTS,
     )  # fmt: skip
     result["whole"] = everything and not interrupted
     if folder and result["rows"]:
         # What is not whole never takes the place of what is.
         endings = {"interrupted": interrupted, "quick": command.quick, "part": not everything}
         ending = next((ending for ending, holds in endings.items() if holds), "")
-        console.print(f"rows: {saved.save(result, folder, KIND, ending).name}")
+        console.print(f"rows: {ratio_results.save(result, folder, KIND, ending).name}")
     status = conclude(console, result, command.shapes)
-    return INTERRUPTED if interrupted else status
+    return EXIT_INTERRUPTED if interrupted else status
 
 
 class Session(NamedTuple):
     """The comparisons with one number of threads: those with torch, then those with OpenBLAS."""
 
     threads: int
-    with_torch: list[Job]
-    with_openblas: list[Job]
+    with_torch: list[RatioWorkload]
+    with_openblas: list[RatioWorkload]
 
 
 def planned(command: argparse.Namespace) -> list[Session]:
     sessions = []
     for count in command.threads:
-        jobs = plan.jobs(command.rows, command.dtypes, count, command.quick)
-        apart = [job for job in jobs if job.part == "openblas"]
-        sessions.append(Session(count, [job for job in jobs if job not in apart], apart))
+        jobs = ratio_workloads.jobs(command.rows, command.dtypes, count, command.quick)
+        apart = [workload for workload in jobs if workload.part == "openblas"]
+        sessions.append(Session(count, [workload for workload in jobs if workload not in apart], apart))
     if not any(session.with_torch or session.with_openblas for session in sessions):
-        raise Unusable(f"--rows {listed(command.rows)} --dtypes {listed(command.dtypes)}: there is nothing to measure")
+        raise UsageError(
+            f"--rows {listed(command.rows)} --dtypes {listed(command.dtypes)}: there is nothing to measure"
+        )
     return sessions
 
 
@@ -125,23 +124,23 @@ def output(command: argparse.Namespace) -> Path | None:
     """Where the rows go: found out before they are measured."""
     if not command.save or (command.quick and not command.out):
         return None
-    folder = command.out or saved.RESULTS
+    folder = command.out or ratio_results.RESULTS
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
-        raise Unusable(f"--out {folder}: {reason.strerror}") from reason
+        raise UsageError(f"--out {folder}: {reason.strerror}") from reason
     if not os.access(folder, os.W_OK):
-        raise Unusable(f"--out {folder}: cannot be written")
+        raise UsageError(f"--out {folder}: cannot be written")
     return folder
 
 
-def begin(command: argparse.Namespace) -> saved.Result:
-    stamp = saved.stamp() | {
+def begin(command: argparse.Namespace) -> ratio_results.Result:
+    stamp = ratio_results.stamp() | {
         "threads": listed(command.threads),
         "seconds a comparison": str(seconds(command)),
-        "OpenBLAS": openblas.library(),
+        "OpenBLAS": ratio_openblas.library(),
     }
-    return {"stamp": stamp, "protocol": timing.PROTOCOL, "quick": command.quick, "rows": []}
+    return {"stamp": stamp, "protocol": timer.PROTOCOL, "quick": command.quick, "rows": []}
 
 
 def seconds(command: argparse.Namespace) -> float:
@@ -149,53 +148,53 @@ def seconds(command: argparse.Namespace) -> float:
 
 
 def measure(
-    console: Console, command: argparse.Namespace, sessions: Sequence[Session], rows: list[figures.Row]
+    console: Console, command: argparse.Namespace, sessions: Sequence[Session], rows: list[ratio_stats.Row]
 ) -> None:
     """Append a row for each comparison: what is there when it is interrupted is good."""
     each = seconds(command)
-    total = sum(job.weight(each, s.threads) for s in sessions for job in s.with_torch + s.with_openblas)
+    total = sum(workload.weight(each, s.threads) for s in sessions for workload in s.with_torch + s.with_openblas)
     number = sum(len(s.with_torch) + len(s.with_openblas) for s in sessions)
     with progress(console, KIND, number, total) as shown:
         for count, with_torch, with_openblas in sessions:
             pin = command.pin and count == 1
             if with_torch:
                 options = [f"--threads={count}", f"--seconds={each}", *["--pin"] * pin]
-                with worker.Worker("bench.measure", *options) as torchs:
-                    for job in with_torch:
-                        shown(named(job, count), 0.0)
-                        rows.append(torchs.ask(vars(job)))
-                        shown(named(job, count), job.weight(each, count))
+                with worker.Worker("matmul_grad.bench.ratio_worker", *options) as torchs:
+                    for workload in with_torch:
+                        shown(named(workload, count), 0.0)
+                        rows.append(torchs.ask(vars(workload)))
+                        shown(named(workload, count), workload.weight(each, count))
             if with_openblas:
-                with openblas.Match(count, each, pin) as match:
-                    for job in with_openblas:
-                        shown(named(job, count), 0.0)
-                        rows.append(match.compare(job))
-                        shown(named(job, count), job.weight(each, count))
+                with ratio_openblas.Match(count, each, pin) as match:
+                    for workload in with_openblas:
+                        shown(named(workload, count), 0.0)
+                        rows.append(match.compare(workload))
+                        shown(named(workload, count), workload.weight(each, count))
 
 
-def named(job: Job, count: int) -> str:
-    return f"{job.case.id}, {report.threads(count)}"
+def named(workload: RatioWorkload, count: int) -> str:
+    return f"{workload.case.id}, {ratio_tables.threads(count)}"
 
 
-def load(path: Path) -> saved.Result:
+def load(path: Path) -> ratio_results.Result:
     """Rows that were saved."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         for row in result["rows"]:
-            figures.key(row)
+            ratio_stats.key(row)
         return result
     except OSError as reason:
-        raise Unusable(f"--from {path}: {reason.strerror}") from reason
+        raise UsageError(f"--from {path}: {reason.strerror}") from reason
     except (ValueError, KeyError, TypeError) as reason:
-        raise Unusable(f"--from {path}: these are not rows of {KIND}") from reason
+        raise UsageError(f"--from {path}: these are not rows of {KIND}") from reason
 
 
-def conclude(console: Console, result: saved.Result, shapes: bool) -> int:
+def conclude(console: Console, result: ratio_results.Result, shapes: bool) -> int:
     """Print the table and what fell; the exit code."""
-    committed = None if result["quick"] else saved.committed(result["stamp"], KIND)
-    entries = figures.entries(result["rows"], committed["rows"] if committed else ())
-    report.show(console, result, entries, committed, shapes)
-    fell = report.falls(entries)
+    committed = None if result["quick"] else ratio_results.committed(result["stamp"], KIND)
+    entries = ratio_stats.entries(result["rows"], committed["rows"] if committed else ())
+    ratio_tables.show(console, result, entries, committed, shapes)
+    fell = ratio_tables.falls(entries)
     for line in fell:
         print(f"{KIND}: fell: {line}", file=sys.stderr)
-    return DISAGREES if fell else 0
+    return EXIT_MISMATCH if fell else 0

@@ -1,8 +1,8 @@
 """Forward, dgrad, wgrad and the whole step, this package beside torch.mm on the same operands.
 
-One group a product, dtype and shape holds both rivals. What is wrong is not timed. Shapes, operands and checks are
-those of `matmul-grad bench`, which lets rivals take turns, and whose ratios are the ones to quote: here the rivals of
-a group run one after the other.
+One group a product, dtype and shape holds both backends. What is wrong is not timed. Shapes, operands and checks are
+those of `matmul-grad bench`, which times backends interleaved, and whose ratios are the ones to quote: here the
+backends of a group run one after the other.
 """
 
 from __future__ import annotations
@@ -13,41 +13,41 @@ from typing import Any
 import pytest
 import torch
 
-from matmul_grad import rivals, strict
-from matmul_grad.bench import contenders, operands, right
-from matmul_grad.bench.cells import PASSES, Cell
+from matmul_grad import strict
+from matmul_grad.bench import backends, baseline, correctness, inputs
+from matmul_grad.bench.calls import call_of, products_of
 from matmul_grad.bench.devices import Cpu
-from matmul_grad.bench.work import call_of, products_of
+from matmul_grad.bench.workloads import PASSES, Workload
 
 
 @functools.lru_cache(maxsize=2)
-def drawn(cell: Cell, values: str) -> rivals.Operands:
-    found = operands.draw(cell, values)
+def drawn(workload: Workload, values: str) -> baseline.Operands:
+    found = inputs.draw(workload, values)
     if values == "normal":
-        operands.assert_normal(found)
+        inputs.assert_normal(found)
     return found
 
 
 @functools.cache
-def checked(name: str, cell: Cell) -> None:
-    library = contenders.BY_NAME[name].library()
-    for values, check in (("integers", right.assert_exact), ("normal", right.assert_close)):
-        whole = drawn(cell, values)
-        for which, got in products_of(library, cell, call_of(library, cell, whole)()).items():
-            check(got, *whole.of(which), f"{name}, {cell.name}, {which}")
+def checked(name: str, workload: Workload) -> None:
+    library = backends.BY_NAME[name].library()
+    for values, check in (("integers", correctness.assert_exact), ("normal", correctness.assert_close)):
+        whole = drawn(workload, values)
+        for which, got in products_of(library, workload, call_of(library, workload, whole)()).items():
+            check(got, *whole.of(which), f"{name}, {workload.name}, {which}")
 
 
-@pytest.mark.parametrize("rival", rivals.RIVALS)
+@pytest.mark.parametrize("rival", baseline.IMPLEMENTATIONS)
 @pytest.mark.parametrize("product", PASSES)
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 def test_mm(benchmark: Any, shape: tuple[int, int, int], dtype: str, product: str, rival: str) -> None:
-    cell = Cell(product, dtype, "NN", *shape, threads=torch.get_num_threads())
+    workload = Workload(product, dtype, "NN", *shape, threads=torch.get_num_threads())
     cpu = Cpu()
     with strict():
-        checked(rival, cell)
-        library = contenders.BY_NAME[rival].library()
-        count = operands.copies_past(cpu.cache_bytes(), cell.held, cpu.free_bytes())
-        calls = [call_of(library, cell, each) for each in operands.copies(drawn(cell, "normal"), count)]
+        checked(rival, workload)
+        library = backends.BY_NAME[rival].library()
+        count = inputs.copies_past(cpu.cache_bytes(), workload.held, cpu.free_bytes())
+        calls = [call_of(library, workload, each) for each in inputs.copies(drawn(workload, "normal"), count)]
         benchmark.group = f"{product}-{dtype}-{'x'.join(map(str, shape))}"
-        benchmark.extra_info |= {"rival": rival, "flops": cell.flops, "copies": count}
-        benchmark(operands.in_turn(calls))
+        benchmark.extra_info |= {"rival": rival, "flops": workload.flops, "copies": count}
+        benchmark(inputs.alternating(calls))

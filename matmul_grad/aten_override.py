@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from .aten_override_cuda import CudaOverride, calls
+from .import_hooks import on_import
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native import state
-from .late import after_import
 
 __all__ = ["disable", "enable", "enabled", "info"]
 
@@ -51,7 +51,7 @@ def _tell_dynamo(dynamo: Any) -> None:
     _untraced = dynamo.disable(_locked)
 
 
-after_import("torch._dynamo", _tell_dynamo)
+on_import("torch._dynamo", _tell_dynamo)
 
 
 def _set(on: bool, for_good: bool = True) -> None:

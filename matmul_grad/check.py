@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import perf_counter
 
-from . import check_products, check_timing, check_training, machine, strict_mode, timing, warmup
+from . import check_products, check_timing, check_training, machine, strict_mode, warmup
+from .bench import timer
 from .console import Console, heading, track
 
 
@@ -25,7 +26,7 @@ def run(options: Options, console: Console) -> int:
     start = perf_counter()
     found: list[str] = []
     device, seed = options.device, options.seed
-    with strict_mode.strict(), timing.threads(options.threads):
+    with strict_mode.strict(), timer.threads(options.threads):
         try:
             what_it_runs_on(console)
         except warmup.NotCompiled as reason:
@@ -40,7 +41,7 @@ def run(options: Options, console: Console) -> int:
     if options.time:
         count = options.threads or 1
         heading(console, f"Time against torch.mm, {count} thread{'s' * (count > 1)}")
-        with strict_mode.strict(), timing.threads(count):
+        with strict_mode.strict(), timer.threads(count):
             found += check_timing.run(console, device, seed)
     return verdict(console, found, perf_counter() - start)
 

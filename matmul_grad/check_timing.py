@@ -7,7 +7,8 @@ import itertools
 
 import torch
 
-from . import rivals, testing, timing
+from . import testing
+from .bench import baseline, timer
 from .check_products import disagreement
 from .console import Console, table, track
 
@@ -19,20 +20,20 @@ COLUMNS = ("product", "torch ms", "quartiles", "ours ms", "quartiles", "GFLOP/s"
 
 def run(console: Console, device: str, seed: int) -> list[str]:
     """The table of times. A result that is wrong is not timed."""
-    share = timing.share_of_core()
+    share = timer.share_of_core()
     found: list[str] = []
     rows: list[list[str]] = []
     kinds = list(itertools.product(DTYPES[device], SIZES[device]))
     for dtype, n in track(console, "timing", kinds, len(kinds)):
-        ours, kind = rivals.RIVALS[rivals.OURS], testing.DTYPES[dtype]
-        right = functools.partial(rivals.assert_right, ours, n, n, n, kind, seed=seed, device=device)
+        ours, kind = baseline.IMPLEMENTATIONS[baseline.OURS], testing.DTYPES[dtype]
+        right = functools.partial(baseline.assert_correct, ours, n, n, n, kind, seed=seed, device=device)
         found_here = disagreement(f"timing {dtype} {n}", right)
         found += found_here
         if not found_here:
             rows += time_products(n, dtype, device, seed)
     table(console, COLUMNS, rows)
-    console.print(f"{timing.PROTOCOL};\nratio = torch's median / ours: above 1, this package is faster")
-    if torch.get_num_threads() == 1 and device == "cpu" and share() < timing.AT_REST:
+    console.print(f"{timer.PROTOCOL};\nratio = torch's median / ours: above 1, this package is faster")
+    if torch.get_num_threads() == 1 and device == "cpu" and share() < timer.AT_REST:
         console.print(f"other work ran here too: this had {share():.0%} of a core, so these times are rough")
     return found
 
@@ -40,18 +41,18 @@ def run(console: Console, device: str, seed: int) -> list[str]:
 def time_products(n: int, dtype: str, device: str, seed: int) -> list[list[str]]:
     """A row for each product at one size."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    operands = rivals.draw(n, n, n, testing.DTYPES[dtype], seed=seed, device=device)
+    operands = baseline.draw(n, n, n, testing.DTYPES[dtype], seed=seed, device=device)
     rows = []
     for product in testing.PRODUCTS:
-        work = {name: rivals.work(mm, product, operands) for name, mm in rivals.RIVALS.items()}
-        times = timing.interleaved(work, SECONDS, wait)
-        theirs, ours = times[rivals.THEIRS], times[rivals.OURS]
-        rate = rivals.flops(n, n, n, product) / timing.quartiles(ours).median / 1e9
-        figures = f"{rate:.0f}", f"{timing.ratio(theirs, ours):.2f}"
+        work = {name: baseline.work(mm, product, operands) for name, mm in baseline.IMPLEMENTATIONS.items()}
+        times = timer.interleaved(work, SECONDS, wait)
+        theirs, ours = times[baseline.TORCH], times[baseline.OURS]
+        rate = baseline.flops(n, n, n, product) / timer.quartiles(ours).median / 1e9
+        figures = f"{rate:.0f}", f"{timer.ratio(theirs, ours):.2f}"
         rows.append([f"{product}-{dtype}-{n}", *cells(theirs), *cells(ours), *figures])
     return rows
 
 
 def cells(times: list[float]) -> tuple[str, str]:
-    low, median, high = (1e3 * seconds for seconds in timing.quartiles(times))
+    low, median, high = (1e3 * seconds for seconds in timer.quartiles(times))
     return f"{median:.3g}", f"{low:.3g}–{high:.3g}"

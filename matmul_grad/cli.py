@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__, machine
-from .exits import DISAGREES, Unusable, complain, require, require_isa, run_command, thread_count
-from .gpu_report import command as gpu_report
-from .tuning import command as tuning
+from .bench import gpu_report
+from .bench import tune as tuning
+from .cli_common import EXIT_MISMATCH, UsageError, complain, require, require_isa, run_command, thread_count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def check(command: argparse.Namespace) -> int:
     if command.train:
         require(sklearn="scikit-learn")
     if command.device == "cuda" and not torch.cuda.is_available():
-        raise Unusable(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
+        raise UsageError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
     require_isa()
     from .check import Options, run
     from .console import make_console
@@ -89,7 +89,7 @@ def warm_up(command: argparse.Namespace) -> int:
             print(f"{name:24}  {seconds:6.2f} s", flush=True)
     except warmup.NotCompiled as reason:
         complain(f"matmul-grad: {reason}")
-        return DISAGREES
+        return EXIT_MISMATCH
     for note in machine.left_to_torch():
         print(note)
     print(f"cache: {machine.describe_cache()}")
@@ -98,6 +98,6 @@ def warm_up(command: argparse.Namespace) -> int:
 
 def bench(arguments: Sequence[str]) -> int:
     """A command of commands, with options of its own."""
-    from .bench import command
+    from .bench import commands
 
-    return command.main(list(arguments), "matmul-grad bench")
+    return commands.main(list(arguments), "matmul-grad bench")

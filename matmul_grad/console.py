@@ -44,7 +44,7 @@ def make_console(width: int = 100) -> Console:
 
     class LineConsole(RichConsole):
         def on_broken_pipe(self) -> None:
-            raise  # to `exits.run_command`; rich would end the process with 1
+            raise  # to `cli_common.run_command`; rich would end the process with 1
 
     console = LineConsole(markup=False, highlight=False, emoji=False)
     return console if console.is_terminal else LineConsole(markup=False, highlight=False, emoji=False, width=width)

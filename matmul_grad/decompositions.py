@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .late import after_import
+from .import_hooks import on_import
 from .ops import PRODUCTS, torch_impl_of
 
 EXPORT = ("torch.export.exported_program", "torch.export")
@@ -35,8 +35,8 @@ def table() -> dict[Any, Callable[..., Any]]:
 def register() -> None:
     """Add them to torch's default table for export, and take them out of Inductor's."""
     for name in EXPORT:
-        after_import(name, _extend)
-    after_import(INDUCTOR, _leave_out)
+        on_import(name, _extend)
+    on_import(INDUCTOR, _leave_out)
 
 
 def _extend(module: ModuleType) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from .late import after_import
+from .import_hooks import on_import
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -21,4 +21,4 @@ def count_flops(packet: Any, formula: Callable[..., int]) -> None:
         if packet not in counter.flop_registry:
             counter.register_flop_formula(packet)(shapes_only)
 
-    after_import(COUNTER, note_fallback)
+    on_import(COUNTER, note_fallback)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .late import after_import
+from .import_hooks import on_import
 
 TENSOR = "torch.distributed.tensor"
 
@@ -90,4 +90,4 @@ def register_with(tensor: ModuleType) -> None:
 
 def register() -> None:
     """Register with DTensor, now or when it is imported."""
-    after_import(TENSOR, register_with)
+    on_import(TENSOR, register_with)

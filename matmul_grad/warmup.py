@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 
 from . import machine, ops
-from .exits import Unusable
+from .cli_common import UsageError
 
 __all__ = ["compiled", "steps"]
 
@@ -86,16 +86,18 @@ def start_helpers(names: Sequence[str], count: int, stack: contextlib.ExitStack)
 
 
 def require_cache() -> None:
-    """Unusable where compiled kernels cannot be kept: then compiling them now would save nothing later."""
+    """UsageError where compiled kernels cannot be kept: then compiling them now would save nothing later."""
     folder = machine.cache_folder()
     if folder is None:
-        raise Unusable("compiled kernels cannot be kept: the user has no home folder, and MATMUL_GRAD_CACHE is not set")
+        raise UsageError(
+            "compiled kernels cannot be kept: the user has no home folder, and MATMUL_GRAD_CACHE is not set"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(SPACE))
     except OSError as reason:
-        raise Unusable(f"compiled kernels cannot be kept in {folder}: {reason.strerror}") from reason
+        raise UsageError(f"compiled kernels cannot be kept in {folder}: {reason.strerror}") from reason
 
 
 def main(names: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
 """The bench runs, refuses to time what is wrong, and writes what it measured where it says."""
 
 import argparse
-import importlib
 import itertools
 import json
 import os
@@ -9,23 +8,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import matmul_grad
-from matmul_grad import rivals, timing
+from matmul_grad.bench import baseline, packing, switch_overhead, timer
 
 ROOT = Path(__file__).parents[1]
-
-
-def module(name: str) -> ModuleType:
-    """Of the checkout's folder bench."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        return importlib.import_module(f"bench.{name}")
 
 
 def suite(*options: str) -> str:
@@ -86,42 +77,42 @@ def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_bit_counts_before_timing(dtype: torch.dtype) -> None:
-    rivals.assert_right(torch.mm, 9, 8, 7, dtype)
+    baseline.assert_correct(torch.mm, 9, 8, 7, dtype)
     with pytest.raises(AssertionError, match=r"forward .* elements differ"):
-        rivals.assert_right(wrong, 9, 8, 7, dtype)
+        baseline.assert_correct(wrong, 9, 8, 7, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_large_errors_count_before_timing(dtype: torch.dtype) -> None:
-    x, y = rivals.draw(64, 64, 64, dtype).of("dgrad")
-    rivals.assert_small_error(torch.mm(x, y), x, y)
+    x, y = baseline.draw(64, 64, 64, dtype).of("dgrad")
+    baseline.assert_small_error(torch.mm(x, y), x, y)
     narrow = torch.float32 if dtype == torch.float64 else torch.bfloat16
     rounded = torch.mm(x.to(narrow).to(dtype), y)
     with pytest.raises(AssertionError, match="roundings"):
-        rivals.assert_small_error(rounded, x, y)
+        baseline.assert_small_error(rounded, x, y)
 
 
-def test_rivals_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rivals_time_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     now = 0.0
-    monkeypatch.setattr(timing, "perf_counter", lambda: now)
+    monkeypatch.setattr(timer, "perf_counter", lambda: now)
 
     def rival(name: str) -> Any:
         def call() -> None:
             nonlocal now
-            now += 2 * timing.BATCH
+            now += 2 * timer.BATCH
             calls.append(name)
 
         return call
 
-    times = timing.interleaved({"x": rival("x"), "y": rival("y")}, seconds=0)
+    times = timer.interleaved({"x": rival("x"), "y": rival("y")}, seconds=0)
     assert [len(rounds) for rounds in times.values()] == [5, 5]
     assert "".join(calls) == "xxyy" + "xyyx" * 2 + "xy"  # two trials of each, then the rounds
 
 
 def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), timing.threads(before + 1):
+    with pytest.raises(KeyError), timer.threads(before + 1):
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
@@ -130,25 +121,22 @@ def test_threads_are_put_back() -> None:
 def test_paths_compares_packing_with_reading_in_place(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = module("paths")
-    monkeypatch.setattr(paths, "limited", lambda block, field, limit: block)  # nothing else to compile
-    monkeypatch.setattr(paths, "cases", lambda: [paths.Case("direct_rows", "float32", "NT", 13, 70, 40, 3)])
-    assert paths.run(argparse.Namespace(seconds=0.01, save=False, out=None)) == 0
+    monkeypatch.setattr(packing, "limited", lambda block, field, limit: block)  # nothing else to compile
+    monkeypatch.setattr(packing, "cases", lambda: [packing.Case("direct_rows", "float32", "NT", 13, 70, 40, 3)])
+    assert packing.run(argparse.Namespace(seconds=0.01, save=False, out=None)) == 0
     printed = capsys.readouterr().out
     assert "direct_rows ≤ 16" in printed and "float32 NT 13×70×40" in printed
 
 
 def test_paths_refuses_another_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = module("paths")
-    monkeypatch.setattr(paths.direct, "multiply", lambda block, a, b, out, threads=1: torch.rand_like(out))
+    monkeypatch.setattr(packing.direct, "multiply", lambda block, a, b, out, threads=1: torch.rand_like(out))
     with pytest.raises(AssertionError, match="elements differ"):
-        paths.compare(paths.Case("direct_rows", "float32", "NN", 5, 70, 40, 1), 0.01)
+        packing.compare(packing.Case("direct_rows", "float32", "NN", 5, 70, 40, 1), 0.01)
 
 
 def test_switch_is_compared_on_and_off(capsys: pytest.CaptureFixture[str]) -> None:
-    switch = module("switch")
     before = matmul_grad.info()["accelerated"].get("addmm", {}).get("float32", 0)
-    assert switch.run(argparse.Namespace(seconds=0.01, models=False)) == 0
+    assert switch_overhead.run(argparse.Namespace(seconds=0.01, models=False)) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if re.search(r"\d\.\d{3}$", line)]
     assert len(rows) == 5
     assert matmul_grad.info()["on"] == []

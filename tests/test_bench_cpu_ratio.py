@@ -1,35 +1,34 @@
-"""`python -m bench cpu-ratio`: figures as its rows say, the wrong refused, a fall noticed, rivals one at a time."""
+"""`python -m bench cpu-ratio`: figures as its rows say, the wrong refused, a fall noticed, backends one at a time."""
 
-import importlib
 import itertools
 import json
 import os
 import subprocess
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from matmul_grad import api, machine, rivals, timing, turns
-from matmul_grad.bench import peak, worker
+from matmul_grad import api, machine
+from matmul_grad.bench import __main__ as command
+from matmul_grad.bench import (
+    baseline,
+    cpu_ratio,
+    ratio_openblas,
+    ratio_results,
+    ratio_stats,
+    ratio_worker,
+    ratio_workloads,
+    roofline,
+    timer,
+    worker,
+)
 from matmul_grad.kernels.cpu import driver
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"CPU": "Some CPU, 2 cores", "instruction set": "avx2 of avx2, generic", "versions": "none"}
 Row = dict[str, Any]
-
-
-def load(name: str) -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        return importlib.import_module(f"bench.{name}")
-
-
-command, cpu_ratio, figures, measure, openblas, plan, saved = map(
-    load, ["__main__", "cpu_ratio", "figures", "measure", "openblas", "plan", "saved"]
-)
 
 
 def row(ratio: float, dtype: str = "f32", layout: str = "NN", n: int = 64, threads: int = 1, **more: Any) -> Row:
@@ -45,7 +44,7 @@ def result(rows: list[Row], time: str = "12:00:00", **more: Any) -> dict[str, An
 
 
 def shown(rows: list[Row], committed: list[Row] | None = None) -> dict[tuple[str, int], Any]:
-    return {(entry.line.name, entry.threads): entry for entry in figures.entries(rows, committed or [])}
+    return {(entry.line.name, entry.threads): entry for entry in ratio_stats.entries(rows, committed or [])}
 
 
 def test_figures_are_what_the_rows_say() -> None:
@@ -68,11 +67,11 @@ def test_figures_are_what_the_rows_say() -> None:
     assert table["worst product", 1].figure.note == "bf16 NN 64×64×64"
     assert table["worst product", 1].short_by == pytest.approx(0.4)
     assert table["worst product", 2].short_by == 0
-    assert figures.peaks(rows) == {("f32", 2): 3.0}
+    assert ratio_stats.peaks(rows) == {("f32", 2): 3.0}
 
 
 def test_targets_are_those_agreed_on() -> None:
-    targets = [(line.name, *line.targets.values()) for line in figures.LINES]
+    targets = [(line.name, *line.targets.values()) for line in ratio_stats.LINES]
     assert targets == [
         ("float32 products", 1.15, 1.15), ("float64 products", 1.20, 1.20), ("bfloat16 products", 1.0, 1.0),
         ("float16 products", 1.0, 1.0), ("float32 step through autograd", 1.10, 1.10), ("worst product", 0.90, 0.85),
@@ -82,13 +81,16 @@ def test_targets_are_those_agreed_on() -> None:
 
 
 def test_plan_is_whole() -> None:
-    one, two = (plan.jobs(plan.PARTS, plan.DTYPES, threads) for threads in (1, 2))
-    assert one == [*two, plan.Job("overhead", "f32", "NN", 8, 8, 8)]
-    products = [job for job in one if job.part == "products"]
+    one, two = (ratio_workloads.jobs(ratio_workloads.PARTS, ratio_workloads.DTYPES, threads) for threads in (1, 2))
+    assert one == [*two, ratio_workloads.RatioWorkload("overhead", "f32", "NN", 8, 8, 8)]
+    products = [workload for workload in one if workload.part == "products"]
     assert len(products) == len(set(products)) == (6 + 3 * 6) * 3 * 4
-    assert {(job.m, job.n, job.k) for job in products if job.m != job.n} >= {(1, 768, 768), (2048, 768, 3072)}
-    assert {(job.dtype, job.layout, job.n) for job in products if job.peak} == set(
-        itertools.product(plan.DTYPES, plan.LAYOUTS, (1024, 2048))
+    assert {(workload.m, workload.n, workload.k) for workload in products if workload.m != workload.n} >= {
+        (1, 768, 768),
+        (2048, 768, 3072),
+    }
+    assert {(workload.dtype, workload.layout, workload.n) for workload in products if workload.peak} == set(
+        itertools.product(ratio_workloads.DTYPES, ratio_workloads.LAYOUTS, (1024, 2048))
     )
 
 
@@ -104,13 +106,13 @@ def test_fall_is_judged_where_the_same_was_compared() -> None:
 def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of results with one committed run, at noon; later ones of other kinds beside it."""
     folder = tmp_path / "repository" / "results"
-    path = saved.save(result([row(2.0), row(4.0, "f64")]), folder, "cpu-ratio")
-    saved.save(result([row(9.0)], "13:00:00", whole=False), folder, "cpu-ratio", "quick")
-    saved.save(result([row(9.0)], "23:00:00"), folder, "cpu-ratio", "late")
+    path = ratio_results.save(result([row(2.0), row(4.0, "f64")]), folder, "cpu-ratio")
+    ratio_results.save(result([row(9.0)], "13:00:00", whole=False), folder, "cpu-ratio", "quick")
+    ratio_results.save(result([row(9.0)], "23:00:00"), folder, "cpu-ratio", "late")
     git = ["git", "-C", str(folder), "-c", "user.name=n", "-c", "user.email=e"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "results"]):
         subprocess.run([*git, *arguments], check=True)
-    monkeypatch.setattr(saved, "RESULTS", folder)
+    monkeypatch.setattr(ratio_results, "RESULTS", folder)
     return path
 
 
@@ -136,10 +138,10 @@ def test_fallen_run_exits_1(committed: Path, capsys: pytest.CaptureFixture[str])
 
 def test_first_run_of_a_machine_is_compared_with_nothing(committed: Path) -> None:
     stamp = {"date": "2026-01-02", "time": "14:00:00", **MACHINE}
-    assert saved.committed(stamp, "cpu-ratio") is not None
-    assert saved.committed(stamp | {"CPU": "Some, 2 cores"}, "cpu-ratio") is None
-    assert saved.committed(stamp | {"time": "12:00:00"}, "cpu-ratio") is None
-    assert saved.committed(stamp, "cpu-ratio", committed.parents[2]) is None
+    assert ratio_results.committed(stamp, "cpu-ratio") is not None
+    assert ratio_results.committed(stamp | {"CPU": "Some, 2 cores"}, "cpu-ratio") is None
+    assert ratio_results.committed(stamp | {"time": "12:00:00"}, "cpu-ratio") is None
+    assert ratio_results.committed(stamp, "cpu-ratio", committed.parents[2]) is None
 
 
 def subtly_wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -156,21 +158,21 @@ def wrong_in_a_corner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("mm", "why"), [(subtly_wrong, "roundings"), (wrong_in_a_corner, "integers: 1 of 273 el")])
 @pytest.mark.parametrize(("dtype", "layout"), [("f32", "NT"), ("f64", "TN")])
 def test_wrong_product_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, mm: rivals.Mm, why: str, dtype: str, layout: str
+    monkeypatch: pytest.MonkeyPatch, mm: baseline.Mm, why: str, dtype: str, layout: str
 ) -> None:
-    job = plan.Job("products", dtype, layout, 13, 21, 34)
-    assert measure.measure(job, 0.0)["ratio"] > 0
+    workload = ratio_workloads.RatioWorkload("products", dtype, layout, 13, 21, 34)
+    assert ratio_worker.measure(workload, 0.0)["ratio"] > 0
     monkeypatch.setattr(api, "mm", mm)
     with pytest.raises(AssertionError, match=f"forward-{dtype}-{layout}-13x21x34.*{why}"):
-        measure.measure(job, 0.0)
+        ratio_worker.measure(workload, 0.0)
 
 
 def test_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = plan.Job("step", "f32", "NN", 16, 16, 16)
-    assert measure.measure(job, 0.0)["flops"] == 3 * 2 * 16**3
+    workload = ratio_workloads.RatioWorkload("step", "f32", "NN", 16, 16, 16)
+    assert ratio_worker.measure(workload, 0.0)["flops"] == 3 * 2 * 16**3
     monkeypatch.setattr(api, "mm", lambda a, b: 2 * torch.mm(a, b) - torch.mm(a, b.detach()))
     with pytest.raises(AssertionError, match="step-f32-NN-16x16x16, gradient of b"):
-        measure.measure(job, 0.0)
+        ratio_worker.measure(workload, 0.0)
 
 
 def test_wrong_kernel_ends_the_run(
@@ -252,13 +254,13 @@ def test_unusable_arguments_get_one_line(
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_peak_adds_normal_numbers_up(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peak, "TURNS", 1000)
-    with timing.threads(threads):
-        top = peak.loop("float32")
+    monkeypatch.setattr(roofline, "TURNS", 1000)
+    with timer.threads(threads):
+        top = roofline.loop("float32")
     assert top is not None
     block = driver.config("float32")
     sums = top.call().view(torch.float32).reshape(threads, -1)[:, : block.lanes]
-    chains = peak.CHAINS[block.isa]
+    chains = roofline.CHAINS[block.isa]
     assert top.flops == 2 * 1000 * chains * block.lanes * threads
     x, y = torch.randn(2, block.lanes, generator=torch.Generator().manual_seed(0)).double()
     expected = chains * 1000 * x * y + sum(range(chains))
@@ -266,38 +268,41 @@ def test_peak_adds_normal_numbers_up(threads: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_peak_of_float16_is_that_of_float32() -> None:
-    assert peak.loop("float16") is None
+    assert roofline.loop("float16") is None
 
 
-def test_openblas_and_this_package_take_turns() -> None:
-    with openblas.Match(threads=1, seconds=0.001, pin=False) as match:
-        found = match.compare(plan.Job("openblas", "f64", "NN", 64, 64, 64))
-        second = match.compare(plan.Job("openblas", "f32", "NN", 64, 64, 64))
+def test_openblas_and_this_package_time_interleaved() -> None:
+    with ratio_openblas.Match(threads=1, seconds=0.001, pin=False) as match:
+        found = match.compare(ratio_workloads.RatioWorkload("openblas", "f64", "NN", 64, 64, 64))
+        second = match.compare(ratio_workloads.RatioWorkload("openblas", "f32", "NN", 64, 64, 64))
     assert list(found["seconds"]) == ["numpy", "matmul_grad"]
     assert found["rounds"] == second["rounds"] == 3
     one = ["numpy", "matmul_grad"]  # to prepare; then three rounds, each in the order of the one before, turned
     assert [turn.name for turn in match.turns] == 2 * [*one, *one, *one[::-1], *one]
     for before, after in itertools.pairwise(match.turns):
-        assert before.start < before.end <= after.start - openblas.REST
+        assert before.start < before.end <= after.start - ratio_openblas.REST
 
 
 def test_slow_rivals_have_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(turns, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timer, "perf_counter", lambda: clock[0])
 
     def slow() -> float:
         clock[0] += 0.02
         return 1.0
 
     batches = {"slow": slow, "quick": lambda: 0.0}
-    assert [len(times) for times in turns.take_turns(batches, 0.001).values()] == [3, 3]
-    assert [len(times) for times in turns.take_turns(batches, 0.03).values()] == [5, 5]
+    assert [len(times) for times in timer.time_interleaved(batches, 0.001).values()] == [3, 3]
+    assert [len(times) for times in timer.time_interleaved(batches, 0.03).values()] == [5, 5]
 
 
 def test_failed_worker_says_why() -> None:
-    with worker.Worker("bench.measure", "--threads=1", "--seconds=0") as child:
-        with pytest.raises(worker.Failed, match="KeyError: 'nothing'"):
-            child.ask(vars(plan.Job("nothing", "f32", "NN", 1, 1, 1)))
-        assert child.ask(vars(plan.Job("overhead", "f32", "NN", 8, 8, 8)))["part"] == "overhead"
-    with worker.Worker("bench.nowhere") as child, pytest.raises(worker.Failed, match="ended with status 1"):
+    with worker.Worker("matmul_grad.bench.ratio_worker", "--threads=1", "--seconds=0") as child:
+        with pytest.raises(worker.WorkerFailed, match="KeyError: 'nothing'"):
+            child.ask(vars(ratio_workloads.RatioWorkload("nothing", "f32", "NN", 1, 1, 1)))
+        assert child.ask(vars(ratio_workloads.RatioWorkload("overhead", "f32", "NN", 8, 8, 8)))["part"] == "overhead"
+    with (
+        worker.Worker("matmul_grad.bench.nowhere") as child,
+        pytest.raises(worker.WorkerFailed, match="ended with status 1"),
+    ):
         child.ask({})

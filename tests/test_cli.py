@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from matmul_grad import __version__, api, autograd, check, check_products, check_timing, check_training, cli, warmup
-from matmul_grad.bench import command as bench
+from matmul_grad.bench import commands as bench
 
 MAIN = sys.executable, "-m", "matmul_grad"
 REPORT = Path(__file__).parents[1] / "bench" / "results" / "bench-cpu-amd-epyc-avx512" / "bench.json"

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from matmul_grad import late
+from matmul_grad import import_hooks
 
 
 @pytest.fixture
@@ -24,15 +24,15 @@ def test_waits_for_the_import(module: str) -> None:
     import importlib.util
 
     seen: list[ModuleType] = []
-    late.after_import(module, seen.append)
-    late.after_import(module, seen.append)
+    import_hooks.on_import(module, seen.append)
+    import_hooks.on_import(module, seen.append)
     assert importlib.util.find_spec(module) is not None, "asking where it is imports nothing"
     assert seen == []
     imported = __import__(module)
     assert seen == [imported, imported] and imported.value == 1
-    late.after_import(module, seen.append)
+    import_hooks.on_import(module, seen.append)
     assert seen == [imported] * 3
-    assert module not in late._waiting
+    assert module not in import_hooks._waiting
 
 
 def run(code: str) -> str:

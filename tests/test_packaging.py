@@ -31,6 +31,7 @@ def sources() -> dict[str, Path]:
     """Each module of the package by its installed name, read off the checkout."""
     files = {
         **{f.relative_to(ROOT): f for f in (ROOT / PACKAGE).rglob("*.py")},
+        **{PACKAGE / f.relative_to(ROOT): f for f in (ROOT / "bench").glob("*.py")},
         **{PACKAGE / f.relative_to(ROOT): f for f in (ROOT / "kernels").rglob("*.py")},
     }
     return {".".join(p.with_suffix("").parts).removesuffix(".__init__"): f for p, f in files.items()}
@@ -65,12 +66,12 @@ def test_wheel_holds_one_top_level_name(wheel: Path) -> None:
 
 def test_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
     """Whatever lies in the source folders, data too: `kernels.gpu.winners` reads a table beside itself."""
-    folders = {ROOT / PACKAGE: PACKAGE, ROOT / "kernels": f"{PACKAGE}/kernels"}
+    folders = {ROOT / PACKAGE: PACKAGE, ROOT / "kernels": f"{PACKAGE}/kernels", ROOT / "bench": f"{PACKAGE}/bench"}
     expected = {
         f"{target}/{path.relative_to(folder).as_posix()}"
         for folder, target in folders.items()
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not {"__pycache__", "results"} & {*path.parts}
     }
     assert {f"{PACKAGE}/kernels/gpu/winners.json", f"{PACKAGE}/py.typed"} < expected
     assert contents(wheel) == expected
@@ -138,6 +139,8 @@ with matmul_grad.strict():
     torch.testing.assert_close(matmul_grad.linear(a, b.t()), a @ b)
 from matmul_grad import cli
 assert cli.main(["info"]) == 0
+(found,) = matmul_grad.bench.compare(matmul_grad.mm, torch.mm, [(8, 8, 8)], seconds=0.0)
+import matmul_grad.bench.commands, matmul_grad.bench.gpu_report, matmul_grad.bench.tune
 if importlib.util.find_spec("triton"):
     from matmul_grad.kernels.gpu import choose, config, launch
     problem = config.Problem(64, 64, 64, "bfloat16", "N", "N")
@@ -160,14 +163,14 @@ def used(cwd: Path, *path: Path, before: str = WITHOUT_EDITABLE) -> set[Path]:
 def test_wheel_multiplies_and_chooses_tiles(installed: Path, tmp_path: Path) -> None:
     folders = used(tmp_path, installed)
     assert all(folder.is_relative_to(installed / PACKAGE) for folder in folders)
-    assert {installed / PACKAGE / "kernels" / device for device in ("cpu", "gpu")} < folders
+    assert {installed / PACKAGE / part for part in ("bench", "kernels/cpu", "kernels/gpu")} < folders
 
 
 def test_bare_checkout_multiplies_and_chooses_tiles(built: Path, tmp_path: Path) -> None:
     """Nothing is installed; the checkout's folder is on the path."""
     folders = used(tmp_path, built / "copy")
     assert all(folder.is_relative_to(built / "copy") for folder in folders)
-    assert {built / "copy" / "kernels" / device for device in ("cpu", "gpu")} < folders
+    assert {built / "copy" / part for part in ("bench", "kernels/cpu", "kernels/gpu")} < folders
 
 
 def test_import_inside_the_checkout_beside_an_installation(built: Path, installed: Path) -> None:
@@ -183,7 +186,7 @@ def test_editable_installation_multiplies_and_chooses_tiles(built: Path, tmp_pat
     before = f"{WITHOUT_EDITABLE}\nimport site\nsite.addsitedir({str(target)!r})\n"
     folders = used(tmp_path, target, before=before)
     assert all(folder.is_relative_to(built / "copy") for folder in folders)
-    assert {built / "copy" / "kernels" / device for device in ("cpu", "gpu")} < folders
+    assert {built / "copy" / part for part in ("bench", "kernels/cpu", "kernels/gpu")} < folders
 
 
 def test_import_brings_in_no_compiler(tmp_path: Path) -> None:
@@ -327,7 +330,7 @@ def test_only_ops_reaches_into_the_kernels() -> None:
 
 
 def test_nothing_imports_the_name_kernels() -> None:
-    others = [file for folder in ("tests", "bench", "examples") for file in (ROOT / folder).rglob("*.py")]
+    others = [file for folder in ("tests", "examples") for file in (ROOT / folder).rglob("*.py")]
     files = sources() | {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in others}
     for module, path in files.items():
         names = imported(module, path.read_text(encoding="utf-8"), path.name == "__init__.py")

@@ -1,4 +1,4 @@
-"""The bench without its processes: the players answer here, where a test can plant what it likes."""
+"""The bench without its processes: the sessions answer here, where a test can plant what it likes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from typing import Any
 
 import pytest
 
-from matmul_grad import rivals, timing, turns
-from matmul_grad.bench import command, conductor, contenders, files_of_run, player, roof, work
-from matmul_grad.bench.contenders import OfTorch
+from matmul_grad.bench import backends, baseline, calls, commands, roofline, run_files, runner, session, timer
+from matmul_grad.bench.backends import OfTorch
 from matmul_grad.bench.devices import Cpu
-from matmul_grad.bench.roof import Device
-from matmul_grad.shapes import SETS, Shape
+from matmul_grad.bench.roofline import Device
+from matmul_grad.bench.shapes import SETS, Shape
 
 
 class Here:
-    """In place of ``Worker``: the player itself; tasks and answers pass through JSON as they do between processes."""
+    """In place of ``Worker``: the session itself; tasks and answers pass through JSON as they do between processes."""
 
     device: Device = Cpu()
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
-        self._player = player.Player(type(self).device)
+        self._player = session.BackendSession(type(self).device)
 
     def ask(self, task: Any, seconds: float | None = None) -> Any:
         return json.loads(json.dumps(self._player.answer(json.loads(json.dumps(task)))))
@@ -38,14 +37,14 @@ class Here:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Players in this process, on one thread, with little to time and little memory to measure."""
-    monkeypatch.setattr(conductor, "Worker", Here)
-    monkeypatch.setattr(conductor, "TRIES", 1)
-    monkeypatch.setattr(work, "BATCH", 1e-4)
-    monkeypatch.setattr(roof, "LEAST", 1 << 20)
-    monkeypatch.setattr(roof, "PAST", 0)
-    monkeypatch.setattr(roof, "SECONDS", 0.01)
+    monkeypatch.setattr(runner, "Worker", Here)
+    monkeypatch.setattr(runner, "TRIES", 1)
+    monkeypatch.setattr(calls, "BATCH", 1e-4)
+    monkeypatch.setattr(roofline, "LEAST", 1 << 20)
+    monkeypatch.setattr(roofline, "PAST", 0)
+    monkeypatch.setattr(roofline, "SECONDS", 0.01)
     monkeypatch.setattr(Cpu, "cache_bytes", lambda self: 1 << 20)
-    with timing.threads(1):
+    with timer.threads(1):
         yield
 
 
@@ -63,8 +62,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Time that no other process can take from this one."""
     clock = Clock()
-    for module in (timing, turns):
-        monkeypatch.setattr(module, "perf_counter", clock.read)
+    monkeypatch.setattr(timer, "perf_counter", clock.read)
     return clock
 
 
@@ -73,7 +71,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
     """Another product in place of torch's or of this package's."""
 
     def do(name: str, mm: Any) -> None:
-        monkeypatch.setattr(rivals, "RIVALS", {**rivals.RIVALS, name: mm})
+        monkeypatch.setattr(baseline, "IMPLEMENTATIONS", {**baseline.IMPLEMENTATIONS, name: mm})
 
     return do
 
@@ -81,13 +79,13 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None) -> Callable[..., tuple[int, Any]]:
     """Run the command on some shapes: its exit code, and its rows; its pictures where they are wanted."""
-    write = files_of_run.write
+    write = run_files.write
 
     def run(shapes: tuple[Shape, ...], *options: str, out: str = "out", drawn: bool = False) -> tuple[int, Any]:
-        monkeypatch.setattr(files_of_run, "write", write if drawn else lambda result, place: None)
+        monkeypatch.setattr(run_files, "write", write if drawn else lambda result, place: None)
         monkeypatch.setitem(SETS, "small", shapes)
         fixed = ["--suite=small", "--seconds=0.001", "--rivals=torch", f"--out={tmp_path / out}", "--no-pin"]
-        status = command.main([*fixed, *options], "bench")
+        status = commands.main([*fixed, *options], "bench")
         written = next((tmp_path / out).glob("bench*.json"), None)
         return status, json.loads(written.read_text(encoding="utf-8")) if written else None
 
@@ -96,7 +94,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None) -> Callab
 
 @pytest.fixture
 def library() -> Callable[..., OfTorch]:
-    return lambda name: contenders.BY_NAME[name].library()
+    return lambda name: backends.BY_NAME[name].library()
 
 
 def row(

@@ -9,7 +9,7 @@ import torch
 
 import matmul_grad
 from matmul_grad import bench
-from matmul_grad.bench import operands
+from matmul_grad.bench import inputs
 
 SHAPES = [(33, 17, 300)]
 
@@ -54,8 +54,8 @@ def test_wrong_function_is_not_timed() -> None:
 
 
 def test_zeros_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operands, "fill_normal", lambda memory, generator, longest: memory.zero_())
-    with pytest.raises(operands.Unfit, match="not standard normal"):
+    monkeypatch.setattr(inputs, "fill_normal", lambda memory, generator, longest: memory.zero_())
+    with pytest.raises(inputs.Unfit, match="not standard normal"):
         bench.compare(torch.mm, copy, SHAPES)
 
 

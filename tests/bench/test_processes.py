@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from matmul_grad.bench import command, conductor, contenders, figures, record
-from matmul_grad.bench.cells import Cell
-from matmul_grad.shapes import SETS
+from matmul_grad.bench import backends, commands, results, runner, stats
+from matmul_grad.bench.shapes import SETS
+from matmul_grad.bench.workloads import Workload
 
 GIB = 1 << 30
 
@@ -33,8 +33,8 @@ def test_wrong_kernel_in_its_process(
     plant(tmp_path, code, monkeypatch)
     monkeypatch.setitem(SETS, "small", ((24, 24, 24),))
     options = ["--suite=small", "--dtype=f32", "--pass=dgrad", "--seconds=0.01", "--rivals=torch,numpy"]
-    assert command.main([*options, f"--out={tmp_path / 'out'}"], "bench") == 1
-    (row,) = record.load(tmp_path / "out" / "bench.json")["rows"]
+    assert commands.main([*options, f"--out={tmp_path / 'out'}"], "bench") == 1
+    (row,) = results.load(tmp_path / "out" / "bench.json")["rows"]
     assert set(row["seconds"]) == {"torch", "numpy"} and "on integers 24 of 24 rows" in row["wrong"]["matmul_grad"]
     assert "bench: wrong: matmul_grad, dgrad-f32-NN-24x24x24-1t" in capsys.readouterr().err
 
@@ -42,43 +42,41 @@ def test_wrong_kernel_in_its_process(
 def test_process_that_dies_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import os
-from matmul_grad.bench import contenders
-product = contenders.Numpy.product
+from matmul_grad.bench import backends
+product = backends.Numpy.product
 def dies(self, x, y):
     return os.kill(os.getpid(), 11) if len(x) == 7 else product(self, x, y)
-contenders.Numpy.product = dies
+backends.Numpy.product = dies
 """
     plant(tmp_path, code, monkeypatch)
-    members = contenders.chosen(["torch", "numpy"], "cpu")
-    with conductor.Ensemble(members, "cpu", 1, pin=True) as ensemble:
-        dead, alive = (ensemble.measure(Cell("forward", "f32", "NN", n, 8, 8), 0.01) for n in (7, 8))
+    selected = backends.chosen(["torch", "numpy"], "cpu")
+    with runner.WorkerPool(selected, "cpu", 1, pin=True) as pool:
+        dead, alive = (pool.measure(Workload("forward", "f32", "NN", n, 8, 8), 0.01) for n in (7, 8))
     assert "ended with status -11" in dead["failed"]["numpy"] and set(dead["seconds"]) == {"torch", "matmul_grad"}
     assert "failed" not in alive and set(alive["seconds"]) == {"torch", "matmul_grad", "numpy"}
 
 
 def test_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = (
-        "import time\nfrom matmul_grad.bench import contenders as c\nc.OfTorch.product = lambda *_: time.sleep(600)\n"
-    )
+    code = "import time\nfrom matmul_grad.bench import backends as c\nc.OfTorch.product = lambda *_: time.sleep(600)\n"
     plant(tmp_path, code, monkeypatch)
-    monkeypatch.setattr(conductor, "GRACE", 12.0)
+    monkeypatch.setattr(runner, "GRACE", 12.0)
     left = itertools.chain([1.0], itertools.repeat(-100.0))
-    cells = [Cell("forward", "f32", "NN", 8, 8, 8)]
+    planned = [Workload("forward", "f32", "NN", 8, 8, 8)]
     start = time.monotonic()
-    rows = list(conductor.rows(cells, contenders.chosen([], "cpu"), 0.01, False, lambda: next(left)))
+    rows = list(runner.rows(planned, backends.chosen([], "cpu"), 0.01, False, lambda: next(left)))
     assert rows == [] and time.monotonic() - start < 60
 
 
-@pytest.mark.skipif(not contenders.BY_NAME["jax"].installed, reason="jax is not installed")
+@pytest.mark.skipif(not backends.BY_NAME["jax"].installed, reason="jax is not installed")
 def test_jax_in_a_process_of_its_own_is_right() -> None:
-    members = contenders.chosen(["jax"], "cpu")
-    cells = [Cell(*what) for what in (
+    selected = backends.chosen(["jax"], "cpu")
+    planned = [Workload(*what) for what in (
         ("forward", "f32", "NN", 33, 17, 65), ("dgrad", "f32", "NN", 1, 65, 33), ("wgrad", "f64", "NN", 65, 1, 33),
         ("step", "f32", "NN", 17, 33, 65), ("step", "bf16", "NN", 17, 33, 65), ("forward", "f16", "NN", 17, 1, 65),
     )]  # fmt: skip
-    with conductor.Ensemble(members, "cpu", 1, pin=True) as ensemble:
-        rows = [ensemble.measure(cell, 0.0) for cell in cells]
-    assert figures.troubles(rows) == []
+    with runner.WorkerPool(selected, "cpu", 1, pin=True) as pool:
+        rows = [pool.measure(workload, 0.0) for workload in planned]
+    assert stats.troubles(rows) == []
     for row in rows:
         assert set(row["seconds"]) == {"matmul_grad", "jax"}
 
@@ -89,9 +87,9 @@ def test_interrupt_from_a_terminal(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "matmul_grad", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background workload ignores it
     )  # fmt: skip
-    unfinished, end = tmp_path / record.UNFINISHED, time.monotonic() + 100
+    unfinished, end = tmp_path / results.UNFINISHED, time.monotonic() + 100
     while not unfinished.exists() and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
@@ -112,11 +110,11 @@ def test_interrupt_from_a_terminal(tmp_path: Path) -> None:
     ],
 )
 def test_processes_stay_small_beside_their_operands(k: int, names: list[str]) -> None:
-    cell = Cell("dgrad", "f32", "NN", 16, 2, k)
-    with conductor.Ensemble(contenders.chosen(names, "cpu"), "cpu", 1, pin=True) as ensemble:
-        row = ensemble.measure(cell, 0.01)
+    workload = Workload("dgrad", "f32", "NN", 16, 2, k)
+    with runner.WorkerPool(backends.chosen(names, "cpu"), "cpu", 1, pin=True) as pool:
+        row = pool.measure(workload, 0.01)
     assert set(row["seconds"]) == {"matmul_grad", *names}
-    assert cell.held == 4 * 18 * k + 4 * 32 and cell.given == 4 * 16 * k
+    assert workload.held == 4 * 18 * k + 4 * 32 and workload.given == 4 * 16 * k
     assert 0 < row["beyond"] < 2 * GIB
 
 
@@ -129,15 +127,15 @@ def test_two_runs_agree_within_their_spread(tmp_path: Path, capsys: pytest.Captu
         patch.setitem(SETS, "small", ((8, 8, 8), (64, 64, 64), (256, 256, 256), (512, 512, 512), (257, 129, 513)))
         for name in "ab":
             options = ["--suite=small", "--rivals=torch", "--seconds=1", f"--out={tmp_path / name}"]
-            assert command.main(options, "bench") == 0
-    first, second = (record.load(tmp_path / name / "bench.json")["rows"] for name in "ab")
-    busy = figures.disturbed(first + second)
+            assert commands.main(options, "bench") == 0
+    first, second = (results.load(tmp_path / name / "bench.json")["rows"] for name in "ab")
+    busy = stats.disturbed(first + second)
     if busy:
         pytest.skip(f"other work ran here during {len(busy)} of {len(first + second)} comparisons")
-    changes = figures.changes(first, second)
+    changes = stats.changes(first, second)
     beyond = [change for change in changes if change.significant]
     with capsys.disabled():
-        print(f"\n{len(beyond)} of {len(changes)} beyond their spread, mean {figures.mean_change(changes):.3f}")
-    assert len(beyond) <= len(changes) / 4 and 0.97 < figures.mean_change(changes) < 1.03
-    for before, after in zip(figures.summaries(first).values(), figures.summaries(second).values(), strict=True):
-        assert not figures.apart(before[0].mean, after[0].mean)
+        print(f"\n{len(beyond)} of {len(changes)} beyond their spread, mean {stats.mean_change(changes):.3f}")
+    assert len(beyond) <= len(changes) / 4 and 0.97 < stats.mean_change(changes) < 1.03
+    for before, after in zip(stats.summaries(first).values(), stats.summaries(second).values(), strict=True):
+        assert not stats.apart(before[0].mean, after[0].mean)

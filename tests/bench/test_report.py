@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from matmul_grad import check_timing, console
-from matmul_grad.bench import command, figures, files_of_run, pictures, readme, record, tables
+from matmul_grad.bench import commands, plots, readme, results, run_files, stats, tables
 
 CHROMIUM = shutil.which("chromium")
 PHONE = 500  # pixels: the narrowest window of a headless browser
@@ -48,13 +48,13 @@ def save(path: Path, result: dict[str, Any]) -> Path:
 def written(tmp_path_factory: pytest.TempPathFactory, row: Any, result: Any) -> Path:
     """A folder with every file of a run."""
     path = save(tmp_path_factory.mktemp("written") / "run" / "bench.json", result(rows(row)))
-    assert command.main(["report", str(path)], "bench") == 0
+    assert commands.main(["report", str(path)], "bench") == 0
     return path.parent
 
 
 def test_every_file_is_written(written: Path) -> None:
     names = {str(path.relative_to(written)) for path in written.rglob("*") if path.is_file()}
-    drawn = {f"pictures/{name}.{kind}" for name in pictures.PICTURES for kind in ("png", "svg")}
+    drawn = {f"pictures/{name}.{kind}" for name in plots.PICTURES for kind in ("png", "svg")}
     assert names == {"bench.json", "bench.csv", "bench.md", "bench.html"} | drawn
     for path in written.rglob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -65,16 +65,16 @@ def test_every_file_is_written(written: Path) -> None:
 
 def test_pictures_are_the_same_for_the_same_rows(written: Path) -> None:
     before = {path: path.read_bytes() for path in written.rglob("*.*g")}
-    assert command.main(["report", str(written / "bench.json")], "bench") == 0
+    assert commands.main(["report", str(written / "bench.json")], "bench") == 0
     assert {path: path.read_bytes() for path in written.rglob("*.*g")} == before
 
 
 def test_pictures_without_rows_are_left_out(tmp_path: Path, row: Any, result: Any) -> None:
-    files_of_run.write(result(rows(row)), tmp_path)
+    run_files.write(result(rows(row)), tmp_path)
     few = result([row(n=64, product="dgrad")])
-    files_of_run.write(few, tmp_path)
+    run_files.write(few, tmp_path)
     assert {path.stem for path in (tmp_path / "pictures").iterdir()} == {"ratios", "passes"}
-    files_of_run.write(result([{**row(), "seconds": {}, "ratio": {}, "wrong": {"torch": "no"}}]), tmp_path)
+    run_files.write(result([{**row(), "seconds": {}, "ratio": {}, "wrong": {"torch": "no"}}]), tmp_path)
     assert list((tmp_path / "pictures").iterdir()) == []
 
 
@@ -83,7 +83,7 @@ def test_nothing_overlaps(row: Any, result: Any) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    for name, figure in pictures.draw(result(rows(row))).items():
+    for name, figure in plots.draw(result(rows(row))).items():
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         whole = figure.bbox.padded(1)
@@ -103,8 +103,8 @@ def test_nothing_overlaps(row: Any, result: Any) -> None:
 
 
 def test_axes_have_units(row: Any, result: Any) -> None:
-    drawn = pictures.draw(result(rows(row)))
-    assert list(drawn) == list(pictures.TITLES)
+    drawn = plots.draw(result(rows(row)))
+    assert list(drawn) == list(plots.TITLES)
     labels = {name: " ".join(a.get_xlabel() + a.get_ylabel() for a in figure.axes) for name, figure in drawn.items()}
     for name, unit in (
         ("throughput", "GFLOP/s"), ("roofline", "operations a byte"), ("overhead", "µs a call"),
@@ -117,7 +117,7 @@ def test_csv_is_what_the_rows_say(written: Path) -> None:
     text = (written / "bench.csv").read_text(encoding="utf-8")
     assert "# CPU: Some <CPU>, 2 cores\n" in text
     lines = list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
-    assert len(lines) == 36 * 2 and tuple(lines[0]) == record.COLUMNS
+    assert len(lines) == 36 * 2 and tuple(lines[0]) == results.COLUMNS
     ours = next(line for line in lines if line["contender"] == "matmul_grad" and line["n"] == "64")
     assert float(ours["GFLOP/s"]) == pytest.approx(1.0)
     assert float(ours["share of peak"]) == pytest.approx(0.5) and ours["verdict"] == "right"
@@ -141,7 +141,7 @@ def test_page_is_one_file(written: Path) -> None:
     text = (written / "bench.html").read_text(encoding="utf-8")
     tags = Tags()
     tags.feed(text)
-    assert len(tags.images) == len(pictures.PICTURES) and tags.fetched == []
+    assert len(tags.images) == len(plots.PICTURES) and tags.fetched == []
     assert "url(" not in text and "<script" not in text
     assert "Some &lt;CPU&gt;" in text and "<CPU>" not in text
 
@@ -163,7 +163,7 @@ def test_page_opens_in_a_browser(written: Path, tmp_path: Path) -> None:
     page.write_text((written / "bench.html").read_text(encoding="utf-8").replace("</body>", LOOK + "</body>"), "utf-8")
     said = browse(page, tmp_path / "profile")
     assert 'data-missing="0"' in said.stdout, said.stderr
-    assert f'data-images="{len(pictures.PICTURES)}"' in said.stdout
+    assert f'data-images="{len(plots.PICTURES)}"' in said.stdout
     assert int(re.findall(r'data-wide="(-?\d+)"', said.stdout)[0]) <= 0
     assert int(re.findall(r'data-cut="(-?\d+)"', said.stdout)[0]) <= 0
     assert "CONSOLE" not in said.stderr
@@ -191,7 +191,7 @@ def page_with_markers(folder: Path) -> Path:
 
 def test_readme_section_is_written_from_rows(written: Path) -> None:
     page = page_with_markers(written.parent)
-    assert command.main(["report", str(written / "bench.json"), "--readme", str(page)], "bench") == 0
+    assert commands.main(["report", str(written / "bench.json"), "--readme", str(page)], "bench") == 0
     text = page.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{readme.BEGIN}\nMeasured 2026-01-02 on Some <CPU>, 2 cores (avx2), one thread; ")
     assert text.endswith(f"{readme.END}\nafter\n") and "old" not in text
@@ -208,11 +208,11 @@ def test_readme_section_is_written_from_rows(written: Path) -> None:
 def test_figures_of_a_busy_machine_are_not_written(
     busy: list[str], status: int, tmp_path: Path, row: Any, result: Any, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr(files_of_run, "write", lambda result, place: None)
+    monkeypatch.setattr(run_files, "write", lambda result, place: None)
     some = rows(row)
     some[0]["share of core"] = 0.5
     page, path = page_with_markers(tmp_path), save(tmp_path / "bench.json", result(some))
-    assert command.main(["report", str(path), "--readme", str(page), *busy], "bench") == status
+    assert commands.main(["report", str(path), "--readme", str(page), *busy], "bench") == status
     assert ("old" in page.read_text(encoding="utf-8")) == bool(status)
     line = "bench: --readme: other work ran here during forward-f32-NN-8x8x8-1t, in all 1 comparisons\n"
     assert capsys.readouterr().err == (line if status else "")
@@ -230,15 +230,15 @@ def test_readme_is_of_a_cpu(tmp_path: Path, row: Any, result: Any, capsys: Any) 
     measured = result([row()])
     measured["stamp"]["device"] = "cuda"
     path, page = save(tmp_path / "bench.json", measured), page_with_markers(tmp_path)
-    assert command.main(["report", str(path), "--readme", str(page)], "bench") == 2
+    assert commands.main(["report", str(path), "--readme", str(page)], "bench") == 2
     assert capsys.readouterr().err.count("\n") == 1 and "old" in page.read_text(encoding="utf-8")
 
 
 def test_readme_without_markers_is_left_alone(tmp_path: Path, written: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(files_of_run, "write", lambda result, place: None)
+    monkeypatch.setattr(run_files, "write", lambda result, place: None)
     page = tmp_path / "README.md"
     page.write_text("no markers\n", encoding="utf-8")
-    assert command.main(["report", str(written / "bench.json"), "--readme", str(page)], "bench") == 2
+    assert commands.main(["report", str(written / "bench.json"), "--readme", str(page)], "bench") == 2
     assert capsys.readouterr().err.endswith("once each\n")
     assert page.read_text(encoding="utf-8") == "no markers\n"
 
@@ -259,7 +259,7 @@ def test_broken_files_get_one_line(
 ) -> None:
     path = save(tmp_path / "x.json", change(result([row()])))
     for arguments in (["report", str(path)], ["compare", str(path), str(path)]):
-        assert command.main(arguments, "bench") == 2
+        assert commands.main(arguments, "bench") == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert why in line
 
@@ -270,7 +270,7 @@ def test_comparison_calls_that_different_which_is_beyond_the_spread(
     first = save(tmp_path / "a.json", result([row(1.0), row(1.0, n=128), row(1.0, n=256), row(1.0, n=512)]))
     second = save(tmp_path / "b.json", result([row(1.5), row(1.05, n=128), row(0.8, n=256), row(1.0, n=99)]))
     compare = ["compare", str(first), str(second)]
-    assert command.main(compare, "bench") == 0
+    assert commands.main(compare, "bench") == 0
     printed = capsys.readouterr().out
     found = {line.split()[0]: line.split()[3:] for line in printed.splitlines() if line.startswith(" forward")}
     assert found == {
@@ -279,17 +279,17 @@ def test_comparison_calls_that_different_which_is_beyond_the_spread(
         "forward-f32-NN-256x256x256-1t": ["0.800", "slower"],
     }
     assert "geometric mean of second / first: 1.080; 2 of 3 beyond their spread." in printed
-    assert command.main([*compare, "--fail-below=0.7"], "bench") == 0
-    assert command.main([*compare, "--fail-below=0.9"], "bench") == 1
+    assert commands.main([*compare, "--fail-below=0.7"], "bench") == 0
+    assert commands.main([*compare, "--fail-below=0.9"], "bench") == 1
     assert capsys.readouterr().err == "bench: forward-f32-NN-256x256x256-1t: 0.800 of the first, below 0.9\n"
-    assert command.main([*compare, "--fail-below=1.1"], "bench") == 1
+    assert commands.main([*compare, "--fail-below=1.1"], "bench") == 1
     assert "geometric mean: 1.080 of the first, below 1.1" in capsys.readouterr().err
 
 
 def test_comparison_says_which_run_was_disturbed(tmp_path: Path, row: Any, result: Any, capsys: Any) -> None:
     first = save(tmp_path / "a.json", result([row(1.0)]))
     second = save(tmp_path / "b.json", result([row(2.0) | {"share of core": 0.5}]))
-    assert command.main(["compare", str(first), str(second)], "bench") == 0
+    assert commands.main(["compare", str(first), str(second)], "bench") == 0
     printed = capsys.readouterr().out.replace("\n", "")
     assert "b.json: other work ran during 1 of 1 comparisons" in printed and "a.json: other" not in printed
 
@@ -297,13 +297,13 @@ def test_comparison_says_which_run_was_disturbed(tmp_path: Path, row: Any, resul
 def test_runs_without_torch_are_compared_by_calls_a_second(row: Any) -> None:
     alone = row() | {"ratio": {}, "seconds": {"matmul_grad": {"low": 1.0, "median": 2.0, "high": 4.0}}}
     twice = row() | {"ratio": {}, "seconds": {"matmul_grad": {"low": 0.5, "median": 1.0, "high": 2.0}}}
-    (change,) = figures.changes([alone], [twice])
+    (change,) = stats.changes([alone], [twice])
     assert change.ratio == 2.0 and not change.significant
 
 
 def test_runs_with_nothing_in_common(tmp_path: Path, row: Any, result: Any, capsys: Any) -> None:
     first, second = (save(tmp_path / f"{n}.json", result([row(n=n)])) for n in (8, 16))
-    assert command.main(["compare", str(first), str(second)], "bench") == 2
+    assert commands.main(["compare", str(first), str(second)], "bench") == 2
     assert "have no comparison in common" in capsys.readouterr().err
 
 
@@ -311,17 +311,17 @@ def test_one_length_of_sums_is_no_evidence(row: Any) -> None:
     """MKL on AVX2 adds 256 products as these kernels do: a run of that one size is no self-comparison."""
     same = {"bits": {"torch": "a", "matmul_grad": "a"}}
     passes = "forward", "dgrad", "wgrad", "step"
-    assert figures.twins([row(n=256, product=product, **same) for product in passes]) == []
-    assert figures.twins([row(n=1024, product=product, **same) for product in passes]) == []
+    assert stats.twins([row(n=256, product=product, **same) for product in passes]) == []
+    assert stats.twins([row(n=1024, product=product, **same) for product in passes]) == []
 
 
 def test_runs_of_two_machines_are_told(tmp_path: Path, row: Any, result: Any, capsys: Any) -> None:
     first, other = result([row(1.0)]), result([row(2.0)])
     other["stamp"] |= {"CPU": "Another CPU, 8 cores", "versions": "torch 2"}
     paths = [save(tmp_path / name, what) for name, what in (("a.json", first), ("b.json", other))]
-    assert command.main(["compare", str(paths[0]), str(paths[0])], "bench") == 0
+    assert commands.main(["compare", str(paths[0]), str(paths[0])], "bench") == 0
     assert "differ in more than this package" not in capsys.readouterr().out
-    assert command.main(["compare", *map(str, paths)], "bench") == 0
+    assert commands.main(["compare", *map(str, paths)], "bench") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "The runs differ in more than this package." in printed
     assert "CPU: Some <CPU>, 2 cores; then Another CPU, 8 cores." in printed
@@ -342,17 +342,17 @@ def test_tables_fit_a_terminal_of_80_columns(row: Any, monkeypatch: pytest.Monke
         for what in ("seconds", "ratio"):
             found[what] = found[what] | {"torch.compile": found[what]["torch"]}
     drawn = [(tables.SUMMARY[:-1], [line[:-1] for line in lines], 3) for lines in tables.summaries(some).values()]
-    drawn += [(tables.CHANGES, tables.changes(figures.changes(some, [faster(one) for one in some])), 1)]
+    drawn += [(tables.CHANGES, tables.changes(stats.changes(some, [faster(one) for one in some])), 1)]
     drawn += [(check_timing.COLUMNS, [["forward-bf16-4096", *["0.123", "0.122–0.124"] * 2, "12345", "1.05"]], 1)]
     for columns, lines, left in drawn:
         for width in (80, 200):
             console.table(console.make_console(width), columns, lines, left)
             printed = capsys.readouterr().out.splitlines()
             assert max(map(len, printed)) <= width
-            assert len([line for line in printed if any(line.strip().startswith(cell[0]) for cell in lines)]) == len(
-                lines
-            )
-            assert all(any(cell in line for line in printed) for cells in lines for cell in cells), printed
+            assert len(
+                [line for line in printed if any(line.strip().startswith(workload[0]) for workload in lines)]
+            ) == len(lines)
+            assert all(any(workload in line for line in printed) for planned in lines for workload in planned), printed
 
 
 def test_report_has_a_verdict(written: Path) -> None:
@@ -373,7 +373,7 @@ def test_verdict_counts_what_is_wrong(row: Any) -> None:
 
 
 def test_summary_fits_a_phone(written: Path) -> None:
-    """Its cells may break in a narrow window, so nothing of it is cut off; the browser's test measures it."""
+    """Its workloads may break in a narrow window, so nothing of it is cut off; the browser's test measures it."""
     text = (written / "bench.html").read_text(encoding="utf-8")
     narrow = text.split("@media (max-width: 40rem)")[1].split("</style>")[0]
     assert "white-space: normal; overflow-wrap: anywhere" in narrow

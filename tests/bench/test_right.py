@@ -10,37 +10,36 @@ import pytest
 import torch
 from torch import Tensor
 
-from matmul_grad import rivals
-from matmul_grad.bench import contenders, operands, right
-from matmul_grad.bench.cells import PASSES, Cell
-from matmul_grad.bench.work import call_of, products_of
+from matmul_grad.bench import backends, baseline, correctness, inputs
+from matmul_grad.bench.calls import call_of, products_of
+from matmul_grad.bench.workloads import PASSES, Workload
 
 SHAPES = ((1, 1, 1), (1, 37, 300), (300, 1, 37), (37, 300, 1), (65, 67, 71))
 
 
-def judged(library: Any, cell: Cell) -> None:
-    for values, check in (("integers", right.assert_exact), ("normal", right.assert_close)):
-        whole = operands.draw(cell, values)
-        for which, got in products_of(library, cell, call_of(library, cell, whole)()).items():
-            check(got, *whole.of(which), f"{cell.name} {which}")
+def judged(library: Any, workload: Workload) -> None:
+    for values, check in (("integers", correctness.assert_exact), ("normal", correctness.assert_close)):
+        whole = inputs.draw(workload, values)
+        for which, got in products_of(library, workload, call_of(library, workload, whole)()).items():
+            check(got, *whole.of(which), f"{workload.name} {which}")
 
 
 # Without jax, which is in test_processes: it dislikes forks.
-ON_CPU = [member for member in contenders.ALL if "cpu" in member.devices and member.name != "jax"]
+ON_CPU = [backend for backend in backends.ALL if "cpu" in backend.devices and backend.name != "jax"]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(member.name, dtype) for member in ON_CPU for dtype in member.dtypes])
+@pytest.mark.parametrize(("name", "dtype"), [(backend.name, dtype) for backend in ON_CPU for dtype in backend.dtypes])
 def test_every_contender_is_right(name: str, dtype: str) -> None:
-    contender = contenders.BY_NAME[name]
-    if not contender.installed:
+    backend = backends.BY_NAME[name]
+    if not backend.installed:
         pytest.skip(f"{name} is not installed")
-    library = contender.library()
+    library = backend.library()
     for product, shape, layout in itertools.product(PASSES, SHAPES, ("NN", "NT", "TN")):
-        cell = Cell(product, dtype, layout, *shape)
-        if contender.takes(cell):
+        workload = Workload(product, dtype, layout, *shape)
+        if backend.takes(workload):
             try:
-                judged(library, cell)
-            except contenders.Skipped as reason:
+                judged(library, workload)
+            except backends.Skipped as reason:
                 assert name == "blis" and dtype == "f64", reason
 
 
@@ -62,44 +61,46 @@ CHANGES = [corner, hidden_nan, torch.zeros_like, lambda c: c[:-1], lambda c: c.t
 @pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_wrong_elements_are_found_on_integers(change: Callable[[Tensor], Tensor], dtype: str) -> None:
-    whole = operands.draw(Cell("forward", dtype, "TN", 65, 67, 71), "integers")
+    whole = inputs.draw(Workload("forward", dtype, "TN", 65, 67, 71), "integers")
     c = torch.mm(whole.a, whole.b)
-    right.assert_exact(c, whole.a, whole.b, "torch")
+    correctness.assert_exact(c, whole.a, whole.b, "torch")
     with pytest.raises(AssertionError, match="planted"):
-        right.assert_exact(change(c), whole.a, whole.b, "planted")
+        correctness.assert_exact(change(c), whole.a, whole.b, "planted")
 
 
 @pytest.mark.parametrize(("dtype", "narrow"), [("f64", "f32"), ("f32", "bf16"), ("f32", "f16")])
 def test_lost_digits_are_found_on_normal_values(dtype: str, narrow: str) -> None:
     """Right on small integers: operands that are rounded on their way."""
-    cell = Cell("forward", dtype, "NN", 65, 67, 71)
-    kind = Cell("forward", narrow, "NN", 1, 1, 1).torch_dtype
-    whole, normal = operands.draw(cell, "integers"), operands.draw(cell)
-    right.assert_exact(torch.mm(whole.a.to(kind).to(whole.a.dtype), whole.b), whole.a, whole.b, "rounded")
-    right.assert_close(torch.mm(normal.a, normal.b), normal.a, normal.b, "torch")
+    workload = Workload("forward", dtype, "NN", 65, 67, 71)
+    kind = Workload("forward", narrow, "NN", 1, 1, 1).torch_dtype
+    whole, normal = inputs.draw(workload, "integers"), inputs.draw(workload)
+    correctness.assert_exact(torch.mm(whole.a.to(kind).to(whole.a.dtype), whole.b), whole.a, whole.b, "rounded")
+    correctness.assert_close(torch.mm(normal.a, normal.b), normal.a, normal.b, "torch")
     with pytest.raises(AssertionError, match=r"rounded: error .* roundings"):
-        right.assert_close(torch.mm(normal.a.to(kind).to(normal.a.dtype), normal.b), normal.a, normal.b, "rounded")
+        correctness.assert_close(
+            torch.mm(normal.a.to(kind).to(normal.a.dtype), normal.b), normal.a, normal.b, "rounded"
+        )
 
 
 @pytest.mark.parametrize("longest", [8, 4096, 100_000])
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_sums_of_integers_fit_16_bits(dtype: str, longest: int) -> None:
-    whole = operands.draw(Cell("forward", dtype, "NN", 40, 40, longest), "integers")
+    whole = inputs.draw(Workload("forward", dtype, "NN", 40, 40, longest), "integers")
     sums = whole.a.double() @ whole.b.double()
     assert torch.equal(sums, sums.to(whole.a.dtype).double())
     assert sums.unique().numel() > 3  # and there is something to sum
 
 
 def test_pieces_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    cell = Cell("forward", "f32", "NT", 13, 11, 300)
-    whole, normal = operands.draw(cell, "integers"), operands.draw(cell)
-    expected = right.exact(normal.a, normal.b, [0, 12], [0, 10])
-    monkeypatch.setattr(right, "PIECE", 1000)
-    right.assert_exact(torch.mm(whole.a, whole.b), whole.a, whole.b, "in pieces")
-    for one, other in zip(expected, right.exact(normal.a, normal.b, [0, 12], [0, 10]), strict=True):
+    workload = Workload("forward", "f32", "NT", 13, 11, 300)
+    whole, normal = inputs.draw(workload, "integers"), inputs.draw(workload)
+    expected = correctness.exact(normal.a, normal.b, [0, 12], [0, 10])
+    monkeypatch.setattr(correctness, "PIECE", 1000)
+    correctness.assert_exact(torch.mm(whole.a, whole.b), whole.a, whole.b, "in pieces")
+    for one, other in zip(expected, correctness.exact(normal.a, normal.b, [0, 12], [0, 10]), strict=True):
         assert abs(one - other).max() < 1e-11
     with pytest.raises(AssertionError, match="1 of 13 rows are wrong, the first is 12"):
-        right.assert_exact(corner(torch.mm(whole.a, whole.b)), whole.a, whole.b, "in pieces")
+        correctness.assert_exact(corner(torch.mm(whole.a, whole.b)), whole.a, whole.b, "in pieces")
 
 
 @pytest.mark.parametrize(
@@ -113,33 +114,33 @@ def test_pieces_make_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_operands_that_are_not_normal_are_refused(easy: Tensor) -> None:
-    with pytest.raises(operands.Unfit, match="not standard normal"):
-        operands.assert_normal([torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), easy])
+    with pytest.raises(inputs.Unfit, match="not standard normal"):
+        inputs.assert_normal([torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), easy])
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16"])
 def test_drawn_operands_are_normal_and_the_same_each_time(dtype: str) -> None:
     for layout in ("NN", "TN"):
-        cell = Cell("forward", dtype, layout, 128, 96, 80)
-        operands.assert_normal(operands.draw(cell))
-        for one, other in zip(operands.draw(cell), operands.draw(cell), strict=True):
+        workload = Workload("forward", dtype, layout, 128, 96, 80)
+        inputs.assert_normal(inputs.draw(workload))
+        for one, other in zip(inputs.draw(workload), inputs.draw(workload), strict=True):
             assert torch.equal(one, other) and one.stride() == other.stride()
 
 
 def test_copies_lie_as_the_first_and_go_round() -> None:
-    cell = Cell("forward", "f32", "TN", 8, 6, 4)
-    sets = list(operands.copies(operands.draw(cell), 3))
+    workload = Workload("forward", "f32", "TN", 8, 6, 4)
+    sets = list(inputs.copies(inputs.draw(workload), 3))
     assert len({each.a.data_ptr() for each in sets}) == 3
     assert {each.a.stride() for each in sets} == {(1, 8)}
     met: list[int] = []
-    call = operands.in_turn([lambda i=i: met.append(i) for i in range(3)])
+    call = inputs.alternating([lambda i=i: met.append(i) for i in range(3)])
     for _ in range(7):
         call()
     assert met == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_step_of_a_bare_package_is_its_three_products() -> None:
-    cell = Cell(rivals.STEP, "f32", "NN", 5, 6, 7)
-    whole = operands.draw(cell, "integers")
-    results = contenders.Numpy().step(whole)()
+    workload = Workload(baseline.STEP, "f32", "NN", 5, 6, 7)
+    whole = inputs.draw(workload, "integers")
+    results = backends.Numpy().step(whole)()
     assert [result.shape for result in results] == [(5, 6), (5, 7), (7, 6)]

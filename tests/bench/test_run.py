@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import matmul_grad
-from matmul_grad import api, rivals
-from matmul_grad.bench import cells, command, conductor, contenders, devices, figures, operands, record
-from matmul_grad.bench.cells import Cell
+from matmul_grad import api
+from matmul_grad.bench import backends, baseline, commands, devices, inputs, results, runner, stats, workloads
+from matmul_grad.bench.workloads import Workload
 
 Bench = Callable[..., tuple[int, Any]]
 Plant = Callable[[str, Any], None]
@@ -35,7 +35,9 @@ def test_row_holds_what_was_measured(bench: Bench, tmp_path: Path) -> None:
         for times in (*row["seconds"].values(), row["ratio"]["torch"], *peaks):
             assert 0 < times["low"] <= times["median"] <= times["high"]
         assert row["first"]["torch"] > 0 and row["peak bytes"]["torch"] >= 0
-        assert row["copies"] == (1 if row["m"] == 8 else operands.copies_past(1 << 20, cells.of_row(row).held, 1 << 40))
+        assert row["copies"] == (
+            1 if row["m"] == 8 else inputs.copies_past(1 << 20, workloads.of_row(row).held, 1 << 40)
+        )
         assert not {"wrong", "failed", "skipped"} & set(row)
     step = next(row for row in written["rows"] if row["product"] == "step" and row["dtype"] == "f32")
     assert step["flops"] == 3 * 2 * 33 * 17 * 300
@@ -48,7 +50,7 @@ def test_every_key_is_documented(bench: Bench) -> None:
     _, written = bench(TINY, "--dtype=f32", "--pass=forward")
     page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
     named = {*written, *written["settings"], *written["roofs"][0], *(key for row in written["rows"] for key in row)}
-    named |= {"wrong", "failed", "skipped", "device seconds", "device ratio", *record.COLUMNS}
+    named |= {"wrong", "failed", "skipped", "device seconds", "device ratio", *results.COLUMNS}
     assert not [key for key in sorted(named) if f"`{key}`" not in page]
 
 
@@ -110,7 +112,7 @@ def test_hand_over_to_torch_is_caught(bench: Bench, plant: Plant) -> None:
 
 
 def test_planted_zeros_are_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operands, "fill_normal", lambda memory, generator, longest: memory.zero_())
+    monkeypatch.setattr(inputs, "fill_normal", lambda memory, generator, longest: memory.zero_())
     status, written = bench(TINY[:1], "--dtype=f32", "--pass=forward")
     assert status == 1
     for row in written["rows"]:
@@ -146,13 +148,13 @@ def test_slow_kernel_fails_where_it_is_asked_to(
     assert bench(TINY[:1], "--dtype=f32", "--pass=forward", out="other")[0] == 0
 
 
-def test_rivals_take_turns(monkeypatch: pytest.MonkeyPatch, here: None) -> None:
+def test_rivals_time_interleaved(monkeypatch: pytest.MonkeyPatch, here: None) -> None:
     asked: list[str] = []
-    members = contenders.chosen(["torch", "numpy"], "cpu")
-    with conductor.Ensemble(members, "cpu", 1, False) as ensemble:
-        ask = ensemble.ask
-        monkeypatch.setattr(ensemble, "ask", lambda p, task: asked.append(task.get("time", "prepare")) or ask(p, task))
-        row = ensemble.measure(Cell("forward", "f32", "NN", 16, 16, 16), 0.0)
+    selected = backends.chosen(["torch", "numpy"], "cpu")
+    with runner.WorkerPool(selected, "cpu", 1, False) as pool:
+        ask = pool.ask
+        monkeypatch.setattr(pool, "ask", lambda p, task: asked.append(task.get("time", "prepare")) or ask(p, task))
+        row = pool.measure(Workload("forward", "f32", "NN", 16, 16, 16), 0.0)
     first = ["torch", "matmul_grad", "peak", "numpy"]
     turned = [first[i:] + first[:i] for i in range(row["rounds"])]
     assert asked == ["prepare", "prepare", *itertools.chain(*turned)]
@@ -160,39 +162,39 @@ def test_rivals_take_turns(monkeypatch: pytest.MonkeyPatch, here: None) -> None:
 
 def test_processes_with_threads_rest_between_turns(monkeypatch: pytest.MonkeyPatch, here: None) -> None:
     rests: list[float] = []
-    monkeypatch.setattr(conductor, "sleep", rests.append)
-    members = contenders.chosen(["torch", "numpy"], "cpu")
+    monkeypatch.setattr(runner, "sleep", rests.append)
+    selected = backends.chosen(["torch", "numpy"], "cpu")
     for threads, expected in ((1, 0), (2, 2)):
         rests.clear()
-        with conductor.Ensemble(members, "cpu", threads, False) as ensemble:
-            ensemble._prepare(Cell("forward", "f32", "NN", 16, 16, 16, threads), {})
-        assert rests == [conductor.REST] * expected
+        with runner.WorkerPool(selected, "cpu", threads, False) as pool:
+            pool._prepare(Workload("forward", "f32", "NN", 16, 16, 16, threads), {})
+        assert rests == [runner.REST] * expected
 
 
 def test_disturbed_comparison_is_tried_again(monkeypatch: pytest.MonkeyPatch, here: None) -> None:
     shares = iter([0.5] * 100)
-    monkeypatch.setattr(conductor, "TRIES", 3)
-    monkeypatch.setattr(conductor.timing, "AT_REST", 0.97)
-    members = contenders.chosen(["torch"], "cpu")
-    with conductor.Ensemble(members, "cpu", 1, False) as ensemble:
-        monkeypatch.setattr(ensemble, "ask", lambda p, task: {"seconds": 0.0, "share": next(shares)})
+    monkeypatch.setattr(runner, "TRIES", 3)
+    monkeypatch.setattr(runner.timer, "AT_REST", 0.97)
+    selected = backends.chosen(["torch"], "cpu")
+    with runner.WorkerPool(selected, "cpu", 1, False) as pool:
+        monkeypatch.setattr(pool, "ask", lambda p, task: {"seconds": 0.0, "share": next(shares)})
         row: dict[str, Any] = {}
         with pytest.raises(ZeroDivisionError):  # after the last try, whose times are what this test says
-            ensemble._time({"torch": "torch", "matmul_grad": "torch"}, "call", 0.0, row)
-    assert 100 - len(list(shares)) == 3 * 2 * 3  # tries, contenders, rounds
+            pool._time({"torch": "torch", "matmul_grad": "torch"}, "call", 0.0, row)
+    assert 100 - len(list(shares)) == 3 * 2 * 3  # tries, backends, rounds
 
 
 def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the comparison behind ``count`` others."""
-    measure, done = conductor.Ensemble.measure, []
+    measure, done = runner.WorkerPool.measure, []
 
-    def stop(self: Any, cell: Cell, seconds: float) -> Any:
+    def stop(self: Any, workload: Workload, seconds: float) -> Any:
         if len(done) == count:
             raise KeyboardInterrupt
-        done.append(cell)
-        return measure(self, cell, seconds)
+        done.append(workload)
+        return measure(self, workload, seconds)
 
-    monkeypatch.setattr(conductor.Ensemble, "measure", stop)
+    monkeypatch.setattr(runner.WorkerPool, "measure", stop)
 
 
 def test_interrupted_run_keeps_its_rows_and_goes_on(
@@ -225,7 +227,7 @@ def test_unfinished_run_of_another_machine_is_not_gone_on_with(
     with monkeypatch.context() as patch:
         stopped_after(2, patch)
         bench(TINY, "--dtype=f32")
-    path = tmp_path / "out" / record.UNFINISHED
+    path = tmp_path / "out" / results.UNFINISHED
     path.write_text(path.read_text(encoding="utf-8").replace('"CPU": "', '"CPU": "another '), encoding="utf-8")
     before = path.read_bytes()
     assert bench(TINY, "--dtype=f32", "--resume")[0] == 2
@@ -234,22 +236,22 @@ def test_unfinished_run_of_another_machine_is_not_gone_on_with(
 
 
 def test_minutes_hold_the_report_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(commands, "monotonic", lambda: 1000.0)
     for minutes, seconds in ((3.0, 155.0), (0.5, 24.0)):
-        assert command.clock(argparse.Namespace(minutes=minutes, device="cpu", suite="quick"))() == seconds
+        assert commands.clock(argparse.Namespace(minutes=minutes, device="cpu", suite="quick"))() == seconds
 
 
 def test_no_comparison_is_begun_that_the_time_is_too_short_for(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "clock", lambda _: lambda: 0.05)
+    monkeypatch.setattr(commands, "clock", lambda _: lambda: 0.05)
     assert bench(TINY, "--dtype=f32") == (2, None)
     assert capsys.readouterr().err == "bench: the time was up before anything was measured\n"
 
 
 def test_time_that_is_up_ends_the_run_between_two_comparisons(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     left = iter([100.0] * 20)
-    monkeypatch.setattr(command, "clock", lambda _: lambda: next(left, -1.0))
+    monkeypatch.setattr(commands, "clock", lambda _: lambda: next(left, -1.0))
     status, written = bench(TINY, "--dtype=f32")
     assert status == 0 and not written["whole"] and 0 < len(written["rows"]) < 12
 
@@ -257,7 +259,7 @@ def test_time_that_is_up_ends_the_run_between_two_comparisons(bench: Bench, monk
 def test_folder_that_goes_away_loses_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write, written = record.files.write, []
+    write, written = results.files.write, []
 
     def full(path: Path, text: str) -> Path:
         if len(written) == 3:
@@ -266,10 +268,10 @@ def test_folder_that_goes_away_loses_nothing(
         return write(path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(record.files, "write", full)
+        patch.setattr(results.files, "write", full)
         assert bench(TINY, "--dtype=f32")[0] == 2
     assert "No space left on device; --resume goes on with what is there" in capsys.readouterr().err
-    assert len(json.loads((tmp_path / "out" / record.UNFINISHED).read_text(encoding="utf-8"))["rows"]) == 3
+    assert len(json.loads((tmp_path / "out" / results.UNFINISHED).read_text(encoding="utf-8"))["rows"]) == 3
     assert bench(TINY, "--dtype=f32", "--resume")[0] == 0
 
 
@@ -313,7 +315,7 @@ def test_unusable_arguments_get_one_line(
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     try:
-        status = command.main(arguments.split(), "bench")
+        status = commands.main(arguments.split(), "bench")
     except SystemExit as ended:
         status = int(ended.code or 0)
     captured = capsys.readouterr()
@@ -322,29 +324,29 @@ def test_unusable_arguments_get_one_line(
 
 
 def test_missing_rival_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: None)
-    assert command.main(["--rivals=blis"], "bench") == 2
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert commands.main(["--rivals=blis"], "bench") == 2
     assert capsys.readouterr().err == "bench: --rivals blis: blis is missing: pip install blis\n"
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(record.os, "access", lambda path, mode: False)  # root may write everywhere
-    assert command.main([f"--out={tmp_path}"], "bench") == 2
+    monkeypatch.setattr(results.os, "access", lambda path, mode: False)  # root may write everywhere
+    assert commands.main([f"--out={tmp_path}"], "bench") == 2
     assert capsys.readouterr().err == f"bench: --out {tmp_path}: cannot be written\n"
 
 
 def test_summary_is_what_the_rows_say(row: Any) -> None:
     rows = [row(2.0), row(8.0, layout="NT"), row(0.5, n=128), row(3.0, "dgrad")]
-    found = figures.summaries(rows)
-    (forward,) = found[figures.group_of(rows[0])]
+    found = stats.summaries(rows)
+    (forward,) = found[stats.group_of(rows[0])]
     assert (forward.mean.median, forward.worst, forward.worst_cell) == (2.0, 0.5, "NN 128×128×128")
-    assert figures.share_of_peak(rows[0]) == pytest.approx(0.5)
-    assert figures.rate(rows[0], "torch") == pytest.approx(0.5)
-    assert rivals.OURS not in {s.rival for some in found.values() for s in some}
+    assert stats.share_of_peak(rows[0]) == pytest.approx(0.5)
+    assert stats.rate(rows[0], "torch") == pytest.approx(0.5)
+    assert baseline.OURS not in {s.rival for some in found.values() for s in some}
 
 
 def test_twins_are_those_whose_long_sums_agree_everywhere(row: Any) -> None:
     same, other = {"bits": {"torch": "a", "matmul_grad": "a"}}, {"bits": {"torch": "a", "matmul_grad": "b"}}
-    assert figures.twins([row(n=512, **same), row(n=1024, **same)]) == ["torch"]
-    assert figures.twins([row(n=512, **same), row(n=1024, **same), row(n=600, **other)]) == []
-    assert figures.twins([row(n=128, **same), row(n=512, dtype="bf16", **same)]) == []
+    assert stats.twins([row(n=512, **same), row(n=1024, **same)]) == ["torch"]
+    assert stats.twins([row(n=512, **same), row(n=1024, **same), row(n=600, **other)]) == []
+    assert stats.twins([row(n=128, **same), row(n=512, dtype="bf16", **same)]) == []

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from matmul_grad.gpu_report import child, process
-from matmul_grad.gpu_report.device import Batch, Call, Gpu
+from matmul_grad.bench import gpu_worker, process
+from matmul_grad.bench.devices import Batch, Call, Gpu
 
 
 class FakeGpu(Gpu):
@@ -81,7 +81,7 @@ class Launcher:
         self.gpu = gpu
         self.commands: list[list[str]] = []
         self.environments: list[Mapping[str, str]] = []
-        self.scripts: dict[str, list[Callable[[Callable[[str], None]], process.Ended]]] = {}
+        self.scripts: dict[str, list[Callable[[Callable[[str], None]], process.ExitStatus]]] = {}
 
     def __call__(
         self,
@@ -92,28 +92,32 @@ class Launcher:
         silence: float = float("inf"),
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
-    ) -> process.Ended:
+    ) -> process.ExitStatus:
         self.commands.append(list(command))
         self.environments.append(environment or {})
-        name = command[command.index(child.__name__) + 1] if child.__name__ in command else "pytest"
+        name = command[command.index(gpu_worker.__name__) + 1] if gpu_worker.__name__ in command else "pytest"
         if self.scripts.get(name):
             return self.scripts[name].pop(0)(heard)
         if name == "pytest":
-            return process.Ended(0, "")
+            return process.ExitStatus(0, "")
         start = next(int(part.split("=")[1]) for part in command if part.startswith("--start="))
-        status = child.serve(child.tasks(name), self.gpu, start, 1e9, lambda message: heard(json.dumps(message)))
-        return process.Ended(status, "")
+        status = gpu_worker.serve(
+            gpu_worker.tasks(name), self.gpu, start, 1e9, lambda message: heard(json.dumps(message))
+        )
+        return process.ExitStatus(status, "")
 
 
-def says(*messages: Any, status: int | None = 0, said: str = "") -> Callable[[Callable[[str], None]], process.Ended]:
+def says(
+    *messages: Any, status: int | None = 0, said: str = ""
+) -> Callable[[Callable[[str], None]], process.ExitStatus]:
     """A process that says these lines and ends."""
 
-    def act(heard: Callable[[str], None]) -> process.Ended:
+    def act(heard: Callable[[str], None]) -> process.ExitStatus:
         for message in messages:
             if isinstance(message, BaseException):
                 raise message
             heard(message if isinstance(message, str) else json.dumps(message))
-        return process.Ended(status, said)
+        return process.ExitStatus(status, said)
 
     return act
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from matmul_grad import shapes, turns
-from matmul_grad.bench import cells, command, conductor, contenders, files_of_run, player, roof, work
-from matmul_grad.shapes import SETS
+from matmul_grad.bench import backends, calls, commands, roofline, run_files, runner, session, shapes, timer, workloads
+from matmul_grad.bench.shapes import SETS
 
 Bench = Callable[..., tuple[int, Any]]
 
@@ -22,7 +21,7 @@ def bench(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     class Here:
         def __init__(self, module: str, *arguments: str, environment: Any) -> None:
             assert "--device=cuda" in arguments and "--process=torch" in arguments
-            self._player = player.Player(gpu)
+            self._player = session.BackendSession(gpu)
 
         def ask(self, task: Any, seconds: float | None = None) -> Any:
             return json.loads(json.dumps(self._player.answer(task)))
@@ -33,17 +32,17 @@ def bench(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
         def __exit__(self, *error: Any) -> None:
             pass
 
-    monkeypatch.setattr(conductor, "Worker", Here)
+    monkeypatch.setattr(runner, "Worker", Here)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(work, "BATCH", 1e-4)
-    monkeypatch.setattr(roof, "LARGE", 64)
-    monkeypatch.setattr(roof, "LEAST", 1 << 20)
-    monkeypatch.setattr(roof, "PAST", 0)
-    monkeypatch.setattr(files_of_run, "write", lambda result, place: None)
+    monkeypatch.setattr(calls, "BATCH", 1e-4)
+    monkeypatch.setattr(roofline, "LARGE", 64)
+    monkeypatch.setattr(roofline, "LEAST", 1 << 20)
+    monkeypatch.setattr(roofline, "PAST", 0)
+    monkeypatch.setattr(run_files, "write", lambda result, place: None)
 
     def run(*options: str) -> tuple[int, Any]:
-        status = command.main(["--device=cuda", "--seconds=0.001", f"--out={tmp_path}", *options], "bench")
+        status = commands.main(["--device=cuda", "--seconds=0.001", f"--out={tmp_path}", *options], "bench")
         (path,) = tmp_path.glob("bench*.json")
         return status, json.loads(path.read_text(encoding="utf-8"))
 
@@ -52,7 +51,7 @@ def bench(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 def test_device_time_and_call_time_stand_apart(bench: Bench, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SETS, "small", ((33, 17, 65),))
-    monkeypatch.setattr(turns, "MOST", 3)  # rounds, one for each of the times
+    monkeypatch.setattr(timer, "MOST", 3)  # rounds, one for each of the times
     gpu.times = [[3e-6, 1e-6, 2e-6]]
     status, written = bench("--suite=small", "--dtype=f32", "--rivals=torch", "--pass=forward,step")
     assert status == 0 and written["stamp"]["driver_version"] == "1.2" and written["stamp"]["device"] == "cuda"
@@ -83,15 +82,15 @@ def test_memory_is_the_gpus(bench: Bench, gpu: Any, monkeypatch: pytest.MonkeyPa
 def test_quick_suite_ends_in_five_minutes(bench: Bench, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock on which a comparison takes 10 seconds: 27 fit, and the next run goes on behind them."""
     now = [0.0]
-    measure = conductor.Ensemble.measure
+    measure = runner.WorkerPool.measure
 
-    def slowly(self: Any, cell: Any, seconds: float) -> Any:
+    def slowly(self: Any, workload: Any, seconds: float) -> Any:
         now[0] += 10.0
-        return measure(self, cell, seconds)
+        return measure(self, workload, seconds)
 
-    monkeypatch.setattr(conductor.Ensemble, "measure", slowly)
-    monkeypatch.setattr(command, "monotonic", lambda: now[0])
-    monkeypatch.setattr(cells, "QUICK_GPU", tuple((n, n, n) for n in (8, 16, 24, 32)))
+    monkeypatch.setattr(runner.WorkerPool, "measure", slowly)
+    monkeypatch.setattr(commands, "monotonic", lambda: now[0])
+    monkeypatch.setattr(workloads, "QUICK_GPU", tuple((n, n, n) for n in (8, 16, 24, 32)))
     monkeypatch.setattr(shapes, "QUICK_GPU", ())
     status, written = bench("--rivals=torch")
     assert status == 0 and now[0] == 280.0 and not written["whole"]
@@ -101,12 +100,12 @@ def test_quick_suite_ends_in_five_minutes(bench: Bench, gpu: Any, monkeypatch: p
 
 
 def test_packages_of_a_gpu_take_part_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders.importlib.util, "find_spec", lambda name: object())
-    members = contenders.chosen(contenders.NAMES, "cuda")
-    names = [member.name for member in members]
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    selected = backends.chosen(backends.NAMES, "cuda")
+    names = [backend.name for backend in selected]
     assert names == ["torch", "matmul_grad", "flag_gems", "triton tutorial", "quack", "torch.compile"]
-    planned, _ = cells.plan("quick", "cuda", ["bf16", "f32"], cells.PASSES, [1], 1e5)
-    takes = {member.name: sum(member.takes(cell) for cell in planned) for member in members}
+    planned, _ = workloads.plan("quick", "cuda", ["bf16", "f32"], workloads.PASSES, [1], 1e5)
+    takes = {backend.name: sum(backend.takes(workload) for workload in planned) for backend in selected}
     assert takes == {
         "torch": 96, "matmul_grad": 96, "flag_gems": 48, "triton tutorial": 24, "quack": 24, "torch.compile": 2
     }  # fmt: skip
@@ -115,7 +114,7 @@ def test_packages_of_a_gpu_take_part_where_they_are(monkeypatch: pytest.MonkeyPa
 def test_tidy_after_an_error_that_stays(bench: Bench, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A broken context: the comparison failed, the run says so."""
     monkeypatch.setitem(SETS, "small", ((16, 16, 16),))
-    ready = player.Player._make_ready
+    ready = session.BackendSession._make_ready
 
     def breaking(self: Any, *arguments: Any) -> Any:
         gpu.broken = True
@@ -124,7 +123,7 @@ def test_tidy_after_an_error_that_stays(bench: Bench, gpu: Any, monkeypatch: pyt
         finally:
             gpu.broken = False
 
-    monkeypatch.setattr(player.Player, "_make_ready", breaking)
+    monkeypatch.setattr(session.BackendSession, "_make_ready", breaking)
     status, written = bench("--suite=small", "--dtype=f32", "--rivals=torch", "--pass=dgrad")
     assert status == 1
     assert "illegal memory access" in written["rows"][0]["failed"]["matmul_grad"]

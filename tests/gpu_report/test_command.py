@@ -14,24 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-from matmul_grad import cli, exits
-from matmul_grad.gpu_report import child, command, jobs, measure, ours, steps
-from matmul_grad.gpu_report.jobs import Job
-from matmul_grad.gpu_report.steps import STEPS, Outcome
+from matmul_grad import cli, cli_common
+from matmul_grad.bench import gpu_calls, gpu_report, gpu_session, gpu_worker, gpu_workloads, stages
+from matmul_grad.bench.gpu_workloads import GpuWorkload
+from matmul_grad.bench.stages import STAGES, Outcome
 
-TINY = [Job("products", product, "f32", 16, 16, 16) for product in ("forward", "dgrad", "step")]
+TINY = [GpuWorkload("products", product, "f32", 16, 16, 16) for product in ("forward", "dgrad", "step")]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("DEVICE_SECONDS", "CALL_SECONDS", "LAUNCH_SECONDS"):
-        monkeypatch.setattr(measure, name, 0.0)
+        monkeypatch.setattr(gpu_session, name, 0.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(measure, "QUEUE", 3)
-    monkeypatch.setattr(jobs, "ratios", lambda: TINY)
-    monkeypatch.setattr(child, "MEMORY", TINY[2:])
-    monkeypatch.setattr(child, "LAUNCHES", (("f32", 8),))
-    monkeypatch.setattr(command, "checkout", lambda: None)
+    monkeypatch.setattr(gpu_session, "QUEUE", 3)
+    monkeypatch.setattr(gpu_workloads, "ratios", lambda: TINY)
+    monkeypatch.setattr(gpu_worker, "MEMORY", TINY[2:])
+    monkeypatch.setattr(gpu_worker, "LAUNCHES", (("f32", 8),))
+    monkeypatch.setattr(gpu_report, "checkout", lambda: None)
 
 
 Run = Callable[..., int]
@@ -42,9 +42,9 @@ def run(launcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command with these options, on the launcher, in a folder of its own."""
 
     def act(*options: str) -> int:
-        original = command.run
+        original = gpu_report.run
         with monkeypatch.context() as patch:
-            patch.setattr(command, "run", lambda parsed: original(parsed, launcher))
+            patch.setattr(gpu_report, "run", lambda parsed: original(parsed, launcher))
             return cli.main(["gpu-report", "--out", str(tmp_path / "out"), *options])
 
     return act
@@ -72,7 +72,7 @@ def test_some_steps(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     assert (found["schema"], found["whole"], found["stamp"]["driver_version"]) == (1, False, "1.2")
     timed = [row for row in found["rows"] if row["step"] == "ratios"]
-    assert [row["name"] for row in timed] == [job.name for job in TINY]
+    assert [row["name"] for row in timed] == [workload.name for workload in TINY]
     assert timed[0]["device"]["ratio"] == 2.0
     printed = capsys.readouterr()
     assert "forward, geometric mean" not in printed.out  # float32 is not in it
@@ -85,7 +85,7 @@ def test_every_step(run: Run, launcher: Any, tmp_path: Path, says: Any) -> None:
     launcher.scripts = {name: [says(*row)] for name in ("sanitized", "compile", "rivals")}
     assert run() == 0
     found = result(tmp_path)
-    assert found["whole"] and [step["name"] for step in found["steps"]] == [step.name for step in STEPS]
+    assert found["whole"] and [step["name"] for step in found["steps"]] == [step.name for step in STAGES]
     assert {step["status"] for step in found["steps"]} == {"complete", "missing"}
     assert all("part" not in name for name in written(tmp_path))
 
@@ -93,7 +93,7 @@ def test_every_step(run: Run, launcher: Any, tmp_path: Path, says: Any) -> None:
 def test_wrong_product_is_status_1(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ours, "mm", lambda precision: lambda a, b: torch.mm(a, b) + 1)
+    monkeypatch.setattr(gpu_calls, "mm", lambda precision: lambda a, b: torch.mm(a, b) + 1)
     assert run(SOME) == 1
     assert "ratios, forward-f32-16x16x16: wrong: forward: error 1" in capsys.readouterr().out
     rows = [row for row in result(tmp_path)["rows"] if row["step"] == "ratios"]
@@ -110,8 +110,8 @@ def test_step_that_fails_is_status_1_and_the_rest_goes_on(run: Run, launcher: An
 
 
 def test_wrong_row_counts_in_a_step_that_is_complete(tmp_path: Path) -> None:
-    record = command.Record(tmp_path, whole=True)
-    record.ended("rivals", Outcome(steps.COMPLETE), 1.0)
+    record = gpu_report.Record(tmp_path, whole=True)
+    record.ended("rivals", Outcome(stages.COMPLETE), 1.0)
     assert not record.is_bad
     record.keep({"step": "rivals", "name": "x", "wrong": "forward: error 1"})
     assert record.is_bad
@@ -121,8 +121,8 @@ def test_step_that_cannot_even_be_run(run: Run, tmp_path: Path, monkeypatch: pyt
     def broken(given: Any) -> Outcome:
         raise OSError("no memory to fork")
 
-    replaced = tuple(step._replace(do=broken) if step.name == "launch" else step for step in STEPS)
-    monkeypatch.setattr(command, "STEPS", replaced)
+    replaced = tuple(step._replace(do=broken) if step.name == "launch" else step for step in STAGES)
+    monkeypatch.setattr(gpu_report, "STAGES", replaced)
     assert run("--steps=launch,memory") == 1
     done = {step["name"]: (step["status"], step["note"]) for step in result(tmp_path)["steps"]}
     assert done["launch"] == ("failed", "OSError: no memory to fork")
@@ -143,14 +143,14 @@ def test_files_are_there_before_the_end(
     run: Run, launcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After each step, and while rows come in: what ends this without a word loses at most EACH seconds."""
-    monkeypatch.setattr(command, "EACH", 0.0)
+    monkeypatch.setattr(gpu_report, "EACH", 0.0)
     seen: list[tuple[str, int]] = []
 
     def look(heard: Any) -> Any:
         heard(json.dumps({"begin": 0, "of": 1, "name": "a"}))
         heard(json.dumps({"row": {"name": "a"}}))
         seen.extend((name, text.count('"name": "a"')) for name, text in written(tmp_path).items())
-        return steps.process.Ended(0, "")
+        return stages.process.ExitStatus(0, "")
 
     launcher.scripts["ratios"] = [look]
     assert run(SOME) == 0
@@ -192,22 +192,22 @@ def test_without_rich(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert command.output(None) == tmp_path
-    monkeypatch.setattr(command, "checkout", lambda: tmp_path / "repo")
-    assert command.output(None) == tmp_path / "repo" / "bench" / "results"
-    with pytest.raises(exits.Unusable, match="--out"):
+    assert gpu_report.output(None) == tmp_path
+    monkeypatch.setattr(gpu_report, "checkout", lambda: tmp_path / "repo")
+    assert gpu_report.output(None) == tmp_path / "repo" / "bench" / "results"
+    with pytest.raises(cli_common.UsageError, match="--out"):
         monkeypatch.setattr(os, "access", lambda path, mode: False)
-        command.output(tmp_path)
+        gpu_report.output(tmp_path)
 
 
 def test_this_is_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert command.checkout() == Path(__file__).parents[2]
+    assert gpu_report.checkout() == Path(__file__).parents[2]
 
 
 def test_terminated_is_interrupted() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), command.terminated_as_interrupted():
+    with pytest.raises(KeyboardInterrupt), gpu_report.terminated_as_interrupted():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
     assert signal.getsignal(signal.SIGTERM) == before

@@ -12,27 +12,26 @@ import torch
 from torch import Tensor
 
 import matmul_grad
-from matmul_grad import rivals
-from matmul_grad.gpu_report import contenders, measure, ours, right
-from matmul_grad.gpu_report.jobs import Job
+from matmul_grad.bench import baseline, gpu_backends, gpu_calls, gpu_correctness, gpu_session
+from matmul_grad.bench.gpu_workloads import GpuWorkload
 
-SMALL = Job("products", "forward", "f32", 33, 17, 65)
+SMALL = GpuWorkload("products", "forward", "f32", 33, 17, 65)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DEVICE_SECONDS", "CALL_SECONDS", "LAUNCH_SECONDS"):
-        monkeypatch.setattr(measure, name, 0.0)
+        monkeypatch.setattr(gpu_session, name, 0.0)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Another product in place of this package's."""
-    monkeypatch.setattr(ours, "mm", lambda precision: lambda a, b: change(torch.mm(a, b)))
+    monkeypatch.setattr(gpu_calls, "mm", lambda precision: lambda a, b: change(torch.mm(a, b)))
 
 
 def test_row_holds_medians_quartiles_and_their_ratio(gpu: Any) -> None:
     gpu.times = [[5.0, 1.0, 3.0], [9.0, 1.0, 1.5]]
-    row = measure.compare(SMALL, gpu)
+    row = gpu_session.compare(SMALL, gpu)
     seconds = row["device"]["seconds"]
     assert seconds["torch"] == {"low": 2.0, "median": 3.0, "high": 4.0}
     assert seconds["matmul_grad"] == {"low": 1.25, "median": 1.5, "high": 5.25}
@@ -43,16 +42,16 @@ def test_row_holds_medians_quartiles_and_their_ratio(gpu: Any) -> None:
 
 
 def test_turns_alternate(gpu: Any) -> None:
-    measure.compare(SMALL, gpu)
+    gpu_session.compare(SMALL, gpu)
     assert gpu.turns == [0, 1, 1, 0, 0, 1]
 
 
 def test_operands_go_round_over_twice_the_cache(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[int] = []
-    monkeypatch.setattr(contenders, "work", lambda mm, job, operands: lambda: met.append(operands.a.data_ptr()))
-    operands = contenders.draw(SMALL, "cpu")
+    monkeypatch.setattr(gpu_backends, "work", lambda mm, workload, operands: lambda: met.append(operands.a.data_ptr()))
+    operands = gpu_backends.draw(SMALL, "cpu")
     gpu.l2 = 10 * SMALL.bytes
-    batches, calls = measure.graphs({"torch": torch.mm, "matmul_grad": torch.mm}, SMALL, operands, gpu)
+    batches, calls = gpu_session.graphs({"torch": torch.mm, "matmul_grad": torch.mm}, SMALL, operands, gpu)
     assert calls == 21 and [len(graph) for graph in gpu.graphs] == [21, 21] and len(batches) == 2
     for graph in gpu.graphs:
         met.clear()
@@ -60,16 +59,16 @@ def test_operands_go_round_over_twice_the_cache(gpu: Any, monkeypatch: pytest.Mo
             call()
         assert len(set(met)) == 21
     gpu.l2 = 0
-    assert measure.graphs({"torch": torch.mm}, SMALL, operands, gpu)[1] == 1
-    monkeypatch.setattr(gpu, "seconds_a_call", lambda call: measure.REPLAY / 7.5)
-    assert measure.graphs({"torch": torch.mm}, SMALL, operands, gpu)[1] == len(gpu.graphs[-1]) == 7
+    assert gpu_session.graphs({"torch": torch.mm}, SMALL, operands, gpu)[1] == 1
+    monkeypatch.setattr(gpu, "seconds_a_call", lambda call: gpu_session.REPLAY / 7.5)
+    assert gpu_session.graphs({"torch": torch.mm}, SMALL, operands, gpu)[1] == len(gpu.graphs[-1]) == 7
 
 
 @pytest.mark.parametrize("change", [lambda c: c + 1, lambda c: c * float("nan"), lambda c: c * 1.001])
 def test_wrong_product_is_not_timed(change: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, change)
-    with pytest.raises(measure.Wrong, match="forward: error "):
-        measure.compare(SMALL, gpu)
+    with pytest.raises(gpu_session.IncorrectResult, match="forward: error "):
+        gpu_session.compare(SMALL, gpu)
     assert gpu.graphs == []
 
 
@@ -85,48 +84,48 @@ def test_wrong_gradient_is_not_timed(gpu: Any, monkeypatch: pytest.MonkeyPatch) 
             a, b = ctx.saved_tensors
             return grad @ b.t(), 1.01 * (a.t() @ grad)
 
-    monkeypatch.setattr(ours, "mm", lambda precision: Bad.apply)
-    with pytest.raises(measure.Wrong, match="wgrad: error "):
-        measure.compare(Job("products", "step", "f32", 33, 17, 65), gpu)
+    monkeypatch.setattr(gpu_calls, "mm", lambda precision: Bad.apply)
+    with pytest.raises(gpu_session.IncorrectResult, match="wgrad: error "):
+        gpu_session.compare(GpuWorkload("products", "step", "f32", 33, 17, 65), gpu)
 
 
 def test_step_is_compared_through_autograd(gpu: Any) -> None:
-    row = measure.compare(Job("products", "step", "f32", 9, 8, 7), gpu)
+    row = gpu_session.compare(GpuWorkload("products", "step", "f32", 9, 8, 7), gpu)
     assert set(row["error"]) == {"dgrad", "wgrad"}
     assert [len(call()) for graph in gpu.graphs for call in graph[:1]] == [2, 2]
 
 
 def test_rival_that_is_wrong_is_left_out(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(contenders.OTHERS, "flag_gems", lambda: lambda a, b: a @ b + 1)
-    with pytest.raises(measure.Skipped, match="flag_gems is wrong: forward"):
-        measure.compare(Job("flag_gems", "forward", "f32", 9, 8, 7), gpu)
+    monkeypatch.setitem(gpu_backends.OTHERS, "flag_gems", lambda: lambda a, b: a @ b + 1)
+    with pytest.raises(gpu_session.Skipped, match="flag_gems is wrong: forward"):
+        gpu_session.compare(GpuWorkload("flag_gems", "forward", "f32", 9, 8, 7), gpu)
 
 
 def test_rival_takes_torchs_place(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(contenders.OTHERS, "flag_gems", lambda: torch.matmul)
-    row = measure.compare(Job("flag_gems", "forward", "f32", 9, 8, 7), gpu)
+    monkeypatch.setitem(gpu_backends.OTHERS, "flag_gems", lambda: torch.matmul)
+    row = gpu_session.compare(GpuWorkload("flag_gems", "forward", "f32", 9, 8, 7), gpu)
     assert list(row["device"]["seconds"]) == ["flag_gems", "matmul_grad"]
 
 
 def test_rival_that_is_not_installed() -> None:
-    with pytest.raises(ours.Missing, match="flag_gems cannot be used: ModuleNotFoundError"):
-        contenders.mm_of("flag_gems", SMALL)
+    with pytest.raises(gpu_calls.Missing, match="flag_gems cannot be used: ModuleNotFoundError"):
+        gpu_backends.mm_of("flag_gems", SMALL)
 
 
 def test_too_little_memory(gpu: Any) -> None:
     gpu.free = 1000
-    with pytest.raises(measure.Skipped, match="GiB of free memory"):
-        measure.compare(SMALL, gpu)
+    with pytest.raises(gpu_session.Skipped, match="GiB of free memory"):
+        gpu_session.compare(SMALL, gpu)
 
 
 def test_bmm_and_its_gradients(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "bmm", lambda: torch.matmul)
+    monkeypatch.setattr(gpu_calls, "bmm", lambda: torch.matmul)
     for product in ("forward", "dgrad", "wgrad"):
-        job = Job("bmm", product, "f32", 5, 6, 7, batch=3)
-        assert measure.compare(job, gpu)["name"] == f"bmm-{product}-f32-3x5x6x7"
-    monkeypatch.setattr(ours, "bmm", lambda: lambda a, b: 2 * torch.matmul(a, b))
-    with pytest.raises(measure.Wrong):
-        measure.compare(job, gpu)
+        workload = GpuWorkload("bmm", product, "f32", 5, 6, 7, batch=3)
+        assert gpu_session.compare(workload, gpu)["name"] == f"bmm-{product}-f32-3x5x6x7"
+    monkeypatch.setattr(gpu_calls, "bmm", lambda: lambda a, b: 2 * torch.matmul(a, b))
+    with pytest.raises(gpu_session.IncorrectResult):
+        gpu_session.compare(workload, gpu)
 
 
 @contextlib.contextmanager
@@ -136,53 +135,53 @@ def mode(inside: list[bool], *, batch_invariant: bool) -> Iterator[None]:
     inside.append(False)
 
 
-INVARIANT = Job("invariant", "step", "f32", 40, 8, 300)
+INVARIANT = GpuWorkload("invariant", "step", "f32", 40, 8, 300)
 
 
 def test_batch_invariant_mode(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inside: list[bool] = []
     monkeypatch.setattr(matmul_grad, "deterministic", functools.partial(mode, inside), raising=False)
-    row = measure.compare(INVARIANT, gpu)
+    row = gpu_session.compare(INVARIANT, gpu)
     assert inside == [True, False]
     assert row["error"]["rows that change with m"]["ours"] == 0
 
 
 def test_bits_that_change_with_m_are_wrong(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul_grad, "deterministic", functools.partial(mode, []), raising=False)
-    monkeypatch.setattr(ours, "mm", lambda precision: lambda a, b: torch.mm(a, b) * (1 + 2**-23 * (len(a) == 39)))
-    with pytest.raises(measure.Wrong, match="rows that change with m: error 39"):
-        measure.compare(INVARIANT, gpu)
+    monkeypatch.setattr(gpu_calls, "mm", lambda precision: lambda a, b: torch.mm(a, b) * (1 + 2**-23 * (len(a) == 39)))
+    with pytest.raises(gpu_session.IncorrectResult, match="rows that change with m: error 39"):
+        gpu_session.compare(INVARIANT, gpu)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_lost_step_of_k_is_seen(dtype: torch.dtype) -> None:
-    x, y = rivals.draw(64, 64, 4096, dtype).of("forward")
+    x, y = baseline.draw(64, 64, 4096, dtype).of("forward")
     exact = (x.double() @ y.double()).to(dtype)
-    assert right.judge("whole", exact, exact, x, y).right
+    assert gpu_correctness.judge("whole", exact, exact, x, y).right
     lost = (x[:, :-1].double() @ y[:-1].double()).to(dtype)
-    assert not right.judge("lost", lost, exact, x, y).right
+    assert not gpu_correctness.judge("lost", lost, exact, x, y).right
 
 
 def test_one_long_chain_is_right_where_torch_adds_many() -> None:
-    x, y = rivals.draw(1, 64, 18944, torch.float32).of("forward")
+    x, y = baseline.draw(1, 64, 18944, torch.float32).of("forward")
     chain = torch.zeros(1, 64)
     for i in range(x.shape[1]):
         chain += x[:, i : i + 1] * y[i]
     exact = (x.double() @ y.double()).float()
-    verdict = right.judge("chain", chain, exact, x, y)
+    verdict = gpu_correctness.judge("chain", chain, exact, x, y)
     assert verdict.right and verdict.error > 2 * verdict.torchs
 
 
 def test_verdict_keeps_what_json_cannot() -> None:
-    assert right.Verdict("x", float("nan"), 0.5, 1.0).as_row() == {"ours": "nan", "torch": 0.5, "limit": 1.0}
+    assert gpu_correctness.Verdict("x", float("nan"), 0.5, 1.0).as_row() == {"ours": "nan", "torch": 0.5, "limit": 1.0}
 
 
 def test_launch_cost_never_waits_inside(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     monkeypatch.setattr(gpu, "wait", lambda: events.append("wait"))
-    assert measure.host_batch(lambda: events.append("call"), gpu)() > 0
-    assert events == ["call"] * 3 + ["wait"] + ["call"] * measure.QUEUE + ["wait"]
-    row = measure.launch_cost(8, "f32", gpu)
+    assert gpu_session.host_batch(lambda: events.append("call"), gpu)() > 0
+    assert events == ["call"] * 3 + ["wait"] + ["call"] * gpu_session.QUEUE + ["wait"]
+    row = gpu_session.launch_cost(8, "f32", gpu)
     assert row["name"] == "f32 8×8" and row["rounds"] >= 3
     assert {"torch.mm", "matmul_grad.mm", "torch.ops.matmul_grad.mm"} < set(row["seconds"])
 
@@ -190,24 +189,24 @@ def test_launch_cost_never_waits_inside(gpu: Any, monkeypatch: pytest.MonkeyPatc
 def test_launch_cost_of_the_native_entry_tells_what_became_of_its_recipes(
     gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure.cuda, "status", lambda: "")
-    monkeypatch.setattr(measure.table, "counts", lambda: (7, 0))
-    assert "recipes" not in measure.launch_cost(8, "f32", gpu)
-    monkeypatch.setenv(measure.cuda.VARIABLE, "1")
-    row = measure.launch_cost(8, "f32", gpu)
+    monkeypatch.setattr(gpu_session.cuda, "status", lambda: "")
+    monkeypatch.setattr(gpu_session.table, "counts", lambda: (7, 0))
+    assert "recipes" not in gpu_session.launch_cost(8, "f32", gpu)
+    monkeypatch.setenv(gpu_session.cuda.VARIABLE, "1")
+    row = gpu_session.launch_cost(8, "f32", gpu)
     assert (row["recipes"], row["refused"]) == (7, 0)
-    monkeypatch.setattr(measure.table, "counts", lambda: (7, 2))
-    with pytest.raises(measure.Wrong, match="2 of 7 recipes"):
-        measure.launch_cost(8, "f32", gpu)
-    monkeypatch.setattr(measure.cuda, "status", lambda: "no libcuda")
-    with pytest.raises(measure.Skipped, match="no libcuda"):
-        measure.launch_cost(8, "f32", gpu)
+    monkeypatch.setattr(gpu_session.table, "counts", lambda: (7, 2))
+    with pytest.raises(gpu_session.IncorrectResult, match="2 of 7 recipes"):
+        gpu_session.launch_cost(8, "f32", gpu)
+    monkeypatch.setattr(gpu_session.cuda, "status", lambda: "no libcuda")
+    with pytest.raises(gpu_session.Skipped, match="no libcuda"):
+        gpu_session.launch_cost(8, "f32", gpu)
 
 
 def test_memory_tells_the_peak_from_what_is_kept(gpu: Any) -> None:
     gpu.memory = [1000, 1032, 1032, 1040]
     gpu.peaks = [1532, 1640]
-    row = measure.memory(Job("products", "step", "f32", 9, 8, 7), gpu)
+    row = gpu_session.memory(GpuWorkload("products", "step", "f32", 9, 8, 7), gpu)
     assert row["bytes"] == {"matmul_grad": {"peak": 500, "kept": 32}, "torch": {"peak": 600, "kept": 8}}
 
 
@@ -223,10 +222,10 @@ def test_float32_is_ieee_whatever_was_set(gpu: Any) -> None:
 
 
 def test_tf32_is_judged_by_its_operands() -> None:
-    x, y = rivals.draw(64, 64, 1024, torch.float32).of("forward")
+    x, y = baseline.draw(64, 64, 1024, torch.float32).of("forward")
     short = [(v.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32) for v in (x, y)]
     exact, rounded = (x.double() @ y.double()).float(), (short[0].double() @ short[1].double()).float()
-    assert right.judge("tf32", rounded, exact, x, y, "tf32").right
-    assert not right.judge("tf32", rounded, exact, x, y, "ieee").right
+    assert gpu_correctness.judge("tf32", rounded, exact, x, y, "tf32").right
+    assert not gpu_correctness.judge("tf32", rounded, exact, x, y, "ieee").right
     lost = (short[0][:, :-1].double() @ short[1][:-1].double()).float()
-    assert not right.judge("lost", lost, exact, x, y, "tf32").right
+    assert not gpu_correctness.judge("lost", lost, exact, x, y, "tf32").right

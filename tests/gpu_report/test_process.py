@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from limits import scaled
 
-from matmul_grad.gpu_report import process
+from matmul_grad.bench import process
 
 
 def script(text: str) -> list[str]:
@@ -20,7 +20,7 @@ def test_lines_arrive_and_the_last_words_are_kept() -> None:
     text = "import sys; print('one'); print('two', flush=True); print('why', file=sys.stderr); sys.exit(4)"
     ended = process.run(script(text), heard.append, seconds=scaled(300))
     assert heard == ["one", "two"]
-    assert ended == process.Ended(4, "why\n") and ended.reason == "status 4: why"
+    assert ended == process.ExitStatus(4, "why\n") and ended.reason == "status 4: why"
 
 
 def test_environment_and_folder(tmp_path: Path) -> None:

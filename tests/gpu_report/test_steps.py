@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from matmul_grad.gpu_report import child, process, steps
-from matmul_grad.gpu_report.steps import COMPLETE, FAILED, LATE, MISSING, STEPS, Given
+from matmul_grad.bench import gpu_worker, process, stages
+from matmul_grad.bench.stages import COMPLETE, FAILED, LATE, MISSING, STAGES, StageContext
 
 ROWS = {"begin": 0, "of": 99, "name": "a"}, {"row": {"name": "a", "x": 1}}
 
 
-def given(launcher: Any, **more: Any) -> tuple[Given, list[Any], list[str]]:
+def given(launcher: Any, **more: Any) -> tuple[StageContext, list[Any], list[str]]:
     rows: list[Any] = []
     news: list[str] = []
-    return Given(60.0, rows.append, news.append, launcher, **more), rows, news
+    return StageContext(60.0, rows.append, news.append, launcher, **more), rows, news
 
 
 def starts(launcher: Any) -> list[str]:
@@ -31,9 +31,9 @@ def test_rows_of_a_step(launcher: Any, says: Any) -> None:
     launcher.scripts["ratios"] = [says(*ROWS, "noise", {"left": 7})]
     order, rows, news = given(launcher)
     begin = time.time()
-    assert steps.tasks_of("ratios")(order) == (COMPLETE, "1 done; no time for 7 more")
+    assert stages.tasks_of("ratios")(order) == (COMPLETE, "1 done; no time for 7 more")
     assert rows == [{"step": "ratios", "name": "a", "x": 1}] and news == ["a"]
-    assert launcher.commands[0][:4] == [sys.executable, "-m", child.__name__, "ratios"]
+    assert launcher.commands[0][:4] == [sys.executable, "-m", gpu_worker.__name__, "ratios"]
     until = float(launcher.commands[0][-1].removeprefix("--until="))
     assert begin + 54.9 < until < time.time() + 55.1
 
@@ -43,7 +43,7 @@ def test_a_task_that_ends_the_process_is_passed_over(end: Any, launcher: Any, sa
     dies = says(*ROWS, {"begin": 1, "of": 99, "name": "b"}, **end)
     launcher.scripts["ratios"] = [dies, says({"begin": 2, "of": 99, "name": "c"}, {"row": {"name": "c"}})]
     order, rows, _ = given(launcher)
-    assert steps.tasks_of("ratios")(order) == (FAILED, "3 done; 1 of them failed")
+    assert stages.tasks_of("ratios")(order) == (FAILED, "3 done; 1 of them failed")
     assert starts(launcher) == ["--start=0", "--start=2"]
     assert [row["name"] for row in rows] == ["a", "b", "c"]
     reason = {-11: "killed by SIGSEGV", None: "its time was up", 1: "status 1: Boom: x"}[end["status"]]
@@ -51,24 +51,24 @@ def test_a_task_that_ends_the_process_is_passed_over(end: Any, launcher: Any, sa
 
 
 def test_a_broken_context_is_left_behind(launcher: Any, says: Any) -> None:
-    broken = says(ROWS[0], {"row": {"name": "a", "failed": "CUDA error"}}, status=child.BROKEN)
+    broken = says(ROWS[0], {"row": {"name": "a", "failed": "CUDA error"}}, status=gpu_worker.BROKEN)
     launcher.scripts["ratios"] = [broken, says()]
     order, rows, _ = given(launcher)
-    assert steps.tasks_of("ratios")(order).status == FAILED
+    assert stages.tasks_of("ratios")(order).status == FAILED
     assert starts(launcher) == ["--start=0", "--start=1"] and len(rows) == 1
 
 
 def test_no_process_behind_the_last_task(launcher: Any, says: Any) -> None:
     launcher.scripts["ratios"] = [says({"begin": 0, "of": 1, "name": "a"}, status=-6, said="Boom\n")]
     order, rows, _ = given(launcher)
-    assert steps.tasks_of("ratios")(order) == (FAILED, "1 done; 1 of them failed")
+    assert stages.tasks_of("ratios")(order) == (FAILED, "1 done; 1 of them failed")
     assert len(launcher.commands) == 1 and rows[0]["log"] == "Boom\n"
 
 
 def test_native_launches_are_asked_for_in_the_environment(launcher: Any, says: Any) -> None:
     launcher.scripts["launch"] = [says(*ROWS)]
     order, rows, _ = given(launcher)
-    assert steps.natively(order).status == COMPLETE
+    assert stages.natively(order).status == COMPLETE
     assert launcher.environments == [{"MATMUL_GRAD_NATIVE_CUDA": "1"}]
     assert {row["step"] for row in rows} == {"native"}
 
@@ -76,14 +76,14 @@ def test_native_launches_are_asked_for_in_the_environment(launcher: Any, says: A
 def test_not_more_processes_than_that(launcher: Any, says: Any) -> None:
     launcher.scripts["ratios"] = [says({"begin": i, "of": 99, "name": str(i)}, status=-6) for i in range(99)]
     order, rows, _ = given(launcher)
-    status, note = steps.tasks_of("ratios")(order)
+    status, note = stages.tasks_of("ratios")(order)
     assert status == FAILED and "9 of its processes ended early" in note and len(rows) == 9
 
 
 def test_a_child_that_never_begins(launcher: Any, says: Any) -> None:
     launcher.scripts["ratios"] = [says(status=1, said="ImportError: no torch\n")]
     order, rows, _ = given(launcher)
-    assert steps.tasks_of("ratios")(order) == (FAILED, "0 done; status 1: ImportError: no torch")
+    assert stages.tasks_of("ratios")(order) == (FAILED, "0 done; status 1: ImportError: no torch")
     assert rows == []
 
 
@@ -91,7 +91,7 @@ def test_a_step_whose_time_is_up_keeps_its_rows(launcher: Any, says: Any) -> Non
     launcher.scripts["ratios"] = [says(*ROWS, {"begin": 1, "of": 99, "name": "b"}, status=None)]
     order, rows, _ = given(launcher)
     order.seconds = 0.0
-    assert steps.tasks_of("ratios")(order) == (LATE, "1 done; stopped in b")
+    assert stages.tasks_of("ratios")(order) == (LATE, "1 done; stopped in b")
     assert [row["name"] for row in rows] == ["a"]
 
 
@@ -99,23 +99,23 @@ def test_a_rival_may_take_its_time(launcher: Any, says: Any) -> None:
     launcher.scripts["rivals"] = [says({"begin": 0, "of": 2, "name": "torch.compile"}, status=None)]
     order, rows, _ = given(launcher)
     order.seconds = 0.0
-    assert steps.rivals_of(order) == (COMPLETE, "0 done; stopped in torch.compile")
+    assert stages.rivals_of(order) == (COMPLETE, "0 done; stopped in torch.compile")
     assert rows == []
 
 
 def sanitize(launcher: Any, log: str, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> tuple[Any, list[Any]]:
-    def run(heard: Any) -> process.Ended:
+    def run(heard: Any) -> process.ExitStatus:
         for line in ('{"begin": 0, "of": 99, "name": "a"}', '{"row": {"name": "a"}}'):
             heard(line)
         if log:
             (option,) = (part for part in launcher.commands[-1] if part.startswith("--log-file="))
             Path(option.partition("=")[2]).write_text(log)
-        return process.Ended(status, "")
+        return process.ExitStatus(status, "")
 
     monkeypatch.setattr(shutil, "which", lambda name, path=None: "/bin/compute-sanitizer")
     launcher.scripts["sanitized"] = [run]
     order, rows, _ = given(launcher)
-    return steps.sanitizer("memcheck")(order), rows
+    return stages.sanitizer("memcheck")(order), rows
 
 
 def test_sanitizer_that_finds_nothing(launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_sanitizer_that_says_nothing(launcher: Any, monkeypatch: pytest.MonkeyPa
 def test_no_sanitizer(launcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     order, rows, _ = given(launcher)
-    assert steps.sanitizer("racecheck")(order) == (MISSING, "compute-sanitizer is not on this machine")
+    assert stages.sanitizer("racecheck")(order) == (MISSING, "compute-sanitizer is not on this machine")
     assert rows == [] and launcher.commands == []
 
 
@@ -168,7 +168,7 @@ XDIST = ("[gw1] [ 99%] FAILED tests/test_gpu.py::test_z ",)
 def test_tests_are_counted(launcher: Any, says: Any, checkout: Path) -> None:
     launcher.scripts["pytest"] = [says("=== test session starts", *PLAIN, "=== 1 passed")]
     order, rows, news = given(launcher, checkout=checkout)
-    assert steps.gpu_tests(order) == (COMPLETE, "1 passed, 1 skipped")
+    assert stages.gpu_tests(order) == (COMPLETE, "1 passed, 1 skipped")
     assert rows[0]["counts"] == {"passed": 1, "skipped": 1} and news[0] == "tests/test_gpu.py::test_x[a-1]"
     assert launcher.commands[0][-1] == str(checkout / "tests" / "test_gpu.py")
     assert launcher.environments[0] == {"MATMUL_GRAD_REQUIRE_GPU": "1"}
@@ -177,7 +177,7 @@ def test_tests_are_counted(launcher: Any, says: Any, checkout: Path) -> None:
 def test_failing_tests_are_named(launcher: Any, says: Any, checkout: Path) -> None:
     launcher.scripts["pytest"] = [says(*PLAIN, *XDIST, status=1)]
     order, rows, _ = given(launcher, checkout=checkout)
-    assert steps.gpu_tests(order).status == FAILED
+    assert stages.gpu_tests(order).status == FAILED
     assert rows[0]["tests"] == ["tests/test_gpu.py::test_z"] and "failed" in rows[0]
     assert XDIST[0] in rows[0]["log"]
 
@@ -185,13 +185,13 @@ def test_failing_tests_are_named(launcher: Any, says: Any, checkout: Path) -> No
 def test_tests_whose_time_is_up(launcher: Any, says: Any, checkout: Path) -> None:
     launcher.scripts["pytest"] = [says(*PLAIN, status=None)]
     order, rows, _ = given(launcher, checkout=checkout)
-    assert steps.gpu_tests(order) == (LATE, "1 passed, 1 skipped; its time was up")
+    assert stages.gpu_tests(order) == (LATE, "1 passed, 1 skipped; its time was up")
     assert rows[0]["counts"]["passed"] == 1
 
 
 def test_no_tests_at_hand(launcher: Any) -> None:
     order, _, _ = given(launcher)
-    assert steps.gpu_tests(order) == (MISSING, "no tests at hand: this is not a checkout")
+    assert stages.gpu_tests(order) == (MISSING, "no tests at hand: this is not a checkout")
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -202,7 +202,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_no_pytest(launcher: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "pytest")
     order, _, _ = given(launcher, checkout=checkout)
-    assert steps.gpu_tests(order) == (MISSING, "pytest is not installed")
+    assert stages.gpu_tests(order) == (MISSING, "pytest is not installed")
 
 
 REAL = """
@@ -223,16 +223,16 @@ def test_pytest_itself_is_understood(missing: tuple[str, ...], checkout: Path, m
     settings = Path(__file__).parents[2] / "pyproject.toml"
     shutil.copy(settings, checkout)
     order, rows, _ = given(process.run, checkout=checkout)
-    outcome = steps.gpu_tests(order)
+    outcome = stages.gpu_tests(order)
     assert outcome.status == FAILED and rows[0]["counts"] == {"passed": 2, "failed": 1}, outcome
     assert len(rows[0]["tests"]) == 1 and "test_bad[a" in rows[0]["tests"][0]
 
 
 def test_shares_add_up_to_eight_minutes() -> None:
-    assert sum(step.share for step in STEPS) == 480
+    assert sum(step.share for step in STAGES) == 480
     left = 100.0
-    for step in STEPS:
-        limit = steps.limit(step, left)
+    for step in STAGES:
+        limit = stages.limit(step, left)
         assert 0 < limit <= left
         left -= limit
     assert left == pytest.approx(0)

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from matmul_grad import cli
-from matmul_grad.gpu_report import child as reporting
-from matmul_grad.gpu_report import jobs, ours, process
+from matmul_grad.bench import gpu_calls, gpu_workloads, process, tune, tune_worker
+from matmul_grad.bench import gpu_worker as reporting
+from matmul_grad.bench.tune_results import Table
 from matmul_grad.kernels.gpu.config import Problem, Target, TileConfig
-from matmul_grad.tuning import child, command
-from matmul_grad.tuning.table import Table
 
 DEFAULT = TileConfig(128, 128, 64, stages=4, warps=8)
 FAST, SLOW, WRONG, ILL = (replace(DEFAULT, block_n=n) for n in (256, 64, 32, 16))
@@ -34,30 +33,30 @@ class Tuning:
     def __init__(self, gpu: Any) -> None:
         self.gpu = gpu
         self.plans: list[dict[str, Any]] = []
-        self.scripts: list[Callable[..., process.Ended]] = []
+        self.scripts: list[Callable[..., process.ExitStatus]] = []
         self.compiled: list[int] = []
         self.seconds = 1e9
 
-    def __call__(self, arguments: Sequence[str], heard: Callable[[str], None], **limits: Any) -> process.Ended:
-        assert arguments[:3] == [sys.executable, "-m", "matmul_grad.tuning.child"]
+    def __call__(self, arguments: Sequence[str], heard: Callable[[str], None], **limits: Any) -> process.ExitStatus:
+        assert arguments[:3] == [sys.executable, "-m", "matmul_grad.bench.tune_worker"]
         self.plans.append(json.loads(Path(arguments[3]).read_text()))
         if self.scripts:
             return self.scripts.pop(0)(heard)
-        status = child.serve(
+        status = tune_worker.serve(
             self.plans[-1],
             self.gpu,
             self.seconds,
             lambda message: heard(json.dumps(message)),
-            lambda job, configs: self.compiled.append(len(configs)),
+            lambda workload, configs: self.compiled.append(len(configs)),
         )
-        return process.Ended(status, "")
+        return process.ExitStatus(status, "")
 
 
 @pytest.fixture
 def kernels(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Any]:
     """Five candidates: one wrong, one that does not run. What they are can be changed by a test."""
-    monkeypatch.setattr(child, "FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(child, "FINAL_SECONDS", 0.0)
+    monkeypatch.setattr(tune_worker, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(tune_worker, "FINAL_SECONDS", 0.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     state: dict[str, Any] = {"candidates": [FAST, DEFAULT, SLOW, WRONG, ILL], "calls": []}
 
@@ -71,11 +70,11 @@ def kernels(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Any]:
         letters = ("N" if x.stride(1) == 1 else "T" for x in (a, b))
         return Problem(len(a), b.shape[1], len(b), "float32", *letters, precision), TARGET
 
-    monkeypatch.setattr(ours, "with_config", with_config)
-    monkeypatch.setattr(ours, "describe", describe)
-    monkeypatch.setattr(ours, "choose", lambda problem, target: DEFAULT)
-    monkeypatch.setattr(ours, "candidates", lambda problem, target: state["candidates"])
-    monkeypatch.setattr(ours, "key", lambda p, target: f"{p.m}x{p.n}x{p.k}-{p.a}{p.b}")
+    monkeypatch.setattr(gpu_calls, "with_config", with_config)
+    monkeypatch.setattr(gpu_calls, "describe", describe)
+    monkeypatch.setattr(gpu_calls, "choose", lambda problem, target: DEFAULT)
+    monkeypatch.setattr(gpu_calls, "candidates", lambda problem, target: state["candidates"])
+    monkeypatch.setattr(gpu_calls, "key", lambda p, target: f"{p.m}x{p.n}x{p.k}-{p.a}{p.b}")
     state["times"] = {DEFAULT: 3e-6, FAST: 1e-6, SLOW: 5e-6}
 
     def times_of(calls: Sequence[Callable[[], object]]) -> list[float]:
@@ -94,9 +93,9 @@ def tuning(gpu: Any) -> Tuning:
 @pytest.fixture
 def run(kernels: Any, tuning: Tuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def act(*options: str) -> int:
-        original = command.run
+        original = tune.run
         with monkeypatch.context() as patch:
-            patch.setattr(command, "run", lambda parsed: original(parsed, tuning))
+            patch.setattr(tune, "run", lambda parsed: original(parsed, tuning))
             return cli.main(["tune", "--out", str(tmp_path / "deep" / "winners.json"), "--dtype=f32", *options])
 
     return act
@@ -137,7 +136,7 @@ def test_less_than_noise_leaves_the_default(run: Any, kernels: Any, tmp_path: Pa
 def test_default_that_is_wrong_does_not_win(
     run: Any, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ours, "choose", lambda problem, target: WRONG)
+    monkeypatch.setattr(gpu_calls, "choose", lambda problem, target: WRONG)
     assert run("--shapes", "48,32,16") == 0
     measured = table(tmp_path)["provenance"]["measured"]["48x32x16-NN"]
     assert measured["default seconds"] is None and measured["seconds"] == 1e-6
@@ -168,7 +167,7 @@ def test_what_is_measured_is_not_measured_again(
 def test_interruption_keeps_what_is_measured(
     run: Any, tuning: Tuning, kernels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, seen = ours.with_config, []
+    right, seen = gpu_calls.with_config, []
 
     def interrupted(a: Tensor, b: Tensor, precision: str, config: TileConfig) -> Tensor:
         seen.append(tuple(a.shape))
@@ -177,7 +176,7 @@ def test_interruption_keeps_what_is_measured(
         return right(a, b, precision, config)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "with_config", interrupted)
+        patch.setattr(gpu_calls, "with_config", interrupted)
         assert run("--shapes", "48,32,16") == 130
     assert list(table(tmp_path)["winners"]) == ["48x32x16-NN"]
     assert run("--shapes", "48,32,16") == 0
@@ -203,16 +202,16 @@ def test_candidate_that_ends_the_process_is_not_tried_again(
 
 
 def test_candidate_that_breaks_the_context(run: Any, tuning: Tuning, gpu: Any, kernels: Any, monkeypatch: Any) -> None:
-    right = ours.with_config
+    right = gpu_calls.with_config
 
     def breaks(a: Tensor, b: Tensor, precision: str, config: TileConfig) -> Tensor:
         gpu.broken = config == ILL and len(tuning.plans) == 1
         return right(a, b, precision, config)
 
-    monkeypatch.setattr(ours, "with_config", breaks)
+    monkeypatch.setattr(gpu_calls, "with_config", breaks)
     original = tuning.__class__.__call__
 
-    def mended(self: Tuning, *arguments: Any, **more: Any) -> process.Ended:
+    def mended(self: Tuning, *arguments: Any, **more: Any) -> process.ExitStatus:
         gpu.broken = False
         return original(self, *arguments, **more)
 
@@ -224,7 +223,7 @@ def test_candidate_that_breaks_the_context(run: Any, tuning: Tuning, gpu: Any, k
 def test_problem_without_a_right_candidate(
     run: Any, kernels: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr(ours, "with_config", lambda a, b, precision, config: torch.mm(a, b) + 1)
+    monkeypatch.setattr(gpu_calls, "with_config", lambda a, b, precision, config: torch.mm(a, b) + 1)
     assert run("--shapes", "48,32,16") == 1
     assert "forward-f32-48x32x16: failed: none of 5 candidates is right" in capsys.readouterr().err
     assert not (tmp_path / "deep" / "winners.json").exists()
@@ -292,9 +291,11 @@ def test_table_is_the_old_one_or_the_new_one(tmp_path: Path, monkeypatch: pytest
 
 def test_problems_of_a_suite() -> None:
     parsed = cli.parse(["tune", "--dtype", "bf16,tf32", "--suite", "core"])
-    found = command.planned(parsed)
-    assert len(found) == len(jobs.CORE) * 2 * 3
-    assert {job.precision for job in found} == {"ieee", "tf32"} and {job.part for job in found} == {"products"}
+    found = tune.planned(parsed)
+    assert len(found) == len(gpu_workloads.CORE) * 2 * 3
+    assert {workload.precision for workload in found} == {"ieee", "tf32"} and {workload.part for workload in found} == {
+        "products"
+    }
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,7 @@ def test_compilers_go_on_after_one_that_ended(monkeypatch: pytest.MonkeyPatch, c
             self._processes = {1: Process(), 2: Process()}
 
         def map(self, *arguments: Any, timeout: float) -> list[None]:
-            assert timeout == child.COMPILING < command.SILENCE
+            assert timeout == tune_worker.COMPILING < tune.SILENCE
             if len(made) == 1:
                 raise RuntimeError("a process ended")
             return [None]
@@ -344,35 +345,34 @@ def test_compilers_go_on_after_one_that_ended(monkeypatch: pytest.MonkeyPatch, c
         def shutdown(self, **options: Any) -> None:
             pass
 
-    monkeypatch.setattr(child, "ProcessPoolExecutor", Pool)
-    compilers = child.Compilers(2)
-    job = jobs.Job("products", "forward", "f32", 8, 8, 8)
-    compilers(job, [DEFAULT])
+    monkeypatch.setattr(tune_worker, "ProcessPoolExecutor", Pool)
+    compilers = tune_worker.Compilers(2)
+    workload = gpu_workloads.GpuWorkload("products", "forward", "f32", 8, 8, 8)
+    compilers(workload, [DEFAULT])
     assert "a process ended" in capsys.readouterr().err
-    compilers(job, [DEFAULT])
+    compilers(workload, [DEFAULT])
     assert len(made) == 2 and killed == [1, 1]
 
 
 REAL = """
 import contextlib, json, sys
 from pathlib import Path
-from matmul_grad.gpu_report import jobs, ours
+from matmul_grad.bench import gpu_calls, gpu_workloads, tune_worker
+from matmul_grad.bench.tune_results import Table
 from matmul_grad.kernels.gpu import winners
 from matmul_grad.kernels.gpu.config import TileConfig
-from matmul_grad.tuning import child
-from matmul_grad.tuning.table import Table
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeGpu
 
-every = ours.candidates
-ours.candidates = lambda problem, target: every(problem, target)[:3]
-child.FIRST_SECONDS = child.FINAL_SECONDS = 0.0
+every = gpu_calls.candidates
+gpu_calls.candidates = lambda problem, target: every(problem, target)[:3]
+tune_worker.FIRST_SECONDS = tune_worker.FINAL_SECONDS = 0.0
 gpu, said, table = FakeGpu(), [], Table(Path(sys.argv[2]))
 for product in ("forward", "dgrad", "wgrad"):
-    job = jobs.Job("products", product, "f32", 17, 33, 20)
-    row = child.tune(job, set(), [], gpu, said.append, lambda job, configs: None)
-    problem, target = ours.describe(*child.contenders.draw(job, "cpu").of(product), "ieee")
-    table.put(row | {"name": job.name})
+    workload = gpu_workloads.GpuWorkload("products", product, "f32", 17, 33, 20)
+    row = tune_worker.tune(workload, set(), [], gpu, said.append, lambda workload, configs: None)
+    problem, target = gpu_calls.describe(*tune_worker.gpu_backends.draw(workload, "cpu").of(product), "ieee")
+    table.put(row | {"name": workload.name})
     assert winners.load(table.path)[winners.key(problem, target)] == TileConfig(**row["winner"]), row
 print(len(table.keys), sum("dropped" in message for message in said))
 """
