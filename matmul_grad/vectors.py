@@ -148,6 +148,7 @@ def _is_left_to_torch(ranks: tuple[int, int], one: Tensor, other: Tensor, *input
         if x.dim() > 1 or (x.dim() and x.shape[0] not in (1, one.shape[0])) or not _alike(one, x):
             return True
         if x.shape != one.shape[:1] and one.numel() == 0:
+            fallback.require_storages(x)
             return True  # which gives the shape of the input
     if one.dtype not in DTYPES:
         strict_mode.note_fallback(one, other)

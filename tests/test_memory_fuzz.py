@@ -170,6 +170,9 @@ KNOWN = {
         "function", "bmm", 0, [dense([2, 1, 5], 0), dense([2, 5, 1], 0)], "plain", "plain", "plain"
     ),
     "out-overlaps-an-operand": one("function", "mm", "out", [dense([2, 2], 0)] * 3, "plain", "plain", "plain"),
+    "empty-matrix-freed-input": one(
+        "function", "addmv", "new", [dense([1], 0), dense([0, 0], 1), dense([0], 2)], "freed", "plain", "plain"
+    ),
     "in-place-freed": one("switch", "addmm", "self", [Z, X, Y], "plain", "plain", "freed"),
     "in-place-without-an-operand": one("switch", "addmm", "self", [Z, X, Y], "freed", "plain", "plain"),
 }
