@@ -128,8 +128,11 @@ class Built:
             for x, usable in zip(self.operands, self.usable)
         ]
 
-    def assert_only_out_written(self, written: bool) -> None:
-        """Every storage holds what it held but for out's elements, and what is copy-on-write is so still."""
+    def assert_only_out_written(self, written: bool, is_resized: bool = False) -> None:
+        """Every storage holds what it held but for out's elements, and what is copy-on-write is so still.
+
+        Not that of an out which torch resizes before it looks at the other sizes, as its matmul does.
+        """
         for i, storage in enumerate(self.storages):
             is_outs = written and self.of_out is not None and self.described[self.of_out]["storage"] == i
             now = storage.now()
@@ -145,7 +148,8 @@ class Built:
             assert not differs.any(), f"storage {i} was written at {differs.nonzero().flatten().tolist()}"
             if storage.source is not None:
                 assert bool(same(storage.source, storage.before).all()), f"the origin of storage {i} was written"
-                if not is_outs:
+                resized = is_resized and self.of_out is not None and self.described[self.of_out]["storage"] == i
+                if not is_outs and not resized:
                     assert torch._C._is_cow_tensor(storage.base), f"storage {i} is no longer copy-on-write"
 
 
@@ -293,7 +297,8 @@ def run(case: Any) -> None:
         return  # no crash
     if isinstance(found, RuntimeError):
         assert may or isinstance(expected, RuntimeError), f"torch gives a result, here: {found}"
-        ours.assert_only_out_written(written=not must)
+        by_torch = case["route"] == "switch" and case["entry"] == "matmul"
+        ours.assert_only_out_written(written=not must, is_resized=by_torch)
         return
     assert not isinstance(wanted, RuntimeError), f"no error, but torch raises: {wanted}"
     assert not must, "memory that is not there was read"
