@@ -66,13 +66,12 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
         require_storage(*operands, *([] if is_resized else [out]))
         return copy_to(getattr(torch, name)(*operands, **non_default(scales)), out)
     input = inputs[0] if inputs else None
-    is_spread = _is_spread(out)
-    is_shared = is_spread and (_overlaps_any(out, mat1, mat2) or _overlaps_source(out, inputs))
-    if is_resized or is_shared:
-        if not is_resized:
-            require_storage(out)
+    if is_resized:
         return copy_to(compute(mat1, mat2, input, **scales), out)
-    if is_spread:
+    if _overlaps_any(out, mat1, mat2) or _overlaps_source(out, inputs):
+        require_storage(out)
+        return copy_to(compute(mat1, mat2, input, **scales), out)
+    if _is_spread(out):
         compute(mat1, mat2, input, out=out, **scales)
         return _written(out)
     require_storage(*operands, out)

@@ -58,6 +58,17 @@ def test_out_overlaps_a_matrix(name: str) -> None:
         assert_same_bits(out, expected)
 
 
+def test_out_between_the_elements_of_an_operand() -> None:
+    """Its elements are distinct, though its strides do not step over each other's."""
+    base = integers(1, 12, torch.float32)[0]
+    a, b = base[:4].view(2, 2, 1), integers(2, 2, torch.float32, 2).view(2, 1, 2)
+    expected = torch.bmm(a.clone(), b)
+    out = base.as_strided((2, 2, 2), (2, 3, 4))
+    with matmul_grad.strict():
+        matmul_grad.bmm(a, b, out=out)
+    assert_same_bits(out, expected)
+
+
 @pytest.mark.parametrize("name", ["addmm", "baddbmm"])
 def test_out_overlaps_what_is_added(name: str) -> None:
     operands = square(name)
