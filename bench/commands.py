@@ -28,9 +28,10 @@ from ..cli_common import (
     run_command,
 )
 from ..console import Console, make_console, progress, table
-from . import backends, baseline, devices, results, runner, stats, tables, workloads
+from . import backends, baseline, results, runner, stats, tables, workloads
 from .backends import Backend
 from .gpu_report import terminated_as_interrupted
+from .options import positive, some_of, threads
 from .workloads import PASSES, SUITES, Workload
 
 DTYPES = {"cpu": ("f32", "f64"), "cuda": ("bf16", "f32")}
@@ -80,32 +81,6 @@ def report_options(parser: argparse.ArgumentParser) -> None:
     option("--out", type=Path, metavar="DIR", help="default: the file's folder")
     option("--readme", nargs="?", type=Path, const=Path("README.md"), metavar="PAGE", help="rewrite its section")
     option("--busy", action="store_true", help="write figures of a machine that was not at rest into PAGE too")
-
-
-def some_of(known: Sequence[str]) -> Any:
-    def parse(text: str) -> tuple[str, ...]:
-        wanted = text.split(",")
-        if set(wanted) <= set(known):
-            return tuple(name for name in known if name in wanted)
-        raise argparse.ArgumentTypeError(f"some of {','.join(known)}, got {text}")
-
-    return parse
-
-
-def threads(text: str) -> tuple[int, ...]:
-    most = len(devices.cores())
-    with contextlib.suppress(ValueError):
-        counts = tuple(sorted({int(part) for part in text.split(",")}))
-        if counts[0] >= 1 and counts[-1] <= most:
-            return counts
-    raise argparse.ArgumentTypeError(f"numbers from 1 to {most}, the cores of this process, got {text}")
-
-
-def positive(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"a number above 0, got {text}")
 
 
 def run(command: argparse.Namespace) -> int:
@@ -223,7 +198,7 @@ def verdict(result: dict[str, Any], least: float | None) -> int:
         status = EXIT_MISMATCH
     for group, found in stats.summaries(result["rows"]).items():
         for summary in found:
-            if least is not None and summary.rival == baseline.TORCH and summary.mean.median < least:
+            if least is not None and summary.backend == baseline.TORCH and summary.mean.median < least:
                 what = f"{group.product} {group.dtype}, {group.where}"
                 complain(f"bench: {what}: {summary.mean.median:.3f} of torch, below {least:g}")
                 status = EXIT_MISMATCH

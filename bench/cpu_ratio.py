@@ -6,17 +6,17 @@ Exit codes: 0 no figure fell, 1 one fell or a product is wrong, 2 what was asked
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..cli_common import EXIT_INTERRUPTED, EXIT_MISMATCH, UsageError, require_isa
 from ..console import Console, make_console, progress
-from . import ratio_openblas, ratio_results, ratio_stats, ratio_tables, ratio_workloads, timer, worker
+from . import ratio_openblas, ratio_results, ratio_stats, ratio_tables, ratio_workloads, results, timer, worker
+from .options import positive, some_of, threads
 from .ratio_workloads import RatioWorkload
 
 KIND = "cpu-ratio"
@@ -42,31 +42,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def listed(values: Collection[object]) -> str:
     return ",".join(map(str, values))
-
-
-def threads(text: str) -> tuple[int, ...]:
-    with contextlib.suppress(ValueError):
-        counts = tuple(sorted({int(part) for part in text.split(",")}))
-        if counts[0] >= 1 and counts[-1] <= (os.cpu_count() or 1):
-            return counts
-    raise argparse.ArgumentTypeError(f"numbers from 1 to {os.cpu_count()}, got {text}")
-
-
-def some_of(known: Sequence[str]) -> Any:
-    def parse(text: str) -> tuple[str, ...]:
-        wanted = text.split(",")
-        if set(wanted) <= set(known):
-            return tuple(name for name in known if name in wanted)
-        raise argparse.ArgumentTypeError(f"some of {listed(known)}, got {text}")
-
-    return parse
-
-
-def positive(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"a number above 0, got {text}")
 
 
 def run(command: argparse.Namespace) -> int:
@@ -124,14 +99,7 @@ def output(command: argparse.Namespace) -> Path | None:
     """Where the rows go: found out before they are measured."""
     if not command.save or (command.quick and not command.out):
         return None
-    folder = command.out or ratio_results.RESULTS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as reason:
-        raise UsageError(f"--out {folder}: {reason.strerror}") from reason
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"--out {folder}: cannot be written")
-    return folder
+    return results.writable(command.out or ratio_results.RESULTS)
 
 
 def begin(command: argparse.Namespace) -> ratio_results.Result:
@@ -159,10 +127,10 @@ def measure(
             pin = command.pin and count == 1
             if with_torch:
                 options = [f"--threads={count}", f"--seconds={each}", *["--pin"] * pin]
-                with worker.Worker("matmul_grad.bench.ratio_worker", *options) as torchs:
+                with worker.Worker("matmul_grad.bench.ratio_worker", *options) as torch_worker:
                     for workload in with_torch:
                         shown(named(workload, count), 0.0)
-                        rows.append(torchs.ask(vars(workload)))
+                        rows.append(torch_worker.ask(vars(workload)))
                         shown(named(workload, count), workload.weight(each, count))
             if with_openblas:
                 with ratio_openblas.Match(count, each, pin) as match:

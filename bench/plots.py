@@ -242,7 +242,7 @@ def passes(result: Result) -> Figure | None:
         group: summary
         for group, some in stats.summaries(result["rows"]).items()
         for summary in some
-        if summary.rival == baseline.TORCH
+        if summary.backend == baseline.TORCH
     }
     if not found:
         return None

@@ -1,6 +1,6 @@
 """A product is right before it is timed: every bit on integers, and some elements' errors on normal values.
 
-`rivals.assert_correct` judges all elements of three products in float64, which takes longer than timing a large one.
+`baseline.assert_correct` judges all elements of three products in float64, which takes longer than timing a large one.
 """
 
 from __future__ import annotations

@@ -29,15 +29,15 @@ BATCH = 5 * timer.BATCH  # the caches are the other's when a turn begins, so it 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rival", choices=NAMES, required=True)
+    parser.add_argument("--backend", choices=NAMES, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--pin", action="store_true")
     command = parser.parse_args()
     if command.pin:
         worker.stay_on_one_core()
-    torch.set_num_threads(command.threads if command.rival == baseline.OURS else 1)
+    torch.set_num_threads(command.threads if command.backend == baseline.OURS else 1)
     with strict():
-        worker.serve(BackendSession(command.rival).answer)
+        worker.serve(BackendSession(command.backend).answer)
 
 
 class Turn(NamedTuple):
@@ -60,7 +60,7 @@ class Match:
             name: self._stack.enter_context(
                 worker.Worker(
                     "matmul_grad.bench.ratio_openblas",
-                    f"--rival={name}",
+                    f"--backend={name}",
                     *options,
                     environment={"OPENBLAS_NUM_THREADS": str(threads)},
                 )
@@ -97,8 +97,8 @@ class Match:
 class BackendSession:
     """In its process: the product at hand, and how many calls make a batch of it."""
 
-    def __init__(self, rival: str) -> None:
-        self._rival = rival
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
         self._call: Callable[[], object] = timer.nothing
         self._calls = 1
 
@@ -112,7 +112,7 @@ class BackendSession:
         return {"seconds": seconds, "share": share(), "start": start, "end": monotonic()}
 
     def _prepare(self, workload: RatioWorkload) -> None:
-        if self._rival == NUMPY:
+        if self._backend == NUMPY:
             left, other = (operand.numpy() for operand in ratio_correctness.assert_product(by_numpy, workload.case))
             self._call = lambda: left @ other
         else:

@@ -72,9 +72,9 @@ def mean_share(rows: Sequence[Row]) -> tuple[float, str]:
     return statistics.mean(share(row) for row in rows), ""
 
 
-def rate(row: Row, rival: str = baseline.OURS) -> float:
+def rate(row: Row, backend: str = baseline.OURS) -> float:
     """GFLOP/s."""
-    return row["flops"] / row["seconds"][rival]["median"] / 1e9
+    return row["flops"] / row["seconds"][backend]["median"] / 1e9
 
 
 def share(row: Row) -> float:

@@ -51,8 +51,8 @@ def show_shapes(console: Console, rows: Sequence[Row]) -> None:
     """Every comparison, in the order of measuring."""
     lines = []
     for row in rows:
-        theirs = next(rival for rival in row["seconds"] if rival != baseline.OURS)
-        times = [f"{row['seconds'][rival]['median'] * 1e3:.4g}" for rival in (theirs, baseline.OURS)]
+        theirs = next(backend for backend in row["seconds"] if backend != baseline.OURS)
+        times = [f"{row['seconds'][backend]['median'] * 1e3:.4g}" for backend in (theirs, baseline.OURS)]
         share = f"{ratio_stats.share(row):.1%}" if "peak" in row else ""
         figure = f"{ratio_stats.rate(row):.1f}", share, f"{row['ratio']:.3f}"
         lines.append([row["part"], ratio_stats.name(row), str(row["threads"]), theirs, *times, *figure])

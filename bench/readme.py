@@ -66,7 +66,7 @@ def against_all(rows: Sequence[Row]) -> str:
     if not rows or not isinstance(rows[0].get("ratio", {}), dict):
         return ""
     lines = [
-        [group.where, group.dtype, group.product, s.rival, f"{s.mean.median:.2f}", f"{s.worst:.2f}", s.worst_cell]
+        [group.where, group.dtype, group.product, s.backend, f"{s.mean.median:.2f}", f"{s.worst:.2f}", s.worst_cell]
         for group, found in stats.summaries(rows).items()
         for s in found
     ]

@@ -43,7 +43,7 @@ class Group(NamedTuple):
 class Summary(NamedTuple):
     """Over a group: the geometric mean of a backend's time over ours, and the workload where it is least."""
 
-    rival: str
+    backend: str
     mean: Spread
     worst: float
     worst_cell: str
@@ -61,9 +61,9 @@ def seconds(row: Row, name: str) -> float | None:
     return None if found is None else float(found["median"])
 
 
-def ratio(row: Row, rival: str = baseline.TORCH) -> Spread | None:
+def ratio(row: Row, backend: str = baseline.TORCH) -> Spread | None:
     """A backend's time over ours, by rounds: above 1 this package is faster."""
-    found = row.get(f"{clock(row)}ratio", {}).get(rival)
+    found = row.get(f"{clock(row)}ratio", {}).get(backend)
     return None if found is None else Spread(**found)
 
 
@@ -128,12 +128,12 @@ def summaries(rows: Sequence[Row]) -> dict[Group, list[Summary]]:
     """A group's backends, each over the workloads that it was timed in."""
     found: dict[Group, list[Summary]] = {}
     for group, some in groups(rows).items():
-        for rival in backends(some):
-            against = [(spread, row) for row in some if (spread := ratio(row, rival)) is not None]
+        for backend in backends(some):
+            against = [(spread, row) for row in some if (spread := ratio(row, backend)) is not None]
             if against:
                 least, where = min(against, key=lambda pair: pair[0].median)
                 summary = Summary(
-                    rival, mean([spread for spread, _ in against]), least.median, label(where), len(against)
+                    backend, mean([spread for spread, _ in against]), least.median, label(where), len(against)
                 )
                 found.setdefault(group, []).append(summary)
     return found

@@ -58,7 +58,7 @@ def summaries(rows: Sequence[stats.Row]) -> dict[str, list[list[str]]]:
     for group, summed in stats.summaries(rows).items():
         for s in summed:
             figure = [str(s.mean), f"{s.worst:.2f}", s.worst_cell, str(s.cells)]
-            found.setdefault(group.where, []).append([group.dtype, group.product, s.rival, *figure])
+            found.setdefault(group.where, []).append([group.dtype, group.product, s.backend, *figure])
     return found
 
 

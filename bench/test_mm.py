@@ -37,17 +37,17 @@ def checked(name: str, workload: Workload) -> None:
             check(got, *whole.of(which), f"{name}, {workload.name}, {which}")
 
 
-@pytest.mark.parametrize("rival", baseline.IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", baseline.IMPLEMENTATIONS)
 @pytest.mark.parametrize("product", PASSES)
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
-def test_mm(benchmark: Any, shape: tuple[int, int, int], dtype: str, product: str, rival: str) -> None:
+def test_mm(benchmark: Any, shape: tuple[int, int, int], dtype: str, product: str, backend: str) -> None:
     workload = Workload(product, dtype, "NN", *shape, threads=torch.get_num_threads())
     cpu = Cpu()
     with strict():
-        checked(rival, workload)
-        library = backends.BY_NAME[rival].library()
+        checked(backend, workload)
+        library = backends.BY_NAME[backend].library()
         count = inputs.copies_past(cpu.cache_bytes(), workload.held, cpu.free_bytes())
         calls = [call_of(library, workload, each) for each in inputs.copies(drawn(workload, "normal"), count)]
         benchmark.group = f"{product}-{dtype}-{'x'.join(map(str, shape))}"
-        benchmark.extra_info |= {"rival": rival, "flops": workload.flops, "copies": count}
+        benchmark.extra_info |= {"backend": backend, "flops": workload.flops, "copies": count}
         benchmark(inputs.alternating(calls))

@@ -12,6 +12,7 @@ times the seconds asked for, three are enough.
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter, process_time
@@ -25,13 +26,11 @@ __all__ = [
 ]  # fmt: skip
 
 BATCH = 1e-3  # seconds: a thousand times what reading the clock costs
-ROUNDS = (5, 199)
 AT_REST = 0.97  # of a core: with less, others ran there too, and the times are theirs as well
-FEWEST, ENOUGH, MOST = 3, ROUNDS[0], ROUNDS[1]
+FEWEST, ENOUGH, MOST = 3, 5, 199  # rounds
 PATIENCE = 6
 SLOW = 0.5  # seconds: a call that needs no second one to be warm
 PROTOCOL = "interleaved rounds of ≥ 1 ms in turning order; medians and quartiles of a call"
-
 
 Batch = Callable[[], float]
 
@@ -61,7 +60,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def interleaved(
-    rivals: Mapping[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     seconds: float = 0.25,
     wait: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
@@ -73,16 +72,9 @@ def interleaved(
     >>> quartiles(times["nothing"]).median < quartiles(times["something"]).median
     True
     """
-    calls = {name: calls_in_batch(call, wait) for name, call in rivals.items()}
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    order, end = list(rivals), perf_counter() + seconds
-    for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and perf_counter() >= end:
-            break
-        for name in order:
-            times[name].append(batch(rivals[name], calls[name], wait))
-        order.append(order.pop(0))
-    return times
+    lengths = {name: calls_in_batch(call, wait) for name, call in functions.items()}
+    batches = {name: functools.partial(batch, call, lengths[name], wait) for name, call in functions.items()}
+    return rounds(batches, lambda done, spent: done >= ENOUGH and spent >= seconds)
 
 
 def share_of_core() -> Callable[[], float]:
@@ -172,11 +164,18 @@ def time_interleaved(batches: Mapping[str, Batch], seconds: float) -> dict[str, 
     >>> time_interleaved({"a": lambda: 1.0, "b": lambda: 2.0}, seconds=0.0)
     {'a': [1.0, 1.0, 1.0], 'b': [2.0, 2.0, 2.0]}
     """
+    return rounds(
+        batches,
+        lambda done, spent: (done >= ENOUGH and spent >= seconds) or (done >= FEWEST and spent >= PATIENCE * seconds),
+    )
+
+
+def rounds(batches: Mapping[str, Batch], is_enough: Callable[[int, float], bool]) -> dict[str, list[float]]:
+    """Rounds until ``is_enough(rounds done, seconds spent)``, MOST at most."""
     times: dict[str, list[float]] = {name: [] for name in batches}
     order, start = list(batches), perf_counter()
     for done in range(MOST):
-        spent = perf_counter() - start
-        if (done >= ENOUGH and spent >= seconds) or (done >= FEWEST and spent >= PATIENCE * seconds):
+        if is_enough(done, perf_counter() - start):
             break
         for name in order:
             times[name].append(batches[name]())

@@ -22,6 +22,7 @@ from .. import cli_common, testing
 from . import gpu_calls, gpu_workloads, process, tune_worker
 from . import gpu_report as reporting
 from . import gpu_worker as children
+from .options import some_of
 from .shapes import Shape
 from .stages import Clock
 from .tune_results import Table
@@ -39,19 +40,18 @@ SUITES = {"core": gpu_workloads.CORE, "layers": gpu_workloads.LAYERS, "all": gpu
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
-    option("--dtype", type=dtypes, default=("bf16",), metavar="X,X", help=f"of {','.join(NUMBERS)}; default: bf16")
+    option(
+        "--dtype",
+        type=some_of(tuple(NUMBERS)),
+        default=("bf16",),
+        metavar="X,X",
+        help=f"of {','.join(NUMBERS)}; default: bf16",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--shapes", type=shape, nargs="+", metavar="M,N,K", help="each in forward, dgrad and wgrad")
     which.add_argument("--suite", choices=sorted(SUITES), help="default: core")
     option("--minutes", type=reporting.minutes, default=MINUTES, help=f"at most; default: {MINUTES:.0f}")
     option("--out", type=Path, metavar="FILE", help="the table; default: the one that is read at each call")
-
-
-def dtypes(text: str) -> tuple[str, ...]:
-    wanted = text.split(",")
-    if set(wanted) <= set(NUMBERS):
-        return tuple(name for name in NUMBERS if name in wanted)
-    raise argparse.ArgumentTypeError(f"some of {','.join(NUMBERS)}, got {text}")
 
 
 def shape(text: str) -> Shape:

@@ -55,7 +55,7 @@ def test_suite_compares_with_a_saved_run_and_draws_histograms(folder: Path) -> N
 def test_suite_times_both_rivals_in_every_group(saved: dict[str, Any]) -> None:
     groups: dict[str, set[str]] = {}
     for row in saved["benchmarks"]:
-        groups.setdefault(row["group"], set()).add(row["extra_info"]["rival"])
+        groups.setdefault(row["group"], set()).add(row["extra_info"]["backend"])
     products = itertools.product(("forward", "dgrad", "wgrad", "step"), ("f32", "f64"))
     assert groups == {f"{product}-{dtype}-17x17x17": {"torch", "matmul_grad"} for product, dtype in products}
 

@@ -342,7 +342,7 @@ def test_summary_is_what_the_rows_say(row: Any) -> None:
     assert (forward.mean.median, forward.worst, forward.worst_cell) == (2.0, 0.5, "NN 128×128×128")
     assert stats.share_of_peak(rows[0]) == pytest.approx(0.5)
     assert stats.rate(rows[0], "torch") == pytest.approx(0.5)
-    assert baseline.OURS not in {s.rival for some in found.values() for s in some}
+    assert baseline.OURS not in {s.backend for some in found.values() for s in some}
 
 
 def test_twins_are_those_whose_long_sums_agree_everywhere(row: Any) -> None:
