@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PINS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 # The interpreter of triton 3.6, which torch 2.11 brings, fails on numpy 2.4.
-NUMPY := $(if $(filter 2.11.%,$(TORCH)),<2.4,>=2)
+NUMPY := $(if $(filter 2.11.%,$(TORCH)),numpy<2.4)
 REPORT := $(VENV)/report.xml
 TYPED := .mypy_cache/installed
 
@@ -34,8 +34,8 @@ help:
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifneq ($(TORCH),)
-	grep -vE '^(torch|torchvision|triton|numpy|setuptools|cuda-[a-z]+|nvidia-[a-z]+)==' constraints.txt >$(PINS)
-	printf '%s\n' 'torch==$(TORCH)' 'setuptools>=77' 'numpy$(NUMPY)' >>$(PINS)
+	grep -vE '^(torch|torchvision|triton|setuptools$(NUMPY:numpy%=|numpy)|cuda-[a-z]+|nvidia-[a-z]+)==' constraints.txt >$(PINS)
+	printf '%s\n' 'torch==$(TORCH)' 'setuptools>=77' $(NUMPY:%='%') >>$(PINS)
 endif
 	$(BIN)/python -m pip install -c $(PINS) setuptools torch
 	$(BIN)/python -m pip install -c $(PINS) --no-build-isolation -e '.[dev]'
