@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import autocast, fallback, vmap
+from .ops import eager
 from .out_variants import run_with_out
 from .scalars import real_scales
 
@@ -17,7 +18,7 @@ _mm = torch.ops.matmul_grad.mm.default
 _bmm = torch.ops.matmul_grad.bmm.default
 _addmm = torch.ops.matmul_grad.addmm.default
 _baddbmm = torch.ops.matmul_grad.baddbmm.default
-_eager_mm, _eager_bmm, _eager_addmm, _eager_baddbmm = map(fallback.eager, (_mm, _bmm, _addmm, _baddbmm))
+_eager_mm, _eager_bmm, _eager_addmm, _eager_baddbmm = map(eager, (_mm, _bmm, _addmm, _baddbmm))
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
 _scaled_mm = torch.ops.matmul_grad.scaled_mm.default
 

@@ -124,7 +124,7 @@ def enable() -> None:
     dtypes      float16, bfloat16, float32, float64 on CPU and CUDA; the rest stays torch's
     aliasing    as torch's; an ``out`` that overlaps an operand is right on CPU, where torch's may not be
     rounding    accumulated in float32 (float64 for float64); 16-bit results are rounded once, after the addition
-    errors      PyTorch's, raised by torch's kernels
+    errors      torch's, raised by its kernels
     determinism on CPU the same bits for any m, n, batch, strides and number of threads
     source      docs/design.md, "The switch"
 

@@ -1,7 +1,7 @@
 """The switch on CUDA: aten's own products, by kernels in Python that launch those of this package.
 
-As on CPU only the kernels under one key change. torch's are kept, and called with what they were called with
-where these do not take it: so its results, its errors and their words are torch's.
+As on CPU only the kernels under one key change. Unsupported calls fall back to the kernels that PyTorch has there, with
+the arguments as they came: the same results, the same errors.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ _record_addition: Callable[..., Tensor] = Addmm.apply  # type: ignore[attr-defin
 def with_graph(record: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """The product, recorded for backward and forward mode.
 
-    This runs inside the dispatcher, at autograd's turn of one functorch level, where torch's formulas run
+    This runs inside the dispatcher, under the Autograd key of one functorch level, where torch's formulas run
     too. ``_Node`` records at this level.
     """
     if not torch._C._are_functorch_transforms_active():
@@ -233,7 +233,7 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
             strict_mode.note_fallback(self, mat2)
             return torch_impl(self, mat2)
         if not self.dim() == mat2.dim() == rank:
-            return torch_impl(self, mat2)  # which says so
+            return torch_impl(self, mat2)  # which raises
         if self.device.type == "cpu":
             native_status()
         elif self.is_cuda:

@@ -43,7 +43,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     check.add_argument("--no-time", dest="time", action="store_false", help="leave out the times")
     check.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     check.add_argument("--seed", type=seed, default=0, metavar="N", help="of all random values; default: 0")
-    check.add_argument("--threads", type=thread_count, metavar="N", help="default: torch's number, and 1 for the times")
+    check.add_argument(
+        "--threads", type=thread_count, metavar="N", help="default: torch.get_num_threads(), and 1 for the times"
+    )
     commands.add_parser("info", help="say what products run on here")
     commands.add_parser("warmup", help="compile every CPU kernel now")
     commands.add_parser("bench", help="time this package beside torch and others; report and compare runs")

@@ -11,7 +11,6 @@ tensors, the default device, the modes of torch.export.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,14 +44,6 @@ def is_needed(first: Any, second: Any, third: Any = ...) -> bool:
             strict_mode.note_fallback(first, second)
         return False
     return _is_overridden(first, second) if third is ... else _is_overridden(first, second, third)
-
-
-def eager(operator: Any) -> Callable[..., Any]:
-    """An operator for eager code that has passed the gate: what ``OpOverload.__call__`` calls, without that Python.
-
-    Compilers know the OpOverload alone.
-    """
-    return getattr(operator, "_op", operator)
 
 
 def is_needed_to_compose(*operands: Any) -> bool:

@@ -17,8 +17,8 @@ def count_flops(packet: Any, formula: Callable[..., int]) -> None:
     def shapes_only(*shapes: Any, **_: Any) -> int:
         return formula(*shapes)
 
-    def note_fallback(counter: ModuleType) -> None:
+    def register(counter: ModuleType) -> None:
         if packet not in counter.flop_registry:
             counter.register_flop_formula(packet)(shapes_only)
 
-    on_import(COUNTER, note_fallback)
+    on_import(COUNTER, register)

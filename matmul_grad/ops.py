@@ -7,7 +7,7 @@
     Autograd                     Python, in autograd.py: every other device    import
     CompositeExplicitAutograd    Python, here: every other device              import
     CompositeImplicitAutograd    mm_backward in Python: two products           import
-    FuncTorchBatched             Python, in vmap.py: the rules of vmap     import
+    FuncTorchBatched             Python, in vmap.py: the rules of vmap         import
 
 The compiled kernels are more specific than those in Python, so nothing is overridden. Where torch's C ABI is not
 to be had the Python kernels stay and call the same drivers.
@@ -31,6 +31,7 @@ from .kernels.native import pending
 from .kernels.native.op_table import OWN
 from .kernels.native.storage import require as require_storage
 from .kernels.native.torch_layout import const_data_ptr as const_data_ptr
+from .kernels.native.torch_layout import eager as eager
 
 NAMESPACE = "matmul_grad"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -113,7 +114,7 @@ def can_be_added(input: Tensor, self: Tensor, mat2: Tensor) -> bool:
 
 
 def has_work(self: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1) -> bool:
-    """Whether there is anything to multiply, and the scales are numbers that torch takes; else torch's says."""
+    """Whether there is anything to multiply, and the scales are numbers that torch takes; else its kernel is called."""
     sizes = self.numel() and mat2.numel() and alpha
     return bool(sizes) and (self.dtype == torch.float64 or not any(LARGEST < abs(x) < inf for x in (beta, alpha)))
 

@@ -262,6 +262,7 @@ def test_a_recipe_that_is_wrong_is_never_followed_again(
 def test_what_python_has_launched_is_written_down(driver: Driver, mm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = operands()
     runner = SimpleNamespace(recipe=whole)
+    # type: ignore: the runner has nothing but its recipe
     monkeypatch.setattr(launch, "plan_of", lambda *_: launch.Plan((runner,), (5, 3), 0, DOUBLE))  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.ops.matmul_grad, "mm", SimpleNamespace(default=mm))

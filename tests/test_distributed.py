@@ -139,8 +139,10 @@ def placements_case(name: str) -> Callable[[DeviceMesh], None]:
             parts = [arranged(x, mesh, p) for x, p in zip(values, placing, strict=True)]
             try:
                 expected = results_of(theirs, parts)
-            except RuntimeError:  # torch 2.11 flattens no dimensions of which the second is sharded
-                continue
+            except RuntimeError as error:
+                if "Attempted to flatten multiple dimensions" not in str(error):
+                    raise
+                continue  # torch 2.11 refuses this placement
             found = results_of(getattr(matmul_grad, name), parts)
             assert found == expected, f"{name} {placing}: {found}, torch {expected}"
 
@@ -353,7 +355,7 @@ def test_strategies_are_shared_or_rules_registered(monkeypatch: pytest.MonkeyPat
     assert not sharding.share_strategy(empty, "ours", "aten")
     registered: list[str] = []
     monkeypatch.setattr(sharding, "register_rules", lambda name, equation: registered.append(name))
-    sharding.register_with(types.SimpleNamespace(DTensor=types.SimpleNamespace()))  # type: ignore[arg-type]
+    sharding.register_with(types.SimpleNamespace(DTensor=types.SimpleNamespace()))  # type: ignore[arg-type]  # in a module's place
     assert registered == list(sharding.EQUATIONS)
 
 

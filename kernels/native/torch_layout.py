@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -86,6 +86,11 @@ def const_data_ptr(tensor: torch.Tensor) -> int:
         return tensor.const_data_ptr()
     start: int = torch._C._data_address(tensor)  # type: ignore[attr-defined]  # torch's stubs leave it out
     return start + int(tensor.storage_offset()) * tensor.element_size()
+
+
+def eager(operator: Any) -> Callable[..., Any]:
+    """What ``OpOverload.__call__`` calls, without the Python in between. Compilers know the OpOverload alone."""
+    return getattr(operator, "_op", operator)
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def raises(error: Exception) -> Task:
 
 
 def test_a_line_before_and_a_line_after(gpu: Any) -> None:
-    tasks = [Task(name, lambda gpu, name=name: {"got": name}) for name in "abc"]  # type: ignore[misc]
+    tasks = [Task(name, lambda gpu, name=name: {"got": name}) for name in "abc"]  # type: ignore[misc]  # mypy does not infer a lambda with a default
     status, said = serve(tasks, gpu, start=1)
     assert status == 0
     assert said == [
