@@ -21,7 +21,7 @@ from . import baseline
 from .workloads import Workload
 
 PEAK = "peak"  # stands among the backends, and is none: the most that this machine can multiply
-TORCH_PROCESS = "torch"  # the process of all that runs on torch's own pool of threads
+TORCH_PROCESS = "torch"  # the process of all that runs on torch's pool of threads
 CUBES_COMPILED = (1024, 4096)  # torch.compile takes half a minute to tune itself to one
 
 Call = Callable[[], Any]

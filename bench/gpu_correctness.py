@@ -1,4 +1,4 @@
-"""Is a product right: its worst error against float64, held against torch's own on the same operands."""
+"""Is a product right: its worst error against float64, held against torch's on the same operands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Verdict(NamedTuple):
 
     what: str
     error: float
-    torchs: float
+    torch_error: float
     limit: float
 
     @property
@@ -33,16 +33,16 @@ class Verdict(NamedTuple):
         return self.error <= self.limit
 
     def __str__(self) -> str:
-        return f"{self.what}: error {self.error:.3g}, torch's {self.torchs:.3g}, limit {self.limit:.3g}"
+        return f"{self.what}: error {self.error:.3g}, torch's {self.torch_error:.3g}, limit {self.limit:.3g}"
 
     def as_row(self) -> dict[str, float | str]:
         """As JSON can hold it, which knows no NaN."""
-        values = {"ours": self.error, "torch": self.torchs, "limit": self.limit}
+        values = {"ours": self.error, "torch": self.torch_error, "limit": self.limit}
         return {name: rounded(value) if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
 def judge(what: str, result: Tensor, theirs: Tensor, x: Tensor, y: Tensor, precision: str = "ieee") -> Verdict:
-    """Error at most 2 × (torch's own + one rounding) + 8 roundings, in the dtype of the sums, of ‖row‖·‖column‖.
+    """Error at most 2 × (torch's + one rounding) + 8 roundings, in the dtype of the sums, of ‖row‖·‖column‖.
 
     The first part is the budget of this package's tests. The second allows a long sum in one chain where torch
     adds several; it is nothing beside the rounding of a 16-bit result. TF32 operands keep 11 bits: each of k terms is
@@ -56,13 +56,13 @@ def judge(what: str, result: Tensor, theirs: Tensor, x: Tensor, y: Tensor, preci
     wide = torch.float64 if m * n * k <= IN_FLOAT64 else torch.float32
     truth = x.to(wide) @ y.to(wide)
     error = float((result.to(wide) - truth).abs().max())
-    torchs = float((theirs.to(wide) - truth).abs().max())
+    torch_error = float((theirs.to(wide) - truth).abs().max())
     rounding = torch.finfo(result.dtype).eps / 2 * float(truth.abs().max())
     norms = float(x.float().norm(dim=-1).max() * y.float().norm(dim=-2).max())
     sums = torch.float64 if result.dtype == torch.float64 else torch.float32
     chain = baseline.ROUNDINGS * torch.finfo(sums).eps / 2 * norms
     operands = baseline.ROUNDINGS * 2.0**-11 * norms / k**0.5 if precision == "tf32" else 0.0
-    return Verdict(what, error, torchs, 2 * (torchs + rounding) + chain + operands)
+    return Verdict(what, error, torch_error, 2 * (torch_error + rounding) + chain + operands)
 
 
 def verdicts(mm: Mm, workload: GpuWorkload, operands: baseline.Operands) -> list[Verdict]:

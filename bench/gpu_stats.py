@@ -12,7 +12,7 @@ from .gpu_session import Row
 
 DEVICE, CALL = "device", "call"
 MET, SHORT, OPEN = "met", "not met", "not measured"
-WORKSPACE = 32 << 20  # bytes beside torch's own that a step may take
+WORKSPACE = 32 << 20  # bytes beside torch's that a step may take
 HOST_SECONDS = 5e-6  # of a call, at most
 SMALL = 1024
 

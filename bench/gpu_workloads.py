@@ -43,7 +43,7 @@ class GpuWorkload:
     """One comparison with torch on the same operands.
 
     part: "products", "bmm", "invariant" (in the batch-invariant mode), or the name of another package that
-    takes torch's place. precision: of float32: "ieee", "tf32" or "tf32x3"; torch's own is "ieee" always.
+    takes torch's place. precision: of float32: "ieee", "tf32" or "tf32x3"; torch's is "ieee" always.
     """
 
     part: str
@@ -103,7 +103,7 @@ def products(shapes: Sequence[Shape], dtypes: Sequence[str]) -> Iterator[GpuWork
 
 
 def float32(shapes: Sequence[Shape]) -> Iterator[GpuWorkload]:
-    """A step follows torch's own setting, which has no name for 3×TF32 and would be torch's TF32 too."""
+    """A step follows torch's setting, which has no name for 3×TF32 and would be torch's TF32 too."""
     for shape, precision in itertools.product(shapes, ("ieee", "tf32", "tf32x3")):
         for product in PRODUCTS if precision == "ieee" else testing.PRODUCTS:
             yield GpuWorkload("products", product, "f32", *shape, precision=precision)

@@ -1,6 +1,6 @@
 """One child of `cpu-ratio`: torch, this package and the peak of the CPU interleaved, with one number of threads.
 
-All three run on torch's own pool of threads, so they may share a process.
+All three run on torch's pool of threads, so they may share a process.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Peak(NamedTuple):
 
 
 def peak_flops(dtype: str, device: Device) -> Peak | None:
-    """What the units that multiply give: on CPU on registers alone; on a GPU torch's own largest product of ``dtype``.
+    """What the units that multiply give: on CPU on registers alone; on a GPU torch's largest product of ``dtype``.
 
     None where there is no such loop (float16 on CPU, which is multiplied as float32).
     """
@@ -106,7 +106,7 @@ def loop(dtype: str) -> Peak | None:
 
 @functools.cache
 def _run_on_threads() -> Callable[..., int] | None:
-    """torch's own pool, which the products run on too: a second pool would fight it for the cores."""
+    """torch's pool, which the products run on too: a second pool would fight it for the cores."""
     function = getattr(ctypes.CDLL(torch._C.__file__), "torch_parallel_for", None)
     if function is not None:
         function.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2

@@ -76,7 +76,7 @@ def batched(dtype: str) -> Case:
 
 
 def verdicts(what: str, result: Tensor, x: Tensor, y: Tensor, precision: str = "ieee") -> list[gpu_correctness.Verdict]:
-    """Against float64 rounded once: torch's own kernels stay out of the sanitizer's sight."""
+    """Against float64 rounded once: torch's kernels stay out of the sanitizer's sight."""
     x, y = x.cpu(), y.cpu()
     exact = (x.double() @ y.double()).to(x.dtype)
     return [gpu_correctness.judge(what, result.cpu(), exact, x, y, precision)]

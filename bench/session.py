@@ -161,7 +161,7 @@ class BackendSession:
 
 
 def counted() -> dict[str, Any]:
-    """How many products of torch's own the switch has put on these kernels."""
+    """How many products of torch's the switch has put on these kernels."""
     return matmul_grad.info()["accelerated"]
 
 

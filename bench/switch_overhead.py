@@ -17,7 +17,7 @@ import matmul_grad
 from . import timer
 
 KIND = "switch"
-HELP = "torch's own products and training steps with the switch on, over the same with it off"
+HELP = "torch's products and training steps with the switch on, over the same with it off"
 SECONDS = 4.0  # of each comparison
 
 

@@ -13,7 +13,7 @@ from .stats import NONE, Change
 READING = """\
 Every ratio is another's time over this package's, in rounds taken by turns in one run: above 1 this package is faster;
 in brackets what lies between the quartiles of the rounds. A share of the peak is of multiply-adds on registers alone
-(on a GPU of torch's own product at 8192), timed in the same rounds; a share of the bandwidth is of what memory gave to
+(on a GPU of torch's product at 8192), timed in the same rounds; a share of the bandwidth is of what memory gave to
 a copy or a sum, where each operand and each result is counted once. A step is forward and both gradients: through
 autograd in torch and here, compiled in JAX, and three bare products in packages that know no gradient."""
 

@@ -56,7 +56,7 @@ def mm(
     Shapes: a (m, k), b (k, n), result (m, n), or a batch of each; any size may be 0. k = 0 gives zeros.
     Strides: any of a and b, and of out if given; nothing is copied. The result is contiguous.
     Dtypes: a, b and result alike: float16, bfloat16, float32, float64. precision: "ieee", "tf32" or "tf32x3" for
-    float32, by default torch's own setting at this call; other dtypes have no choice and ignore it.
+    float32, by default torch's setting at this call; other dtypes have no choice and ignore it.
     Aliasing: out must overlap neither a nor b, nor itself.
     Rounding: once, at the store, from a sum in float32 (float64 for float64).
     Edges: masked in the kernel or by the copy engine; nothing is padded.

@@ -169,7 +169,7 @@ def test_one_long_chain_is_right_where_torch_adds_many() -> None:
         chain += x[:, i : i + 1] * y[i]
     exact = (x.double() @ y.double()).float()
     verdict = gpu_correctness.judge("chain", chain, exact, x, y)
-    assert verdict.right and verdict.error > 2 * verdict.torchs
+    assert verdict.right and verdict.error > 2 * verdict.torch_error
 
 
 def test_verdict_keeps_what_json_cannot() -> None:

@@ -252,13 +252,13 @@ def torch_writes(case: Case, built: Built) -> bool:
     if case["route"] != "switch":
         return False
     adds = case["entry"] in ADDS
+    resized = tuple(built.described[built.of_out]["shape"]) != tuple(built.out.shape)
     if (
         case["entry"] not in OVERRIDDEN
         or (adds and case["alpha"] == 0)
         or not all(all(x.shape) for x in built.operands)
     ):
-        return overlaps(built)
-    resized = tuple(built.described[built.of_out]["shape"]) != tuple(built.out.shape)
+        return overlaps(built) or (isinstance(case["into"], int) and resized)
     return adds and case["beta"] != 0 and not resized and overlaps(built, only=0)
 
 
