@@ -2,6 +2,7 @@
 
 written where it lies     ``out`` has the shape and shares no memory with the matrices; it may be what is added
 by a temporary            ``out`` is to be resized, or shares memory with an operand: the result is copied
+torch's error             ``out`` and what is added are dense and overlap in part
 product and copy          tracers, modes, subclasses, which do not see what is written past them
 by torch                  the rest
 """
@@ -68,10 +69,13 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
     input = inputs[0] if inputs else None
     if is_resized:
         return copy_to(compute(mat1, mat2, input, **scales), out)
-    if _overlaps_any(out, mat1, mat2) or _overlaps_source(out, inputs):
+    overlaps_source = _overlaps_source(out, inputs)
+    if overlaps_source and _are_dense(out, inputs[0].expand(out.shape)):
+        pass  # torch's error
+    elif overlaps_source or _overlaps_any(out, mat1, mat2):
         require_storage(out)
         return copy_to(compute(mat1, mat2, input, **scales), out)
-    if _is_spread(out):
+    elif _is_spread(out):
         compute(mat1, mat2, input, out=out, **scales)
         return _written(out)
     require_storage(*operands, out)
@@ -130,6 +134,11 @@ def _overlaps_source(out: Tensor, inputs: list[Tensor]) -> bool:
     start, strides = const_data_ptr(out), out.stride()
     others = [x for x in inputs if const_data_ptr(x) != start or x.expand(out.shape).stride() != strides]
     return bool(others) and _overlaps_any(out, *others)
+
+
+def _are_dense(*tensors: Tensor) -> bool:
+    """Whether torch sees that two tensors overlap: it looks at those alone whose elements fill the memory they span."""
+    return all(torch.ops.aten.is_non_overlapping_and_dense(x) for x in tensors)
 
 
 def _is_spread(x: Tensor) -> bool:

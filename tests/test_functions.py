@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from limits import scaled
+from outcomes import outcome
 from torch import Tensor
 
 import matmul_grad
@@ -52,14 +53,6 @@ def operands(name: str, dtype: torch.dtype = torch.float32, draw: Callable[..., 
 def pair_of(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """This package's function and torch's."""
     return getattr(matmul_grad, name), torch.nn.functional.linear if name == "linear" else getattr(torch, name)
-
-
-def outcome(call: Callable[..., Tensor], *arguments: Any, **named: Any) -> Any:
-    """What comes back, or type and message of the error."""
-    try:
-        return call(*arguments, **named)
-    except Exception as error:
-        return type(error), str(error)
 
 
 # --- values -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from limits import scaled
+from outcomes import outcome
 from torch import Tensor
 
 import matmul_grad
@@ -71,11 +72,20 @@ def test_out_between_the_elements_of_an_operand() -> None:
 
 @pytest.mark.parametrize("name", ["addmm", "baddbmm"])
 def test_out_overlaps_what_is_added(name: str) -> None:
+    """torch refuses where both are dense, and elsewhere reads what it has written."""
     operands = square(name)
     expected = getattr(torch, name)(*[x.clone() for x in operands])
+    count = expected.numel()
     base = torch.cat([operands[0].flatten(), torch.zeros(9)])
-    operands[0] = base[: expected.numel()].view_as(expected)
-    for out in (operands[0].mT, base[3 : 3 + expected.numel()].view_as(expected)):
+    operands[0] = base[:count].view_as(expected)
+    for out in (operands[0].mT, base[3 : 3 + count].view_as(expected)):
+        errors = [outcome(getattr(home, name), *operands, out=out) for home in (matmul_grad, torch)]
+        assert errors[0] == errors[1]
+        assert "single memory location" in errors[0][1]
+        assert base[:count].equal(square(name)[0].flatten())
+    sparse = torch.zeros(2 * count + 9)
+    operands[0] = sparse[: 2 * count : 2].view_as(expected)
+    for out in (sparse[1 : 1 + count].view_as(expected), sparse[2 : 2 + 2 * count : 2].view_as(expected)):
         operands[0].copy_(square(name)[0])
         with matmul_grad.strict():
             getattr(matmul_grad, name)(*operands, out=out)

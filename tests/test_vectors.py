@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from outcomes import outcome
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -28,13 +29,6 @@ def operands(name: str, dtype: torch.dtype = DOUBLE, m: int = 5, k: int = 7) -> 
 
 def pair_of(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     return getattr(matmul_grad, name), getattr(torch, name)
-
-
-def outcome(call: Callable[..., Tensor], *arguments: Any, **named: Any) -> Any:
-    try:
-        return call(*arguments, **named)
-    except Exception as error:
-        return type(error), str(error)
 
 
 def assert_same_outcome(actual: Any, expected: Any) -> None:
