@@ -150,10 +150,10 @@ def test_a_wrong_step_is_found() -> None:
 
 def test_steps_are_measured_and_the_table_is_written(in_gemm: None) -> None:
     measure = load("examples/gemm/measure.py")
-    assert list(measure.STEPS) == [path.stem for path in STEPS]
+    assert [step.__name__ for step in measure.STEPS.values()] == [path.stem for path in STEPS]
     text = measure.table([16], seconds=0.01)
     rows = re.findall(r"^\| (.+) \| (\d+\.\d) \|$", text, re.MULTILINE)
-    assert [name for name, _ in rows] == [*measure.STEPS.values(), "`matmul_grad.mm`", "`torch.mm`"]
+    assert [name for name, _ in rows] == [*measure.STEPS, "`matmul_grad.mm`", "`torch.mm`"]
     page = measure.with_table(measure.PAGE.read_text(encoding="utf-8"), text)
     assert f"{measure.BEGIN}\n{text}\n{measure.END}" in page and "Not measured yet" not in page
 

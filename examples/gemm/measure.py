@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import step1_three_loops
+import step2_loop_order
+import step3_rows
+import step4_blocks
+import step5_packing
+import step6_microkernel
 import torch
 
 import matmul_grad
@@ -23,12 +28,12 @@ from matmul_grad.bench import timer
 PAGE = Path(__file__).parents[2] / "docs" / "microkernel.md"
 BEGIN, END = "<!-- steps:begin -->", "<!-- steps:end -->"
 STEPS = {
-    "step1_three_loops": "1 three loops",
-    "step2_loop_order": "2 loop order",
-    "step3_rows": "3 four rows",
-    "step4_blocks": "4 blocks",
-    "step5_packing": "5 packing",
-    "step6_microkernel": "6 microkernel",
+    "1 three loops": step1_three_loops,
+    "2 loop order": step2_loop_order,
+    "3 four rows": step3_rows,
+    "4 blocks": step4_blocks,
+    "5 packing": step5_packing,
+    "6 microkernel": step6_microkernel,
 }
 SIZES = (256, 512, 1024)
 
@@ -39,7 +44,7 @@ def functions() -> dict[str, Callable[[torch.Tensor, torch.Tensor], object]]:
     def of_tensors(gemm: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[..., object]:
         return lambda a, b: gemm(a.numpy(), b.numpy())
 
-    steps = {title: of_tensors(importlib.import_module(name).gemm) for name, title in STEPS.items()}
+    steps = {title: of_tensors(step.gemm) for title, step in STEPS.items()}
     return steps | {"`matmul_grad.mm`": matmul_grad.mm, "`torch.mm`": torch.mm}
 
 
