@@ -62,7 +62,7 @@ lint: $(STAMP)
 	@ln -s "$(CURDIR)"/matmul_grad/*.py "$(CURDIR)"/matmul_grad/py.typed $(TYPED)/matmul_grad
 	@ln -s "$(CURDIR)"/bench $(TYPED)/matmul_grad
 	@ln -s "$(CURDIR)"/matmul_grad/kernels/*.py "$(CURDIR)"/kernels/?pu "$(CURDIR)"/kernels/native $(TYPED)/matmul_grad/kernels
-	@ln -s "$(CURDIR)"/examples/*.py $(TYPED)
+	@ln -s "$(CURDIR)"/examples/*.py "$(CURDIR)"/examples/gemm/*.py "$(CURDIR)"/docs/tools/*.py $(TYPED)
 	cd $(TYPED) && "$(CURDIR)"/$(BIN)/mypy --config-file "$(CURDIR)"/pyproject.toml --cache-dir "$(CURDIR)"/.mypy_cache .
 
 format: $(STAMP)

@@ -75,11 +75,11 @@ def test_a_docstring_as_markdown() -> None:
 
 
 def test_a_formula_as_mathml() -> None:
-    tools = load("docs/tools/site.py")
+    tools = load("docs/tools/mkdocs_hooks.py")
     page = tools.on_page_markdown("Of $x$:\n\n```math\ny = x \\tag{D9}\n```\n")
     assert page.startswith("Of <math") and "$" not in page
     assert '<div class="formula" id="D9"><math' in page and "<span>(D9)</span></div>" in page
 
 
 def test_dollars_of_pages_without_formulas_stay() -> None:
-    assert load("docs/tools/site.py").on_page_markdown("`$A` and `$B`") == "`$A` and `$B`"
+    assert load("docs/tools/mkdocs_hooks.py").on_page_markdown("`$A` and `$B`") == "`$A` and `$B`"

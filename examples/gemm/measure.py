@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def rates(n: int, seconds: float) -> dict[str, float]:
     """Median GFLOP/s of a product of n × n matrices, by name, from interleaved rounds."""
     generator = torch.Generator().manual_seed(n)
     a, b = torch.randn(n, n, generator=generator), torch.randn(n, n, generator=generator)
-    batches = {name: timer.batch_of(lambda gemm=gemm: gemm(a, b)) for name, gemm in functions().items()}
+    batches = {name: timer.batch_of(functools.partial(gemm, a, b)) for name, gemm in functions().items()}
     times = timer.time_interleaved(batches, seconds)
     return {name: 2 * n**3 / timer.quartiles(found).median / 1e9 for name, found in times.items()}
 
