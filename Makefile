@@ -13,7 +13,7 @@ REPORT := $(VENV)/report.xml
 TYPED := .mypy_cache/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test support lint format bench clean
+.PHONY: help demo test support lint format bench docs clean
 
 help:
 	@echo 'make demo     multiply, differentiate, train and time on this machine, checked against torch'
@@ -23,6 +23,7 @@ help:
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff fix and format the sources'
 	@echo 'make bench    benchmarks against torch.mm, saved to BENCH_JSON ($(BENCH_JSON))'
+	@echo 'make docs     the documentation as a site, in build/site'
 	@echo 'make clean    remove the environments and everything generated'
 	@echo
 	@echo "ARGS='...' goes to the command, as in: make test ARGS='-m gpu'"
@@ -61,7 +62,7 @@ lint: $(STAMP)
 	@ln -s "$(CURDIR)"/matmul_grad/*.py "$(CURDIR)"/matmul_grad/py.typed $(TYPED)/matmul_grad
 	@ln -s "$(CURDIR)"/bench $(TYPED)/matmul_grad
 	@ln -s "$(CURDIR)"/matmul_grad/kernels/*.py "$(CURDIR)"/kernels/?pu "$(CURDIR)"/kernels/native $(TYPED)/matmul_grad/kernels
-	@ln -s "$(CURDIR)"/examples/*.py $(TYPED)
+	@ln -s "$(CURDIR)"/examples/*.py "$(CURDIR)"/examples/gemm/*.py "$(CURDIR)"/docs/tools/*.py $(TYPED)
 	cd $(TYPED) && "$(CURDIR)"/$(BIN)/mypy --config-file "$(CURDIR)"/pyproject.toml --cache-dir "$(CURDIR)"/.mypy_cache .
 
 format: $(STAMP)
@@ -71,6 +72,11 @@ format: $(STAMP)
 bench: $(STAMP)
 	@mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/python -m pytest bench --benchmark-json=$(BENCH_JSON) $(ARGS)
+
+# Strict: a link, an anchor or a name that leads nowhere fails.
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo 'open build/site/index.html, or, for its search too: python3 -m http.server -d build/site'
 
 clean:
 	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -79,7 +79,7 @@ def report_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("file", type=Path, metavar="FILE", help="a bench.json")
     option("--out", type=Path, metavar="DIR", help="default: the file's folder")
-    option("--readme", nargs="?", type=Path, const=Path("README.md"), metavar="PAGE", help="rewrite its section")
+    option("--readme", nargs="?", type=Path, const=Path("docs/results.md"), metavar="PAGE", help="rewrite its section")
     option("--busy", action="store_true", help="write figures of a machine that was not at rest into PAGE too")
 
 
@@ -233,7 +233,7 @@ def compare(command: argparse.Namespace) -> int:
 
 
 def report(command: argparse.Namespace) -> int:
-    """The files of a run again, and README.md's section."""
+    """The files of a run again, and the section of docs/results.md."""
     require("matplotlib")
     from . import readme, run_files
 
@@ -258,6 +258,6 @@ DO = {"run": run, "compare": compare, "report": report}
 HELP = {
     "run": "times of this package, torch and others, proven right first; as JSON, CSV, Markdown, HTML and pictures",
     "compare": "two runs, comparison by comparison, and what differs by more than its spread",
-    "report": "the files of a run again; with --readme the section of README.md too",
+    "report": "the files of a run again; with --readme the section of docs/results.md too",
 }
 EPILOG = "`bench compare A.json B.json` and `bench report FILE` are commands of their own."

@@ -15,7 +15,8 @@ import matmul_grad
 from matmul_grad.bench import readme, results
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESULTS = ROOT / "docs" / "results.md"
 MODULES = [
     "matmul_grad",
     *(f"matmul_grad.{path.stem}" for path in sorted((ROOT / "matmul_grad").glob("[!_]*.py"))),
@@ -48,8 +49,8 @@ def test_snippet_runs(page: Path, line: int, source: str) -> None:
     exec(code, {"__name__": "snippet"})
 
 
-def test_readme_has_snippets() -> None:
-    assert len(snippets(ROOT / "README.md")) >= 2
+def test_pages_have_snippets() -> None:
+    assert snippets(ROOT / "README.md") and len(snippets(ROOT / "docs" / "howto" / "use-in-a-model.md")) >= 3
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -90,14 +91,12 @@ def test_a_public_function_without_an_example_is_found(monkeypatch: pytest.Monke
         test_public_functions_have_an_example("matmul_grad")
 
 
-def test_figures_of_readme_come_from_kept_rows() -> None:
+def test_results_come_from_kept_rows() -> None:
     """The section between the markers is what the bench writes from a file of bench/results."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = RESULTS.read_text(encoding="utf-8")
     shown = page.split(readme.BEGIN)[1].split(readme.END)[0].strip()
-    folder = ROOT / "bench" / "results"
-    kept = [*folder.glob("*-readme-*.json"), *folder.glob(f"*/{results.WHOLE}")]
+    kept = (ROOT / "bench" / "results").glob(f"*/{results.WHOLE}")
     written = [
-        readme.block(json.loads(path.read_text(encoding="utf-8")), readme.beside(path.parent, ROOT / "README.md"))
-        for path in kept
+        readme.block(json.loads(path.read_text(encoding="utf-8")), readme.beside(path.parent, RESULTS)) for path in kept
     ]
     assert shown in written

@@ -1,6 +1,7 @@
 """The examples run, and train alike on torch's kernels and on these."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -8,9 +9,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from limits import scaled
+from scripts import load
 from torch import nn
 
 import matmul_grad
@@ -18,6 +21,8 @@ import matmul_grad
 EXAMPLES = Path(__file__).parents[1] / "examples"
 APART = 1e-5  # of losses around 3, in the first steps: some roundings of float32
 LIMIT = scaled(600)
+GEMM = EXAMPLES / "gemm"
+STEPS = sorted(GEMM.glob("step*.py"))
 
 
 @pytest.fixture
@@ -115,3 +120,50 @@ def test_tensor_parallel_gives_what_one_process_does(example: ModuleType, tmp_pa
     model = nn.Sequential(nn.Linear(64, example.HIDDEN), nn.ReLU(), nn.Linear(example.HIDDEN, 10))
     losses = example.fit(model, seed=0, steps=20, device="cpu")
     assert (first, last) == pytest.approx((losses[0], losses[-1]), abs=1e-4), "rounded to four digits"
+
+
+@pytest.fixture
+def in_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of the steps on the path, as Python puts it for a script."""
+    monkeypatch.syspath_prepend(GEMM)
+
+
+def test_there_are_six_steps() -> None:
+    assert [path.name[:5] for path in STEPS] == [f"step{number}" for number in range(1, 7)]
+
+
+@pytest.mark.parametrize("script", STEPS, ids=lambda path: path.stem)
+def test_step_towards_the_microkernel_is_exact(script: Path, in_gemm: None, capsys: pytest.CaptureFixture[str]) -> None:
+    load("examples/gemm/verify.py").verify(load(f"examples/gemm/{script.name}").gemm)
+    assert "products are exact" in capsys.readouterr().out
+
+
+def test_a_wrong_step_is_found() -> None:
+    def gemm(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        c = a @ b
+        c[-1, -1] += 1
+        return c
+
+    with pytest.raises(AssertionError, match="1×1×1"):
+        load("examples/gemm/verify.py").verify(gemm)
+
+
+def test_steps_are_measured_and_the_table_is_written(in_gemm: None) -> None:
+    measure = load("examples/gemm/measure.py")
+    assert [step.__name__ for step in measure.STEPS.values()] == [path.stem for path in STEPS]
+    text = measure.table([16], seconds=0.01)
+    rows = re.findall(r"^\| (.+) \| (\d+\.\d) \|$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == [*measure.STEPS, "`matmul_grad.mm`", "`torch.mm`"]
+    page = measure.with_table(measure.PAGE.read_text(encoding="utf-8"), text)
+    assert f"{measure.BEGIN}\n{text}\n{measure.END}" in page and "Not measured yet" not in page
+
+
+def test_every_cell_of_the_notebook_runs() -> None:
+    notebook = json.loads((EXAMPLES / "derivation.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    namespace: dict[str, object] = {"__name__": "notebook"}
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(cells, 1):
+        assert cell["outputs"] == [], "committed without results"
+        exec(compile("".join(cell["source"]), f"derivation.ipynb, cell {number}", "exec"), namespace)
+    assert len(cells) == 7 and "last" in namespace

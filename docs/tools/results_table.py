@@ -1,0 +1,117 @@
+"""The first numbers of README.md and its short table, from the files of bench/results.
+
+python docs/tools/results_table.py    writes both anew
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+DTYPES = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float16"}
+ISAS = {"avx512": "AVX-512", "avx2": "AVX2"}
+THREADS = (1, 2)
+HEAD = (
+    "dtype", "instruction set", "1 thread: mean", "worst", "2 threads: mean", "worst", "memory of a call", "machine",
+    "date",
+)  # fmt: skip
+MISSING = "–"
+MIB = 1 << 20
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+
+def newest(pattern: str) -> dict[str, Result]:
+    """The newest complete run of each instruction set."""
+    found: dict[str, Result] = {}
+    for path in RESULTS.glob(pattern):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        isa = result["stamp"]["instruction set"].split()[0]
+        if result["whole"] and (isa not in found or when(result) > when(found[isa])):
+            found[isa] = result
+    return found
+
+
+def when(result: Result) -> tuple[str, str]:
+    return result["stamp"]["date"], result["stamp"]["time"]
+
+
+def products(result: Result, dtype: str, threads: int) -> list[Row]:
+    """Products of a run that were timed beside torch."""
+    wanted = ("products", dtype, threads)
+    return [row for row in result["rows"] if (row["part"], row["dtype"], row["threads"]) == wanted]
+
+
+def mean(rows: Sequence[Row]) -> str:
+    """Geometric, of torch's time over the time of this package."""
+    return f"{statistics.geometric_mean(row['ratio'] for row in rows):.2f}" if rows else MISSING
+
+
+def worst(rows: Sequence[Row]) -> str:
+    if not rows:
+        return MISSING
+    row = min(rows, key=lambda row: row["ratio"])
+    return f"{row['ratio']:.2f} at {row['layout']} {row['m']}×{row['n']}×{row['k']}"
+
+
+def memory(result: Result | None, dtype: str) -> str:
+    """The most that a call takes above what was there before, beside the most that torch takes."""
+    rows = [row for row in result["rows"] if row["dtype"] == dtype] if result else []
+    if not rows:
+        return MISSING
+    ours, torch = (max(row["peak bytes"][name] for row in rows) / MIB for name in ("matmul_grad", "torch"))
+    return f"{ours:.1f} MiB (torch {torch:.1f})"
+
+
+def line(dtype: str, isa: str, ratios: Result | None, bench: Result | None) -> list[str]:
+    """One row of the table."""
+    cells = [DTYPES[dtype], ISAS[isa]]
+    for threads in THREADS:
+        rows = products(ratios, dtype, threads) if ratios else []
+        cells += [mean(rows), worst(rows)]
+    stamps = [result["stamp"] for result in (ratios, bench) if result]
+    machines, dates = ({stamp[key]: None for stamp in stamps} for key in ("CPU", "date"))
+    return [*cells, memory(bench, dtype), ", ".join(machines) or "not measured yet", ", ".join(dates) or MISSING]
+
+
+def table() -> str:
+    """Markdown, a row for each dtype and instruction set."""
+    ratios, benches = newest("*-cpu-ratio-*.json"), newest("*/bench.json")
+    rows = [line(dtype, isa, ratios.get(isa), benches.get(isa)) for isa in ISAS for dtype in DTYPES]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (HEAD, ("---",) * len(HEAD), *rows))
+
+
+def headline() -> str:
+    """What one gains, in two numbers."""
+    ratios = newest("*-cpu-ratio-*.json")
+    isa = next(isa for isa in ISAS if isa in ratios)
+    stamp, (one, two) = ratios[isa]["stamp"], (products(ratios[isa], "f32", threads) for threads in THREADS)
+    torch = next(part for part in stamp["versions"].split(", ") if part.startswith("torch "))
+    return (
+        f"On CPU, float32 products run **{mean(one)} times** as fast as `torch.mm` on one thread and\n"
+        f"**{mean(two)} times** as fast on two (geometric means of {len(one)} shapes and layouts, {torch},\n"
+        f"{stamp['CPU']} with {ISAS[isa]}, {stamp['date']})."
+    )
+
+
+def between(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` between the markers of ``name``."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+def written(page: str) -> str:
+    """``page`` with both parts as the committed results have them."""
+    return between(between(page, "headline", headline()), "results", table())
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,57 @@
+"""Numbers and diagrams of the documents are generated: what is committed is what their scripts write."""
+
+import json
+from types import ModuleType
+
+import pytest
+from scripts import ROOT, load
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def results_table() -> ModuleType:
+    return load("docs/tools/results_table.py")
+
+
+def test_readme_shows_the_committed_results(results_table: ModuleType) -> None:
+    assert results_table.written(README) == README
+
+
+def test_readme_has_a_row_for_each_dtype_and_instruction_set(results_table: ModuleType) -> None:
+    lines = results_table.table().splitlines()
+    assert len(lines) == 2 + 8
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+    assert "| bfloat16 | AVX2 |" in results_table.table()
+
+
+def run_of(date: str, ratio: float, whole: bool = True) -> dict:
+    stamp = {"date": date, "time": "12:00:00", "CPU": "Some CPU, 2 cores", "instruction set": "avx2 of avx2, generic"}
+    row = {"part": "products", "dtype": "f32", "layout": "NT", "m": 1, "n": 2, "k": 3, "threads": 1, "ratio": ratio}
+    return {"stamp": stamp, "whole": whole, "rows": [row, row | {"ratio": 4 * ratio, "m": 7}]}
+
+
+def test_the_newest_whole_run_is_shown(results_table: ModuleType, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_table, "RESULTS", tmp_path)
+    runs = [run_of("2026-01-02", 0.5), run_of("2026-01-03", 0.75), run_of("2026-01-04", 9.0, whole=False)]
+    for index, run in enumerate(runs):
+        (tmp_path / f"{index}-cpu-ratio-some.json").write_text(json.dumps(run), encoding="utf-8")
+    lines = results_table.table().splitlines()
+    row = "| float32 | AVX2 | 1.50 | 0.75 at NT 1×2×3 | – | – | – | Some CPU, 2 cores | 2026-01-03 |"
+    assert row in lines
+    assert "| float64 | AVX2 | – | – | – | – | – | Some CPU, 2 cores | 2026-01-03 |" in lines
+    assert "| float32 | AVX-512 | – | – | – | – | – | not measured yet | – |" in lines
+
+
+def test_diagrams_are_what_their_script_draws() -> None:
+    diagrams = load("docs/tools/diagrams.py")
+    drawn = {f"{name}.svg": draw().svg() for name, draw in diagrams.DRAWINGS.items()}
+    kept = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "images").iterdir()}
+    assert drawn == kept
+
+
+def test_every_diagram_is_shown_with_its_description() -> None:
+    diagrams = load("docs/tools/diagrams.py")
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+    for name, draw in diagrams.DRAWINGS.items():
+        assert f"![{draw().title}](images/{name}.svg)" in pages
