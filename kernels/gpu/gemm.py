@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tiles import SCALES, add_to_tile, place, round_to_tf32, scale_from, scale_of, share_of_k
+from .epilogue import SCALES, tile_epilogue
+from .tiles import place, round_to_tf32, scale_of, share_of_k
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
@@ -83,12 +84,9 @@ def gemm(
 
     if SCALED:
         acc *= scale_of(scale_a_ptr, scale_b_ptr)
-    if alpha_low is not None:
-        acc *= scale_from(alpha_low, alpha_high, SUM)
-    if source_ptr is not None:
-        acc = add_to_tile(
-            acc, source_ptr + part * s_batch, s_row, s_col, row0, col0, m, n, beta_low, beta_high, BLOCK_M, BLOCK_N
-        )
+    source = None if source_ptr is None else source_ptr + part * s_batch
+    scales = (alpha_low, alpha_high, beta_low, beta_high)
+    acc = tile_epilogue(acc, source, s_row, s_col, row0, col0, m, n, scales, BLOCK_M, BLOCK_N)
     c_base = c_ptr + part * c_part + row0 * c_row + col0 * c_col
     c_offset = row[:, None] * c_row + col[None, :] * c_col
     tl.store(c_base + c_offset, acc.to(c_ptr.dtype.element_ty), mask=in_rows & in_cols)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from .backward import backward_tma
 from .config import Problem, Target, TileConfig, kernel_name, kind, number, workspace_bytes
+from .epilogue import SCALES
 from .gemm import gemm
 from .reduce import reduce
-from .tiles import SCALES
 from .tma import gemm_tma
 from .vector import matvec
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import SCALES, add, scale_from
+from .epilogue import SCALES, epilogue
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
@@ -27,10 +27,10 @@ def reduce(
     total = tl.load(at, mask=inside, other=0.0)
     for part in tl.static_range(1, SPLIT_K):
         total += tl.load(at + part * tl.cast(size, tl.int64), mask=inside, other=0.0)
-    if alpha_low is not None:
-        total *= scale_from(alpha_low, alpha_high, total.dtype)
+    source = None
     if source_ptr is not None:
-        source = source_ptr + batch * s_batch + index // n * s_row + index % n * s_col
-        total = add(total, tl.load(source, mask=inside, other=0.0), beta_low, beta_high)
+        source_at = source_ptr + batch * s_batch + index // n * s_row + index % n * s_col
+        source = tl.load(source_at, mask=inside, other=0.0)
+    total = epilogue(total, source, (alpha_low, alpha_high, beta_low, beta_high))
     c = c_ptr + batch * c_batch + index // n * c_row + index % n * c_col
     tl.store(c, total.to(c_ptr.dtype.element_ty), mask=inside)

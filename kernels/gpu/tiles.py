@@ -3,11 +3,6 @@
 import triton
 import triton.language as tl
 
-# Arguments of every kernel that stores a result; were they specialised, each alpha and beta would be compiled anew.
-SCALES = ("alpha_low", "alpha_high", "beta_low", "beta_high")
-# Of what is added to a tile, so many columns are loaded at a time: beside the largest tiles, more spill.
-COLUMNS = tl.constexpr(64)
-
 
 @triton.jit
 def round_to_tf32(x):
@@ -101,81 +96,12 @@ def scale_of(scale_a_ptr, scale_b_ptr):
 
 
 @triton.jit
-def scale_from(low, high, SCALE: tl.constexpr):
-    """alpha or beta, from the two halves of a float64's bits: Triton makes a float32 of a float."""
-    bits = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-    return bits.to(tl.float64, bitcast=True).to(SCALE)
-
-
-@triton.jit
-def add(acc, source, beta_low, beta_high):
-    """beta * source to sums that alpha has multiplied, in one rounding."""
-    return tl.fma(source.to(acc.dtype), scale_from(beta_low, beta_high, acc.dtype), acc)
-
-
-@triton.jit
-def load_source(base, s_row, s_col, row, col, in_rows, in_cols):
-    """What is added to a tile; one row, column or number of it where the other stride is None."""
-    if s_row is None and s_col is None:
-        source = tl.load(base)
-    elif s_row is None:
-        source = tl.load(base + col * s_col, mask=in_cols, other=0.0)
-    elif s_col is None:
-        source = tl.load(base + row * s_row, mask=in_rows, other=0.0)
-    else:
-        source = tl.load(base + row * s_row + col * s_col, mask=in_rows & in_cols, other=0.0)
-    return source
-
-
-@triton.jit
-def add_to_tile(
-    acc, base, s_row, s_col, row0, col0, rows, cols, beta_low, beta_high,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """beta * source to a whole tile, COLUMNS at a time."""
-    if BLOCK_N > COLUMNS:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        left = add_to_tile(left, base, s_row, s_col, row0, col0, rows, cols, beta_low, beta_high, BLOCK_M, BLOCK_N // 2)
-        right = add_to_tile(
-            right, base, s_row, s_col, row0, col0 + BLOCK_N // 2, rows, cols, beta_low, beta_high,
-            BLOCK_M, BLOCK_N // 2,
-        )  # fmt: skip
-        acc = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_N))
-    else:
-        row = row0.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-        col = col0.to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
-        source = load_source(base, s_row, s_col, row, col, row < rows, col < cols)
-        acc = add(acc, source, beta_low, beta_high)
-    return acc
-
-
-@triton.jit
 def store_rows(acc, c_ptr, row0, col0, rows, cols, c_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """A tile into C, whose columns are together: masked, and rounded once."""
     row = row0 + tl.arange(0, BLOCK_M)
     col = col0 + tl.arange(0, BLOCK_N)
     at = c_ptr + row[:, None].to(tl.int64) * c_row + col[None, :]
     tl.store(at, acc.to(c_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < cols)[None, :])
-
-
-@triton.jit
-def add_and_store_rows(
-    acc, base, s_row, s_col, c_ptr, c_row, row0, col0, rows, cols, beta_low, beta_high,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """`add_to_tile` and `store_rows`, COLUMNS at a time: what is stored leaves its registers to the next."""
-    if BLOCK_N > COLUMNS:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        add_and_store_rows(
-            left, base, s_row, s_col, c_ptr, c_row, row0, col0, rows, cols, beta_low, beta_high, BLOCK_M, BLOCK_N // 2
-        )
-        add_and_store_rows(
-            right, base, s_row, s_col, c_ptr, c_row, row0, col0 + BLOCK_N // 2, rows, cols, beta_low, beta_high,
-            BLOCK_M, BLOCK_N // 2,
-        )  # fmt: skip
-    else:
-        acc = add_to_tile(acc, base, s_row, s_col, row0, col0, rows, cols, beta_low, beta_high, BLOCK_M, BLOCK_N)
-        store_rows(acc, c_ptr, row0, col0, rows, cols, c_row, BLOCK_M, BLOCK_N)
 
 
 @triton.jit

@@ -3,18 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tiles import (
-    SCALES,
-    add_and_store_rows,
-    add_to_tile,
-    place,
-    scale_from,
-    scale_of,
-    share_of_k,
-    store_block,
-    store_rows,
-    tile_product,
-)
+from .epilogue import SCALES, tile_epilogue, tile_epilogue_and_store
+from .tiles import place, scale_of, share_of_k, store_block, tile_product
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
@@ -60,17 +50,13 @@ def gemm_tma(
         )  # fmt: skip
         if SCALED:
             acc *= scale_of(scale_a_ptr, scale_b_ptr)
-        if alpha_low is not None:
-            acc *= scale_from(alpha_low, alpha_high, tl.float32)
+        source = None if source_ptr is None else source_ptr + batch.to(tl.int64) * s_batch
+        scales = (alpha_low, alpha_high, beta_low, beta_high)
         if STORE_TMA:
-            if source_ptr is not None:
-                base = source_ptr + batch.to(tl.int64) * s_batch
-                acc = add_to_tile(acc, base, s_row, s_col, row0, col0, m, n, beta_low, beta_high, BLOCK_M, BLOCK_N)
+            acc = tile_epilogue(acc, source, s_row, s_col, row0, col0, m, n, scales, BLOCK_M, BLOCK_N)
             store_block(acc, c_desc, batch, row0, col0, BLOCK_M, BLOCK_N, SUBTILES, BATCHED)
-        elif source_ptr is not None:
-            add_and_store_rows(
-                acc, source_ptr + batch.to(tl.int64) * s_batch, s_row, s_col,
-                c_ptr + part.to(tl.int64) * c_part, c_row, row0, col0, m, n, beta_low, beta_high, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
         else:
-            store_rows(acc, c_ptr + part.to(tl.int64) * c_part, row0, col0, m, n, c_row, BLOCK_M, BLOCK_N)
+            tile_epilogue_and_store(
+                acc, source, s_row, s_col, c_ptr + part.to(tl.int64) * c_part, c_row, row0, col0, m, n, scales,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip

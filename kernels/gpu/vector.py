@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .tiles import SCALES, add, scale_from, share_of_k
+from .epilogue import SCALES, epilogue
+from .tiles import share_of_k
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
@@ -44,9 +45,8 @@ def matvec(
         x_base += tl.cast(x_step, tl.int64) * BLOCK_K
     y = y_ptr + part.to(tl.int64) * y_part + (row0 + row) * y_step
     total = tl.sum(acc, axis=1)
-    if alpha_low is not None:
-        total *= scale_from(alpha_low, alpha_high, SUM)
+    source = None
     if source_ptr is not None:
         source = tl.load(source_ptr + (row0 + row) * s_step, mask=in_rows, other=0.0)
-        total = add(total, source, beta_low, beta_high)
+    total = epilogue(total, source, (alpha_low, alpha_high, beta_low, beta_high))
     tl.store(y, total.to(y_ptr.dtype.element_ty), mask=in_rows)

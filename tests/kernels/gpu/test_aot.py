@@ -24,10 +24,10 @@ from matmul_grad.kernels.gpu.config import (
     kind,
     shared_bytes,
 )
+from matmul_grad.kernels.gpu.epilogue import SCALES
 from matmul_grad.kernels.gpu.gemm import gemm
 from matmul_grad.kernels.gpu.plan import Launch, Strides, Sum, backward_launch, launches
 from matmul_grad.kernels.gpu.reduce import reduce
-from matmul_grad.kernels.gpu.tiles import SCALES
 from matmul_grad.kernels.gpu.tma import gemm_tma
 from matmul_grad.kernels.gpu.vector import matvec
 
