@@ -1,4 +1,4 @@
-"""This package and torch on the same operands: what `check` and the bench time, and check before."""
+"""This package and torch on the same operands: what `check` and the bench time."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import api, reference, testing
+from .. import api, testing
 
-__all__ = ["IMPLEMENTATIONS", "OURS", "STEP", "TORCH", "Operands", "assert_correct", "draw", "flops", "work"]
+__all__ = ["IMPLEMENTATIONS", "OURS", "STEP", "TORCH", "Operands", "draw", "flops", "work"]
 
 Mm = Callable[[Tensor, Tensor], Tensor]
 TORCH, OURS = "torch", "matmul_grad"
 STEP = "step"  # forward and both gradients through autograd
-# An error is at most this many roundings of ‖row‖·‖column‖: for independent values of mean zero that holds
-# for any length and order of the sum. Zen 4, n = 8-2048: 2.9 at most here, 2.0 in torch.
-ROUNDINGS = 8
-ROWS = 8  # of a float64 result are judged so: its oracle is slow
 
 # Looked up at each call, so that what is timed is what the package does now.
 IMPLEMENTATIONS: Mapping[str, Mm] = {TORCH: lambda a, b: torch.mm(a, b), OURS: lambda a, b: api.mm(a, b)}
@@ -67,41 +63,6 @@ def work(mm: Mm, product: str, operands: Operands) -> Callable[[], object]:
         return lambda: mm(x, y)
     a, b = (operand.detach().requires_grad_() for operand in operands[:2])
     return lambda: torch.autograd.grad(mm(a, b), (a, b), operands.grad)
-
-
-def assert_correct(mm: Mm, m: int, n: int, k: int, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu") -> None:
-    """Forward, dgrad and wgrad: every bit on integers, the size of the error on normal operands.
-
-    The error is not held against torch's here: at n = 256 torch may sum in several lanes, whose error is
-    half of one chain's, and a check must not hang on that. `check` shows both errors.
-
-    >>> assert_correct(torch.mm, 5, 6, 7, torch.float32)
-    """
-    whole = draw(m, n, k, dtype, seed=seed, device=device, values="integers")
-    normal = draw(m, n, k, dtype, seed=seed, device=device)
-    for product in testing.PRODUCTS:
-        what = f"{product} {testing.SHORT[dtype]} {m}x{n}x{k}"
-        x, y = whole.of(product)
-        testing.assert_same_bits(mm(x, y), reference.forward(x, y).to(dtype), f"{what}, integers")
-        x, y = normal.of(product)
-        assert_small_error(mm(x, y), x, y, what)
-
-
-def assert_small_error(result: Tensor, x: Tensor, y: Tensor, what: str = "") -> None:
-    """The worst error is within ROUNDINGS of ‖row‖·‖column‖; for operands of mean zero that do not repeat.
-
-    >>> operands = draw(5, 6, 7, torch.float32)
-    >>> assert_small_error(torch.mm(operands.a, operands.b), operands.a, operands.b)
-    """
-    if result.numel() == 0:
-        return
-    if result.dtype == torch.float64:
-        rows = torch.linspace(0, len(x) - 1, min(ROWS, len(x)), device=x.device).long()
-        x, result = x[rows], result[rows]
-    result, x, y = result.cpu(), x.cpu(), y.cpu()
-    norms = float(x.double().norm(dim=1).max() * y.double().norm(dim=0).max())
-    error, limit = testing.worst_error(result, x, y), ROUNDINGS * torch.finfo(result.dtype).eps / 2 * norms
-    assert error <= limit, f"{what}: error {error:.3e} > {ROUNDINGS} roundings of ‖row‖·‖column‖, {limit:.3e}"
 
 
 def flops(m: int, n: int, k: int, product: str) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import baseline, gpu_backends
+from . import baseline, correctness, gpu_backends
 from .gpu_calls import Mm
 from .gpu_workloads import GpuWorkload
 from .timer import rounded
@@ -60,8 +60,8 @@ def judge(what: str, result: Tensor, theirs: Tensor, x: Tensor, y: Tensor, preci
     rounding = torch.finfo(result.dtype).eps / 2 * float(truth.abs().max())
     norms = float(x.float().norm(dim=-1).max() * y.float().norm(dim=-2).max())
     sums = torch.float64 if result.dtype == torch.float64 else torch.float32
-    chain = baseline.ROUNDINGS * torch.finfo(sums).eps / 2 * norms
-    operands = baseline.ROUNDINGS * 2.0**-11 * norms / k**0.5 if precision == "tf32" else 0.0
+    chain = correctness.ROUNDINGS * torch.finfo(sums).eps / 2 * norms
+    operands = correctness.ROUNDINGS * 2.0**-11 * norms / k**0.5 if precision == "tf32" else 0.0
     return Verdict(what, error, torch_error, 2 * (torch_error + rounding) + chain + operands)
 
 

@@ -1,6 +1,6 @@
-"""A product is right before it is timed: every bit on integers, and some elements' errors on normal values.
+"""A result of `cpu-ratio` is checked before it is timed: every bit on integers, some errors on normal values.
 
-`baseline.assert_correct` judges all elements of three products in float64, which takes longer than timing a large one.
+`correctness.assert_correct` judges all elements of three products, which takes longer than timing a large one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, testing
-from . import baseline
-
-ROWS, COLUMNS = 8, 64  # of a result on normal values are judged, spread over all of it
+from . import baseline, correctness
 
 # The three layouts of a shape have the same values, and all dtypes the same integers.
 normal = functools.lru_cache(maxsize=2)(testing.normal)
@@ -26,7 +24,7 @@ def assert_product(mm: baseline.Mm, case: testing.Case) -> tuple[Tensor, Tensor]
     expected = whole_product(case.m, case.n, case.k).to(case.dtype)
     testing.assert_same_bits(mm(x, y), expected, f"{case.id}, integers")
     x, y = testing.operands(case, normal)
-    assert_spread(mm(x, y), x, y, case.id)
+    correctness.assert_close(mm(x, y), x, y, case.id)
     return x, y
 
 
@@ -34,13 +32,6 @@ def assert_product(mm: baseline.Mm, case: testing.Case) -> tuple[Tensor, Tensor]
 def whole_product(m: int, n: int, k: int) -> Tensor:
     case = testing.Case("forward", torch.float64, "NN", m, n, k)
     return reference.forward(*testing.operands(case, testing.integers))
-
-
-def assert_spread(result: Tensor, x: Tensor, y: Tensor, what: str) -> None:
-    """The errors of up to ROWS × COLUMNS elements, corners among them."""
-    rows = torch.linspace(0, len(x) - 1, min(ROWS, len(x))).long()
-    columns = torch.linspace(0, y.shape[1] - 1, min(COLUMNS, y.shape[1])).long()
-    baseline.assert_small_error(result[rows][:, columns], x[rows], y[:, columns], what)
 
 
 def assert_step(mm: baseline.Mm, case: testing.Case) -> None:

@@ -8,7 +8,7 @@ import itertools
 import torch
 
 from . import testing
-from .bench import baseline, timer
+from .bench import baseline, correctness, timer
 from .check_products import disagreement
 from .console import Console, table, track
 
@@ -26,7 +26,7 @@ def run(console: Console, device: str, seed: int) -> list[str]:
     kinds = list(itertools.product(DTYPES[device], SIZES[device]))
     for dtype, n in track(console, "timing", kinds, len(kinds)):
         ours, kind = baseline.IMPLEMENTATIONS[baseline.OURS], testing.DTYPES[dtype]
-        right = functools.partial(baseline.assert_correct, ours, n, n, n, kind, seed=seed, device=device)
+        right = functools.partial(correctness.assert_correct, ours, n, n, n, kind, seed=seed, device=device)
         found_here = disagreement(f"timing {dtype} {n}", right)
         found += found_here
         if not found_here:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import matmul_grad
-from matmul_grad.bench import baseline, packing, switch_overhead, timer
+from matmul_grad.bench import baseline, correctness, packing, switch_overhead, timer
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,19 +77,19 @@ def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_bit_counts_before_timing(dtype: torch.dtype) -> None:
-    baseline.assert_correct(torch.mm, 9, 8, 7, dtype)
+    correctness.assert_correct(torch.mm, 9, 8, 7, dtype)
     with pytest.raises(AssertionError, match=r"forward .* elements differ"):
-        baseline.assert_correct(wrong, 9, 8, 7, dtype)
+        correctness.assert_correct(wrong, 9, 8, 7, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_large_errors_count_before_timing(dtype: torch.dtype) -> None:
     x, y = baseline.draw(64, 64, 64, dtype).of("dgrad")
-    baseline.assert_small_error(torch.mm(x, y), x, y)
+    correctness.assert_close(torch.mm(x, y), x, y, "torch")
     narrow = torch.float32 if dtype == torch.float64 else torch.bfloat16
     rounded = torch.mm(x.to(narrow).to(dtype), y)
     with pytest.raises(AssertionError, match="roundings"):
-        baseline.assert_small_error(rounded, x, y)
+        correctness.assert_close(rounded, x, y, "rounded")
 
 
 def test_rivals_time_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
