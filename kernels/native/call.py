@@ -349,14 +349,14 @@ def locate_operands(a, b, source, infos, words, kind):
 def place_to_write(infos, words):
     """OUT, or NEW where that would overwrite an operand; -1 where torch's kernel has to decide.
 
-    That is where elements of the result share a place, or where it holds an addend that lies otherwise.
+    That is where the result holds an addend that lies otherwise, or may hold two of its elements at one place.
     """
     info, item = infos + INFO_OUT, item_size(dtype_of(infos + INFO_A))
-    if not is_spread(info):
-        return -1
     if get(words, INPUT) != 0 and not is_result(words) and overlap(info, infos + INFO_SOURCE, item):
         return -1
-    return NEW if overlap(info, infos + INFO_A, item) or overlap(info, infos + INFO_B, item) else OUT
+    if overlap(info, infos + INFO_A, item) or overlap(info, infos + INFO_B, item):
+        return NEW
+    return OUT if is_spread(info) else -1
 
 
 def compute(a, b, source, out, words, kind, result, has_scales, handle, dtype_at):
