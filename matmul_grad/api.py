@@ -75,7 +75,7 @@ def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, ou
     """
     if out is not None or out_dtype is not None:
         return run_with_out("bmm", (input, mat2), {}, out_dtype, out)
-    if fallback.is_needed(input, mat2) or fallback.is_nested(input, mat2):
+    if fallback.is_needed(input, mat2):
         return torch.bmm(input, mat2)
     return _bmm(input, mat2) if is_dynamo_compiling() else _eager_bmm(input, mat2)
 

@@ -234,6 +234,7 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
         and self.dtype == mat2.dtype
         and self.dtype in DTYPES
         and self.layout == mat2.layout == torch.strided
+        and not (self.is_nested or mat2.is_nested)
     )
 
 
