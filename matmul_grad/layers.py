@@ -93,7 +93,8 @@ def _replace(torch_impl: Forward, converted: Forward) -> Forward:
     """
 
     def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-        if self._matmul_grad is None:  # by attribute, since Dynamo guards that and not what a __dict__ has not
+        # By attribute, since Dynamo guards that and not what a __dict__ has not; ``self`` may be of any class.
+        if getattr(self, "_matmul_grad", None) is None:
             return torch_impl(self, *arguments, **named)
         return converted(self, *arguments, **named)
 

@@ -65,6 +65,8 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
     is_resized = out.shape != (*mat1.shape[:-1], mat2.shape[-1])
     if not has_work(mat1, mat2, **scales):
         require_storage(*operands, *([] if is_resized else [out]))
+        if not is_resized and not _is_spread(out):
+            return None
         return copy_to(getattr(torch, name)(*operands, **non_default(scales)), out)
     input = inputs[0] if inputs else None
     if is_resized:

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -408,3 +409,22 @@ def test_calls_are_counted_by_dtype() -> None:
     assert matmul_grad.nn.calls()["linear"]["bfloat16"] - before == 1
     matmul_grad.restore(layer)(torch.ones(2, 4, dtype=torch.bfloat16))
     assert matmul_grad.nn.calls()["linear"]["bfloat16"] - before == 1
+
+
+def test_the_forward_of_a_converted_class_takes_objects_of_other_classes() -> None:
+    """``nn.Linear.forward(self, x)`` as a borrowed method, and on a stand-in that is no module."""
+
+    class Borrower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(2, 4)), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.Linear.forward(self, x)  # type: ignore[arg-type]
+
+    matmul_grad.convert(nn.Linear(2, 2))
+    x = torch.ones(3, 4)
+    assert Borrower()(x).tolist() == [[4.0, 4.0]] * 3
+    stand_in: Any = SimpleNamespace(weight=torch.ones(2, 4), bias=None)
+    assert nn.Linear.forward(stand_in, x).tolist() == [[4.0, 4.0]] * 3
+    assert torch.compile(Borrower(), backend="eager", fullgraph=True)(x).tolist() == [[4.0, 4.0]] * 3

@@ -71,6 +71,20 @@ def test_out_between_the_elements_of_an_operand(entry: str) -> None:
     assert_same_bits(out, expected)
 
 
+@pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm"])
+def test_out_that_repeats_an_element_where_nothing_is_multiplied(name: str) -> None:
+    operands = square(name)
+    operands[-2:] = [operands[-2][..., :0], operands[-1][..., :0, :]]
+    results = [
+        outcome(getattr(home, name), *operands, out=torch.zeros(()).expand(operands[-1].shape))
+        for home in (matmul_grad, torch)
+    ]
+    if isinstance(results[1], Tensor):
+        assert_same_bits(*results)
+    else:
+        assert results[0] == results[1]
+
+
 def test_out_that_repeats_an_element_of_an_operand() -> None:
     """torch's bmm does not look for it; its mm does."""
     operands = square("mm")
