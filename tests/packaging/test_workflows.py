@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 yaml = pytest.importorskip("yaml")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

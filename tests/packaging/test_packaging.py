@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = "matmul_grad"
 KERNELS = f"{PACKAGE}.kernels"
 TORCH_SIDE = ["ops", "autograd", "out_variants", "api", "functional", "nn"]  # each may import those before it

@@ -27,7 +27,7 @@ def test_one(i, pytestconfig):
 
 def test_first_failure_ends_every_worker(tmp_path: Path) -> None:
     """Each test but the one that fails waits for the order to stop, so that no test may follow it."""
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    shutil.copy(Path(__file__).parents[1] / "conftest.py", tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_some.py").write_text(TESTS)
     options = ["-p", "no:benchmark", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal", "-x"]

@@ -406,7 +406,7 @@ def test_out_under_gradient_is_torchs_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_out_that_shares_memory_with_itself_or_the_input_is_torchs(name: str) -> None:
-    """With a matrix it may: tests/test_out.py."""
+    """With a matrix it may: tests/op/test_out.py."""
     ours, theirs = pair_of(name)
 
     def arguments(kind: str) -> tuple[list[Tensor], Tensor]:

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 WHERE = {"torch": "2.13.0", "triton": "3.7.1", "python": "3.11.7", "system": "Linux x86_64", "isa": "avx2"}
 REPORT = """<testsuites><testsuite name="pytest">
 <testcase classname="tests.test_nn" name="test_a[x.test_y]" />

@@ -18,7 +18,7 @@ from torch import nn
 
 import matmul_grad
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 APART = 1e-5  # of losses around 3, in the first steps: some roundings of float32
 LIMIT = scaled(600)
 GEMM = EXAMPLES / "gemm"

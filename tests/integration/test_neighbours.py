@@ -250,9 +250,9 @@ print(json.dumps([there, [kernels.owner, sorted(set(kernels.layers))] if there e
 def beside(path: Path) -> list[object]:
     """What a process says that starts in the root of the checkout, where `kernels` is also the name of a folder."""
     command = [sys.executable, "-c", BESIDE, __file__]
-    folders = [path, Path(__file__).parent / "helpers"]
+    folders = [path, Path(__file__).parents[1] / "helpers"]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
+        command, cwd=Path(__file__).parents[2], env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))},
         capture_output=True, text=True, timeout=scaled(120),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

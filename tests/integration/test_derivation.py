@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from matmul_grad import reference
 
-PAGE = Path(__file__).parents[1] / "docs" / "derivation.md"
+PAGE = Path(__file__).parents[2] / "docs" / "derivation.md"
 SIZES = [(2, 4, 3), (1, 1, 1), (3, 1, 2), (5, 2, 7), (1, 6, 4)]  # (m, k, n)
 
 example = reference.example()

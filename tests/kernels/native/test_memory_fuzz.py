@@ -21,7 +21,7 @@ from limits import scaled
 
 import matmul_grad
 
-PROGRAM = Path(__file__).parent / "helpers" / "memory_case.py"
+PROGRAM = Path(__file__).parents[2] / "helpers" / "memory_case.py"
 # Shapes of operands, and the shape of the result, by the letters of the sizes.
 SHAPES = {
     "mm": (("mk", "kn"), "mn"),

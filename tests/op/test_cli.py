@@ -14,7 +14,7 @@ from matmul_grad import __version__, api, autograd, check, check_products, check
 from matmul_grad.bench import commands as bench
 
 MAIN = sys.executable, "-m", "matmul_grad"
-REPORT = Path(__file__).parents[1] / "bench" / "results" / "bench-cpu-amd-epyc-avx512" / "bench.json"
+REPORT = Path(__file__).parents[2] / "bench" / "results" / "bench-cpu-amd-epyc-avx512" / "bench.json"
 QUICK = ["check", "--no-train", "--no-time"]
 Mm = Callable[[Tensor, Tensor], Tensor]
 

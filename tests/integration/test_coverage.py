@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import coverage_table
+from .. import coverage_table
 
 PAGE = coverage_table.PAGE.read_text(encoding="utf-8")
 

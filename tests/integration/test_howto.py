@@ -1,6 +1,6 @@
 """The how-to pages, followed: what they name exists, and an addition that does what they say works.
 
-tests/test_docs_names.py resolves all files and names of these pages; here the steps themselves are taken.
+tests/integration/test_docs_names.py resolves all files and names of these pages; here the steps themselves are taken.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 import matmul_grad
 from matmul_grad.bench import readme, results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "docs" / "results.md"
 MODULES = [
