@@ -2,21 +2,17 @@
 
 import itertools
 import mmap
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
+import processes
 import pytest
 import torch
-from dtypes import ACCELERATED
-from limits import scaled
+from dtypes import ACCELERATED, EVERY, FLOATS
 from torch import Tensor
 
 import matmul_grad
 from matmul_grad.kernels.cpu import host
 from matmul_grad.testing import (
-    DTYPES,
     SHAPES,
     STRIDINGS,
     Case,
@@ -28,8 +24,8 @@ from matmul_grad.testing import (
     operands,
 )
 
-FLOATS = [pytest.param(DTYPES[name], id=name) for name in ("f32", "f64")]
-EVERY = [pytest.param(dtype, id=name) for name, dtype in ACCELERATED.items()]
+pytestmark = pytest.mark.usefixtures("strict")
+
 NARROW = tuple(name for name in ("f16", "bf16") if name in ACCELERATED)
 # Beyond the table: more than one block of rows, of columns and of k, and each way to split work between threads.
 LARGER = ((700, 6, 400), (6, 700, 400), (415, 66, 769), (1, 7001, 3), (3, 7000, 2), (200, 200, 385))
@@ -48,13 +44,6 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def strict() -> Iterator[None]:
-    """None of these products may reach torch's kernel."""
-    with matmul_grad.strict():
-        yield
 
 
 def product_of(case: Case) -> tuple[Tensor, Tensor]:
@@ -223,7 +212,5 @@ with matmul_grad.strict():
 @pytest.mark.skipif(host.is_arm(), reason="every Arm CPU converts float16")
 def test_float16_falls_back_without_conversions() -> None:
     """A generic x86-64 has no F16C: the product is torch's, and strict() raises."""
-    command = [sys.executable, "-c", WITHOUT_CONVERSIONS]
-    environment = os.environ | {"MATMUL_GRAD_ISA": "generic"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=scaled(600))
+    done = processes.run(WITHOUT_CONVERSIONS, MATMUL_GRAD_ISA="generic")
     assert done.returncode == 0, done.stderr[-3000:]

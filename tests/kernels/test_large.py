@@ -7,22 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import FLOATS
 from torch import Tensor
 
 import matmul_grad
-from matmul_grad.testing import DTYPES, Case, assert_same_bits, integers, normal, operands
+from matmul_grad.testing import Case, assert_same_bits, integers, normal, operands
 
-FLOATS = [pytest.param(DTYPES[name], id=name) for name in ("f32", "f64")]
+pytestmark = pytest.mark.usefixtures("strict_on_two_threads")
+
 SIZES = (2003, 2501, 2203)
-
-
-@pytest.fixture(autouse=True)
-def strict_on_two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    with matmul_grad.strict():
-        yield
-    torch.set_num_threads(before)
 
 
 def assert_product(c: Tensor, a: Tensor, b: Tensor, what: str) -> None:

@@ -1,13 +1,11 @@
 """Normal data: the worst error is at most twice that of torch and one rounding."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from dtypes import FLOATS
 
 import matmul_grad
 from matmul_grad.testing import (
-    DTYPES,
     LAYOUTS,
     SHORT,
     Case,
@@ -19,14 +17,9 @@ from matmul_grad.testing import (
     worst_error,
 )
 
+pytestmark = pytest.mark.usefixtures("strict")
+
 LONG = [(3, 5, 1000), (8, 8, 1000), (3, 5, 4096), (16, 16, 4096), (1, 1, 20000), (4, 6, 20000), (7, 3, 20000)]
-FLOATS = [pytest.param(DTYPES[name], id=name) for name in ("f32", "f64")]
-
-
-@pytest.fixture(autouse=True)
-def strict() -> Iterator[None]:
-    with matmul_grad.strict():
-        yield
 
 
 def assert_product_within_budget(case: Case) -> None:

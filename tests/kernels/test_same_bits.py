@@ -1,20 +1,19 @@
 """The contract on CPU: an element's bits depend on its row of A, its column of B and k alone."""
 
-from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
 import torch
-from dtypes import ACCELERATED
+from dtypes import EVERY, FLOATS
 from torch import Tensor
 
 import matmul_grad
 from matmul_grad.kernels.cpu import host
 from matmul_grad.kernels.cpu.config import CHAIN, KC, SHORT_CHAIN, k_block
-from matmul_grad.testing import DTYPES, LAYOUTS, assert_same_bits, lay_out, normal
+from matmul_grad.testing import LAYOUTS, assert_same_bits, lay_out, normal
 
-FLOATS = [pytest.param(DTYPES[name], id=name) for name in ("f32", "f64")]
-EVERY = [pytest.param(dtype, id=name) for name, dtype in ACCELERATED.items()]
+pytestmark = pytest.mark.usefixtures("strict_on_two_threads")
+
 # Edge and whole tiles, operands read in place and packed, one block of k and several, more rows than a block of A, a
 # product computed as its transpose, chunks of k.
 SHAPES = (
@@ -29,15 +28,6 @@ SHAPES = (
 )
 THREADS = (1, 2, 3, 5)
 CUTS = (1, 2, 5, 6, 7, 12, 13, 16, 63, 64, 65, 100, 128)
-
-
-@pytest.fixture(autouse=True)
-def strict_and_threads_restored() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    with matmul_grad.strict():
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=SHAPES, ids=lambda shape: "{}x{}x{}".format(*shape))

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -181,7 +182,7 @@ sys.exit(cli.main(sys.argv[1:]))
     result = REPORT.read_text(encoding="utf-8")
     (tmp_path / "a.json").write_text(result, encoding="utf-8")
     for arguments in (["--help"], ["bench", "--help"], ["bench", "compare", "a.json", "a.json"]):
-        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        done = processes.run(code, arguments=tuple(arguments), folder=tmp_path)
         assert (done.returncode, done.stderr) == (0, ""), arguments
 
 
@@ -195,7 +196,7 @@ assert cli.main(["info"]) == 0
 assert [name[0] for name, _ in warmup.steps()] == ["o", "s", "d", "b"]
 assert check_products.dtypes("cpu") == ["f32", "f64", "bf16"]
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = processes.run(code)
     assert done.returncode == 0, done.stderr
     assert "float16 falls back to torch (no instructions that convert it)" in done.stdout
     assert "generic of " in done.stdout

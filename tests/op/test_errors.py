@@ -1,14 +1,11 @@
 """Bad operands: torch.mm's own error, of its type and to the letter, and nothing left behind."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
+import processes
 import pytest
 import torch
-from limits import scaled
 from torch import Tensor
 
 import matmul_grad
@@ -258,7 +255,5 @@ PLACES = [("hook", "grad"), ("mode", "grad"), ("mode", "no-grad"), ("subclass", 
 @pytest.mark.parametrize("place,needs", PLACES)
 def test_an_exception_of_the_users_own_passes_through(place: str, needs: str) -> None:
     """Raised by a hook or a mode below the operator; in a process of its own, since it may end there."""
-    done = subprocess.run(
-        [sys.executable, "-c", MODE, place, needs], capture_output=True, text=True, env=os.environ, timeout=scaled(120)
-    )
+    done = processes.run(MODE, arguments=(place, needs))
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-2000:]}"

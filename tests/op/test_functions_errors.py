@@ -3,14 +3,12 @@
 import contextlib
 import gc
 import itertools
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
+import processes
 import pytest
 import torch
-from limits import scaled
 from outcomes import outcome
 from products import PRODUCTS, assert_exact, operands, pair_of
 from torch import Tensor
@@ -113,6 +111,5 @@ print("done")
 @pytest.mark.parametrize("first", ["addmm", "linear"])
 def test_first_calls_of_a_process_bring_no_warning(first: str) -> None:
     others = [name for name in ("bmm", "addmm", "baddbmm", "matmul", "linear") if name != first]
-    command = [sys.executable, "-W", "error", "-c", FIRST_CALLS, first, *others]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=scaled(240))
+    done = processes.run(FIRST_CALLS, "-W", "error", arguments=(first, *others))
     assert (done.stdout, done.stderr) == ("done\n", "")

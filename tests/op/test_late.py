@@ -1,11 +1,10 @@
 """What waits for a module of torch's: done once, at its import, whoever else asks about that module before."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import processes
 import pytest
 
 from matmul_grad import import_hooks
@@ -36,7 +35,7 @@ def test_waits_for_the_import(module: str) -> None:
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=os.environ)
+    done = processes.run(code, "-W", "error")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

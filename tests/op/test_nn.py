@@ -1,13 +1,11 @@
 """Linear, convert and restore: the same module in all but what computes it, and back."""
 
 import logging
-import subprocess
-import sys
 from typing import Any
 
+import processes
 import pytest
 import torch
-from limits import scaled
 from small_models import NAMES, Mlp, counted, everything, seeded, step, strictly
 from torch import Tensor, nn
 
@@ -163,7 +161,7 @@ def test_a_forward_that_was_wrapped_and_unwrapped_is_converted() -> None:
         "print(matmul_grad.converted(matmul_grad.convert(layer)))\n"
         "layer(torch.ones(1, 2)); print(matmul_grad.nn.calls())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=scaled(120))
+    done = processes.run(code)
     assert done.stdout == "['']\n{'linear': {'float32': 1}}\n", done.stderr
 
 

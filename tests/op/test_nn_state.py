@@ -3,13 +3,11 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 from typing import Any
 
+import processes
 import pytest
 import torch
-from limits import scaled
 from small_models import Mlp, counted, everything, seeded, step, strictly
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -104,7 +102,7 @@ def test_a_pickle_is_read_by_a_fresh_process(tmp_path: Any) -> None:
     torch.save(matmul_grad.convert(nn.Sequential(nn.Linear(2, 3))), path)
     code = f"import torch; model = torch.load({str(path)!r}, weights_only=False); model(torch.ones(1, 2))\n"
     code += "import matmul_grad; print(matmul_grad.converted(model), matmul_grad.nn.calls())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=scaled(120))
+    done = processes.run(code)
     assert done.stdout == "['0'] {'linear': {'float32': 1}}\n", done.stderr
 
 
@@ -135,7 +133,7 @@ def test_import_replaces_nothing_and_an_unmarked_layer_runs_torchs_forward() -> 
         "torch.nn.Linear(2, 3)(torch.ones(1, 2))\n"
         "print(matmul_grad.nn.calls(), torch.nn.Linear.forward.__wrapped__ is before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=scaled(120))
+    done = processes.run(code)
     assert done.stdout == "True\n{} True\n", done.stderr
 
 

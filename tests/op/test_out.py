@@ -1,15 +1,13 @@
 """``out=``: storages that are shared, freed, too small or growing, and operands that are the result."""
 
 import itertools
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import processes
 import pytest
 import torch
-from limits import scaled
 from outcomes import outcome
 from torch import Tensor
 
@@ -177,9 +175,7 @@ print("done")
 @pytest.mark.parametrize("name", [*NAMES, "linear", "mm_backward"])
 def test_storages_that_do_not_hold_their_tensors(name: str, kind: str) -> None:
     """In a process of its own, which would end here."""
-    done = subprocess.run(
-        [sys.executable, "-c", FREED, name, kind], capture_output=True, text=True, timeout=scaled(300)
-    )
+    done = processes.run(FREED, arguments=(name, kind))
     assert done.returncode == 0, f"{done.returncode} after {done.stdout.splitlines()[-1:]}: {done.stderr[-500:]}"
     assert done.stdout.endswith("done\n")
 

@@ -1,6 +1,7 @@
 """What is built and installed, what importing it costs, and which way its imports point."""
 
 import ast
+import functools
 import json
 import os
 import shutil
@@ -131,6 +132,7 @@ for name in [name for name in sys.modules if name.startswith("__editable__")]:
     del sys.modules[name]
 """
 USE = """
+import functools
 import importlib.util, json, sys
 import torch, matmul_grad
 a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
@@ -255,6 +257,7 @@ def imported(module: str, source: str, package: bool) -> Iterator[str]:
             yield name.value
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """Each module of the package with the modules of the package that it names in an import."""
     known = sources()

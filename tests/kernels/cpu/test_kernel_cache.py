@@ -11,6 +11,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -51,10 +52,7 @@ SIGNATURE = types.void(INT64, INT64)
 
 
 def run(code: str, *options: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, *options, "-c", textwrap.dedent(code)],
-        env=os.environ | environment, capture_output=True, text=True, timeout=LIMIT,
-    )  # fmt: skip
+    return processes.run(textwrap.dedent(code), *options, **environment)
 
 
 def assert_runs(code: str, *options: str, **environment: str) -> str:

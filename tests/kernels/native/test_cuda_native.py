@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
-from limits import scaled
 from torch import Tensor
 
 import matmul_grad
@@ -292,8 +289,5 @@ def test_it_is_off_unless_asked_for_and_needs_a_gpu() -> None:
         code = (
             "import torch; torch.cuda.is_available = lambda: False; from matmul_grad import cuda; print(cuda.status())"
         )
-        environment = os.environ | {cuda.VARIABLE: value}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=scaled(600)
-        )
+        done = processes.run(code, **{cuda.VARIABLE: value})
         assert done.returncode == 0 and reason in done.stdout, done.stderr

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import processes
 import pytest
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="signals and forks of POSIX")
@@ -59,10 +60,7 @@ def check_interrupted(call, error):
 
 
 def run(code: str, *options: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, *options, "-c", PRELUDE + textwrap.dedent(code)],
-        env=os.environ | environment, capture_output=True, text=True, timeout=LIMIT,
-    )  # fmt: skip
+    return processes.run(PRELUDE + textwrap.dedent(code), *options, **environment)
 
 
 def assert_runs(code: str, **environment: str) -> str:

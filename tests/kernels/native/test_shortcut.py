@@ -1,14 +1,11 @@
 """From the Autograd key of ``mm`` straight to the kernel: for ordinary tensors alone, and never past anybody's turn."""
 
-import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 
+import processes
 import pytest
 import torch
-from limits import scaled
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -44,13 +41,7 @@ def test_modes_of_the_first_call_do_not_matter(first_call_in: str) -> None:
             register._fill_state()
         assert state.words[state.PLAIN_KEYS] == torch._C._dispatch_keys(torch.empty(1)).raw_repr()
         """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=os.environ,
-        capture_output=True,
-        text=True,
-        timeout=scaled(600),
-    )
+    done = processes.run(textwrap.dedent(code))
     assert done.returncode == 0, done.stderr[-2000:]
 
 

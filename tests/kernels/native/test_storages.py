@@ -1,6 +1,5 @@
 """A storage that does not hold its tensor: freed, as FSDP frees parameters, or shrunk. No entry goes past it."""
 
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -8,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -159,6 +159,5 @@ def test_operands_that_cannot_be_written() -> None:
     """
     with tempfile.NamedTemporaryFile() as file:
         np.arange(131, dtype=np.float32).tofile(file.name)
-        command = [sys.executable, "-c", textwrap.dedent(code), file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = processes.run(textwrap.dedent(code), arguments=(file.name,))
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
