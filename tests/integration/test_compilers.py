@@ -87,7 +87,7 @@ def test_aotinductor_calls_the_operators(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_aotinductor_passes_the_switch_by(tmp_path: Path) -> None:
+def test_aotinductor_ignores_the_override(tmp_path: Path) -> None:
     net = Net(torch).eval()
     compiled = torch._inductor.aoti_load_package(packaged(net, tmp_path / "net.pt2"))
     x = normal(5, 16, torch.float32)
@@ -106,7 +106,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-def test_the_cpp_wrapper_passes_the_switch_by_and_calls_the_operators() -> None:
+def test_cpp_wrapper_ignores_the_override_and_calls_the_operators() -> None:
     x = normal(5, 16, torch.float32)
     with config.patch(cpp_wrapper=True), torch.no_grad():
         of_torch, of_ours = (torch.compile(Net(functions), fullgraph=True) for functions in (torch, matmul_grad))

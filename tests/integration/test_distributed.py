@@ -331,7 +331,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes(name: str, outcomes: list[dict[str, str]]) -> None:
+def test_case_of_two_processes(name: str, outcomes: list[dict[str, str]]) -> None:
     for rank, raised in enumerate(outcomes):
         assert not raised[name], f"process {rank}:\n{raised[name]}"
 

@@ -97,7 +97,7 @@ runpy.run_path({str(EXAMPLES / script)!r} + ".py", run_name="__main__")
 
 
 @pytest.mark.parametrize("example", ["train_digits"], indirect=True)
-def test_says_what_it_cannot_take(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsupported_arguments_are_named(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, said in (
         (["--steps", "0"], "0 is not a positive number"),
         (["--steps", "x"], "x is not a positive number"),

@@ -63,7 +63,7 @@ def test_workspace_does_not_grow_with_the_operands(threads: int) -> None:
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library does not tell what is in use")
-def test_backward_gives_back_what_it_takes() -> None:
+def test_backward_leaks_no_memory() -> None:
     """Handles, lists and optional results cross torch's C ABI by address: one kept in each call would show."""
     grown = assert_computes(
         """

@@ -165,7 +165,7 @@ def test_logits_loss_and_gradients(name: str, dtype: torch.dtype, train: bool) -
 @pytest.mark.parametrize(
     "sampling", [{"do_sample": False}, {"do_sample": False, "num_beams": 2}], ids=["greedy", "beams"]
 )
-def test_generates_what_torch_does(name: str, sampling: dict[str, object]) -> None:
+def test_generates_the_same_tokens_as_torch(name: str, sampling: dict[str, object]) -> None:
     def generated(model: nn.Module) -> list[list[int]]:
         prompt = tokens(2, 5)
         settings = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **sampling}
@@ -205,7 +205,7 @@ def test_each_token_in_bf16_is_a_best_one(name: str, way: str) -> None:
     assert float((best - truth.median(-1).values).min()) > 8 * budget, "most tokens would be seen to be wrong"
 
 
-def test_the_switch_takes_what_convert_does_not_see() -> None:
+def test_override_reaches_what_convert_does_not() -> None:
     """GPT-2's own layers are no nn.Linear: converted, only its head runs on these kernels; switched, all of it."""
     model = matmul_grad.convert(made("gpt2", torch.float32)).eval()
     assert matmul_grad.converted(model) == ["lm_head"]

@@ -103,7 +103,7 @@ print(before, one, tasks())
 
 @linux
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_pool_is_torchs_own(threads: int) -> None:
+def test_kernels_run_on_torchs_thread_pool(threads: int) -> None:
     """As many threads as torch.mm starts, and none beside them, whoever comes first."""
     counts = []
     for first, second in (("torch.mm", "matmul_grad.mm"), ("matmul_grad.mm", "torch.mm")):

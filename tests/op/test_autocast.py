@@ -35,7 +35,7 @@ def both(name: str, *operands: Any, **named: Any) -> list[Any]:
 
 @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_dtypes_are_torchs(name: str, to: torch.dtype) -> None:
+def test_dtypes_match_torch(name: str, to: torch.dtype) -> None:
     """For every choice of dtypes: the same dtype, or the same error."""
     shapes, seen = SHAPES[name], set()
     for dtypes in itertools.product(FLOATS, repeat=len(shapes)):
@@ -66,7 +66,7 @@ def test_gradients_have_the_dtype_of_the_parameter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm"])
-def test_the_operator_follows_it_and_out_does_not(name: str) -> None:
+def test_operator_autocasts_and_out_does_not(name: str) -> None:
     operands = [torch.ones(shape) for shape in SHAPES[name]]
     with torch.autocast("cpu"):
         assert getattr(torch.ops.matmul_grad, name)(*operands).dtype == torch.bfloat16
@@ -77,7 +77,7 @@ def test_the_operator_follows_it_and_out_does_not(name: str) -> None:
     assert getattr(matmul_grad, name)(*operands).dtype == torch.float32
 
 
-def test_the_backward_operator_follows_it() -> None:
+def test_backward_operator_autocasts() -> None:
     grad, a, b = torch.ones(3, 2), torch.ones(3, 4), torch.ones(4, 2)
     with torch.autocast("cpu"):
         assert [x.dtype for x in matmul_grad.mm_backward(grad, a, b)] == [torch.bfloat16] * 2

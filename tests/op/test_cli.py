@@ -35,7 +35,7 @@ def test_check_prints_the_example_and_agrees(capsys: pytest.CaptureFixture[str])
     assert last_line(printed).startswith("all agree, in ")
 
 
-def test_check_says_what_it_runs_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_prints_the_device(capsys: pytest.CaptureFixture[str]) -> None:
     from matmul_grad.kernels.cpu import driver, host
 
     cli.main(QUICK)
@@ -352,7 +352,7 @@ def test_kernel_that_does_not_compile(capsys: pytest.CaptureFixture[str], monkey
     assert capsys.readouterr().err == f"matmul-grad: {expected}\n"
 
 
-def test_bench_says_what_it_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_names_the_missing_package(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["bench"]) == 2
     assert capsys.readouterr().err == "matmul-grad bench: matplotlib is missing: pip install matplotlib\n"

@@ -156,7 +156,7 @@ def test_bad_operands(name: str, grad: bool, mm: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_operand_at_all(name: str) -> None:
+def test_non_tensor_raises_typeerror(name: str) -> None:
     state = dispatch_state()
     actual, expected = outcome(matmul_grad.mm, OTHERS[name]()), outcome(torch.mm, OTHERS[name]())
     if name.endswith(("arguments", "argument")):  # Python counts them itself, in words of its own
@@ -167,7 +167,7 @@ def test_what_is_no_operand_at_all(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_operator_says_of_other_objects_what_torchs_operators_say(name: str) -> None:
+def test_operator_raises_the_error_of_torchs_operators_for_other_objects(name: str) -> None:
     """torch.ops checks arguments against the schema, in words of its own."""
     kind, text = outcome(torch.ops.aten.mm.default, OTHERS[name]())
     state = dispatch_state()
@@ -253,7 +253,7 @@ PLACES = [("hook", "grad"), ("mode", "grad"), ("mode", "no-grad"), ("subclass", 
 
 
 @pytest.mark.parametrize("place,needs", PLACES)
-def test_an_exception_of_the_users_own_passes_through(place: str, needs: str) -> None:
+def test_exception_of_a_user_hook_passes_through(place: str, needs: str) -> None:
     """Raised by a hook or a mode below the operator; in a process of its own, since it may end there."""
     done = processes.run(MODE, arguments=(place, needs))
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-2000:]}"

@@ -54,13 +54,13 @@ CALLS: dict[str, Callable[[bool], Any]] = {
 @pytest.mark.parametrize("error", [KeyError("mine"), MemoryError("no more"), Late("time is up")], ids=repr)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "recorded"])
 @pytest.mark.parametrize("name", CALLS)
-def test_a_modes_exception_arrives_as_it_is(name: str, grad: bool, error: BaseException) -> None:
+def test_exception_of_a_mode_is_not_changed(name: str, grad: bool, error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, Refuse(error):
         CALLS[name](grad)
     assert caught.value is error
 
 
-def test_an_exception_in_backward_arrives_as_it_is() -> None:
+def test_exception_in_backward_is_not_changed() -> None:
     error = Late("in backward")
     x = square(True)
     loss = own.mm(x, x).sum()
@@ -93,7 +93,7 @@ def test_a_hook_that_raises_while_an_operand_is_saved() -> None:
         ("baddbmm", torch.baddbmm, (torch.ones(7), torch.ones(1, 3, 4), torch.ones(1, 4, 2))),
     ],
 )
-def test_a_bare_operator_raises_torchs_error(
+def test_operator_raises_torchs_error(
     ours: str, theirs: Callable[..., Tensor], operands: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Exception) as expected:
@@ -128,7 +128,7 @@ def test_a_failed_step_keeps_nothing() -> None:
     assert seen[0]() is None
 
 
-def test_operands_of_a_failed_call_are_let_go() -> None:
+def test_operands_of_a_failed_call_are_released() -> None:
     operand = torch.ones(2, 3)
     before = sys.getrefcount(operand)
     for _ in range(100):

@@ -62,7 +62,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.filterwarnings("ignore:.*Sparse CSR")
-def test_other_layouts_are_torchs(name: str, layout: str) -> None:
+def test_other_layouts_match_torch(name: str, layout: str) -> None:
     operands, theirs = CALLS[name]
     for place in range(len(operands)):
         if layout == "csr" and operands[place].dim() < 2:
@@ -130,7 +130,7 @@ NUMBERS = [
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda x: f"{type(x).__module__}.{type(x).__name__}-{x}")
 @pytest.mark.parametrize("name", ["addmm", "baddbmm", "addmv"])
-def test_scale_is_taken_here_as_under_the_switch(name: str, number: Any) -> None:
+def test_functions_accept_the_scales_that_the_override_accepts(name: str, number: Any) -> None:
     operands, theirs = CALLS[name]
     for scale in ("beta", "alpha"):
         actual, expected = (

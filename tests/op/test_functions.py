@@ -250,7 +250,7 @@ FURTHER: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("kind", [*KINDS, "float32"])
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_other_dtypes_and_scales_are_torchs(name: str, kind: str) -> None:
+def test_other_dtypes_and_scales_match_torch(name: str, kind: str) -> None:
     ours, theirs = pair_of(name)
     make = KINDS.get(kind, Tensor.float)
     for scales in FURTHER if "add" in name else [{}]:
@@ -266,7 +266,7 @@ def test_other_dtypes_and_scales_are_torchs(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"meta"}))
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_strict_refuses_to_hand_over(name: str, kind: str) -> None:
+def test_strict_refuses_a_fallback(name: str, kind: str) -> None:
     ours, _ = pair_of(name)
     found = [KINDS[kind](x) for x in operands(name, DOUBLE)]
     with matmul_grad.strict(), pytest.raises(RuntimeError, match=r"matmul_grad\.strict\(\)"):
@@ -283,7 +283,7 @@ def test_strict_refuses_other_scales(scales: dict[str, Any]) -> None:
         matmul_grad.addmm(*operands("addmm"), **scales)
 
 
-def test_the_switch_has_no_part_in_it() -> None:
+def test_functions_do_not_go_through_the_override() -> None:
     before = matmul_grad.info()["accelerated"]
     with matmul_grad.enabled(), matmul_grad.strict():
         for name in PRODUCTS:

@@ -52,7 +52,7 @@ def theirs(x: Tensor, w: Tensor, bias: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("backend", "dynamic"), [("inductor", True), ("aot_eager", None)])
-def test_one_graph(backend: str, dynamic: bool | None) -> None:
+def test_compiles_to_one_graph(backend: str, dynamic: bool | None) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled = torch.compile(ours, fullgraph=True, dynamic=dynamic, backend=counter)
     for size in (3, 7, 8):

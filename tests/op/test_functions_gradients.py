@@ -138,7 +138,7 @@ def test_only_wanted_products_run_and_only_theirs_is_saved(name: str, which: int
 
 
 @every_case
-def test_gradients_are_torchs(name: str) -> None:
+def test_gradients_match_torch(name: str) -> None:
     """Of an expanded gradient, as ``sum`` hands it, and of a transposed one."""
     for reduce in (lambda c: c.sum(), lambda c: (c.mT if c.dim() > 1 else c).pow(3).flatten()[::2].sum()):
         ours, theirs = leaves(name), leaves(name)

@@ -70,7 +70,7 @@ def test_out_is_resized_as_torch_does(name: str, size: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_out_under_gradient_is_torchs_error(name: str) -> None:
+def test_out_that_requires_grad_raises_torchs_error(name: str) -> None:
     ours, theirs = pair_of(name)
     found = operands(name)
     out = torch.full_like(theirs(*found), 7.0)
@@ -86,7 +86,7 @@ def test_out_under_gradient_is_torchs_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_out_that_shares_memory_with_itself_or_the_input_is_torchs(name: str) -> None:
+def test_out_that_overlaps_itself_or_the_input_falls_back(name: str) -> None:
     """With a matrix it may: tests/op/test_out.py."""
     ours, theirs = pair_of(name)
 
@@ -112,7 +112,7 @@ def test_out_that_shares_memory_with_itself_or_the_input_is_torchs(name: str) ->
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, "matmul"])
-def test_wrong_out_is_torchs_error(name: str) -> None:
+def test_wrong_out_raises_torchs_error(name: str) -> None:
     ours, theirs = pair_of(name)
     found = operands(name.replace("matmul", "bmm"))
     right = theirs(*found)
@@ -123,7 +123,7 @@ def test_wrong_out_is_torchs_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_out_dtype_is_torchs(name: str) -> None:
+def test_out_dtype_falls_back_to_torch(name: str) -> None:
     ours, theirs = pair_of(name)
     found = operands(name, torch.bfloat16)
     for named in ({"out_dtype": torch.float32}, {"out_dtype": torch.float32, "out": torch.zeros(1)}):

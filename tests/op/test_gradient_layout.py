@@ -106,7 +106,7 @@ def test_a_gradient_can_be_flattened(library: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # of torch 2.11, once
-def test_a_weights_gradient_is_not_copied() -> None:
+def test_gradient_of_a_weight_is_not_copied() -> None:
     """AccumulateGrad keeps a gradient that lies as its parameter does, and copies any other one."""
     layer = matmul_grad.convert(torch.nn.Linear(64, 48))
     with torch.profiler.profile(record_shapes=True) as profile:

@@ -48,17 +48,17 @@ print(all(getattr(torch.ops.matmul_grad, name).default in known for name in shar
 """
 
 
-def test_import_leaves_distributed_alone_and_tells_it_when_it_comes() -> None:
+def test_sharding_is_registered_when_dtensor_is_imported_later() -> None:
     code = "import sys, torch, matmul_grad\nprint([m for m in sys.modules if m.startswith('torch.distributed.tensor')])"
     assert run(f"{code}\nfrom matmul_grad import sharding\n{SHARDS}") == "[]\nTrue\n"
 
 
-def test_sharding_is_told_where_dtensor_was_before() -> None:
+def test_sharding_is_registered_after_dtensor() -> None:
     code = "import torch, torch.distributed.tensor, matmul_grad\nfrom matmul_grad import sharding\n"
     assert run(code + SHARDS) == "True\n"
 
 
-def test_sharding_is_told_where_the_compiler_brings_dtensor() -> None:
+def test_sharding_is_registered_when_the_compiler_imports_dtensor() -> None:
     """torch._dynamo imports it halfway through its own import."""
     code = "import torch, matmul_grad, torch._dynamo\nfrom matmul_grad import sharding\n"
     assert run(code + SHARDS) == "True\n"

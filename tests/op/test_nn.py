@@ -20,7 +20,7 @@ compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 
 
 @pytest.mark.parametrize("named", [{}, {"bias": False}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
-def test_linear_is_torchs_module(named: dict[str, Any]) -> None:
+def test_linear_matches_torchs_module(named: dict[str, Any]) -> None:
     ours, theirs = seeded(matmul_grad.Linear, 7, 5, **named), seeded(nn.Linear, 7, 5, **named)
     assert isinstance(ours, nn.Linear)
     assert repr(ours) == repr(theirs)
@@ -35,7 +35,7 @@ def test_linear_is_torchs_module(named: dict[str, Any]) -> None:
         torch.testing.assert_close(strictly(ours, x), step(theirs, x))
 
 
-def test_a_layer_that_is_reset_draws_as_torchs() -> None:
+def test_reset_parameters_draws_the_same_numbers_as_torch() -> None:
     ours, theirs = matmul_grad.Linear(7, 5), nn.Linear(7, 5)
     for layer in (ours, theirs):
         torch.manual_seed(3)
@@ -73,7 +73,7 @@ def test_convert_swaps_in_place_and_restore_undoes_it() -> None:
     assert everything(matmul_grad.restore(model)) == before
 
 
-def test_it_says_what_it_swaps(caplog: pytest.LogCaptureFixture) -> None:
+def test_convert_logs_what_it_swaps(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="matmul_grad"):
         matmul_grad.convert(seeded(Mlp))
         matmul_grad.convert(nn.Linear(2, 3))
@@ -95,7 +95,9 @@ def test_filter_is_asked_of_each_module_by_name() -> None:
     assert type(model.first) is type(model.head) is nn.Linear
 
 
-def test_a_forward_that_is_not_torchs_is_left_out_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_another_forward_is_not_converted_and_the_reason_is_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Special(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1

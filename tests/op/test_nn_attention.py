@@ -119,7 +119,7 @@ CALLS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("kind", ATTENTIONS)
-def test_attention_is_torchs(kind: str, call: str, train: bool) -> None:
+def test_attention_matches_torch(kind: str, call: str, train: bool) -> None:
     named = ATTENTIONS[kind]
     torch.manual_seed(0)
     module = nn.MultiheadAttention(8, 2, **named).train(train)
@@ -193,7 +193,7 @@ class Overriding(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def test_a_subclass_is_offered_torchs_function() -> None:
+def test_subclass_receives_torchs_function() -> None:
     module = matmul_grad.convert(nn.MultiheadAttention(8, 2))
     x = inputs(5, 2, 8).as_subclass(Overriding)
     Overriding.seen.clear()

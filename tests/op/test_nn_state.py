@@ -106,7 +106,7 @@ def test_a_pickle_is_read_by_a_fresh_process(tmp_path: Any) -> None:
     assert done.stdout == "['0'] {'linear': {'float32': 1}}\n", done.stderr
 
 
-def test_a_state_dict_is_torchs(tmp_path: Any) -> None:
+def test_state_dict_is_the_same_as_torchs(tmp_path: Any) -> None:
     model, path = matmul_grad.convert(seeded(Mlp)), tmp_path / "state.pt"
     torch.save(model.state_dict(), path)
     plain = Mlp()

@@ -89,7 +89,7 @@ TOOLS = [quantized, prepared_for_training, quantized_dynamically, quantized_by_f
 
 
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.__name__)
-def test_a_tool_that_knows_the_class_does_what_it_does_with_torchs(tool: Callable[[nn.Module], nn.Module]) -> None:
+def test_tool_that_checks_the_class_treats_a_converted_layer_as_torchs(tool: Callable[[nn.Module], nn.Module]) -> None:
     theirs, ours = on_both(tool)
     assert classes(ours) == classes(theirs)
     if tool is not prepared_for_training:  # whose observers have seen nothing yet
@@ -148,7 +148,7 @@ def test_a_trace_calls_the_operators() -> None:
     assert_same_bits(traced(x()).detach(), model(x()).detach())
 
 
-def test_a_trace_for_onnx_has_torchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_trace_holds_torchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``torch.onnx.export(dynamo=False)`` does first, and needs no package of ONNX for."""
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     traced = torch.jit.trace(matmul_grad.convert(Everything()).eval(), x(), check_trace=False)

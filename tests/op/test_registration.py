@@ -142,7 +142,7 @@ with FakeTensorMode() if sys.argv[1] == "fake" else torch.device("meta"):
 
 
 @pytest.mark.parametrize("mode", ["fake", "meta"])
-def test_traced_shapes_and_errors_are_torchs(mode: str) -> None:
+def test_traced_shapes_and_errors_match_torch(mode: str) -> None:
     """In a process of its own: an error raised in Python below the compiled kernel is where that may end."""
     assert assert_runs(TRACED, "-W", "error", arguments=(mode,), quiet=False) == ""
 

@@ -25,7 +25,7 @@ HANDED_OVER: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")  # once in a process
 @pytest.mark.parametrize("kind", HANDED_OVER)
-def test_handed_over_results_are_torchs(kind: str) -> None:
+def test_fallback_results_match_torch(kind: str) -> None:
     a, b = (HANDED_OVER[kind](integers(5, 5, DOUBLE, seed=i)) for i in (1, 2))
     matmul_grad.mm(torch.ones(2, 2), torch.ones(2, 2))  # sparse products once came out empty, but only after this
     for mm in (matmul_grad.mm, MM):
@@ -38,7 +38,7 @@ def test_handed_over_results_are_torchs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["complex64", "complex128", "conjugate", "sparse", "meta"])
-def test_handed_over_products_are_differentiable(kind: str) -> None:
+def test_fallback_products_are_differentiable(kind: str) -> None:
     def gradients(mm: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
         a, b = (HANDED_OVER[kind](integers(5, 5, DOUBLE, seed=i)).requires_grad_() for i in (1, 2))
         b = b.to_dense().detach().requires_grad_() if kind == "sparse" else b
@@ -54,7 +54,7 @@ def test_handed_over_products_are_differentiable(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [*sorted(HANDED_OVER.keys() - {"meta"}), "bool"])
 @pytest.mark.parametrize("mm", [matmul_grad.mm, MM], ids=["mm", "ops"])
-def test_strict_refuses_to_hand_over(mm: Callable[[Tensor, Tensor], Tensor], kind: str) -> None:
+def test_strict_refuses_a_fallback(mm: Callable[[Tensor, Tensor], Tensor], kind: str) -> None:
     make = HANDED_OVER.get(kind, Tensor.bool)
     a, b = (make(integers(5, 5, DOUBLE, seed=i)) for i in (1, 2))
     supported = r"matmul_grad\.strict\(\).*two (dense )?matrices of one dtype.*float32.*float64"

@@ -87,7 +87,7 @@ def test_sizes_of_zero(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64, torch.complex128, torch.bool], ids=str)
-def test_other_dtypes_are_torchs(name: str, dtype: torch.dtype) -> None:
+def test_other_dtypes_match_torch(name: str, dtype: torch.dtype) -> None:
     ours, theirs = pair_of(name)
     found = [(x + 1j * x.flip(-1)).to(dtype) if dtype.is_complex else x.abs().mul(3).to(dtype) for x in operands(name)]
     assert_same_outcome(outcome(ours, *found), outcome(theirs, *found))
@@ -96,7 +96,7 @@ def test_other_dtypes_are_torchs(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_errors_are_torchs(name: str) -> None:
+def test_errors_match_torch(name: str) -> None:
     one = torch.ones
     wrong: list[Any] = [
         one(4), one(2, 3), one(3, 4, 5), one(1), one(()), one(0), 3, None, "a", one(4).double(), one(4, 4).int(),
@@ -131,7 +131,7 @@ def test_derivatives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_lie_as_torchs(name: str) -> None:
+def test_gradients_have_torchs_strides(name: str) -> None:
     for column_major in (False, True):
         found = [x.t().contiguous().t() if column_major and x.dim() == 2 else x for x in operands(name)]
         grads = []

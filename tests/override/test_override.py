@@ -42,7 +42,7 @@ def test_enable_and_disable_may_be_called_again() -> None:
     assert registrations() == before
 
 
-def test_every_overload_is_taken_over() -> None:
+def test_every_overload_is_overridden() -> None:
     a, batch = torch.ones(3, 3), torch.ones(2, 3, 3)
     with matmul_grad.enabled():
         for operands, operator in (
@@ -80,7 +80,7 @@ def test_blocks_nest_and_restore() -> None:
     matmul_grad.disable()
 
 
-def test_a_block_decorates() -> None:
+def test_enabled_works_as_a_decorator() -> None:
     decorated = matmul_grad.enabled()(runs_on_ours)
     assert (decorated(), decorated(), runs_on_ours()) == (True, True, False)
 
@@ -152,7 +152,7 @@ def test_calls_are_counted_by_operator_and_dtype() -> None:
     assert after["accelerated"].get("mm") == before["accelerated"].get("mm")
 
 
-def test_the_command_says_whether_it_is_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_prints_whether_the_override_is_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     assert "\nswitch           off" in capsys.readouterr().out
     with matmul_grad.enabled():

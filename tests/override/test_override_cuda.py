@@ -131,7 +131,7 @@ TORCHS: dict[str, Callable[[], tuple[Callable[..., Tensor], tuple[Any, ...], dic
 
 
 @pytest.mark.parametrize("case", [*LEFT, *TORCHS])
-def test_what_is_left_to_torch_is_torchs(case: str) -> None:
+def test_fallback_under_cuda_matches_torch(case: str) -> None:
     make = (LEFT | TORCHS)[case]
     call, arguments, named = make()
     expected = outcome(call, *arguments, **named)
@@ -167,7 +167,7 @@ def test_off_is_exactly_as_before(switched: CudaOverride, recwarn: pytest.Warnin
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
-def test_half_of_it_is_taken_back(monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]) -> None:
+def test_failed_installation_is_undone(monkeypatch: pytest.MonkeyPatch, stop: type[BaseException]) -> None:
     before, asked = registered(), []
 
     def kernel(name: str, key: str) -> Any:
@@ -228,7 +228,7 @@ def test_devices_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("as_with_a_gpu")
-def test_where_no_device_can_be_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enable_raises_where_no_device_can_be_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
     before = registered()
     monkeypatch.setattr(aten_override._cuda, "install", refuse)
     monkeypatch.setattr(override_probe, "require", refuse)

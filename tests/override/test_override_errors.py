@@ -130,7 +130,7 @@ def test_scalars(dtype: torch.dtype, which: str, scalar: Any, name: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, HALF], ids=str)
-def test_alpha_of_zero_is_torchs(dtype: torch.dtype) -> None:
+def test_alpha_of_zero_matches_torch(dtype: torch.dtype) -> None:
     """Which may leave the product out, even where it is NaN."""
     a, nan = ones(3, 3, dtype=dtype), torch.full((3, 3), float("nan"), dtype=dtype)
     assert_same_outcome(lambda: torch.addmm(a, a, nan, alpha=0).nan_to_num(nan=7.0))
@@ -197,7 +197,7 @@ def test_targets(form: str, kind: str) -> None:
     assert_same_outcome(call)
 
 
-def test_a_resized_result_is_ours() -> None:
+def test_resized_out_is_computed_by_the_kernels() -> None:
     """torch's warning, torch's new size, and then our product, into the tensor that was given."""
     a, b = counting(3, 4), counting(4, 2)
     before = matmul_grad.info()["accelerated"].get("mm", {}).get("float32", 0)
@@ -248,7 +248,7 @@ def test_an_out_that_overlaps_an_operand_is_right() -> None:
         assert torch.equal(actual, expected), call.__name__
 
 
-def test_an_out_that_holds_another_addend_is_torchs() -> None:
+def test_out_that_overlaps_another_addend_falls_back() -> None:
     def same_as_added() -> Tensor:
         whole = counting(4, 4)
         return torch.addmm(whole[0, :3], ones(3, 3), ones(3, 3), out=whole[:3, :3])
@@ -290,7 +290,7 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_kinds_are_torchs(kind: str) -> None:
+def test_other_kinds_match_torch(kind: str) -> None:
     a, b, c = (KINDS[kind](counting(5, 5).abs() if kind == "uint8" else counting(5, 5)) for _ in range(3))
     batch = [x.expand(2, 5, 5) for x in (a, b, c)] if kind != "sparse" else []
 
@@ -305,7 +305,7 @@ def test_other_kinds_are_torchs(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sparse"])
-def test_strict_refuses_other_kinds(kind: str) -> None:
+def test_strict_refuses_other_dtypes_and_layouts(kind: str) -> None:
     a = KINDS[kind](counting(3, 3).abs())
     batch, before = a.expand(2, 3, 3), a.clone()
     calls: list[Call] = [
@@ -321,7 +321,7 @@ def test_strict_refuses_other_kinds(kind: str) -> None:
     assert_switch_works()
 
 
-def test_strict_leaves_torchs_own_errors() -> None:
+def test_strict_does_not_replace_torchs_errors() -> None:
     for call in (lambda: torch.mm(ones(3, 4), ones(5, 2)), lambda: torch.mm(ones(3, 4), ones(4, 2, dtype=F64))):
         expected = outcome(call)
         with matmul_grad.enabled(), matmul_grad.strict():
@@ -333,7 +333,7 @@ def test_negative_views_are_read_as_such() -> None:
     assert_same_outcome(lambda: torch.mm(a, b) + torch.addmm(a, b, a) + torch.bmm(a[None], b[None])[0])
 
 
-def test_calls_of_other_kinds_are_counted_as_handed_over() -> None:
+def test_fallbacks_are_counted() -> None:
     before = matmul_grad.info()["handed_over"]
     a = torch.ones(2, 2, dtype=torch.complex64)
     with matmul_grad.enabled():

@@ -52,7 +52,7 @@ print(resident() - before)
 
 
 @linux
-def test_nothing_is_kept() -> None:
+def test_override_leaks_no_memory() -> None:
     """Tensors are taken off torch's stack by address: 10 000 calls would show the loss of one in each."""
     calls, flips = map(int, assert_runs(LEAK).split())
     assert calls < 1 << 20

@@ -74,7 +74,7 @@ def test_derivatives_of_every_order(name: str) -> None:
 
 
 @each_product
-def test_gradients_are_torchs(name: str) -> None:
+def test_gradients_match_torch(name: str) -> None:
     function, sizes, operator = PRODUCTS[name]
 
     def gradients() -> Any:
@@ -88,7 +88,7 @@ def test_gradients_are_torchs(name: str) -> None:
 
 
 @each_product
-def test_transforms_are_torchs(name: str) -> None:
+def test_transforms_match_torch(name: str) -> None:
     function, sizes, operator = PRODUCTS[name]
     inputs = [x.detach() for x in operands(*sizes)]
     every = tuple(range(len(inputs)))
@@ -197,7 +197,7 @@ def test_multihead_attention(dtype: torch.dtype, need_weights: bool) -> None:
     assert_within_budget(make, step, dtype, "addmm", "mm", *["bmm"] * need_weights)
 
 
-def test_evaluation_takes_torchs_fast_path() -> None:
+def test_evaluation_uses_torchs_fast_path() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
     x = normal(2 * 10, 32, torch.float32).view(2, 10, 32)

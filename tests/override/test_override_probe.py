@@ -49,7 +49,7 @@ def test_this_torch_passes() -> None:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_layout_does_not_pass(name: str, tmp_path: Path) -> None:
+def test_probe_fails_on_a_wrong_layout(name: str, tmp_path: Path) -> None:
     """The entries are compiled anew: the cache goes by their sources, which are not what is wrong here."""
     for path in build.cache_folder().glob("?gemm_*.o"):  # these know nothing of torch
         shutil.copy(path, tmp_path)
@@ -58,7 +58,7 @@ def test_a_wrong_layout_does_not_pass(name: str, tmp_path: Path) -> None:
     assert "passed" not in done.stdout
 
 
-def test_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_reason_of_a_failed_probe_is_in_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MATMUL_GRAD_CACHE", str(tmp_path))
     monkeypatch.setattr(override_probe, "_run", lambda: "exit code 1, AssertionError: mm is wrong")
     override_probe._verdict.cache_clear()
@@ -70,7 +70,7 @@ def test_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         override_probe._verdict.cache_clear()
 
 
-def test_a_pass_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_passed_probe_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By torch's build and these sources: the next process does not run it again."""
     runs: list[int] = []
     monkeypatch.setenv("MATMUL_GRAD_CACHE", str(tmp_path))

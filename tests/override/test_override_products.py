@@ -188,7 +188,7 @@ def test_nan_and_infinity_propagate(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", EVERY)
-def test_empty_sizes_are_torchs(dtype: torch.dtype) -> None:
+def test_empty_sizes_match_torch(dtype: torch.dtype) -> None:
     """Nothing is multiplied, so strict() has nothing to say."""
     for m, n, k in ((0, 3, 2), (3, 0, 2), (3, 2, 0), (0, 0, 0)):
         a, b, source = (torch.ones(size, dtype=dtype) for size in ((m, k), (k, n), (m, n)))

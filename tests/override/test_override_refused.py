@@ -33,18 +33,18 @@ def unloaded() -> Iterator[None]:
         yield
 
 
-def test_a_torch_that_does_not_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_that_fails_the_probe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(override_probe, "_verdict", lambda: "exit code -11, no message")
     assert_cannot_be_switched_on("does not pass the test of the override: exit code -11, no message")
 
 
 @pytest.mark.usefixtures("unloaded")
-def test_a_missing_function_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_c_function_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(torch_layout.OVERRIDE_MANGLED, "matmul_grad_library_impl", "no_such_function")
     assert_cannot_be_switched_on("has no matmul_grad_library_impl")
 
 
-def test_a_kernel_kept_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_kernel_record_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(override_cpu, "_own", {})
     monkeypatch.setattr(override_cpu, "_is_library_code", lambda address: False)
     assert_cannot_be_switched_on("keeps its kernel of aten::mm in a way that is not known")
@@ -53,7 +53,7 @@ def test_a_kernel_kept_in_another_way_is_refused(monkeypatch: pytest.MonkeyPatch
 # --- others' kernels -----------------------------------------------------------------------------------------
 
 
-def test_somebody_elses_kernel_is_kept_and_called() -> None:
+def test_kernel_of_another_library_is_kept_and_called() -> None:
     """What another library has put there takes what these kernels do not, and is there again afterwards."""
     assert_runs(
         """

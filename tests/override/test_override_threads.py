@@ -78,7 +78,7 @@ def test_many_threads_switch_while_others_multiply() -> None:
 
 
 @linux
-def test_interrupts_at_any_moment_leave_a_state_that_is_told() -> None:
+def test_state_after_an_interrupt_is_reported_by_info() -> None:
     """SIGINT arrives hundreds of times while the switch flips: whatever it is then, info() knows, and so does torch."""
     printed = assert_runs(
         """
@@ -122,7 +122,7 @@ def test_interrupts_at_any_moment_leave_a_state_that_is_told() -> None:
 
 
 @linux
-def test_a_forked_child_has_the_switch_as_it_was() -> None:
+def test_forked_child_inherits_the_override() -> None:
     assert_runs(
         """
         import signal, threading

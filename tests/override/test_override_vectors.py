@@ -83,7 +83,7 @@ def test_same_bits_as_a_product_of_matrices(name: str) -> None:
     assert torch.equal(a @ x, whole[:, 0])
 
 
-def test_gradients_run_here_too() -> None:
+def test_gradients_run_on_the_kernels() -> None:
     a, x = torch.ones(3, 4, requires_grad=True), torch.ones(4, requires_grad=True)
     torch.mv(a, x).sum().backward()
     assert a.grad is not None and x.grad is not None
@@ -104,7 +104,7 @@ def test_gradients_run_here_too() -> None:
         lambda: torch.mv(torch.ones(3, 4), torch.ones(4), out=torch.ones(3).double()),
     ],
 )
-def test_errors_are_torchs(call: Any) -> None:
+def test_errors_match_torch(call: Any) -> None:
     with pytest.raises(RuntimeError) as ours:
         call()
     matmul_grad.disable()
@@ -126,7 +126,7 @@ def test_beta_of_zero_ignores_the_addend() -> None:
     assert torch.addmv(nan, torch.ones(3, 4), torch.ones(4), beta=0).tolist() == [4.0] * 3
 
 
-def test_other_dtypes_are_torchs() -> None:
+def test_other_dtypes_match_torch() -> None:
     a, x = torch.ones(3, 4, dtype=torch.int64), torch.ones(4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="strict"):
         torch.mv(a, x)

@@ -54,7 +54,7 @@ def test_a_hang_fails_one_case(process: CaseProcess) -> None:
     assert process.starts == 2
 
 
-def test_what_a_crash_left_on_stderr_is_told() -> None:
+def test_stderr_of_a_crash_is_reported() -> None:
     program = PROGRAM.format(forked=False)
     made = CaseProcess(["-c", program], {"PYTHONPATH": str(Path(case_process.__file__).parent)}, limit=scaled(120))
     assert "last words" in made.complaint("exit")

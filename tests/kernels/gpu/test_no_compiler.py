@@ -54,7 +54,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
-def test_products_are_torchs_with_one_warning(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_fall_back_with_one_warning(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Broken(failure)
     runner = run.Runner(Launch(kernel, (1, 1), (Operand("a"),), {}, {}))
 

@@ -232,7 +232,7 @@ def test_descriptors_are_encoded_for_the_tensors_of_the_call(driver: Driver, mm:
     assert_same_bits(mm(a, b), a @ b)
 
 
-def test_errors_are_torchs(driver: Driver, mm: Any) -> None:
+def test_errors_match_torch(driver: Driver, mm: Any) -> None:
     a, b = operands()
     with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(3x7 and 5x3\)"):
         mm(b.t().contiguous(), a[:, :3].contiguous())

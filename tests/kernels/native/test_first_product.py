@@ -156,7 +156,7 @@ def test_storm_of_signals_during_the_first_products() -> None:
 # --- failures -----------------------------------------------------------------------------------------------
 
 
-def test_kernels_that_cannot_be_compiled_leave_their_dtype_to_torch() -> None:
+def test_dtype_whose_kernels_do_not_compile_falls_back() -> None:
     done = run(
         """
         def fail():
@@ -195,7 +195,7 @@ def test_entries_that_cannot_be_loaded_cost_the_speed_alone(error: str) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
 
 
-def test_no_kernels_at_all_leave_everything_to_torch() -> None:
+def test_everything_falls_back_without_kernels() -> None:
     done = run(
         """
         def fail(*_):

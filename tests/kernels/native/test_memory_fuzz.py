@@ -179,7 +179,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize("case", KNOWN.values(), ids=KNOWN)
-def test_known(child: CaseProcess, case: dict[str, Any]) -> None:
+def test_known_input_behaves_as_torch(child: CaseProcess, case: dict[str, Any]) -> None:
     assert_no_complaint(child.complaint(case), case)
 
 
@@ -195,7 +195,7 @@ def fuzz(child: CaseProcess, examples: int, start: int | None = None) -> None:
     (seed(start)(every_case) if start is not None else every_case)()
 
 
-def test_for_a_moment(child: CaseProcess) -> None:
+def test_fuzz_for_a_moment(child: CaseProcess) -> None:
     fuzz(child, 1500, 0)
 
 

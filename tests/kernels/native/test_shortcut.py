@@ -61,7 +61,7 @@ class Between(torch.library.Library):
 
 
 @pytest.mark.parametrize("name", ["mm", "addmm", "bmm", "baddbmm"])
-def test_ordinary_tensors_go_straight_to_the_kernel(name: str) -> None:
+def test_plain_tensors_skip_to_the_kernel(name: str) -> None:
     operator = getattr(torch.ops.matmul_grad, name).default
     a, b = operands()
     if "bmm" in name:
@@ -122,6 +122,6 @@ def inner_constant(a: Tensor, b: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("way", [functionalized, noted, negated, traced, inner_constant])
-def test_everybody_between_has_a_turn(way: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_keys_between_autograd_and_the_kernel_are_not_skipped(way: Callable[[Tensor, Tensor], Tensor]) -> None:
     a, b = operands()
     assert_same_bits(way(a, b), matmul_grad.mm(a, b))

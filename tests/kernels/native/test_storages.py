@@ -136,7 +136,7 @@ def test_an_out_that_is_an_operand_of_another_shape() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="maps a file that cannot be written")
-def test_operands_that_cannot_be_written() -> None:
+def test_read_only_operands_are_accepted() -> None:
     """From NumPy arrays over a file that is mapped to be read alone: one write is a crash, in a process of its own."""
     code = """
         import mmap, sys, warnings, numpy, torch, matmul_grad
