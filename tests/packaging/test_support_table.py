@@ -9,9 +9,9 @@ import pytest
 HERE = Path(__file__).parents[1]
 WHERE = {"torch": "2.13.0", "triton": "3.7.1", "python": "3.11.7", "system": "Linux x86_64", "isa": "avx2"}
 REPORT = """<testsuites><testsuite name="pytest">
-<testcase classname="tests.test_nn" name="test_a[x.test_y]" />
-<testcase classname="tests.test_nn" name="test_b"><failure message="no" /></testcase>
-<testcase classname="tests.test_nn" name="test_c"><skipped message="no GPU" /></testcase>
+<testcase classname="tests.op.test_nn" name="test_a[x.test_y]" />
+<testcase classname="tests.op.test_nn" name="test_b"><failure message="no" /></testcase>
+<testcase classname="tests.op.test_nn" name="test_c"><skipped message="no GPU" /></testcase>
 <testcase classname="tests.kernels.cpu.test_gemm.TestOne" name="test_d"><error message="no" /></testcase>
 </testsuite></testsuites>"""
 
@@ -34,7 +34,7 @@ def test_readme_shows_the_results_kept(support: ModuleType) -> None:
 def test_a_report_becomes_a_row(support: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "report.xml").write_text(REPORT)
     (entry,) = support.add([], WHERE, "2026-01-02", tmp_path / "report.xml")
-    gemm, nn = "tests.kernels.cpu.test_gemm", "tests.test_nn"
+    gemm, nn = "tests.kernels.cpu.test_gemm", "tests.op.test_nn"
     assert entry["files"] == {
         gemm: {"passed": 0, "failed": 1, "skipped": 0, "failures": [f"{gemm}.TestOne.test_d"]},
         nn: {"passed": 1, "failed": 1, "skipped": 1, "failures": [f"{nn}.test_b"]},
@@ -46,11 +46,19 @@ def test_a_report_becomes_a_row(support: ModuleType, tmp_path: Path) -> None:
 def test_a_later_report_replaces_its_own_files_alone(support: ModuleType, tmp_path: Path) -> None:
     first, second = tmp_path / "first.xml", tmp_path / "second.xml"
     first.write_text(REPORT)
-    second.write_text('<testsuite><testcase classname="tests.test_nn" name="test_b" /></testsuite>')
+    second.write_text('<testsuite><testcase classname="tests.op.test_nn" name="test_b" /></testsuite>')
     entries = support.add(support.add([], WHERE, "2026-01-02", first), WHERE, "2026-01-03", second)
-    assert [list(entry["files"]) for entry in entries] == [["tests.kernels.cpu.test_gemm", "tests.test_nn"]]
-    assert entries[0]["files"]["tests.test_nn"] == {"passed": 1, "failed": 0, "skipped": 0, "failures": []}
+    assert [list(entry["files"]) for entry in entries] == [["tests.kernels.cpu.test_gemm", "tests.op.test_nn"]]
+    assert entries[0]["files"]["tests.op.test_nn"] == {"passed": 1, "failed": 0, "skipped": 0, "failures": []}
     assert entries[0]["date"] == "2026-01-03"
+
+
+def test_a_file_that_has_gone_is_left_out(support: ModuleType, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.xml", tmp_path / "second.xml"
+    first.write_text(REPORT.replace("op.test_nn", "test_gone"))
+    second.write_text(REPORT)
+    entries = support.add(support.add([], WHERE, "2026-01-02", first), WHERE, "2026-01-03", second)
+    assert list(entries[0]["files"]) == ["tests.kernels.cpu.test_gemm", "tests.op.test_nn"]
 
 
 def test_each_platform_has_a_row_in_the_order_of_versions(support: ModuleType, tmp_path: Path) -> None:
