@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ FOLDER = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
 SMOKE = {
     "test_autocast", "test_batch", "test_config", "test_cow", "test_coverage", "test_derivation", "test_docs_names",
     "test_exact", "test_exceptions", "test_fallback", "test_function_overrides", "test_functions", "test_functions_out",
-    "test_gemm", "test_gradient_layout", "test_gradients", "test_nn", "test_nn_attention", "test_override",
+    "test_gradient_layout", "test_gradients", "test_nn", "test_nn_attention", "test_override",
     "test_override_cuda", "test_override_errors", "test_override_products", "test_override_vectors",
     "test_same_bits", "test_storages", "test_strict", "test_vectors",
 }  # fmt: skip
@@ -83,15 +85,27 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In a smoke run a test has as few cases as hold every word of its ids: every dtype, shape and layout once."""
-    seen: dict[str, set[str]] = {}
+    """Of a grid marked pairwise, the cases that hold two words of an id together for the first time; the rest is slow.
+
+    In a smoke run a test has as few cases as hold every word once: every dtype, shape and layout.
+    """
+    pairs: dict[str, set[Any]] = {}
+    words: dict[str, set[Any]] = {}
     for item in items:
-        if item.path.stem in SMOKE and item.get_closest_marker("slow") is None:
-            test, _, words = item.nodeid.rstrip("]").partition("[")
-            known = seen.setdefault(test, {""})
-            if test == item.nodeid or not known.issuperset(words.split("-")):
-                item.add_marker(pytest.mark.smoke)
-                known.update(words.split("-"))
+        test, _, case = item.nodeid.rstrip("]").partition("[")
+        found = case.split("-")
+        together = [*found, *itertools.combinations(found, 2)]
+        if item.get_closest_marker("pairwise") and not has_new(pairs, test, together):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow") is None and item.path.stem in SMOKE and has_new(words, test, found):
+            item.add_marker(pytest.mark.smoke)
+
+
+def has_new(seen: dict[str, set[Any]], test: str, found: Iterable[Any]) -> bool:
+    """Whether a test meets one of these for the first time; now it has met them all."""
+    known, before = seen.setdefault(test, set()), len(seen[test])
+    known.update(found)
+    return len(known) > before
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ def assert_like_torch(a: Tensor, b: Tensor, what: str) -> None:
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.id)
 def test_product_is_exact(case: Case, threads: int) -> None:
     actual, expected = product_of(case)

@@ -35,6 +35,7 @@ def assert_product_within_budget(case: Case) -> None:
     assert_within_budget(actual, *factors, case.id)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("case", [*cases(("f32", "f64"))], ids=lambda case: case.id)
 def test_table(case: Case) -> None:
     assert_product_within_budget(case)
