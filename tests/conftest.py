@@ -1,29 +1,39 @@
-"""For the whole suite: counts printed at its end, time limits that fit the machine, -x for workers of pytest-xdist."""
+"""For the whole suite: counts and budget at its end, -m smoke, limits of time that fit the machine, -x for workers."""
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import work
 from limits import scaled
 
 COUNTS = pytest.StashKey[Counter[str]]()
+WORK = pytest.StashKey[Counter[str]]()
 STOP = pytest.StashKey[Path]()  # a file that exists once as many tests have failed as -x or --maxfail allows
 FOLDER = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
-# Files of -m smoke: every entry, device and kind of input, a minute in all.
+# Files of -m smoke: every entry, device and kind of input, in the test's own process. The others are not even imported.
 SMOKE = {
-    "test_coverage", "test_derivation", "test_docs", "test_exceptions", "test_fallback", "test_functions", "test_gemm",
-    "test_gradient_layout", "test_gradients", "test_nn_attention", "test_override_cuda", "test_override_errors",
-    "test_override_products", "test_override_vectors", "test_storages", "test_vectors",
+    "test_autocast", "test_batch", "test_config", "test_cow", "test_coverage", "test_derivation", "test_docs_names",
+    "test_exact", "test_exceptions", "test_fallback", "test_function_overrides", "test_functions", "test_functions_out",
+    "test_gradient_layout", "test_gradients", "test_nn", "test_nn_attention", "test_override",
+    "test_override_cuda", "test_override_errors", "test_override_products", "test_override_vectors",
+    "test_same_bits", "test_storages", "test_strict", "test_vectors",
 }  # fmt: skip
+HERE = Path(__file__).parent
 TIMEOUT = 1800  # seconds of a test on the reference machine of helpers/limits.py; it ends what hangs
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[COUNTS] = Counter()
+    counting = work.Work(HERE)
+    config.stash[WORK] = counting.counts
+    config.pluginmanager.register(counting)
     given: dict[str, Any] | None = getattr(config, "workerinput", None)
     if given is not None:
         config.stash[STOP] = Path(given["stop"])
@@ -65,8 +75,37 @@ class StopWorkers:
 def pytest_itemcollected(item: pytest.Item) -> None:
     if item.get_closest_marker("timeout") is None:
         item.add_marker(pytest.mark.timeout(scaled(TIMEOUT)))
-    if item.path.stem in SMOKE:
-        item.add_marker(pytest.mark.smoke)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    name = collection_path.stem
+    left_out = config.getoption("markexpr") == "smoke" and name.startswith("test_") and name not in SMOKE
+    return True if left_out and collection_path.suffix == ".py" else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a grid marked pairwise, the cases that hold two words of an id together for the first time; the rest is slow.
+
+    In a smoke run a test has as few cases as hold every word once: every dtype, shape and layout.
+    """
+    pairs: dict[str, set[Any]] = {}
+    words: dict[str, set[Any]] = {}
+    for item in items:
+        test, _, case = item.nodeid.rstrip("]").partition("[")
+        found = case.split("-")
+        together = [*found, *itertools.combinations(found, 2)]
+        if item.get_closest_marker("pairwise") and not has_new(pairs, test, together):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow") is None and item.path.stem in SMOKE and has_new(words, test, found):
+            item.add_marker(pytest.mark.smoke)
+
+
+def has_new(seen: dict[str, set[Any]], test: str, found: Iterable[Any]) -> bool:
+    """Whether a test meets one of these for the first time; now it has met them all."""
+    known, before = seen.setdefault(test, set()), len(seen[test])
+    known.update(found)
+    return len(known) > before
 
 
 @pytest.fixture(scope="session")
@@ -78,15 +117,21 @@ def counts(request: pytest.FixtureRequest) -> Counter[str]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     told: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
     if told is not None:
-        told["counts"] = dict(session.config.stash[COUNTS])
+        told["counts"], told["work"] = dict(session.config.stash[COUNTS]), dict(session.config.stash[WORK])
+    elif work.exceeded(session.config.stash[WORK], work.load(HERE)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    node.config.stash[COUNTS].update(getattr(node, "workeroutput", {}).get("counts", {}))
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[COUNTS].update(output.get("counts", {}))
+    node.config.stash[WORK].update(output.get("work", {}))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if config.stash[COUNTS]:
         counted = ", ".join(f"{count} {kind}" for kind, count in sorted(config.stash[COUNTS].items()))
         terminalreporter.write_line(f"op_db, compared with torch: {counted}")
+    for line in work.exceeded(config.stash[WORK], work.load(HERE)):
+        terminalreporter.write_line(line, red=True)

@@ -57,9 +57,9 @@ def outcomes(report: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def add(entries: list[Entry], where: dict[str, str], date: str, report: Path) -> list[Entry]:
-    """``entries`` with a report in place of what was known of its files."""
+    """``entries`` with a report in place of what was known of its files, and of files that have gone."""
     same = [entry for entry in entries if all(entry[key] == where[key] for key in PLATFORM)]
-    files = dict(same[0]["files"]) if same else {}
+    files = {file: counts for file, counts in same[0]["files"].items() if is_there(file)} if same else {}
     found: dict[str, Entry] = {}
     for file, name, outcome in outcomes(report):
         counts = found.setdefault(file, {**dict.fromkeys(OUTCOMES, 0), "failures": []})
@@ -68,6 +68,10 @@ def add(entries: list[Entry], where: dict[str, str], date: str, report: Path) ->
             counts["failures"].append(name)
     entry = {**where, "date": date, "files": dict(sorted((files | found).items()))}
     return sorted([*(other for other in entries if other not in same), entry], key=order)
+
+
+def is_there(file: str) -> bool:
+    return (ROOT / file.replace(".", "/")).with_suffix(".py").is_file()
 
 
 def order(entry: Entry) -> tuple[Any, ...]:

@@ -1,0 +1,90 @@
+"""The folder of compiled kernels: shared by processes, damaged, deleted, not writable."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import LIMIT, assert_computes
+
+from matmul_grad.kernels.cpu import build, host
+
+USE = """
+for dtype in {dtypes}:
+    a, b = integers(40, 30, dtype, 1), integers(30, 20, dtype, 2)
+    assert_same_bits(matmul_grad.mm(a, b), exact_product(a, b))
+from matmul_grad import ops
+assert ops.native_status() == ""
+print("numba" in sys.modules)
+"""
+
+ONE = USE.format(dtypes="(torch.float32,)")
+
+
+def corrupt(folder: Path) -> None:
+    """One object cut short, one empty, the others with a changed byte."""
+    for i, path in enumerate(sorted(folder.glob("*.o"))):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes([data[:1000], b"", data][min(i, 2)])
+
+
+def test_cache_is_shared_survives_damage_and_may_be_deleted(tmp_path: Path) -> None:
+    """Two processes compile at once; a third only loads; damage is compiled anew, and so is what is gone."""
+    folder = tmp_path / "not" / "there" / "yet"
+    quiet = "from matmul_grad.kernels.cpu import build\nbuild.SLOW = 1e6\n"
+    code = "import sys, torch, matmul_grad\nfrom matmul_grad.testing import *\n" + quiet + ONE
+    racing = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env=os.environ | {"MATMUL_GRAD_CACHE": str(folder)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for process in racing:
+        out, err = process.communicate(timeout=LIMIT)
+        assert (process.returncode, out, err) == (0, "True\n", "")
+    objects = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(objects) == 2, f"two objects and nothing left over: {sorted(objects)}"
+    assert assert_computes(ONE, MATMUL_GRAD_CACHE=str(folder)) == "False\n", "a warm start imports no Numba"
+    corrupt(folder)
+    assert assert_computes(ONE, MATMUL_GRAD_CACHE=str(folder)) == "True\n"
+    assert {path.name for path in folder.iterdir()} == set(objects)
+    assert assert_computes(ONE, MATMUL_GRAD_CACHE=str(folder)) == "False\n", "what was damaged has been replaced"
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """A file stands where the folder should be: not even root can write there."""
+    (tmp_path / "file").write_text("not a folder")
+    assert assert_computes(ONE, MATMUL_GRAD_CACHE=str(tmp_path / "file" / "cache")) == "True\n"
+
+
+def test_cache_deleted_while_in_use(tmp_path: Path) -> None:
+    """Loaded kernels need their file no more."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for path in build.cache_folder().glob("*.o"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert_computes(
+        """
+        import shutil
+        a, b = integers(300, 200, torch.float32, 1), integers(200, 100, torch.float32, 2)
+        assert_same_bits(matmul_grad.mm(a, b), exact_product(a, b))
+        shutil.rmtree(os.environ["MATMUL_GRAD_CACHE"])
+        assert_same_bits(matmul_grad.mm(b.t(), a.t()), exact_product(b.t(), a.t()))
+        """,
+        MATMUL_GRAD_CACHE=str(folder),
+    )
+
+
+def test_places_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MATMUL_GRAD_CACHE", str(tmp_path / "here"))
+    assert build.cache_folder() == tmp_path / "here"
+    monkeypatch.delenv("MATMUL_GRAD_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "matmul_grad"
+    machine = host.machine(host.cpu().isa)
+    paths = {build.object_path(key, name, machine) for key, name in (("a", "x"), ("b", "x"), ("a", "y"))}
+    assert len(paths) == 3
+    assert {path.parent for path in paths} == {tmp_path / "matmul_grad"}

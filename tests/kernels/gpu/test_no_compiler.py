@@ -1,0 +1,99 @@
+"""A GPU machine on which Triton can build nothing, as a slim container without a C compiler: products are torch's."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from matmul_grad import ops, strict
+from matmul_grad.kernels.gpu import launch, run
+from matmul_grad.kernels.gpu.plan import Launch, Operand
+
+FAILURES = [
+    RuntimeError(
+        "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
+    ),
+    FileNotFoundError(2, "No such file or directory", "cc"),
+    subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that passes for one on a GPU."""
+
+    is_cuda = True
+
+
+class Broken:
+    """Stands for Triton's JIT function where the launcher cannot be built."""
+
+    arg_names = ("a_ptr",)
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure, self.calls = failure, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            raise self.failure
+
+        return launch
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    run.failed.clear()
+    yield
+    run.failed.clear()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_products_fall_back_with_one_warning(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Broken(failure)
+    runner = run.Runner(Launch(kernel, (1, 1), (Operand("a"),), {}, {}))
+
+    def product(a: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        runner({"a": a})
+        raise AssertionError
+
+    for name in ("mm", "product"):
+        monkeypatch.setattr(launch, name, product)
+    a, b, c = (torch.randn(4, 4).as_subclass(OnGpu) for _ in range(3))
+    with pytest.warns(RuntimeWarning, match="Triton cannot build .* go to torch: ") as seen:
+        assert torch.equal(ops.compute(a, b), torch.mm(a, b))
+    assert len(seen) == 1 and "\n" not in str(seen[0].message)
+    assert not launch.supports(a)  # so that what follows is torch's before anything is tried
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = torch.zeros(4, 4).as_subclass(OnGpu)
+        assert ops.compute(a, b, out=out) is out and torch.equal(out, torch.mm(a, b))
+        assert torch.equal(ops.compute(a, b, c, 2.0, 3.0), torch.addmm(c, a, b, beta=2.0, alpha=3.0))
+        batches = a.expand(2, 4, 4), b.expand(2, 4, 4)
+        assert torch.equal(ops.compute(*batches), torch.bmm(*batches))
+    with strict(), pytest.raises(RuntimeError, match=r"strict\(\)"):
+        ops.compute(a, b)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_both_gradients_are_left_to_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mm_backward(*_: Any) -> Any:
+        raise run.CannotBuild("no compiler")
+
+    monkeypatch.setattr(launch, "mm_backward", mm_backward)
+    monkeypatch.setattr(ops, "accelerated", lambda *_: True)
+    a, b, grad = (torch.randn(4, 4).as_subclass(OnGpu) for _ in range(3))
+    assert ops.both_gradients(grad, a, b) is None
+
+
+@pytest.mark.usefixtures("fresh")
+def test_other_errors_of_a_launch_are_raised() -> None:
+    runner = run.Runner(Launch(Broken(RuntimeError("out of memory")), (1, 1), (Operand("a"),), {}, {}))
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        runner({"a": torch.zeros(1)})
+    assert not run.failed

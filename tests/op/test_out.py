@@ -1,0 +1,237 @@
+"""``out=``: storages that are shared, freed, too small or growing, and operands that are the result."""
+
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import processes
+import pytest
+import torch
+from outcomes import outcome
+from torch import Tensor
+
+import matmul_grad
+from matmul_grad.testing import assert_same_bits, integers
+
+NAMES = ("mm", "bmm", "addmm", "baddbmm", "matmul", "mv", "addmv", "dot", "vdot")
+
+
+def square(name: str, size: int = 4) -> list[Tensor]:
+    """Operands of which every one may be the result of mm, bmm, addmm and baddbmm."""
+    batch = (2,) if "bmm" in name else ()
+    count = 3 if "add" in name else 2
+    whole = [torch.stack([integers(size, size, torch.float32, 10 * i + j) for j in range(2)]) for i in range(count)]
+    return [x if batch else x[0].clone() for x in whole]
+
+
+def quiet(call: Callable[..., Tensor], *arguments: Any, **named: Any) -> Tensor:
+    """Without torch's warning that it resizes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*arguments, **named)
+
+
+@pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm"])
+def test_out_is_a_matrix(name: str) -> None:
+    """Where torch overwrites what it has yet to read."""
+    for place, transposed in itertools.product((-2, -1), (False, True)):
+        operands = square(name)
+        expected = getattr(torch, name)(*[x.clone() for x in operands])
+        out = operands[place].mT if transposed else operands[place]
+        with matmul_grad.strict():
+            assert getattr(matmul_grad, name)(*operands, out=out) is out
+        assert_same_bits(out, expected, f"{place} {transposed}")
+
+
+@pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm"])
+def test_out_overlaps_a_matrix(name: str) -> None:
+    for place in (-2, -1):
+        operands = square(name)
+        expected = getattr(torch, name)(*[x.clone() for x in operands])
+        base = torch.cat([operands[place].flatten(), torch.zeros(9)])
+        operands[place] = base[: expected.numel()].view_as(expected)
+        out = base[3 : 3 + expected.numel()].view_as(expected)
+        with matmul_grad.strict():
+            getattr(matmul_grad, name)(*operands, out=out)
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("entry", ["function", "switch"])
+def test_out_between_the_elements_of_an_operand(entry: str) -> None:
+    """Its elements are distinct, though its strides do not step over each other's."""
+    base = integers(1, 12, torch.float32)[0]
+    a, b = base[:4].view(2, 2, 1), integers(2, 2, torch.float32, 2).view(2, 1, 2)
+    expected = torch.bmm(a.clone(), b)
+    out = base.as_strided((2, 2, 2), (2, 3, 4))
+    with matmul_grad.enabled(), matmul_grad.strict():
+        (matmul_grad if entry == "function" else torch).bmm(a, b, out=out)
+    assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm"])
+def test_out_that_repeats_an_element_where_nothing_is_multiplied(name: str) -> None:
+    operands = square(name)
+    operands[-2:] = [operands[-2][..., :0], operands[-1][..., :0, :]]
+    results = [
+        outcome(getattr(home, name), *operands, out=torch.zeros(()).expand(operands[-1].shape))
+        for home in (matmul_grad, torch)
+    ]
+    if isinstance(results[1], Tensor):
+        assert_same_bits(*results)
+    else:
+        assert results[0] == results[1]
+
+
+def test_out_that_repeats_an_element_of_an_operand() -> None:
+    """torch's bmm does not look for it; its mm does."""
+    operands = square("mm")
+    before = operands[0].clone()
+    out = operands[0][..., :1].expand(operands[0].shape)
+    for home in (matmul_grad, torch):
+        with matmul_grad.enabled():
+            result = outcome(home.mm, *operands, out=out)
+        assert result == outcome(torch.mm, *operands, out=out)
+        assert "single memory location" in result[1]
+        assert operands[0].equal(before)
+
+
+@pytest.mark.parametrize("name", ["addmm", "baddbmm"])
+def test_out_overlaps_what_is_added(name: str) -> None:
+    """torch refuses where both are dense, and elsewhere reads what it has written."""
+    operands = square(name)
+    expected = getattr(torch, name)(*[x.clone() for x in operands])
+    count = expected.numel()
+    base = torch.cat([operands[0].flatten(), torch.zeros(9)])
+    operands[0] = base[:count].view_as(expected)
+    for out in (operands[0].mT, base[3 : 3 + count].view_as(expected)):
+        errors = [outcome(getattr(home, name), *operands, out=out) for home in (matmul_grad, torch)]
+        assert errors[0] == errors[1]
+        assert "single memory location" in errors[0][1]
+        assert base[:count].equal(square(name)[0].flatten())
+    sparse = torch.zeros(2 * count + 9)
+    operands[0] = sparse[: 2 * count : 2].view_as(expected)
+    for out in (sparse[1 : 1 + count].view_as(expected), sparse[2 : 2 + 2 * count : 2].view_as(expected)):
+        operands[0].copy_(square(name)[0])
+        with matmul_grad.strict():
+            getattr(matmul_grad, name)(*operands, out=out)
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("name", ["addmm", "baddbmm"])
+def test_out_overlaps_a_matrix_and_an_input_that_is_not_read(name: str) -> None:
+    """torch does not look at an input whose beta is 0."""
+    operands = square(name)
+    expected = getattr(torch, name)(*[x.clone() for x in operands], beta=0)
+    count = expected.numel()
+    base = torch.cat([operands[2].flatten(), torch.zeros(9)])
+    operands[0] = operands[2] = base[:count].view_as(expected)
+    out = base[3 : 3 + count].view_as(expected)
+    with matmul_grad.strict():
+        getattr(matmul_grad, name)(*operands, beta=0, out=out)
+    assert_same_bits(out, expected)
+
+
+def test_bmm_of_a_batch_and_its_transpose_into_itself() -> None:
+    q = torch.arange(10.0).view(2, 1, 5)
+    expected = torch.bmm(q.clone(), q.clone().transpose(1, 2))
+    with matmul_grad.strict():
+        assert quiet(matmul_grad.bmm, q, q.transpose(1, 2), out=q) is q
+    assert_same_bits(q, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_out_grows_in_the_storage_of_an_operand(name: str) -> None:
+    """The storage moves while it grows."""
+    size = 8
+    vector = name in ("mv", "addmv", "dot", "vdot")
+    plain = {
+        "mv": [integers(size, size, torch.float32), integers(1, size, torch.float32, 2)[0]],
+        "addmv": [integers(1, size, torch.float32)[0], *square("mm", size)[:1], integers(1, size, torch.float32, 2)[0]],
+        "dot": [integers(1, size, torch.float32, i)[0] for i in range(2)],
+    }
+    plain["vdot"] = plain["dot"]
+    plain["matmul"] = [torch.stack(square("mm", size)), square("mm", size)[1]]
+    operands = plain[name] if vector or name == "matmul" else square(name, size)
+    expected = getattr(torch, name)(*[x.clone() for x in operands])
+    for place in range(len(operands)):
+        given = [x.clone() for x in operands]
+        base = given[place].flatten()
+        given[place] = base.view(operands[place].shape)
+        out = base[base.numel() :] if base.numel() % 2 == 0 else base[-1:]
+        with matmul_grad.strict():
+            assert quiet(getattr(matmul_grad, name), *given, out=out) is out
+        assert_same_bits(out, expected, f"{place}")
+        assert_same_bits(given[place], operands[place], "the operand has changed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_call_leaves_out_as_it_was(name: str) -> None:
+    out = torch.full((3,), 7.0)
+    for wrong in (torch.ones(2, 3), torch.ones(3).to("meta")):
+        operands = [torch.ones(4, 4)] * (3 if "add" in name else 2)
+        operands[-1] = wrong
+        with pytest.raises(Exception) as ours:
+            getattr(matmul_grad, name)(*operands, out=out)
+        with pytest.raises(type(ours.value)) as theirs:
+            getattr(torch, name)(*operands, out=out.clone())
+        assert str(ours.value) == str(theirs.value)
+        assert out.tolist() == [7.0] * 3
+
+
+FREED = """
+import sys, torch, matmul_grad
+name, kind = sys.argv[1:]
+one = torch.ones
+made = {
+    "mm": lambda: [one(4, 4), one(4, 4)], "bmm": lambda: [one(2, 4, 4), one(2, 4, 4)],
+    "addmm": lambda: [one(4, 4), one(4, 4), one(4, 4)], "baddbmm": lambda: [one(2, 4, 4)] + [one(2, 4, 4)] * 2,
+    "matmul": lambda: [one(2, 4, 4), one(4, 4)], "linear": lambda: [one(2, 4, 4), one(4, 4), one(4)],
+    "mv": lambda: [one(4, 4), one(4)], "addmv": lambda: [one(4), one(4, 4), one(4)],
+    "dot": lambda: [one(4), one(4)], "vdot": lambda: [one(4), one(4)], "mm_backward": lambda: [one(4, 4)] * 3,
+}[name]
+call = getattr(matmul_grad, name)
+shape = None if name == "mm_backward" else call(*made()).shape
+size = {"freed": 0, "small": 4}[kind]
+for place in range(len(made()) + (name not in ("linear", "mm_backward"))):
+    for with_out in (False, True):
+        operands = [x.clone() for x in made()]
+        out = one(shape) if shape is not None else None
+        if with_out and (name in ("linear", "mm_backward")) or (not with_out and place == len(operands)):
+            continue
+        victim = (*operands, out)[place]
+        if kind == "small" and victim.numel() == 1:
+            continue
+        victim.untyped_storage().resize_(size)
+        print("operand", place, "with out" if with_out else "", flush=True)
+        try:
+            call(*operands, **({"out": out} if with_out else {}))
+            sys.exit("nothing was raised")
+        except RuntimeError:
+            pass
+print("done")
+"""
+
+
+@pytest.mark.parametrize("kind", ["freed", "small"])
+@pytest.mark.parametrize("name", [*NAMES, "linear", "mm_backward"])
+def test_storages_that_do_not_hold_their_tensors(name: str, kind: str) -> None:
+    """In a process of its own, which would end here."""
+    done = processes.run(FREED, arguments=(name, kind))
+    assert done.returncode == 0, f"{done.returncode} after {done.stdout.splitlines()[-1:]}: {done.stderr[-500:]}"
+    assert done.stdout.endswith("done\n")
+
+
+@pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="this torch makes no copy-on-write tensors")
+@pytest.mark.parametrize("name", NAMES)
+def test_copy_on_write_operands_are_not_copied(name: str) -> None:
+    operands = [x[..., 0].clone() if name in ("dot", "vdot") else x.clone() for x in square(name)]
+    if name in ("mv", "addmv"):
+        operands = [x[0] if x is not operands[-2] else x for x in operands] if name == "addmv" else [
+            operands[0], operands[1][0],
+        ]  # fmt: skip
+    expected = getattr(torch, name)(*operands)
+    lazy = [torch._lazy_clone(x.clone()) for x in operands]
+    for named in ({}, {"out": torch.zeros_like(expected)}, {"out": torch.zeros(0)}):
+        assert_same_bits(getattr(matmul_grad, name)(*lazy, **named), expected)
+        assert all(torch._C._is_cow_tensor(x) for x in lazy), named

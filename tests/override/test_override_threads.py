@@ -1,0 +1,165 @@
+"""The override under threads, interrupts and forks: on and off, never between."""
+
+import threading
+
+import pytest
+import torch
+from processes import assert_runs, linux
+from switch import registrations, runs_on_ours
+
+import matmul_grad
+from matmul_grad import aten_override
+
+pytestmark = pytest.mark.usefixtures("off_before_and_after")
+
+
+def test_blocks_of_threads_that_overlap() -> None:
+    """The first to open is the first to close: the other one still runs on these kernels, and then torch is back."""
+    inside, leave, left, results = threading.Event(), threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with matmul_grad.enabled():
+            inside.set()
+            leave.wait(30)
+        left.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(30)
+    with matmul_grad.enabled():
+        leave.set()
+        assert left.wait(30)
+        thread.join(30)
+        results.append(runs_on_ours())
+    results.append(runs_on_ours())
+    assert results == [True, False]
+
+
+def test_many_threads_switch_while_others_multiply() -> None:
+    before, failures, stop = registrations(), [], threading.Event()
+    a, b = (torch.arange(35.0) % 5).view(5, 7), (torch.arange(21.0) % 4).view(7, 3)
+    expected = torch.from_numpy(a.numpy() @ b.numpy())
+
+    def guarded(work):  # type: ignore[no-untyped-def]
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                failures.append(error)
+
+        return run
+
+    def multiply() -> None:
+        while not stop.is_set():
+            assert torch.equal(torch.mm(a, b), expected)
+            assert torch.equal(torch.addmm(expected, a, b, beta=-1), torch.zeros(5, 3))
+
+    def flip() -> None:
+        for turn in range(150):
+            with matmul_grad.enabled():
+                if turn % 3 == 0:
+                    matmul_grad.enable()
+                assert torch.equal(torch.mm(a, b), expected)
+
+    flipping = [threading.Thread(target=guarded(flip)) for _ in range(3)]
+    multiplying = [threading.Thread(target=guarded(multiply)) for _ in range(2)]
+    for thread in flipping + multiplying:
+        thread.start()
+    for thread in flipping:
+        thread.join(60)
+    stop.set()
+    for thread in multiplying:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in flipping + multiplying)
+    assert not failures, failures[0]
+    matmul_grad.disable()
+    assert not aten_override._blocks
+    assert registrations() == before
+
+
+@linux
+def test_state_after_an_interrupt_is_reported_by_info() -> None:
+    """SIGINT arrives hundreds of times while the switch flips: whatever it is then, info() knows, and so does torch."""
+    printed = assert_runs(
+        """
+        import random, signal, threading, time
+        matmul_grad.enable(); matmul_grad.disable()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs behind it
+        main, hits = threading.main_thread().ident, 0
+
+        def ours():
+            before = matmul_grad.info()["accelerated"]
+            torch.mm(torch.ones(2, 2), torch.ones(2, 2))
+            return matmul_grad.info()["accelerated"] != before
+
+        def pester():
+            time.sleep(0.02)
+            for _ in range(5):
+                time.sleep(random.random() / 300)
+                signal.pthread_kill(main, signal.SIGINT)
+
+        end = time.monotonic() + 900
+        while hits < 100 and time.monotonic() < end:
+            pesterer = threading.Thread(target=pester)
+            pesterer.start()
+            while pesterer.is_alive():
+                try:
+                    while pesterer.is_alive():
+                        with matmul_grad.enabled():
+                            pass
+                        matmul_grad.enable()
+                        matmul_grad.disable()
+                    time.sleep(0.01)
+                except KeyboardInterrupt:
+                    hits += 1
+            assert ours() == (matmul_grad.info()["on"] == ["cpu"])
+        matmul_grad.disable()
+        assert not ours()
+        assert "CPU: registered at matmul_grad" not in torch._C._dispatch_dump("aten::mm")
+        print(hits >= 100)
+        """
+    )
+    assert printed == "True\n"
+
+
+@linux
+def test_forked_child_inherits_the_override() -> None:
+    assert_runs(
+        """
+        import signal, threading
+        torch.set_num_threads(1)
+        a = torch.arange(9.0).view(3, 3)
+        expected = a.numpy() @ a.numpy()
+        def child_is_right(on):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                ok = matmul_grad.info()["on"] == (["cpu"] if on else []) and (torch.mm(a, a).numpy() == expected).all()
+                for flip in (matmul_grad.disable, matmul_grad.enable, matmul_grad.disable):
+                    flip()
+                    ok &= bool((torch.mm(a, a).numpy() == expected).all())
+                os._exit(0 if ok else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        with matmul_grad.enabled():
+            child_is_right(True)
+        child_is_right(False)
+        stop = threading.Event()
+        def flip():
+            while not stop.is_set():
+                with matmul_grad.enabled():
+                    pass
+        thread = threading.Thread(target=flip)
+        thread.start()
+        for _ in range(20):
+            child = os.fork()  # while another thread holds the lock, or not
+            if child == 0:
+                signal.alarm(30)
+                matmul_grad.enable()
+                matmul_grad.disable()
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        stop.set()
+        thread.join(30)
+        """,
+        "-W", "ignore::DeprecationWarning",
+    )  # fmt: skip
