@@ -24,7 +24,7 @@ __all__ = ["disable", "enable", "enabled", "info"]
 _lock = fork_safe_lock()
 _cuda = CudaOverride()
 _blocks: list[list[bool]] = []  # of the open enabled() blocks, in order: whether the override was on before
-_told: set[str] = set()  # reasons for which one device is not overridden
+_notified: set[str] = set()  # reasons for which one device is not overridden
 
 
 def is_on() -> bool:
@@ -55,7 +55,7 @@ on_import("torch._dynamo", _tell_dynamo)
 
 
 def _set(on: bool, for_good: bool = True) -> None:
-    """On or off on every device; where an error says that it cannot be on, it is as it was.
+    """On or off on every device; where that fails with an error, nothing has changed.
 
     Off ``for_good`` removes the kernels; else those of the CPU stay where they are and call torch's.
     """
@@ -77,8 +77,8 @@ def _install() -> None:
     if not is_on():
         raise RuntimeError(f"matmul_grad.enable(): torch's products cannot be replaced here: {refused[0]}")
     for reason in refused:
-        if reason not in _told:
-            _told.add(reason)
+        if reason not in _notified:
+            _notified.add(reason)
             warnings.warn(f"matmul_grad.enable(): on one device torch's products stay: {reason}", stacklevel=4)
 
 
@@ -129,7 +129,7 @@ def enable() -> None:
     source      docs/design.md, "The switch"
 
     For all threads of the process, and only once if called again. The first call on a build of torch tries it in a
-    child process, which takes some seconds; a torch that does not pass is refused by RuntimeError, which tells what
+    child process, which takes some seconds; a torch that does not pass is refused by a RuntimeError with what
     failed, and nothing has changed. CPU and CUDA are independent: a warning names the one that stays torch's.
 
     >>> import torch, matmul_grad
@@ -206,6 +206,6 @@ def info() -> dict[str, Any]:
     devices = {"cpu": state.words[state.ACTIVE] != 0, "cuda": _cuda.is_on()}
     found: dict[str, Any] = {"on": [device for device, on in devices.items() if on]}
     for outcome, code in outcomes.items():
-        sums = {name: Counter(state.calls(name, code)) + calls[name, outcome] for name in state.OPERATORS}
-        found[outcome] = {name: dict(dtypes) for name, dtypes in sums.items() if dtypes}
+        counts = {name: Counter(state.calls(name, code)) + calls[name, outcome] for name in state.OPERATORS}
+        found[outcome] = {name: dict(dtypes) for name, dtypes in counts.items() if dtypes}
     return found

@@ -55,7 +55,7 @@ def heading(console: Console, text: str) -> None:
 
 
 def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """A ruled table; the first ``left`` columns are words, the others figures."""
+    """A ruled table; the first ``left`` columns are left-aligned, the others right-aligned."""
     if isinstance(console, PlainConsole):
         console.print(markdown.table(columns, rows, left))
         return

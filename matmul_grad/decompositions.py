@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from .import_hooks import on_import
-from .ops import PRODUCTS, torch_impl_of
+from .ops import SCHEMAS, torch_impl_of
 
 EXPORT = ("torch.export.exported_program", "torch.export")
 INDUCTOR = "torch._inductor.decomposition"
 DEFAULT = "default_decompositions"
 
 
-def table() -> dict[Any, Callable[..., Any]]:
+def aten_decompositions() -> dict[Any, Callable[..., Any]]:
     """The operators, and what computes each of them in aten's."""
     operators = torch.ops.matmul_grad
-    products = {getattr(operators, name).default: torch_impl_of(name) for name in PRODUCTS}
+    products = {getattr(operators, name).default: torch_impl_of(name) for name in SCHEMAS}
     return products | {operators.scaled_mm.default: _scaled_mm}
 
 
@@ -47,7 +47,7 @@ def _extend(module: ModuleType) -> None:
     @functools.wraps(default)
     def default_decompositions() -> Any:
         found = default()
-        for operator, decomposition in table().items():
+        for operator, decomposition in aten_decompositions().items():
             found[operator] = decomposition
         return found
 
@@ -55,7 +55,7 @@ def _extend(module: ModuleType) -> None:
 
 
 def _leave_out(inductor: ModuleType) -> None:
-    for operator in table():
+    for operator in aten_decompositions():
         getattr(inductor, "decompositions", {}).pop(operator, None)
 
 

@@ -68,7 +68,7 @@ def require_storages(*operands: Tensor) -> None:
 
 
 def is_nested(one: Tensor, other: Tensor) -> bool:
-    """Whether a tensor has no sizes to ask for: the operators take every other layout."""
+    """Whether a tensor has no sizes: the operators support every other layout."""
     if one.is_nested or other.is_nested:
         strict_mode.note_fallback(one, other)
         return True

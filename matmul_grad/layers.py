@@ -1,4 +1,4 @@
-"""The forward of torch's layers, which asks each module whether ``convert`` has marked it.
+"""The forward of torch's layers, which runs these kernels in modules that ``convert`` has marked.
 
 A converted module keeps its class and carries one mark in its ``__dict__``. From the first ``convert`` on, the
 ``forward`` of the classes in ``CONVERTED`` looks for the mark: marked modules run on ``matmul_grad.linear``, all

@@ -55,8 +55,8 @@ def shardings(equation: str, shapes: list[tuple[int, ...]]) -> list[tuple[list[A
     rules: list[tuple[list[Any], list[Any]]] = [([Replicate()], [Replicate() for _ in shapes])]
     for letter in dict.fromkeys(left + right):
         whole = place(letter, result) if letter in result else Partial()
-        sums = [place(letter, names) if letter in result else Partial() for names in inputs]
-        rules.append(([whole], [*sums, place(letter, left), place(letter, right)]))
+        addends = [place(letter, names) if letter in result else Partial() for names in inputs]
+        rules.append(([whole], [*addends, place(letter, left), place(letter, right)]))
     return rules
 
 

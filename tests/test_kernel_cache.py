@@ -313,17 +313,17 @@ build.SLOW = {slow}
 {close}
 def kernels():
     limit = time.monotonic() + 100
-    while build.SLOW == 0 and not build._told and time.monotonic() < limit:
+    while build.SLOW == 0 and not build._notified and time.monotonic() < limit:
         time.sleep(0.01)
     time.sleep(0.1)
     return {{"answer": "define i64 @answer() {{\\n  ret i64 42\\n}}\\n"}}
 for key in ("a", "b"):
     build.load(key, "answer", kernels, host.machine(host.cpu().isa), {{}})
-print(len(build._told))
+print(len(build._notified))
 """
 
 
-def test_slow_compilation_is_told_once(tmp_path: Path) -> None:
+def test_slow_compilation_is_notified_once(tmp_path: Path) -> None:
     folder = str(tmp_path / "cache")
     code = NOTICE.format(slow=0, close="")
     done = run(code, MATMUL_GRAD_CACHE=folder)

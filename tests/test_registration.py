@@ -50,7 +50,7 @@ def assert_runs(code: str, *options: str, arguments: tuple[str, ...] = (), quiet
 # --- registration -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*ops.PRODUCTS, "mm_backward"])
+@pytest.mark.parametrize("name", [*ops.SCHEMAS, "mm_backward"])
 def test_compiled_kernels_are_registered(name: str) -> None:
     assert ops.native_status() == ""
     dump = torch._C._dispatch_dump(f"matmul_grad::{name}")
@@ -67,7 +67,7 @@ def test_schemas() -> None:
     assert str(MM_BACKWARD.default._schema) == (
         "matmul_grad::mm_backward(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)"
     )
-    for operator in (*(getattr(torch.ops.matmul_grad, name).default for name in ops.PRODUCTS), MM_BACKWARD.default):
+    for operator in (*(getattr(torch.ops.matmul_grad, name).default for name in ops.SCHEMAS), MM_BACKWARD.default):
         assert torch.Tag.pt2_compliant_tag in operator.tags
         assert torch.Tag.needs_fixed_stride_order in operator.tags
 
@@ -424,7 +424,7 @@ torch.testing.assert_close(*grads)
 from dataclasses import replace
 from matmul_grad.kernels.cpu import driver, host
 from matmul_grad.kernels.native import torch_layout
-without = replace(host.cpu(), halves=False)
+without = replace(host.cpu(), has_fp16_convert=False)
 host.cpu = lambda isa=None: without
 for cached in (driver.config, driver.supports):
     cached.cache_clear()

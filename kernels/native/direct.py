@@ -9,7 +9,7 @@ import torch
 
 from ..cpu import driver
 from ..cpu.config import BlockConfig
-from ..cpu.product import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, I_BS, I_CS, I_RS, INPUT, PRODUCT
+from ..cpu.gemm_args import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, GEMM_ARGS, S_BS, S_CS, S_RS, SOURCE
 from .torch_layout import const_data_ptr, has_thread_pool
 
 CALL = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)
@@ -38,15 +38,15 @@ def multiply(
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     call = CALL(driver.gemm_address(block))
     operands = (x for tensor in (a, b, out) for x in (_address(tensor, tensor is out), *tensor.stride()[-2:]))
-    words = (ctypes.c_int64 * PRODUCT)(m, n, k, *operands)
-    words[BATCH], words[ALPHA], words[BETA] = 1, _bits(alpha), _bits(beta)
+    args = (ctypes.c_int64 * GEMM_ARGS)(m, n, k, *operands)
+    args[BATCH], args[ALPHA], args[BETA] = 1, _bits(alpha), _bits(beta)
     if a.dim() == 3:
-        words[BATCH], words[A_BS], words[B_BS], words[C_BS] = a.shape[0], a.stride(0), b.stride(0), out.stride(0)
+        args[BATCH], args[A_BS], args[B_BS], args[C_BS] = a.shape[0], a.stride(0), b.stride(0), out.stride(0)
     if source is not None and beta != 0:
         expanded = source.expand(out.shape)
-        words[INPUT], (words[I_RS], words[I_CS]) = _address(source), expanded.stride()[-2:]
-        words[I_BS] = expanded.stride(0)
-    if call(ctypes.addressof(words), 1, threads):
+        args[SOURCE], (args[S_RS], args[S_CS]) = _address(source), expanded.stride()[-2:]
+        args[S_BS] = expanded.stride(0)
+    if call(ctypes.addressof(args), 1, threads):
         raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
     return out
 

@@ -3,4 +3,4 @@
 from matmul_grad.kernels.cpu import host
 from matmul_grad.testing import DTYPES
 
-ACCELERATED = {name: dtype for name, dtype in DTYPES.items() if name != "f16" or host.cpu().halves}
+ACCELERATED = {name: dtype for name, dtype in DTYPES.items() if name != "f16" or host.cpu().has_fp16_convert}
