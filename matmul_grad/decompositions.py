@@ -15,10 +15,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .import_hooks import on_import
-from .ops import SCHEMAS, torch_impl_of
+from .ops import SCHEMAS, scaled_mm_by_torch, torch_impl_of
 
 EXPORT = ("torch.export.exported_program", "torch.export")
 INDUCTOR = "torch._inductor.decomposition"
@@ -29,7 +28,7 @@ def aten_decompositions() -> dict[Any, Callable[..., Any]]:
     """The operators, and what computes each of them in aten's."""
     operators = torch.ops.matmul_grad
     products = {getattr(operators, name).default: torch_impl_of(name) for name in SCHEMAS}
-    return products | {operators.scaled_mm.default: _scaled_mm}
+    return products | {operators.scaled_mm.default: scaled_mm_by_torch}
 
 
 def register() -> None:
@@ -57,9 +56,3 @@ def _extend(module: ModuleType) -> None:
 def _leave_out(inductor: ModuleType) -> None:
     for operator in aten_decompositions():
         getattr(inductor, "decompositions", {}).pop(operator, None)
-
-
-def _scaled_mm(
-    self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)

@@ -196,7 +196,7 @@ def compute(
             return _by_torch(self, mat2, input, beta, alpha, out)
     from .kernels.native import direct
 
-    return direct.product(self, mat2, input, beta, alpha, out)
+    return direct.product(self, mat2, direct.Epilogue(alpha, beta, input), out)
 
 
 def _by_torch(
@@ -234,10 +234,10 @@ def _scaled_mm(
             with contextlib.suppress(launch.CannotBuild):
                 return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
     strict_mode.note_fallback(self, mat2)
-    return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
+    return scaled_mm_by_torch(self, mat2, scale_a, scale_b, out_dtype)
 
 
-def _scaled_mm_fake(
+def scaled_mm_by_torch(
     self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
@@ -278,7 +278,7 @@ def _register() -> None:
         tags=TAGS,
     )
     library.impl("scaled_mm", _scaled_mm, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::scaled_mm", _scaled_mm_fake, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::scaled_mm", scaled_mm_by_torch, lib=library)
     count_flops(torch.ops.matmul_grad.scaled_mm, _flops)
 
 

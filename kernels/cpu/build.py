@@ -28,7 +28,7 @@ import llvmlite.binding as llvm
 from .numba_settings import fixed_settings, needed_settings
 
 SCHEDULER = ("sched_getcpu", "sched_getaffinity", "sched_setaffinity") if sys.platform == "linux" else ()
-LIBC = ("malloc", "free", "memset", "memcpy", "snprintf", *SCHEDULER)
+LIBC = ("malloc", "free", "memset", "memcpy", *SCHEDULER)
 
 SLOW = 2.0  # seconds of compiling after which the user is notified
 

@@ -13,6 +13,7 @@ the first block of A that it is multiplied by, rows of A with the first panel of
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from numba.core import types
 
@@ -23,6 +24,31 @@ from .microkernel import ARGUMENTS, TRANSPOSED_ARGUMENTS, WIDE, tiles
 from .operand import operand_of
 from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE
 from .schedule import BY_COLUMNS, BY_ROWS, CHAIN, PACKED, ceil_div, largest, plan_k, smallest
+
+
+class Position(NamedTuple):
+    """Where a panel of B and a block of A begin, and how many steps of k they have."""
+
+    j: int
+    pc: int
+    kc: int
+    ic: int
+
+
+class ARows(NamedTuple):
+    """A block of A as the microkernel reads it; strides count lanes."""
+
+    address: int
+    row_stride: int
+    k_stride: int
+
+
+class BPanel(NamedTuple):
+    """A column panel of B as the microkernel reads it; the address where its first tile packs it, or 0."""
+
+    address: int
+    k_stride: int
+    copy: int
 
 
 def make_multiply(config: BlockConfig) -> Callable:
@@ -45,7 +71,7 @@ def make_multiply(config: BlockConfig) -> Callable:
             for block in range(ceil_div(k, step)):
                 pc, j, nc = block * step, first_column + jc, min(nc_max, columns - jc)
                 for ic in range(0, m, mc_max):
-                    loops_2_to_1(args, work, b_access, whole_k, j, nc, pc, min(step, k - pc), ic)
+                    loops_2_to_1(args, work, b_access, whole_k, nc, Position(j, pc, min(step, k - pc), ic))
 
     def multiply(args, work):
         n = get(args, N)
@@ -94,7 +120,7 @@ def make_lanes_along_k(config: BlockConfig) -> Callable:
 
 
 def make_locate_a(config: BlockConfig) -> Callable:
-    """``locate_a(args, whole_k, panels, ic, pc, kc, work)`` → address, row stride, k stride, whether rows are missing.
+    """``locate_a(args, whole_k, panels, start, work)`` → ``ARows``, and whether they have yet to be packed.
 
     A is only broadcast from. With adjacent steps of k it is read in place; otherwise it is packed along its contiguous
     dimension: columns here, rows with the first panel of B.
@@ -105,23 +131,23 @@ def make_locate_a(config: BlockConfig) -> Callable:
     pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
 
     @jit
-    def locate_a(args, whole_k, panels, ic, pc, kc, work):
-        a_rs, a_cs = get(args, A_RS), get(args, A_CS)
+    def locate_a(args, whole_k, panels, start, work):
+        a_rs, a_cs, ic, pc, kc = get(args, A_RS), get(args, A_CS), start.ic, start.pc, start.kc
         source = get(args, A) + (ic * a_rs + pc * a_cs) * size
         if (a_cs == 1 or whole_k or panels <= direct_panels) and lanes_along_k(get(args, K), a_rs, a_cs):
-            return source, a_rs // k_per_lane, a_cs, False
+            return ARows(source, a_rs // k_per_lane, a_cs), False
         if a_rs == 1 and a_cs != 1:
             rows = min(mc_max, get(args, M) - ic)
             wide = ceil_div(rows, lanes) * lanes
             pack_steps(work, wide, wide + PAD, source, kc, a_cs, a_rs, rows)
-            return work, 1, wide + PAD, False
-        return work, ceil_div(kc, k_per_lane * lanes) * lanes + PAD, 1, True
+            return ARows(work, 1, wide + PAD), False
+        return ARows(work, ceil_div(kc, k_per_lane * lanes) * lanes + PAD, 1), True
 
     return locate_a
 
 
 def make_loops_2_to_1(config: BlockConfig) -> Callable:
-    """``loops(args, work, b_access, whole_k, first_column, nc, pc, kc, ic)``: a block of A times a panel of B."""
+    """``loops_2_to_1(args, work, b_access, whole_k, nc, start)``: a block of A times a panel of nc columns of B."""
     operand, mr, nr, mc_max = operand_of(config), config.mr, config.nr, config.mc
     size, lane_bytes, k_per_lane, is_vectors = operand.size, config.lane_bytes, operand.k_per_lane, not operand.converts
     b_work = round_up(config.a_bytes, 64)
@@ -129,9 +155,10 @@ def make_loops_2_to_1(config: BlockConfig) -> Callable:
     pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
 
     @jit
-    def loops_2_to_1(args, work, b_access, whole_k, first_column, nc, pc, kc, ic):
+    def loops_2_to_1(args, work, b_access, whole_k, nc, start):
+        first_column, pc, kc, ic = start
         m, depth, b_rs, b_cs = get(args, M), ceil_div(kc, k_per_lane), get(args, B_RS), get(args, B_CS)
-        a, a_rs, a_ks, missing = locate_a(args, whole_k, ceil_div(nc, nr), ic, pc, kc, work)
+        a, missing = locate_a(args, whole_k, ceil_div(nc, nr), start, work)
         j = 0
         while j < nc:
             columns = min(nr, nc - j)
@@ -150,32 +177,18 @@ def make_loops_2_to_1(config: BlockConfig) -> Callable:
                 b, b_ks = target, nr
                 if ic == 0:
                     pack_steps(target, nr, nr, source, kc, b_rs, b_cs, columns)
-            one_panel(
-                args,
-                b_access,
-                first_column + j,
-                columns,
-                pc,
-                kc,
-                ic,
-                a,
-                a_rs,
-                a_ks,
-                missing and j == 0,
-                b,
-                b_ks,
-                b_copy,
-            )
+            at = Position(first_column + j, pc, kc, ic)
+            one_panel(args, b_access, at, columns, a, missing and j == 0, BPanel(b, b_ks, b_copy))
             j += columns
 
     return loops_2_to_1
 
 
 def make_one_panel(config: BlockConfig) -> Callable:
-    """``one_panel(…)``: the rows of a block times one panel of B, by the tiles that fit.
+    """``one_panel(args, b_access, start, columns, a_rows, missing, b_panel)``: a block of A times one panel of B.
 
-    Where rows of A are ``missing`` they are packed, those of a tile just before it. Where there is a ``b_copy`` the
-    first tile packs the panel there, transposed if necessary, and the others read the copy.
+    Where rows of A are ``missing`` they are packed, those of a tile just before it. Where ``b_panel.copy`` is an
+    address, the first tile packs the panel there, transposed if necessary, and the others read the copy.
     """
     operand, nr, lanes, lane_bytes, mc_max = operand_of(config), config.nr, config.lanes, config.lane_bytes, config.mc
     size, k_per_lane, row_steps, vector_steps = (
@@ -191,7 +204,10 @@ def make_one_panel(config: BlockConfig) -> Callable:
     transposed = types.ExternalFunction(f"{config.name}_transposed", types.void(*[types.int64] * TRANSPOSED_ARGUMENTS))
 
     @jit
-    def one_panel(args, b_access, j, columns, pc, kc, ic, a, a_rs, a_ks, missing, b, b_ks, b_copy):
+    def one_panel(args, b_access, start, columns, a_rows, missing, b_panel):
+        j, pc, kc, ic = start
+        a, a_rs, a_ks = a_rows
+        b, b_ks, b_copy = b_panel
         chain, c_rs, a_row, a_step = get(args, CHAIN), get(args, C_RS), get(args, A_RS), get(args, A_CS)
         vector_step, rows, depth = (
             smallest(vector_steps, ceil_div(columns, lanes)),

@@ -10,7 +10,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .build import declare
-from .simd import I8, I32, I64, POINTER
+from .simd import I8, I64, POINTER
 
 INT64 = types.int64
 
@@ -155,21 +155,6 @@ def text(message: str) -> Callable[[], int]:
         return INT64(), codegen
 
     return address
-
-
-@intrinsic
-def print_four(typingctx, target, size, pattern, w, x, y, z):
-    """``snprintf(target, size, pattern, w, x, y, z)`` of four int64."""
-
-    def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(I32, [POINTER, I64, POINTER], var_arg=True)
-        callee = cgutils.get_or_insert_function(builder.module, kind, "snprintf")
-        target, size, pattern, *numbers = args
-        pointers = builder.inttoptr(target, POINTER), size, builder.inttoptr(pattern, POINTER)
-        builder.call(callee, [*pointers, *numbers])
-        return context.get_dummy_value()
-
-    return types.void(*[INT64] * 7), codegen
 
 
 def call_address(arguments: int) -> Callable:

@@ -5,16 +5,53 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llvmlite import ir
 
 from .operand import Operand
 from .simd import I64, Vector, repeat
 
-ARGUMENTS = 13
-TRANSPOSED_ARGUMENTS = 13
 UNROLL = 4  # k-steps an iteration: enough to hide the loop's own instructions, few enough for the op cache
 WIDE = 4  # a tile of one row has so many times the vectors, to read B in place in longer pieces
+
+
+class TileArguments(NamedTuple):
+    """What a tile of ``microkernel_ir`` is called with."""
+
+    kc: ir.Value
+    a: ir.Value
+    a_rs: ir.Value
+    a_ks: ir.Value
+    b: ir.Value
+    b_ks: ir.Value
+    c: ir.Value
+    c_rs: ir.Value
+    cols: ir.Value
+    first: ir.Value
+    chain: ir.Value
+    b_copy: ir.Value
+
+
+class TransposedArguments(NamedTuple):
+    """What a tile of ``transposed_ir`` is called with."""
+
+    columns: ir.Value
+    kc: ir.Value
+    a: ir.Value
+    a_rs: ir.Value
+    a_ks: ir.Value
+    b: ir.Value
+    b_cs: ir.Value
+    c: ir.Value
+    c_rs: ir.Value
+    first: ir.Value
+    chain: ir.Value
+    b_copy: ir.Value
+
+
+ARGUMENTS = 1 + len(TileArguments._fields)  # and the number of the tile
+TRANSPOSED_ARGUMENTS = 1 + len(TransposedArguments._fields)
 
 
 def tiles(rows: tuple[int, ...], vectors: tuple[int, ...]) -> list[tuple[int, int, bool]]:
@@ -45,9 +82,9 @@ def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tu
     profilers show its name.
     """
 
-    def choose_tile(builder: ir.IRBuilder, tile, *operands) -> tuple[ir.Value, list]:
+    def choose_tile(builder: ir.IRBuilder, tile, *arguments) -> tuple[ir.Value, list]:
         def emit(size):
-            return lambda builder: _tile(builder, vector, size, *operands)
+            return lambda builder: _tile(builder, vector, size, TileArguments(*arguments))
 
         return tile, [emit(size) for size in tiles(rows, vectors)]
 
@@ -66,7 +103,7 @@ def transposed_ir(name: str, operand: Operand, rows: tuple[int, ...]) -> str:
 
     def choose_tile(builder: ir.IRBuilder, tile, *arguments) -> tuple[ir.Value, list]:
         def emit(mr, copies):
-            return lambda builder: _transposed(builder, operand, mr, copies, *arguments)
+            return lambda builder: _transposed(builder, operand, mr, copies, TransposedArguments(*arguments))
 
         return tile, [*(emit(mr, False) for mr in rows), emit(rows[0], True)]
 
@@ -102,7 +139,8 @@ class _Strides:
     b_ks: ir.Value
 
 
-def _tile(builder, vector, size, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first, chain, b_copy):
+def _tile(builder, vector, size, arguments):
+    kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first, chain, b_copy = arguments
     mr, nv, copies = size
     c_rows = [vector.at(builder, c, builder.mul(c_rs, I64(i))) for i in range(mr)]
     for row in c_rows:
@@ -174,7 +212,8 @@ def _k_step(builder, strides, nv, pointers, acc):
     return [vector.at(builder, a, strides.a_ks), vector.at(builder, b, strides.b_ks), *copies, *acc]
 
 
-def _transposed(builder, operand, mr, copies, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy):
+def _transposed(builder, operand, mr, copies, arguments):
+    columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy = arguments
     vector, k_per_lane, lanes = operand.vector, operand.k_per_lane, operand.vector.lanes
     row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
     tail_strides = _Strides(vector, row_offsets, a_ks, I64(lanes))

@@ -41,8 +41,8 @@ ROW_BLOCKS, COLUMN_BLOCKS, K_CHUNKS = range(GEMM_ARGS + 1, GEMM_ARGS + 4)
 PARTIALS, PARTIALS_RS = GEMM_ARGS + 4, GEMM_ARGS + 5  # partial results of chunks of k, one C after the other
 PLANNED_ARGS = GEMM_ARGS + 6
 
-# The header: number of products; the next block, of how many; packing buffers; a bit for each core in use.
-PRODUCTS, NEXT, BLOCKS, WORK, CORES = range(5)
+# The header: the next block, of how many; packing buffers; a bit for each core in use.
+NEXT, BLOCKS, WORK, CORES = range(4)
 CORE_WORDS = 16
 HEADER = CORES + CORE_WORDS
 MAX_PRODUCTS = 2  # in one call

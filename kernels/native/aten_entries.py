@@ -14,7 +14,7 @@ from numba.core import types
 
 from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS
 from ..cpu.memory import INT64, bits_of, call_address, fetch_increment, get, jit, put, stack_words, text
-from .call import IN_PLACE, NEW, OUT, RUN, UNSUPPORTED, linked_compute
+from .call import DTYPE, HANDLE, IN_PLACE, NEW, OUT, RUN, UNSUPPORTED, linked_compute, set_tensors, tensor_words
 from .op_table import OVERLOADS, op_of
 from .own_entries import is_error, raise_for
 from .state import ACCELERATED, ACTIVE, CODES, COUNTS, FALLBACKS, HANDED_OVER, OPERATORS, OVERRIDE, entry_name
@@ -89,21 +89,22 @@ def multiply(operator_handle, keys, stack, overload, operator, kind, has_addend,
         return
     end = get(stack, 1)
     slots = end - SLOT * (2 + 3 * has_addend + (result == OUT))
-    args, handle, dtype_at = args_words(), out_param(), out_param()
+    args, tensors, returned = args_words(), tensor_words(), out_param()
     a, source, has_scales = slots + SLOT * has_addend, 0, True
     if has_addend != 0:
         source = slots
         has_scales = number(slots + 3 * SLOT, args + 8 * BETA) and number(slots + 4 * SLOT, args + 8 * ALPHA)
     out = 0 if result == NEW else slots if result == IN_PLACE else end - SLOT
-    outcome = linked_compute(a, a + SLOT, source, out, args, kind, result, has_scales, handle, dtype_at)
+    set_tensors(tensors, a, a + SLOT, source, out)
+    outcome = linked_compute(tensors, args, kind, result, has_scales, returned)
     if outcome == RUN:
-        count(operator, get(dtype_at, 0), ACCELERATED)
-        put_on_stack(slots, stack, has_addend, result, get(handle, 0))
+        count(operator, get(returned, DTYPE), ACCELERATED)
+        put_on_stack(slots, stack, has_addend, result, get(returned, HANDLE))
         return
     if is_error(outcome):
         raise_for(outcome)
     if outcome == UNSUPPORTED:
-        count(operator, get(dtype_at, 0), HANDED_OVER)
+        count(operator, get(returned, DTYPE), HANDED_OVER)
     call_boxed(get(state(), at), get(state(), at + 1), operator_handle, keys, stack)
 
 

@@ -72,10 +72,15 @@ NEW, OUT, IN_PLACE = range(3)  # where the result goes
 LARGEST = 3.4028234663852886e38  # of float32: torch refuses a larger alpha or beta, unless the product is in float64
 FLOAT32, FLOAT64 = DTYPE_CODES["float32"], DTYPE_CODES["float64"]
 
-COMPUTE_SIGNATURE = INT64(*[INT64] * 10)
+A_TENSOR, B_TENSOR, SOURCE_TENSOR, OUT_TENSOR = range(4)  # addresses; 0 where there is no addend or no ``out``
+TENSORS = 4
+HANDLE, DTYPE = range(2)  # of the result: the handle of a NEW one, torch's code of the dtype
+
+COMPUTE_SIGNATURE = INT64(*[INT64] * 6)
 linked_compute = types.ExternalFunction("matmul_grad_compute", COMPUTE_SIGNATURE)
 call_gemm = call_address(3)
 shape_words = stack_words(6)
+tensor_words = stack_words(TENSORS)
 infos_words = stack_words(4 * INFO)
 INFO_A, INFO_B, INFO_SOURCE, INFO_OUT = (8 * INFO * index for index in range(4))
 
@@ -359,22 +364,31 @@ def choose_target(infos, args):
     return NEW if overlap(info, infos + INFO_A, item) or overlap(info, infos + INFO_B, item) else OUT
 
 
-def compute(a, b, source, out, args, kind, result, has_scales, handle, dtype_at):
+@jit
+def set_tensors(tensors, a, b, source, out):
+    put(tensors, A_TENSOR, a)
+    put(tensors, B_TENSOR, b)
+    put(tensors, SOURCE_TENSOR, source)
+    put(tensors, OUT_TENSOR, out)
+
+
+def compute(tensors, args, kind, result, has_scales, returned):
     """Compute a product if these kernels support it.
 
-    a, b, source, out  addresses of tensors; source and out are 0 where there are none
-    args               BETA and ALPHA where there is a source
-    handle             receives the handle of a NEW result
-    dtype_at           receives torch's code of the dtype
-    returns            the outcome
+    tensors   A_TENSOR … OUT_TENSOR
+    args      BETA and ALPHA where there is a source
+    returned  receives HANDLE and DTYPE
+    returns   the outcome
     """
     infos = infos_words()
-    put(dtype_at, 0, 0)
+    a, b = get(tensors, A_TENSOR), get(tensors, B_TENSOR)
+    source, out = get(tensors, SOURCE_TENSOR), get(tensors, OUT_TENSOR)
+    put(returned, DTYPE, 0)
     put(args, M, -1)  # unknown until the operands have been checked
     put(args, N, -1)
     outcome = check(a, b, source, infos, args, kind, has_scales)
     dtype = dtype_of(infos + INFO_A)
-    put(dtype_at, 0, dtype)
+    put(returned, DTYPE, dtype)
     if outcome != RUN:
         return outcome if result == NEW else outcome_for_torch(outcome, out, infos + INFO_OUT, args, kind)
     target = result
@@ -390,18 +404,19 @@ def compute(a, b, source, out, args, kind, result, has_scales, handle, dtype_at)
         target = choose_target(infos, args)
         if target < 0:
             return UNSUPPORTED
-    put(handle, 0, 0)
+    handle = 0
     if target == NEW:
-        put(handle, 0, allocate(args, dtype, kind))
-        if get(handle, 0) == 0:
+        handle = allocate(args, dtype, kind)
+        if handle == 0:
             return UNSUPPORTED
+    put(returned, HANDLE, handle)
     done = call_gemm(driver_of(dtype), args, 1, threads()) == 0
     if done and outcome == TEMPORARY:
         resize(out, args, kind)
     if done and target == NEW and result != NEW:
-        done = copy_(out, get(handle, 0), 0) == 0
+        done = copy_(out, handle, 0) == 0
     if target == NEW and (not done or result != NEW):
-        delete_tensor(get(handle, 0))
+        delete_tensor(handle)
     return RUN if done else UNSUPPORTED
 
 

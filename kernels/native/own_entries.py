@@ -14,7 +14,19 @@ from numba.core import types
 from ..cpu.gemm_args import A_CS, A_RS, ALPHA, B_CS, B_RS, BETA, C_CS, C_RS, GEMM_ARGS, A, B, C, K, M, N
 from ..cpu.memory import INT64, call_address, get, jit, put, stack_words, text
 from ..cpu.schedule import MAX_PRODUCTS, set_dense_c
-from .call import FREED, OUT_OF_BOUNDS, PENDING, RUN, UNSUPPORTED, item_size, linked_compute
+from .call import (
+    FREED,
+    HANDLE,
+    NEW,
+    OUT_OF_BOUNDS,
+    PENDING,
+    RUN,
+    UNSUPPORTED,
+    item_size,
+    linked_compute,
+    set_tensors,
+    tensor_words,
+)
 from .op_table import OWN, Op
 from .state import (
     FUNCTIONALIZE_KEY,
@@ -59,7 +71,6 @@ from .torch_c_api import (
 
 ENTRY_SIGNATURE = types.void(INT64, INT64, INT64)
 OWN_SIGNATURE = INT64(INT64, INT64, INT64)
-NEW_RESULT = 0
 
 linked_own = types.ExternalFunction("matmul_grad_own", OWN_SIGNATURE)
 linked_backward = types.ExternalFunction("matmul_grad_mm_backward", ENTRY_SIGNATURE)
@@ -97,19 +108,20 @@ def delete_all(stack, count):
 
 def own(stack, kind, has_addend):
     """Compute the product that the stack describes and return 1; 0 for a fallback, which takes the stack as it is."""
-    args, handle, dtype = args_words(), out_param(), out_param()
+    args, tensors, returned = args_words(), tensor_words(), out_param()
     a, b, source = get(stack, has_addend), get(stack, has_addend + 1), 0
     if has_addend != 0:
         source = get(stack, 0)
         put(args, BETA, get(stack, 3))
         put(args, ALPHA, get(stack, 4))
-    outcome = linked_compute(a, b, source, 0, args, kind, NEW_RESULT, 1, handle, dtype)
+    set_tensors(tensors, a, b, source, 0)
+    outcome = linked_compute(tensors, args, kind, NEW, 1, returned)
     if outcome != RUN and not is_error(outcome):
         return 0
     delete_all(stack, 2 + has_addend)
     if outcome != RUN:
         raise_for(outcome)
-    put(stack, 0, get(handle, 0))
+    put(stack, 0, get(returned, HANDLE))
     return 1
 
 
