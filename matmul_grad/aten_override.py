@@ -72,7 +72,7 @@ def _set(on: bool, for_good: bool = True) -> None:
 
 
 def _install() -> None:
-    """On each device for itself: what one device lacks does not keep another from it."""
+    """Install on each device separately: one that cannot be overridden does not affect the others."""
     refused = [reason for reason in (_install_on_cpu(), _install_on_cuda()) if reason]
     if not is_on():
         raise RuntimeError(f"matmul_grad.enable(): torch's products cannot be replaced here: {refused[0]}")
@@ -154,7 +154,7 @@ def disable() -> None:
 
 @contextlib.contextmanager
 def enabled() -> Iterator[None]:
-    """``enable()`` for a block, and then what was before. A context manager and a decorator.
+    """``enable()`` for a block, then restore the previous state. A context manager and a decorator.
 
     Blocks nest. Where those of several threads overlap, the last one to end restores what was before the first.
 
@@ -178,7 +178,7 @@ def _open(block: list[bool]) -> None:
 
 
 def _close(block: list[bool]) -> None:
-    """Restore what was before a block, or leave that to the one that was opened after it and is still open."""
+    """Restore the state before a block; if a later block is still open, it does so at its end."""
     place = next((place for place, other in enumerate(_blocks) if other is block), None)
     if place is None:
         return
@@ -190,7 +190,7 @@ def _close(block: list[bool]) -> None:
 
 
 def info() -> dict[str, Any]:
-    """What the switch has done: devices on which it is on, and calls while it was, by operator and dtype.
+    """State and counters of the switch: devices on which it is on, and calls while it was, by operator and dtype.
 
     ``accelerated`` counts the products of these kernels, ``handed_over`` those that they left to torch. Calls that
     fail, and those with nothing to multiply, are in neither.

@@ -1,4 +1,4 @@
-"""aten's operators for this package's, where an exported program is decomposed: ``ExportedProgram.run_decompositions``.
+"""Decompositions of this package's operators into aten's, for ``ExportedProgram.run_decompositions``.
 
     matmul_grad.mm, bmm, addmm, baddbmm    aten's operator of the same name
     matmul_grad.scaled_mm                  aten._scaled_mm
@@ -25,7 +25,7 @@ DEFAULT = "default_decompositions"
 
 
 def aten_decompositions() -> dict[Any, Callable[..., Any]]:
-    """The operators, and what computes each of them in aten's."""
+    """By operator, a function that computes it with aten's."""
     operators = torch.ops.matmul_grad
     products = {getattr(operators, name).default: torch_impl_of(name) for name in SCHEMAS}
     return products | {operators.scaled_mm.default: scaled_mm_by_torch}

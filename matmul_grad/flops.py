@@ -1,4 +1,4 @@
-"""FLOP formulas for torch's FlopCounterMode, handed over when that module is first imported: it imports triton."""
+"""FLOP formulas for torch's FlopCounterMode, registered when its module is imported, since that imports triton."""
 
 from __future__ import annotations
 

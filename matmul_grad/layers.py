@@ -131,7 +131,7 @@ class _Namespace:
 
 
 def _with_globals(function: Forward, **replaced: Any) -> Forward:
-    """The function, in whose global names some are replaced; ``__name__`` goes, by which Dynamo would find torch's."""
+    """The function with some of its globals replaced, without ``__name__``, by which Dynamo would find torch's."""
     names = {name: value for name, value in function.__globals__.items() if name != "__name__"} | replaced
     copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copied.__kwdefaults__ = function.__kwdefaults__

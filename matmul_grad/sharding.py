@@ -61,7 +61,7 @@ def shardings(equation: str, shapes: list[tuple[int, ...]]) -> list[tuple[list[A
 
 
 def share_strategy(propagator: Any, ours: Any, atens: Any) -> bool:
-    """Enter an operator wherever DTensor's propagator has aten's; whether a strategy was among it."""
+    """Register an operator wherever DTensor's propagator has aten's; whether it has a strategy then."""
     tables = {name: table for name, table in vars(propagator).items() if isinstance(table, dict) and atens in table}
     for table in tables.values():
         table[ours] = table[atens]

@@ -128,7 +128,7 @@ def test_a_failed_step_keeps_nothing() -> None:
     assert seen[0]() is None
 
 
-def test_operands_of_a_failed_call_are_let_go() -> None:
+def test_operands_of_a_failed_call_are_released() -> None:
     operand = torch.ones(2, 3)
     before = sys.getrefcount(operand)
     for _ in range(100):

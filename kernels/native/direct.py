@@ -1,4 +1,4 @@
-"""The driver called from Python: for tests, for results that the caller has, and where the C ABI is not to be had."""
+"""The driver called from Python: for tests, for ``out=``, and where torch's C ABI is not available."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def suspend() -> None:
 
 
 def uninstall() -> None:
-    """What ``install`` found is there again."""
+    """Restore what ``install`` replaced."""
     if state[OVERRIDE] != 0:
         _call_quietly("matmul_grad_uninstall")
 
@@ -101,7 +101,7 @@ def _entries() -> build.Kernels:
 
 
 def _present_kernel(overload: str) -> KernelFunction:
-    """The kernel that aten has now under CPU: PyTorch's, or what somebody has put there.
+    """The kernel that aten has now under CPU: PyTorch's, or one that another library registered.
 
     torch allocates a few bytes for each lookup, so its own kernels are looked up once.
     """
