@@ -17,6 +17,7 @@ from torch import Tensor
 from matmul_grad import testing
 from matmul_grad.kernels.cpu import driver, host
 from matmul_grad.kernels.cpu.config import BlockConfig, choose
+from matmul_grad.kernels.cpu.gemm_args import Epilogue
 from matmul_grad.kernels.native import direct
 
 PAGE = mmap.PAGESIZE
@@ -117,6 +118,20 @@ def test_integers_of_any_strides_are_exact(block: BlockConfig, a_striding: str, 
         out = a.new_empty(m, n)
         direct.multiply(block, a, b, out, 2)
         testing.assert_same_bits(out, testing.exact_product(a, b), f"{a_striding} {b_striding} {m}x{n}x{k}")
+
+
+def test_epilogue_scales_and_adds_an_expanded_source() -> None:
+    a, b = testing.integers(13, 20, torch.float32, seed=1), testing.integers(20, 70, torch.float32, seed=2)
+    for source in (testing.integers(1, 70, torch.float32, seed=3), testing.integers(13, 1, torch.float32, seed=3)):
+        out = torch.full((13, 70), float("nan"))
+        direct.multiply(driver.config("float32"), a, b, out, 1, Epilogue(alpha=2.0, beta=-3.0, source=source))
+        testing.assert_same_bits(out + 0.0, 2 * testing.exact_product(a, b) - 3 * source + 0.0)  # 0 and -0 are one
+
+
+def test_source_is_not_read_where_beta_is_zero() -> None:
+    a, b, out = torch.ones(3, 2), torch.ones(2, 4), torch.zeros(3, 4)
+    direct.multiply(driver.config("float32"), a, b, out, 1, Epilogue(beta=0.0, source=torch.full((4,), float("nan"))))
+    assert out.tolist() == [[2.0] * 4] * 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
