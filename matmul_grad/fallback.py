@@ -67,14 +67,6 @@ def require_storages(*operands: Tensor) -> None:
     require_storage(*(x for x in operands if type(x) in PLAIN))
 
 
-def is_nested(one: Tensor, other: Tensor) -> bool:
-    """Whether a tensor has no sizes: the operators support every other layout."""
-    if one.is_nested or other.is_nested:
-        strict_mode.note_fallback(one, other)
-        return True
-    return False
-
-
 def _is_overridden(*operands: Any) -> bool:
     if not all(isinstance(x, Tensor) for x in operands):
         return True

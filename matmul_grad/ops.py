@@ -6,6 +6,7 @@
     AutocastCPU, AutocastCUDA    Python, in autocast.py: operands are cast     import
     Autograd                     Python, in autograd.py: every other device    import
     CompositeExplicitAutograd    Python, here: every other device              import
+    NestedTensorCPU, ...CUDA     Python, here: PyTorch's                       import
     CompositeImplicitAutograd    mm_backward in Python: two products           import
     FuncTorchBatched             Python, in vmap.py: the rules of vmap         import
 
@@ -41,6 +42,7 @@ BACKWARD = "(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Ten
 SCHEMAS = {op.name: op.schema for op in OWN if op.schema is not None}
 # Keys that modes and transforms put in front of an operator without tensors; none of them is to see ``_raise``.
 ABOVE_ALL = ("Python", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "Functionalize")
+NESTED = ("NestedTensorCPU", "NestedTensorCUDA")
 LARGEST = torch.finfo(torch.float32).max  # torch refuses a larger alpha or beta, unless the product is in float64
 
 
@@ -221,6 +223,17 @@ def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | N
         return None
 
 
+def make_nested_kernel(name: str) -> Callable[..., Tensor]:
+    """PyTorch's product of nested tensors, which have no sizes to look at."""
+    torch_impl = torch_impl_of(name)
+
+    def nested_kernel(*operands: Tensor, **scales: float) -> Tensor:
+        strict_mode.note_fallback(*operands[-2:])
+        return torch_impl(*operands, **scales)
+
+    return nested_kernel
+
+
 def _scaled_mm(
     self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -268,6 +281,8 @@ def _register() -> None:
         adds = "add" in name
         library.define(f"{name}{schema}", tags=TAGS)
         library.impl(name, make_kernel(name), "CompositeExplicitAutograd")
+        for key in NESTED:
+            library.impl(name, make_nested_kernel(name), key)
         by_compiled_code(f"_{name}_by_torch", schema, torch_impl_of(name), "CompositeExplicitAutograd")
         # Shape and errors of a traced product are PyTorch's.
         torch.library.register_fake(f"{NAMESPACE}::{name}", torch_impl_of(name), lib=library)

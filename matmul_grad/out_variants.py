@@ -69,7 +69,7 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
     input = inputs[0] if inputs else None
     if is_resized:
         return copy_to(compute(mat1, mat2, input, **scales), out)
-    overlaps_source = _overlaps_source(out, inputs)
+    overlaps_source = scales.get("beta") != 0 and _overlaps_source(out, inputs)
     if overlaps_source and _are_dense(out, inputs[0].expand(out.shape)):
         pass  # torch's error
     elif overlaps_source or _overlaps_any(out, mat1, mat2):

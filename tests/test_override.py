@@ -209,6 +209,7 @@ def test_interrupts_at_any_moment_leave_a_state_that_is_told() -> None:
         """
         import random, signal, threading, time
         matmul_grad.enable(); matmul_grad.disable()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs behind it
         main, hits = threading.main_thread().ident, 0
 
         def ours():

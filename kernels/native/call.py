@@ -354,14 +354,14 @@ def locate_operands(a, b, source, infos, args, kind):
 def choose_target(infos, args):
     """OUT, or NEW where that would overwrite an operand; -1 where PyTorch's kernel takes the call.
 
-    That is where elements of the result overlap, or where it overlaps an addend of other strides.
+    That is where the result overlaps an addend of other strides, or its elements overlap each other.
     """
     info, item = infos + INFO_OUT, item_size(dtype_of(infos + INFO_A))
-    if not is_non_overlapping(info):
-        return -1
     if get(args, SOURCE) != 0 and not is_result(args) and overlap(info, infos + INFO_SOURCE, item):
         return -1
-    return NEW if overlap(info, infos + INFO_A, item) or overlap(info, infos + INFO_B, item) else OUT
+    if overlap(info, infos + INFO_A, item) or overlap(info, infos + INFO_B, item):
+        return NEW
+    return OUT if is_non_overlapping(info) else -1
 
 
 @jit
