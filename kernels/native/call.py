@@ -35,6 +35,7 @@ from ..cpu.gemm_args import (
     N,
 )
 from ..cpu.memory import INT64, call_address, get, jit, number_of, put, stack_words
+from .aliasing import is_non_overlapping, overlap, share_storage
 from .op_table import BATCHES, MATRICES, MATVEC
 from .state import DTYPE_CODES, INTERRUPTED, NOT_ACCELERATED
 from .torch_c_api import (
@@ -42,7 +43,6 @@ from .torch_c_api import (
     DIM,
     INFO,
     STORAGE_BYTES,
-    STORAGE_OFFSET,
     copy_,
     delete_tensor,
     describe,
@@ -54,7 +54,6 @@ from .torch_c_api import (
     locate,
     locate_to_write,
     out_param,
-    reach,
     resize_output,
     size,
     stride,
@@ -205,41 +204,10 @@ def allocate(args, dtype, kind):
 
 
 @jit
-def overlap(info, other, item):
-    """Whether the memory between first and last element of two tensors meets; both have elements."""
-    start, other_start = get(info, DATA), get(other, DATA)
-    end = start + (reach(info) + 1) * item
-    other_end = other_start + (reach(other) + 1) * item
-    return start < other_end and other_start < end
-
-
-@jit
-def is_non_overlapping(info):
-    """Whether no two elements share an address: each stride is beyond all that the smaller ones reach."""
-    for dim in range(get(info, DIM)):
-        step, covered = stride(info, dim), 0
-        for other in range(get(info, DIM)):
-            if other != dim and stride(info, other) <= step:
-                covered += (size(info, other) - 1) * stride(info, other)
-        if size(info, dim) > 1 and step <= covered:
-            return False
-    return True
-
-
-@jit
 def is_result(args):
     """Whether the addend is the result itself, element for element."""
     same = get(args, SOURCE) == get(args, C) and get(args, S_RS) == get(args, C_RS)
     return same and get(args, S_CS) == get(args, C_CS) and get(args, S_BS) == get(args, C_BS)
-
-
-@jit
-def share_storage(one, info, other, other_info, item):
-    """Whether two tensors are views of one storage, so that resizing one moves the other."""
-    if not locate(one, info) or not locate(other, other_info):
-        return True
-    start = get(info, DATA) - get(info, STORAGE_OFFSET) * item
-    return get(one, 0) == get(other, 0) or start == get(other_info, DATA) - get(other_info, STORAGE_OFFSET) * item
 
 
 @jit
