@@ -48,8 +48,8 @@ def time_products(n: int, dtype: str, device: str, seed: int) -> list[list[str]]
         times = timer.interleaved(work, SECONDS, wait)
         theirs, ours = times[baseline.TORCH], times[baseline.OURS]
         rate = baseline.flops(n, n, n, product) / timer.quartiles(ours).median / 1e9
-        numbers = f"{rate:.0f}", f"{timer.ratio(theirs, ours):.2f}"
-        rows.append([f"{product}-{dtype}-{n}", *cells(theirs), *cells(ours), *numbers])
+        figures = f"{rate:.0f}", f"{timer.ratio(theirs, ours):.2f}"
+        rows.append([f"{product}-{dtype}-{n}", *cells(theirs), *cells(ours), *figures])
     return rows
 
 

@@ -323,7 +323,7 @@ print(len(build._notified))
 """
 
 
-def test_slow_compilation_is_notified_once(tmp_path: Path) -> None:
+def test_slow_compilation_is_told_once(tmp_path: Path) -> None:
     folder = str(tmp_path / "cache")
     code = NOTICE.format(slow=0, close="")
     done = run(code, MATMUL_GRAD_CACHE=folder)
