@@ -101,7 +101,7 @@ def addmm(
     rounding    accumulated as ``mm``, and rounded once, after the addition
     errors      torch.addmm's
     determinism as ``mm``
-    source      kernels/cpu/sums.py
+    source      kernels/cpu/epilogue.py
 
     With ``beta`` = 0 the input is not read, so that NaN in it is not passed on.
 
@@ -159,7 +159,7 @@ def baddbmm(
 def mm_backward(
     grad: Tensor, input: Tensor, mat2: Tensor, output_mask: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both gradients of ``mm``, or of ``bmm``, from the gradient of its result; differentiable in turn.
+    """Both gradients of ``mm``, or of ``bmm``, from the gradient of its result; differentiable to any order.
 
     dA = grad · Bᵀ,  dB = Aᵀ · grad
 

@@ -1,4 +1,4 @@
-"""Which product, which operand is saved, and which is skipped.
+"""Autograd for mm, bmm, addmm, baddbmm: what is saved for backward and which gradients are computed.
 
     C  = A · B        saves B where A needs a gradient, A where B does
     dA = dC · Bᵀ      dgrad, only where A needs it
@@ -27,7 +27,7 @@ from torch.autograd.function import _SingleLevelFunction
 from . import cuda, strict_mode
 from .ops import (
     DTYPES,
-    PRODUCTS,
+    SCHEMAS,
     addition,
     backward_by_compiled_code,
     both_gradients,
@@ -65,7 +65,7 @@ def outer_levels_record() -> Iterator[None]:
 
 
 def may_have_tangents() -> bool:
-    """Whether forward mode may be on. Compiled code enters the level of a transform without telling forward_ad."""
+    """Whether forward mode may be on. Compiled code enters the level of a transform without forward_ad."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -74,7 +74,7 @@ def transposed(matrix: Tensor) -> Tensor:
 
 
 def is_column_major(matrix: Tensor) -> bool:
-    """As torch's derivative of a matrix product asks it, whose gradient then lies in memory as its operand does."""
+    """As in PyTorch's derivative of mm: the gradient gets the memory order of its operand."""
     strides = matrix.stride()
     return len(strides) == 2 and strides[0] == 1 and strides[1] == matrix.shape[0]
 
@@ -88,7 +88,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dgrad, wgrad), None for what ``needs`` leaves out; an operand that only that one uses may be None.
 
-    Each has the order in memory that torch gives it, which is its operand's: ``column_major`` for one that is None.
+    Each has the memory order of its operand, as in PyTorch: ``column_major`` of one that is None.
     """
     dgrad, wgrad = None, None
     if needs[0] and mat2 is not None:
@@ -107,14 +107,14 @@ def fused_gradients(
     needs: tuple[bool, bool],
     column_major: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``gradients``, both in one call where the operator for that takes them."""
+    """``gradients``, both in one call where ``mm_backward`` supports them."""
     if self is None or mat2 is None or self.dim() != 2 or not type(grad) is type(self) is type(mat2) is Tensor:
         return gradients(grad, self, mat2, needs, column_major)
     return _mm_backward(grad, self, mat2, [True, True])
 
 
 def save_operands(ctx: Any, self: Tensor, mat2: Tensor, needs_self: bool, needs_mat2: bool) -> None:
-    """Those that the gradients use; of one that is not used, how it lies in memory."""
+    """Save the operands that the gradients use; of one that is not used, its memory order."""
     if needs_self and needs_mat2:
         ctx.save_for_backward(self, mat2)
         ctx.column_major = False
@@ -137,7 +137,7 @@ class Mm(_Node):
     """``mm`` or ``bmm`` as a node of the graph. One call makes output and context, which costs least in eager mode.
 
     Both gradients are computed where both inputs need one, even if ``torch.autograd.grad`` was asked for one of
-    them: torch tells that to its own nodes and not to a Function in Python.
+    them: torch passes that to its C++ nodes and not to a Function in Python.
     """
 
     @staticmethod
@@ -239,7 +239,7 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
 
 
 def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
-    """The Autograd key of every device for one of PRODUCTS, until the compiled one takes the CPU's place."""
+    """An operator's kernel under the Autograd key of every device; a compiled one replaces it for the CPU."""
     rank, torch_impl = rank_of(name), torch_impl_of(name)
 
     def product_autograd(self: Tensor, mat2: Tensor) -> Tensor:
@@ -299,10 +299,10 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
-for name in PRODUCTS:
+for name in SCHEMAS:
     kernel = make_autograd_kernel(name)
     library.impl(name, kernel, "Autograd")
-    by_compiled_code(f"_{name}_in_python", PRODUCTS[name], kernel, "CompositeImplicitAutograd")
+    by_compiled_code(f"_{name}_in_python", SCHEMAS[name], kernel, "CompositeImplicitAutograd")
 library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")
 for batched in ("FuncTorchBatched", "Batched"):  # a composite still under vmap, where the CPU has its own kernel
     library.impl("mm_backward", mm_backward, batched)

@@ -143,4 +143,4 @@ def _halves(values: Sequence[int]) -> list[int]:
 
 
 _mm = ops.make_kernel("mm")
-ops.by_compiled_code("_mm_cuda_in_python", ops.PRODUCTS["mm"], mm_in_python, "CompositeExplicitAutograd")
+ops.by_compiled_code("_mm_cuda_in_python", ops.SCHEMAS["mm"], mm_in_python, "CompositeExplicitAutograd")

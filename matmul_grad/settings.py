@@ -1,4 +1,4 @@
-"""How the GPU kernels sum and multiply where torch leaves a choice."""
+"""Settings of the GPU kernels: batch invariance, and how float32 is multiplied."""
 
 from __future__ import annotations
 
