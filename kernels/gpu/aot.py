@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .config import ALIGNMENT, Target
-from .plan import Described, Launch, Number, Operand
+from .plan import DescriptorArg, Plan, PointerArg, ScalarArg
 
 # Shared bytes that one block may have, by compute capability (CUDA programming guide).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -47,16 +47,16 @@ def target_of(arch: int) -> Target:
     return Target(arch, MULTIPROCESSORS[arch], SHARED_BYTES[arch])
 
 
-def compile_for(launch: Launch, types: dict[str, str], arch: int, *, aligned: bool = True) -> CompiledReport:
+def compile_for(plan: Plan, types: dict[str, str], arch: int, *, aligned: bool = True) -> CompiledReport:
     """Compile a launch for one compute capability; needs no GPU.
 
     types: the short name of each operand's dtype. aligned: addresses divide by 16. Arguments are specialised as
     Triton's launcher would: 1 is a constant, and what divides by 16 is known to.
     """
-    if not isinstance(launch.kernel, triton.JITFunction):
+    if not isinstance(plan.kernel, triton.JITFunction):
         raise RuntimeError("the kernel cannot be compiled under TRITON_INTERPRET=1")
     target = GPUTarget("cuda", arch, 32)
-    kernel = triton.compile(source(launch, types, aligned), target=target, options=launch.options)
+    kernel = triton.compile(source(plan, types, aligned), target=target, options=plan.options)
     registers, spills = resources(kernel.asm["cubin"])
     return CompiledReport(
         name=kernel.metadata.name,
@@ -68,35 +68,35 @@ def compile_for(launch: Launch, types: dict[str, str], arch: int, *, aligned: bo
     )
 
 
-def source(launch: Launch, types: dict[str, str], aligned: bool) -> ASTSource:
+def source(plan: Plan, types: dict[str, str], aligned: bool) -> ASTSource:
     """The kernel with its argument types, constants and divisibilities filled in."""
     signature: dict[str, str] = {}
-    constants: dict[str, Any] = dict(launch.constants)
+    constants: dict[str, Any] = dict(plan.constants)
     divisible = {}
-    names = launch.kernel.arg_names
-    for position, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
+    names = plan.kernel.arg_names
+    for position, (name, value) in enumerate(zip(names, plan.arguments, strict=False)):
         if value is None or (isinstance(value, int) and value == 1):
             constants[name] = value
             signature[name] = "constexpr"
             continue
         signature[name] = type_of(value, types)
-        if aligned if isinstance(value, Operand) else isinstance(value, int) and value % ALIGNMENT == 0:
+        if aligned if isinstance(value, PointerArg) else isinstance(value, int) and value % ALIGNMENT == 0:
             divisible[(position,)] = [["tt.divisibility", ALIGNMENT]]
-    signature |= dict.fromkeys(names[len(launch.arguments) :], "constexpr")
-    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=divisible)
+    signature |= dict.fromkeys(names[len(plan.arguments) :], "constexpr")
+    return ASTSource(plan.kernel, signature, constexprs=constants, attrs=divisible)
 
 
 def type_of(value: Any, types: dict[str, str]) -> str:
     """Triton's name for the type of an argument.
 
-    >>> type_of(Operand("a"), {"a": "bf16"}), type_of(2**31, {})
+    >>> type_of(PointerArg("a"), {"a": "bf16"}), type_of(2**31, {})
     ('*bf16', 'i64')
     """
-    if isinstance(value, Operand):
+    if isinstance(value, PointerArg):
         return f"*{types[value.name]}"
-    if isinstance(value, Described):
+    if isinstance(value, DescriptorArg):
         return f"tensordesc<{types[value.name]}{list(value.block)}>"
-    return "i32" if isinstance(value, Number) or -(2**31) <= value < 2**31 else "i64"
+    return "i32" if isinstance(value, ScalarArg) or -(2**31) <= value < 2**31 else "i64"
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

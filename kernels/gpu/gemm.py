@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import SCALES, tile_epilogue
-from .tiles import place, round_to_tf32, scale_of, share_of_k
+from .tiles import round_to_tf32, scale_of, split_k_range, tile_coords
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
@@ -26,7 +26,7 @@ def gemm(
     strides divisible by 16, into vector loads. Tile origins are 64-bit; offsets inside a tile are 32-bit
     unless WIDE, which the launcher sets where a tile spans 2**31 elements or more.
     Dtypes: a, b and c alike: float16, bfloat16, float32 (accumulated in float32), float64 (in float64); or 8-bit a
-    and b, IMPRECISE as in `tile_product`. SCALED multiplies the sums by two float32 before they are rounded.
+    and b, IMPRECISE as in `accumulate_tile`. SCALED multiplies the sums by two float32 before they are rounded.
     PRECISION "tf32" rounds float32 operands first; "tf32x3" adds the products of their two halves but the least;
     "ieee" multiplies them whole.
     Sums: with alpha, C = alpha * S + beta * source, S the sums over t: alpha * S is rounded to the type of S, then
@@ -45,11 +45,11 @@ def gemm(
     """
     tiles_m = 1 + (m - 1) // BLOCK_M
     tiles_n = 1 + (n - 1) // BLOCK_N
-    row_tile, col_tile = place(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    row_tile, col_tile = tile_coords(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     row0 = tl.cast(row_tile, tl.int64) * BLOCK_M
     col0 = tl.cast(col_tile, tl.int64) * BLOCK_N
     part = tl.cast(tl.program_id(1), tl.int64)
-    first, last = share_of_k(tl.program_id(1) % SPLIT_K, k, BLOCK_K, SPLIT_K)
+    first, last = split_k_range(tl.program_id(1) % SPLIT_K, k, BLOCK_K, SPLIT_K)
 
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     row = tl.arange(0, BLOCK_M).to(OFFSET)
@@ -66,8 +66,8 @@ def gemm(
     a_offset = row[:, None] * a_row + depth[None, :] * a_col
     b_offset = depth[:, None] * b_row + col[None, :] * b_col
 
-    SUM: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=SUM)
+    ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for step in range(first, last):
         in_depth = depth < k - step * BLOCK_K
         a = tl.load(a_base + a_offset, mask=in_rows & in_depth[None, :], other=0.0)
@@ -78,7 +78,7 @@ def gemm(
         if PRECISION == "tf32":
             a = round_to_tf32(a)
             b = round_to_tf32(b)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=SUM)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=ACC)
         a_base += a_step
         b_base += b_step
 

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import modes
+from . import settings
 from .config import ALIGNMENT, ITEM_BYTES, Problem, layout
 from .gemm import gemm
 from .plan import Strides
@@ -58,7 +58,7 @@ def describe(a: Tensor, b: Tensor, c: Tensor, precision: str) -> Problem:
         aligned=is_aligned(a) and is_aligned(b),
         tma=fits_tma(a) and fits_tma(b) and c.stride(-1) == 1,
         batch=a.shape[0] if a.dim() == 3 else 1,
-        invariant=modes.invariant,
+        invariant=settings.invariant,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .backward import backward_tma
-from .config import Problem, Target, TileConfig, kernel_name, kind, number, workspace_bytes
+from .config import Problem, Target, TileConfig, dtype_name, kernel_name, kind, workspace_bytes
 from .epilogue import SCALES
 from .gemm import gemm
 from .reduce import reduce
@@ -21,19 +21,19 @@ IMPRECISE = 128
 MAX_REGISTERS = 255
 
 
-class Operand(NamedTuple):
+class PointerArg(NamedTuple):
     """An argument that is the address of a tensor: which one, by its name."""
 
     name: str
 
 
-class Number(NamedTuple):
+class ScalarArg(NamedTuple):
     """An argument that is a number of each call, of 32 bits: which one, by its name."""
 
     name: str
 
 
-class Described(NamedTuple):
+class DescriptorArg(NamedTuple):
     """An argument that is a TMA descriptor of a tensor: shape and strides in memory order, and the block it brings."""
 
     name: str
@@ -50,7 +50,7 @@ class Strides(NamedTuple):
     batch: int = 0
 
 
-class Sum(NamedTuple):
+class Epilogue(NamedTuple):
     """C = alpha * (A . B) + beta * source: how the source lies, with stride 0 where it repeats; None to add nothing."""
 
     source: Strides | None
@@ -60,7 +60,7 @@ NOWHERE = Strides(0, 0)
 
 
 @dataclass(frozen=True)
-class Launch:
+class Plan:
     """One kernel: its arguments as a launch takes them, constants by name, and the compiler's options."""
 
     kernel: Any
@@ -70,7 +70,7 @@ class Launch:
     options: dict[str, Any]
 
 
-def launches(
+def plans(
     problem: Problem,
     config: TileConfig,
     target: Target,
@@ -78,8 +78,8 @@ def launches(
     *,
     store_tma: bool = False,
     upcast: bool = False,
-    sum: Sum | None = None,
-) -> list[Launch]:
+    epilogue: Epilogue | None = None,
+) -> list[Plan]:
     """The launches of C = A . B on the operands "a", "b", "c", and "work" where k is cut.
 
     strides: of a, b, c. store_tma: the copy engine can write c. upcast: for Triton's interpreter. sum: what the kernel
@@ -87,10 +87,10 @@ def launches(
     """
     make = {"pointers": _gemm, "tma": _gemm_tma, "vector": _matvec}[config.path]
     if config.split_k == 1:
-        return [make(problem, config, target, strides, "c", store_tma, upcast, sum)]
+        return [make(problem, config, target, strides, "c", store_tma, upcast, epilogue)]
     work = Strides(problem.n, 1, problem.m * problem.n)
     first = make(problem, config, target, (*strides[:2], work), "work", False, upcast, None)
-    return [first, _reduce(problem, config, strides[2], sum)]
+    return [first, _reduce(problem, config, strides[2], epilogue)]
 
 
 def scales_of(alpha: float, beta: float) -> dict[str, int]:
@@ -102,28 +102,28 @@ def scales_of(alpha: float, beta: float) -> dict[str, int]:
     return dict(zip(SCALES, struct.unpack("=4i", struct.pack("=2d", alpha, beta)), strict=True))
 
 
-def source_of(sum: Sum | None) -> tuple[Operand | None, Strides]:
+def source_of(epilogue: Epilogue | None) -> tuple[PointerArg | None, Strides]:
     """What is added, and how it lies."""
-    return (None, NOWHERE) if sum is None or sum.source is None else (Operand("source"), sum.source)
+    return (None, NOWHERE) if epilogue is None or epilogue.source is None else (PointerArg("source"), epilogue.source)
 
 
-def scaling(sum: Sum | None) -> tuple[Number | None, ...]:
+def scaling(epilogue: Epilogue | None) -> tuple[ScalarArg | None, ...]:
     """The last arguments of a kernel that stores a result."""
-    alpha, beta = sum is not None, sum is not None and sum.source is not None
+    alpha, beta = epilogue is not None, epilogue is not None and epilogue.source is not None
     used = (alpha, alpha, beta, beta)
-    return tuple(Number(name) if use else None for name, use in zip(SCALES, used, strict=True))
+    return tuple(ScalarArg(name) if use else None for name, use in zip(SCALES, used, strict=True))
 
 
-def added(sum: Sum | None) -> tuple[Any, ...]:
+def added(epilogue: Epilogue | None) -> tuple[Any, ...]:
     """The arguments from the source on; a stride that is None says that nothing changes along it."""
-    source, lies = source_of(sum)
+    source, lies = source_of(epilogue)
     if source is None:
-        return (None, None, None, None, *scaling(sum))
-    return (source, lies.row or None, lies.col or None, lies.batch, *scaling(sum))
+        return (None, None, None, None, *scaling(epilogue))
+    return (source, lies.row or None, lies.col or None, lies.batch, *scaling(epilogue))
 
 
-def named(name: str, sum: Sum | None) -> str:
-    return name if sum is None else f"{name}_sum"
+def named(name: str, epilogue: Epilogue | None) -> str:
+    return name if epilogue is None else f"{name}_addmm"
 
 
 def work_elements(problem: Problem, config: TileConfig) -> int:
@@ -155,9 +155,9 @@ def blocks(config: TileConfig) -> dict[str, int]:
     }
 
 
-def scales(problem: Problem) -> tuple[Operand | None, Operand | None]:
+def scales(problem: Problem) -> tuple[PointerArg | None, PointerArg | None]:
     """The two scales of 8-bit operands."""
-    return (Operand("scale_a"), Operand("scale_b")) if kind(problem) == "fp8" else (None, None)
+    return (PointerArg("scale_a"), PointerArg("scale_b")) if kind(problem) == "fp8" else (None, None)
 
 
 def of_8_bits(problem: Problem) -> dict[str, Any]:
@@ -174,20 +174,20 @@ def _gemm(
     result: str,
     _: bool,
     upcast: bool,
-    sum: Sum | None,
-) -> Launch:
+    epilogue: Epilogue | None,
+) -> Plan:
     (a, b, c), (m, n, k) = strides, (problem.m, problem.n, problem.k)
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     wide = any(
         is_wide(extents)
         for extents in ([(bm, a.row), (bk, a.col)], [(bk, b.row), (bn, b.col)], [(bm, c.row), (bn, c.col)])
     )
-    return Launch(
+    return Plan(
         gemm,
         (cdiv(m, bm) * cdiv(n, bn), config.split_k * problem.batch),
         (
-            Operand("a"), Operand("b"), Operand(result), *scales(problem), m, n, k,
-            a.row, a.col, b.row, b.col, c.row, c.col, a.batch, b.batch, c.batch, *added(sum),
+            PointerArg("a"), PointerArg("b"), PointerArg(result), *scales(problem), m, n, k,
+            a.row, a.col, b.row, b.col, c.row, c.col, a.batch, b.batch, c.batch, *added(epilogue),
         ),
         {
             **blocks(config),
@@ -196,20 +196,22 @@ def _gemm(
             "WIDE": wide,
             "UPCAST": upcast,
             **of_8_bits(problem),
-            "NAME": named(kernel_name(problem, config), sum),
+            "NAME": named(kernel_name(problem, config), epilogue),
         },
         options(config),
     )  # fmt: skip
 
 
-def described(name: str, rows: int, cols: int, strides: Strides, block: tuple[int, int], batch: int) -> Described:
+def descriptor_arg(
+    name: str, rows: int, cols: int, strides: Strides, block: tuple[int, int], batch: int
+) -> DescriptorArg:
     """A matrix for the copy engine, its adjacent dimension last; ``block`` is in the matrix's own order."""
     shape, leading = (rows, cols), strides.row
     if strides.col != 1:
         shape, leading, block = (cols, rows), strides.col, (block[1], block[0])
     if batch == 1:
-        return Described(name, shape, (leading, 1), block)
-    return Described(name, (batch, *shape), (strides.batch, leading, 1), (1, *block))
+        return DescriptorArg(name, shape, (leading, 1), block)
+    return DescriptorArg(name, (batch, *shape), (strides.batch, leading, 1), (1, *block))
 
 
 def _gemm_tma(
@@ -220,31 +222,31 @@ def _gemm_tma(
     result: str,
     store_tma: bool,
     upcast: bool,
-    sum: Sum | None,
-) -> Launch:
+    epilogue: Epilogue | None,
+) -> Plan:
     (a, b, c), (m, n, k), batch = strides, (problem.m, problem.n, problem.k), problem.batch
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     items = cdiv(m, bm) * cdiv(n, bn) * config.split_k * batch
-    stored = described(result, m, n, c, (bm, bn // config.subtiles), batch) if store_tma else None
-    return Launch(
+    stored = descriptor_arg(result, m, n, c, (bm, bn // config.subtiles), batch) if store_tma else None
+    return Plan(
         gemm_tma,
         (programs(items, target), 1),
         (
-            described("a", m, k, a, (bm, bk), batch), described("b", k, n, b, (bk, bn), batch), stored,
-            None if store_tma else Operand(result), *scales(problem), c.row, c.batch, m, n, k, batch,
-            *added(sum),
+            descriptor_arg("a", m, k, a, (bm, bk), batch), descriptor_arg("b", k, n, b, (bk, bn), batch), stored,
+            None if store_tma else PointerArg(result), *scales(problem), c.row, c.batch, m, n, k, batch,
+            *added(epilogue),
         ),
         {
             **blocks(config),
             "SPLIT_K": config.split_k,
-            "A_TURNED": a.col != 1,
-            "B_TURNED": b.col != 1,
+            "A_TRANSPOSED": a.col != 1,
+            "B_TRANSPOSED": b.col != 1,
             "BATCHED": batch > 1,
             "STORE_TMA": store_tma,
             "SUBTILES": config.subtiles,
             "UPCAST": upcast,
             **of_8_bits(problem),
-            "NAME": named(kernel_name(problem, config), sum),
+            "NAME": named(kernel_name(problem, config), epilogue),
         },
         options(config),
     )  # fmt: skip
@@ -263,10 +265,10 @@ def _matvec(
     result: str,
     _: bool,
     upcast: bool,
-    sum: Sum | None,
-) -> Launch:
+    epilogue: Epilogue | None,
+) -> Plan:
     a, b, c = strides
-    source, s = source_of(sum)
+    source, s = source_of(epilogue)
     rows, matrix, vector, a_row, a_col = problem.m, "a", "b", a.row, a.col
     x_step, y_step, s_step = b.row, c.row, s.row
     if problem.n != 1:
@@ -274,39 +276,50 @@ def _matvec(
         x_step, y_step, s_step = a.col, c.col, s.col
     bm, bk = config.block_m, config.block_k
     wide = is_wide([(bm, a_row), (bk, a_col)]) or is_wide([(bk, x_step)]) or is_wide([(bm, max(y_step, s_step))])
-    return Launch(
+    return Plan(
         matvec,
         (cdiv(rows, bm), config.split_k),
         (
-            Operand(matrix), Operand(vector), Operand(result), rows, problem.k, a_row, a_col, x_step, y_step, c.batch,
-            source, None if source is None else s_step, *scaling(sum),
+            PointerArg(matrix), PointerArg(vector), PointerArg(result), rows, problem.k,
+            a_row, a_col, x_step, y_step, c.batch, source, None if source is None else s_step, *scaling(epilogue),
         ),
         {
             "BLOCK_M": bm,
             "BLOCK_K": bk,
             "SPLIT_K": config.split_k,
             "WIDE": wide,
-            "NAME": named(kernel_name(problem, config), sum),
+            "NAME": named(kernel_name(problem, config), epilogue),
         },
         options(config),
     )  # fmt: skip
 
 
-def _reduce(problem: Problem, config: TileConfig, c: Strides, sum: Sum | None) -> Launch:
+def _reduce(problem: Problem, config: TileConfig, c: Strides, epilogue: Epilogue | None) -> Plan:
     size = problem.m * problem.n
-    name = named(f"reduce_{number(problem)}_k{config.split_k}", sum)
-    source, s = source_of(sum)
+    name = named(f"reduce_{dtype_name(problem)}_k{config.split_k}", epilogue)
+    source, s = source_of(epilogue)
     lies = (None, None, None) if source is None else (s.row, s.col, s.batch)
-    return Launch(
+    return Plan(
         reduce,
         (cdiv(size, REDUCE_BLOCK), problem.batch),
-        (Operand("work"), Operand("c"), size, problem.n, c.row, c.col, c.batch, source, *lies, *scaling(sum)),
+        (
+            PointerArg("work"),
+            PointerArg("c"),
+            size,
+            problem.n,
+            c.row,
+            c.col,
+            c.batch,
+            source,
+            *lies,
+            *scaling(epilogue),
+        ),
         {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "NAME": name},
         {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
     )
 
 
-def backward_launch(
+def backward_plan(
     problem: Problem,
     config: TileConfig,
     target: Target,
@@ -315,7 +328,7 @@ def backward_launch(
     store_tma: tuple[bool, bool] = (True, True),
     bias: bool = False,
     upcast: bool = False,
-) -> Launch:
+) -> Plan:
     """The one launch of a backward pass: "grad", "a", "b" to "da", "db" and, where asked, "bias".
 
     problem: of the forward product. strides: of a, b, grad; the results are contiguous. store_tma: of da and db.
@@ -325,22 +338,22 @@ def backward_launch(
     items = cdiv(k, bm) * cdiv(n, bn) + cdiv(m, bm) * cdiv(k, bn)
     da, db = Strides(k, 1), Strides(n, 1)
     stored = (bm, bn // config.subtiles)
-    return Launch(
+    return Plan(
         backward_tma,
         (programs(items, target), 1),
         (
-            described("a", m, k, a, (bk, bm), 1), described("b", k, n, b, (bn, bk), 1),
-            described("grad", m, n, grad, (bm, bk), 1), described("grad", m, n, grad, (bk, bn), 1),
-            described("da", m, k, da, stored, 1) if store_tma[0] else None,
-            described("db", k, n, db, stored, 1) if store_tma[1] else None,
-            None if store_tma[0] else Operand("da"), None if store_tma[1] else Operand("db"),
-            Operand("bias") if bias else None, k, n, m, n, k,
+            descriptor_arg("a", m, k, a, (bk, bm), 1), descriptor_arg("b", k, n, b, (bn, bk), 1),
+            descriptor_arg("grad", m, n, grad, (bm, bk), 1), descriptor_arg("grad", m, n, grad, (bk, bn), 1),
+            descriptor_arg("da", m, k, da, stored, 1) if store_tma[0] else None,
+            descriptor_arg("db", k, n, db, stored, 1) if store_tma[1] else None,
+            None if store_tma[0] else PointerArg("da"), None if store_tma[1] else PointerArg("db"),
+            PointerArg("bias") if bias else None, k, n, m, n, k,
         ),
         {
             **blocks(config),
-            "A_TURNED": a.col != 1,
-            "B_TURNED": b.col != 1,
-            "GRAD_TURNED": grad.col != 1,
+            "A_TRANSPOSED": a.col != 1,
+            "B_TRANSPOSED": b.col != 1,
+            "GRAD_TRANSPOSED": grad.col != 1,
             "BIAS": bias,
             "DA_TMA": store_tma[0],
             "DB_TMA": store_tma[1],

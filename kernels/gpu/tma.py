@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import SCALES, tile_epilogue, tile_epilogue_and_store
-from .tiles import place, scale_of, share_of_k, store_block, tile_product
+from .tiles import accumulate_tile, scale_of, split_k_range, store_block, tile_coords
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
@@ -13,7 +13,7 @@ def gemm_tma(
     m, n, k, batches,
     source_ptr, s_row, s_col, s_batch, alpha_low, alpha_high, beta_low, beta_high,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr, A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, BATCHED: tl.constexpr,
+    SPLIT_K: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, BATCHED: tl.constexpr,
     STORE_TMA: tl.constexpr, SUBTILES: tl.constexpr, UPCAST: tl.constexpr, SCALED: tl.constexpr,
     IMPRECISE: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
@@ -21,9 +21,9 @@ def gemm_tma(
 
     Shapes: A (m, k), B (k, n), C (m, n), or `batches` of each (BATCHED); m, n, k >= 1. Grid: any number of
     programs; each takes every so many-th tile.
-    Strides: of the descriptors: adjacent columns, or adjacent rows and a TURNED descriptor; what a descriptor
+    Strides: of the descriptors: adjacent columns, or adjacent rows and a TRANSPOSED descriptor; what a descriptor
     can hold is `launch.fits_tma`.
-    Dtypes: 16-bit, a, b and c alike, or 8-bit a and b, accumulated in float32; IMPRECISE as in `tile_product`.
+    Dtypes: 16-bit, a, b and c alike, or 8-bit a and b, accumulated in float32; IMPRECISE as in `accumulate_tile`.
     SCALED multiplies the sums by two float32 before they are rounded.
     Sums: as `gemm`.
     Result: through c_desc where STORE_TMA, else to c_ptr with rows c_row and products c_part apart. With
@@ -39,14 +39,14 @@ def gemm_tma(
     tiles = tiles_m * tiles_n
     for item in range(tl.program_id(0), tiles * SPLIT_K * batches, tl.num_programs(0)):
         part = item // tiles
-        row, col = place(item % tiles, tiles_m, tiles_n, GROUP_M)
-        first, last = share_of_k(part % SPLIT_K, k, BLOCK_K, SPLIT_K)
+        row, col = tile_coords(item % tiles, tiles_m, tiles_n, GROUP_M)
+        first, last = split_k_range(part % SPLIT_K, k, BLOCK_K, SPLIT_K)
         row0 = row * BLOCK_M
         col0 = col * BLOCK_N
         batch = part // SPLIT_K
-        acc = tile_product(
+        acc = accumulate_tile(
             a_desc, b_desc, batch, row0, col0, first, last,
-            BLOCK_M, BLOCK_N, BLOCK_K, A_TURNED, B_TURNED, BATCHED, UPCAST, IMPRECISE,
+            BLOCK_M, BLOCK_N, BLOCK_K, A_TRANSPOSED, B_TRANSPOSED, BATCHED, UPCAST, IMPRECISE,
         )  # fmt: skip
         if SCALED:
             acc *= scale_of(scale_a_ptr, scale_b_ptr)

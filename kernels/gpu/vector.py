@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import SCALES, epilogue
-from .tiles import share_of_k
+from .tiles import split_k_range
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALES)
@@ -25,21 +25,21 @@ def matvec(
     Determinism: BLOCK_K sums run side by side over t, and are added in one fixed tree; no atomics.
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
-    SUM: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ACC: tl.constexpr = tl.float64 if a_ptr.dtype.element_ty == tl.float64 else tl.float32
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
     part = tl.program_id(1)
-    first, last = share_of_k(part, k, BLOCK_K, SPLIT_K)
+    first, last = split_k_range(part, k, BLOCK_K, SPLIT_K)
     row = tl.arange(0, BLOCK_M).to(OFFSET)
     depth = tl.arange(0, BLOCK_K).to(OFFSET)
     in_rows = row < rows - row0
     a_base = a_ptr + row0 * a_row + first.to(tl.int64) * BLOCK_K * a_col
     x_base = x_ptr + first.to(tl.int64) * BLOCK_K * x_step
     offset = row[:, None] * a_row + depth[None, :] * a_col
-    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=SUM)
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
     for step in range(first, last):
         in_depth = depth < k - step * BLOCK_K
-        a = tl.load(a_base + offset, mask=in_rows[:, None] & in_depth[None, :], other=0.0).to(SUM)
-        x = tl.load(x_base + depth * x_step, mask=in_depth, other=0.0).to(SUM)
+        a = tl.load(a_base + offset, mask=in_rows[:, None] & in_depth[None, :], other=0.0).to(ACC)
+        x = tl.load(x_base + depth * x_step, mask=in_depth, other=0.0).to(ACC)
         acc = tl.fma(a, x[None, :].broadcast_to(a.shape), acc)
         a_base += tl.cast(a_col, tl.int64) * BLOCK_K
         x_base += tl.cast(x_step, tl.int64) * BLOCK_K

@@ -26,7 +26,7 @@ from matmul_grad.kernels.gpu.config import (
 )
 from matmul_grad.kernels.gpu.epilogue import SCALES
 from matmul_grad.kernels.gpu.gemm import gemm
-from matmul_grad.kernels.gpu.plan import Launch, Strides, Sum, backward_launch, launches
+from matmul_grad.kernels.gpu.plan import Epilogue, Plan, Strides, backward_plan, plans
 from matmul_grad.kernels.gpu.reduce import reduce
 from matmul_grad.kernels.gpu.tma import gemm_tma
 from matmul_grad.kernels.gpu.vector import matvec
@@ -60,7 +60,7 @@ INSTRUCTIONS = {
 
 SOURCES = {
     "matrix": Strides(N, 1),
-    "turned": Strides(1, N),
+    "transposed": Strides(1, N),
     "row": Strides(0, 1),
     "column": Strides(1, 0),
     "none": None,
@@ -75,19 +75,19 @@ class Case(NamedTuple):
     arch: int
     problem: Problem
     tile: TileConfig
-    launch: Launch
+    plan: Plan
     source: str = ""
     slow: bool = False
 
     @property
     def name(self) -> str:
-        return self.launch.constants["NAME"]
+        return self.plan.constants["NAME"]
 
     def __str__(self) -> str:
         loads = "" if self.problem.aligned or self.tile.path == "vector" else "-unaligned"
         batch = "-batch" if self.problem.batch > 1 else ""
         source = f"-{self.source}" if self.source else ""
-        rows = "-rows" if self.source and self.launch.constants.get("STORE_TMA") is False else ""
+        rows = "-rows" if self.source and self.plan.constants.get("STORE_TMA") is False else ""
         return f"{self.name}{source}{rows}{batch}{loads}@sm_{self.arch}"
 
 
@@ -114,9 +114,9 @@ def of_products(
             Strides(*(x + 1 if x > 1 else x for x in matrix[:2]), matrix.batch)
             for matrix in strides
         )  # fmt: skip
-    added = Sum(SOURCES[source]) if source else None
-    made = launches(problem, tile, target, strides, store_tma=store_tma, sum=added)
-    return [Case(arch, problem, tile, launch, source, slow) for launch in made]
+    added = Epilogue(SOURCES[source]) if source else None
+    made = plans(problem, tile, target, strides, store_tma=store_tma, epilogue=added)
+    return [Case(arch, problem, tile, plan, source, slow) for plan in made]
 
 
 def products() -> Iterator[Case]:
@@ -195,7 +195,7 @@ def backwards() -> Iterator[Case]:
             letters = lies[next(turn) % len(lies)]
             strides = lie(letters[0]), lie(letters[1]), lie(letters[2])
             problem = replace(problem, a=letters[0], b=letters[1])
-            yield Case(arch, problem, tile, backward_launch(problem, tile, target, strides, bias=bias))
+            yield Case(arch, problem, tile, backward_plan(problem, tile, target, strides, bias=bias))
 
 
 CASES = {str(case): case for case in (*products(), *scaled(), *vectors(), *backwards(), *sums())}
@@ -208,7 +208,7 @@ def compiled(case: Case) -> aot.CompiledReport:
     types |= dict.fromkeys(("work", "scale_a", "scale_b"), sums)
     if case.problem.result:
         types["c"] = SHORT_NAMES[case.problem.result]
-    return aot.compile_for(case.launch, types, case.arch)
+    return aot.compile_for(case.plan, types, case.arch)
 
 
 @pytest.mark.parametrize(
@@ -263,9 +263,9 @@ def test_a_tile_that_is_too_large_spills() -> None:
     """The reading of spills is not blind: 128 x 256 accumulators do not fit four warps."""
     problem, tile = problem_of("bfloat16", "ieee", "NT"), TileConfig(128, 256, 32, stages=2, warps=4)
     target, strides = aot.target_of(80), (lie("N"), lie("T"), lie("N"))
-    (launch,) = launches(problem, tile, target, strides)
-    assert compiled(Case(80, problem, tile, launch)).spills > 0
-    assert kernel_name(problem, tile) == launch.constants["NAME"]
+    (plan,) = plans(problem, tile, target, strides)
+    assert compiled(Case(80, problem, tile, plan)).spills > 0
+    assert kernel_name(problem, tile) == plan.constants["NAME"]
 
 
 @pytest.mark.parametrize(("dtype", "bits", "rounds"), [("bfloat16", 32, True), ("float64", 64, False)])
@@ -273,10 +273,10 @@ def test_a_sum_is_one_multiply_add_and_float64_keeps_its_scales(dtype: str, bits
     problem, target = problem_of(dtype, "ieee", "NN"), aot.target_of(80)
     strides, types = (lie("N"),) * 3, dict.fromkeys(("a", "b", "c", "source"), SHORT_NAMES[dtype])
     found = []
-    for added in (None, Sum(lie("N"))):
-        (launch,) = launches(problem, TILES[kind(problem), True][-1], target, strides, sum=added)
-        source = aot.source(launch, types, True)
-        kernel = aot.triton.compile(source, target=aot.GPUTarget("cuda", 80, 32), options=launch.options)
+    for added in (None, Epilogue(lie("N"))):
+        (plan,) = plans(problem, TILES[kind(problem), True][-1], target, strides, epilogue=added)
+        source = aot.source(plan, types, True)
+        kernel = aot.triton.compile(source, target=aot.GPUTarget("cuda", 80, 32), options=plan.options)
         ptx = kernel.asm["ptx"]
         found.append([f"fma.rn.f{bits}" in ptx, f"add.f{bits}" in ptx, "cvt.rn.f32.f64" in ptx, ".f64" in ptx])
     assert found == [[False, False, False, not rounds], [True, False, rounds, True]]

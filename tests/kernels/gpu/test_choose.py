@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from matmul_grad.kernels.gpu import winners
+from matmul_grad.kernels.gpu import tuned_configs
 from matmul_grad.kernels.gpu.choose import (
     FP8_TMA_TILES,
     SPLITS,
@@ -22,7 +22,7 @@ from matmul_grad.kernels.gpu.choose import (
     choose_backward,
     gradients,
     is_valid_backward,
-    seconds,
+    predicted_seconds,
 )
 from matmul_grad.kernels.gpu.config import Problem, Target, TileConfig, is_valid
 
@@ -74,7 +74,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    for cached in (winners.tables, choose, choose_backward):
+    for cached in (tuned_configs.read_files, choose, choose_backward):
         cached.cache_clear()
 
 
@@ -157,10 +157,10 @@ def test_a_large_problem_gets_a_large_tile_and_a_small_one_fills_the_gpu() -> No
 
 def test_the_model_grows_with_the_work_and_shrinks_with_the_gpu() -> None:
     tile, problem, target = TMA_TILES[0], Problem(4096, 4096, 4096, "bfloat16", tma=True), TARGETS["sm90"]
-    once = seconds(tile, problem, target)
-    assert 1.9 < seconds(tile, replace(problem, k=8192), target) / once < 2.1
-    assert 3.5 < seconds(tile, replace(problem, batch=4), target) / once < 4.5
-    assert seconds(tile, problem, replace(target, sms=66)) > 1.8 * once
+    once = predicted_seconds(tile, problem, target)
+    assert 1.9 < predicted_seconds(tile, replace(problem, k=8192), target) / once < 2.1
+    assert 3.5 < predicted_seconds(tile, replace(problem, batch=4), target) / once < 4.5
+    assert predicted_seconds(tile, problem, replace(target, sms=66)) > 1.8 * once
 
 
 def test_candidates_hold_every_path() -> None:
@@ -192,7 +192,7 @@ def test_a_measured_winner_goes_before_the_model(tables: Path) -> None:
     problem, target = Problem(512, 512, 512, "bfloat16", tma=True), TARGETS["sm90"]
     usual = choose(problem, target)
     winner = next(tile for tile in candidates(problem, target) if tile != usual)
-    write(tables, {winners.key(problem, target): asdict(winner)})
+    write(tables, {tuned_configs.key(problem, target): asdict(winner)})
     assert choose(problem, target) == winner
     assert choose(replace(problem, m=513), target) != winner
     assert choose(problem, replace(target, sms=78)) == usual
@@ -201,7 +201,7 @@ def test_a_measured_winner_goes_before_the_model(tables: Path) -> None:
 def test_a_winner_that_is_not_valid_is_passed_over(tables: Path) -> None:
     problem, target = Problem(512, 512, 512, "bfloat16"), TARGETS["sm90"]
     usual = choose(problem, target)
-    write(tables, {winners.key(problem, target): asdict(TMA_TILES[0])})
+    write(tables, {tuned_configs.key(problem, target): asdict(TMA_TILES[0])})
     assert choose(problem, target) == usual
 
 
@@ -219,6 +219,6 @@ def test_a_table_that_is_none_is_passed_over_with_a_line(
 
 
 def write(path: Path, entries: dict[str, object]) -> None:
-    table = {"version": winners.VERSION, "provenance": {}, "winners": entries}
+    table = {"version": tuned_configs.VERSION, "provenance": {}, "winners": entries}
     path.write_text(json.dumps(table), encoding="utf-8")
     forget()

@@ -200,10 +200,10 @@ def test_sums_in_every_tile(number: str, size: tuple[int, int, int], device: tor
             for beta, alpha in ((1, 1), (-2, 0.5)):
                 want = (alpha * exact + beta * source.double()).to(dtype)
                 own = source.expand(m, n).clone()
-                assert_same_bits(launch.product(a, b, source, beta, alpha, None, precision, config=tile), want)
-                assert_same_bits(launch.product(a, b, own, beta, alpha, own, precision, config=tile), want)
+                assert_same_bits(launch.addmm(a, b, source, beta, alpha, None, precision, config=tile), want)
+                assert_same_bits(launch.addmm(a, b, own, beta, alpha, own, precision, config=tile), want)
         spoilt = torch.full_like(whole, float("nan"))
-        assert_same_bits(launch.product(a, b, spoilt, 0, 2, None, precision, config=tile), (2 * exact).to(dtype))
+        assert_same_bits(launch.addmm(a, b, spoilt, 0, 2, None, precision, config=tile), (2 * exact).to(dtype))
 
 
 def test_scales_of_sums_keep_their_precision(device: torch.device) -> None:
@@ -214,14 +214,14 @@ def test_scales_of_sums_keep_their_precision(device: torch.device) -> None:
         source = integers(64, 48, dtype, device, 3) * 3
         for value in (1 / 3, -0.1, float("inf"), 1 + 2**-30):
             scale = torch.tensor(value, dtype=kind, device=device)
-            got = launch.product(a, b, source, 0, value)
+            got = launch.addmm(a, b, source, 0, value)
             want = (scale * (a.to(kind) @ b.to(kind))).to(dtype)
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-            got = launch.product(torch.zeros_like(a), b, source, value, 1)
+            got = launch.addmm(torch.zeros_like(a), b, source, value, 1)
             torch.testing.assert_close(got, (scale * source.to(kind)).to(dtype), rtol=0, atol=0, equal_nan=True)
     a, b = torch.zeros(2, 16, 16, dtype=torch.bfloat16, device=device)
     a[:, 0], a[:, 1], b[:2] = 256, 1, 1
-    assert bool((launch.product(a, b, b[0]) == 258).all())  # 257 is no bfloat16
+    assert bool((launch.addmm(a, b, b[0]) == 258).all())  # 257 is no bfloat16
 
 
 def test_linear_with_a_bias_is_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_linear_with_a_bias_is_one_launch(device: torch.device, monkeypatch: pyt
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         assert_same_bits(matmul_grad.linear(x, weight, bias), want)
         torch.cuda.synchronize()
-    names = [event.name for event in profile.events() if event.name.endswith("_sum")]
+    names = [event.name for event in profile.events() if event.name.endswith("_addmm")]
     assert runs == [1, 1] and len(names) == 1, names
 
 
@@ -268,12 +268,12 @@ def test_both_gradients_at_once(
     for tile in TMA_TILES:
         if launch.fits_tma(grad) and is_valid_backward(tile, problem, layouts[0], target):
             monkeypatch.setattr(launch, "choose_backward", lambda *asked, tile=tile: tile)
-            launch.forget()
+            launch.clear_cache()
             together = launch.backward_in_one(grad, a, b, bias)
             assert together is not None
             for got, want in zip(together, wants, strict=True):
                 assert_same_bits(got, want)
-    launch.forget()
+    launch.clear_cache()
 
 
 def test_autograd_takes_one_launch_for_both_gradients(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

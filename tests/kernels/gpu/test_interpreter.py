@@ -95,7 +95,7 @@ def check_wide(layouts: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "is_wide", lambda extents: True)
-        launch.forget()
+        launch.clear_cache()
         check_exact(17, 15, 33, "fp32", layouts, tile)
 
 
@@ -247,14 +247,14 @@ def check_sums(dtype: str) -> None:
         for source in (whole, whole.mT.contiguous().mT, whole[..., :1, :], whole[..., :1], whole.flatten()[0]):
             for beta, alpha in ((1, 1), (0, 1), (2, 1), (0.5, 2), (0, -1)):
                 want = (alpha * product + beta * source.double()).to(x.dtype)
-                assert_same_bits(launch.product(x, y, source, beta, alpha), want)
+                assert_same_bits(launch.addmm(x, y, source, beta, alpha), want)
                 out = torch.full_like(want.mT, float("nan")).mT
-                assert launch.product(x, y, source, beta, alpha, out) is out
+                assert launch.addmm(x, y, source, beta, alpha, out) is out
                 assert_same_bits(out, want)
         spoilt = torch.full_like(whole, float("nan"))
-        assert_same_bits(launch.product(x, y, spoilt, 0, 1, spoilt), product.to(x.dtype))
+        assert_same_bits(launch.addmm(x, y, spoilt, 0, 1, spoilt), product.to(x.dtype))
         own = whole.clone()
-        launch.product(x, y, own, 2, 1, own)
+        launch.addmm(x, y, own, 2, 1, own)
         assert_same_bits(own, (product + 2 * whole.double()).to(x.dtype))
 
 
@@ -266,9 +266,9 @@ def at_arch(arch: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "INTERPRETER", Target(arch, 3, 227 << 10))
-        launch.forget()
+        launch.clear_cache()
         yield
-    launch.forget()
+    launch.clear_cache()
 
 
 def tma(parts: int = 1, subtiles: int = 1) -> Any:
@@ -369,13 +369,13 @@ def check_scaled(m: int, n: int, k: int, left: str, right: str, path: str, parts
     config = TileConfig(64, 16, 32, stages=2, warps=4, group_m=2, split_k=parts, path=path)
     with at_arch(90):
         for dtype in (torch.float32, torch.float16):
-            assert launch.takes_scaled(a, b, *scales, dtype)
+            assert launch.supports_scaled(a, b, *scales, dtype)
             assert_same_bits(launch.scaled_mm(a, b, *scales, dtype, config=config), want.to(dtype))
-        assert not launch.takes_scaled(a, b.contiguous(), *scales, dtype)
-        assert not launch.takes_scaled(a, b, scales[0], torch.ones(m), dtype)
-        assert not launch.takes_scaled(a, b, *scales, a.dtype)
+        assert not launch.supports_scaled(a, b.contiguous(), *scales, dtype)
+        assert not launch.supports_scaled(a, b, scales[0], torch.ones(m), dtype)
+        assert not launch.supports_scaled(a, b, *scales, a.dtype)
     with at_arch(80):
-        assert not launch.takes_scaled(a, b, *scales, dtype)
+        assert not launch.supports_scaled(a, b, *scales, dtype)
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from matmul_grad.kernels.gpu import run
-from matmul_grad.kernels.gpu.plan import Described, Launch, Number, Operand
+from matmul_grad.kernels.gpu.plan import DescriptorArg, Plan, PointerArg, ScalarArg
 from matmul_grad.kernels.gpu.run import Runner
 
 
@@ -40,9 +40,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
 
 
 def runner(kernel: Kernel) -> Runner:
-    described = Described("a", (8, 16), (16, 1), (8, 8))
-    arguments = (described, Operand("b"), 7, None)
-    return Runner(Launch(kernel, (5, 6), arguments, {"NAME": "name", "BLOCK": 32}, {"num_warps": 4}))
+    described = DescriptorArg("a", (8, 16), (16, 1), (8, 8))
+    arguments = (described, PointerArg("b"), 7, None)
+    return Runner(Plan(kernel, (5, 6), arguments, {"NAME": "name", "BLOCK": 32}, {"num_warps": 4}))
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -67,8 +67,8 @@ def test_the_first_call_compiles_and_the_next_ones_go_to_the_driver(kernel: Kern
 
 
 def test_numbers_are_those_of_the_call(kernel: Kernel) -> None:
-    arguments = (Operand("b"), Number("alpha_low"), Number("alpha_high"), None)
-    call = Runner(Launch(kernel, (1, 1), arguments, {"NAME": "name", "BLOCK": 32, "none": None}, {}))
+    arguments = (PointerArg("b"), ScalarArg("alpha_low"), ScalarArg("alpha_high"), None)
+    call = Runner(Plan(kernel, (1, 1), arguments, {"NAME": "name", "BLOCK": 32, "none": None}, {}))
     for alpha in (1, 2, 3):
         call({"b": torch.ones(4), "alpha_low": alpha, "alpha_high": -alpha})
     (((_, (_, *slow), _),), fast) = kernel.slow, kernel.fast
@@ -80,7 +80,7 @@ def test_where_a_profiler_listens_every_call_goes_the_long_way(kernel: Kernel, m
     call(tensors())
     for hook in (print, SimpleNamespace(calls=[print])):
         monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", hook)
-        assert run.listened()
+        assert run.has_profiler_hooks()
         call(tensors())
     assert (len(kernel.slow), len(kernel.fast)) == (3, 0)
     monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", SimpleNamespace(calls=[]))
