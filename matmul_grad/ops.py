@@ -190,7 +190,7 @@ def compute(
         try:
             if input is None:
                 return launch.mm(self, mat2, out=out)
-            return launch.addmm(self, mat2, input, beta, alpha, out)
+            return launch.addmm(self, mat2, launch.Epilogue(alpha, beta, input), out)
         except launch.CannotBuild:  # from now on `launch.supports` is False
             strict_mode.note_fallback(self, mat2)
             return _by_torch(self, mat2, input, beta, alpha, out)

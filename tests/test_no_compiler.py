@@ -12,7 +12,8 @@ import torch
 
 from matmul_grad import ops, strict
 from matmul_grad.kernels.gpu import launch, run
-from matmul_grad.kernels.gpu.plan import Plan, PointerArg
+from matmul_grad.kernels.gpu.arguments import PointerArg
+from matmul_grad.kernels.gpu.plan import Plan
 
 FAILURES = [
     RuntimeError(

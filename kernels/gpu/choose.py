@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from . import tuned_configs
-from .config import ITEM_BYTES, Problem, Target, TileConfig, is_valid, k_steps, kind, shared_bytes, workspace_bytes
+from .config import ITEM_BYTES, Problem, Target, TileConfig, is_valid, k_steps, kind, workspace_bytes
 
 # Largest first. BLOCK_K is one number a kind, so the order of the sum over k depends on k alone.
 # 16-bit tiles are those of Triton's and DeepGEMM's H100 tables; all are cut to compile without spills for
@@ -110,7 +110,6 @@ RATES = {
 }
 FILL = 1.0e-6  # seconds until the first operands of a tile have arrived
 LAUNCH = 2.5e-6  # seconds of a second kernel launch
-SUMS_BYTES = 8 << 10  # of shared memory, at most, for the sums of a bias's gradient (sm_100)
 OVERLAP = 0.1  # the part of the shorter of computing and reading that the longer one does not hide
 STRIDED = 4  # times as many transactions where loads are narrow
 
@@ -173,8 +172,7 @@ def is_valid_backward(tile: TileConfig, problem: Problem, grad: str, target: Tar
     left, right = (problem.a == "N") == (grad == "T"), (problem.b == "N") == (grad == "T")
     square = tile.block_m == tile.block_n == tile.block_k
     alike = (left or right) if square else (left and right)
-    fits = shared_bytes(tile, problem, target) + SUMS_BYTES <= target.shared_bytes
-    return fits and not alike and all(is_valid(tile, product, target) for product in gradients(problem))
+    return not alike and all(is_valid(tile, product, target) for product in gradients(problem))
 
 
 @lru_cache(maxsize=4096)

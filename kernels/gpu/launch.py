@@ -1,4 +1,4 @@
-"""From tensors to launches: the only place that launches a grid."""
+"""From tensors to launches: the operators of the GPU, and the only place that launches a grid."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from . import settings
 from .choose import choose, choose_backward
 from .config import Target, TileConfig, is_valid, layout
+from .epilogue import Epilogue
 from .operands import (
     INTERPRETED,
     NAMES,
@@ -23,16 +24,16 @@ from .operands import (
     strides_of,
     strides_of_source,
 )
-from .plan import Epilogue, backward_plan, plans, scales_of, work_elements
+from .plan import backward_plan, plans, work_elements
 from .run import CannotBuild as CannotBuild
 from .run import Runner, build_failures
 
 INTERPRETER = Target(arch=80, sms=2, shared_bytes=227 << 10)
-MAX_LAUNCHES = 4096  # kept at once; a model with more shapes than that pays for its plans again
+MAX_LAUNCHES = 4096  # kept at once; with more shapes than that, launches are made again
 
 
 class Launch(NamedTuple):
-    """What a product of these shapes, strides, dtypes and alignments takes: launches, shape of C, workspace."""
+    """The kernels of a product of given shapes, strides, dtypes and alignments, the shape of C and the workspace."""
 
     runners: tuple[Runner, ...]
     shape: tuple[int, ...]
@@ -59,17 +60,17 @@ def mm(
     float32, by default torch's setting at this call; other dtypes have no choice and ignore it.
     Aliasing: out must overlap neither a nor b, nor itself.
     Rounding: once, at the store, from a sum in float32 (float64 for float64).
-    Edges: masked in the kernel or by the copy engine; nothing is padded.
+    Edges: masked in the kernel or by TMA; nothing is padded.
     Determinism: the same operands give the same bits on the same GPU model; see `choose`. Where
     `matmul_grad.deterministic(batch_invariant=True)` holds, a row of C has the same bits for any m.
-    Memory: where k is cut, at most 32 MiB of partial results, from torch's allocator.
+    Memory: where k is split, at most 32 MiB of partial results, from torch's allocator.
     Source: kernels/gpu/. config fixes the tile, for tests and for `tune`. Under TRITON_INTERPRET=1, CPU tensors run
-    through Triton's interpreter. Raises ValueError for what it cannot multiply.
+    through Triton's interpreter. Raises ValueError for operands that it cannot multiply.
     """
     precision = precision_of(a, precision)
     key = _key(a, b, precision, config)
     if out is not None:
-        key += _lies(out)
+        key += _layout_key(out)
     launch = _launches.get(key)
     if launch is None:
         launch = _remember(key, make_launch(a, b, out, precision, config))
@@ -83,40 +84,38 @@ bmm = mm
 def addmm(
     a: Tensor,
     b: Tensor,
-    source: Tensor | None = None,
-    beta: float = 1,
-    alpha: float = 1,
+    epilogue: Epilogue,
     out: Tensor | None = None,
     precision: str | None = None,
     *,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """C = alpha * (A . B) + beta * source, added where the sums S of A . B are stored: no launch more than for A . B.
+    """C = alpha * (A . B) + beta * source, computed where A . B is stored: no more launches than for A . B.
 
-    Shapes, strides, dtypes, aliasing, edges, determinism, memory: as `mm`. source expands to C, of any strides; it may
-    be out itself, else out does not overlap it.
-    Rounding: alpha and beta to the type of S, then alpha * S, one multiply-add of beta and source, and the result.
-    Where beta is 0 source is not read; where there is nothing to multiply, A . B is 0.
+    Shapes, strides, dtypes, aliasing, edges, determinism, memory: as `mm`. The source expands to C, of any strides; it
+    may be out itself, else out does not overlap it.
+    Rounding: alpha and beta to the type of the sums S of A . B, then alpha * S, one multiply-add of beta and source,
+    and the result. Where beta is 0 the source is not read; where there is nothing to multiply, A . B is 0.
     """
-    if alpha == 1 and (source is None or beta == 0):
+    source = epilogue.added
+    if epilogue.alpha == 1 and source is None:
         return mm(a, b, precision, config=config, out=out)
     precision = precision_of(a, precision)
-    read = None if beta == 0 else source
-    key = ("sum", *_key(a, b, precision, config), out is not None)
-    for tensor in (out, read):
+    key = ("addmm", *_key(a, b, precision, config), out is not None)
+    for tensor in (out, source):
         if tensor is not None:
-            key += _lies(tensor)
+            key += _layout_key(tensor)
     launch = _launches.get(key)
     if launch is None:
-        launch = _remember(key, make_launch(a, b, out, precision, config, (read,)))
+        launch = _remember(key, make_launch(a, b, out, precision, config, epilogue))
     result = a.new_empty(launch.shape) if out is None else out
     if launch.runners:
-        return _run_launch(launch, a, b, result, source=read, **scales_of(alpha, beta))
-    return result.zero_() if read is None else result.copy_(read.expand(launch.shape)).mul_(beta)
+        return _run_launch(launch, a, b, result, source=source, **epilogue.scalars())
+    return result.zero_() if source is None else result.copy_(source.expand(launch.shape)).mul_(epilogue.beta)
 
 
 def precision_of(a: Tensor, precision: str | None) -> str:
-    """What was asked for, or torch's setting; there is a choice for float32 alone."""
+    """The precision asked for, or torch's setting; other dtypes than float32 have no choice."""
     if a.dtype != torch.float32:
         return "ieee"
     return precision_now() if precision is None else precision
@@ -135,7 +134,7 @@ def _run_launch(launch: Launch, a: Tensor, b: Tensor, result: Tensor, **more: An
     return result
 
 
-def _lies(x: Tensor) -> tuple:
+def _layout_key(x: Tensor) -> tuple:
     return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16
 
 
@@ -147,12 +146,12 @@ def _key(a: Tensor, b: Tensor, precision: str, config: TileConfig | None) -> tup
 
 
 def launch_of(a: Tensor, b: Tensor) -> Launch | None:
-    """The plan that ``mm`` has for two operands that are not float32, after the first such call."""
+    """The launch that ``mm`` keeps for two operands that are not float32, after the first such call."""
     return _launches.get(_key(a, b, "ieee", None))
 
 
 def clear_cache() -> None:
-    """Drop all plans, as when what they were made from has changed."""
+    """Drop all launches, as when the tiles or settings that they were made from have changed."""
     _launches.clear()
 
 
@@ -180,18 +179,13 @@ def make_launch(
     out: Tensor | None,
     precision: str,
     config: TileConfig | None,
-    epilogue: tuple[Tensor | None] | None = None,
+    epilogue: Epilogue | None = None,
 ) -> Launch:
-    """Check the operands, choose a tile and fill in the launches. ValueError for what cannot be multiplied.
-
-    sum: for a sum, what is added, None for nothing.
-    """
+    """Check the operands, choose a tile and make the plans. ValueError for what cannot be multiplied."""
     shape = checked_shape(a, b, out)
-    added = (
-        None
-        if epilogue is None
-        else Epilogue(None if epilogue[0] is None else strides_of_source(epilogue[0], a, shape))
-    )
+    if epilogue is not None:
+        source = epilogue.added
+        epilogue = epilogue._replace(source=None if source is None else strides_of_source(source, a, shape))
     work = torch.float64 if a.dtype == torch.float64 else torch.float32
     if 0 in shape or a.shape[-1] == 0:
         return Launch((), shape, 0, work)
@@ -203,56 +197,46 @@ def make_launch(
         raise ValueError(f"{config} is not valid for {problem} on {target}")
     strides = strides_of(a), strides_of(b), strides_of(result)
     upcast = INTERPRETED and a.dtype == torch.bfloat16
-    made = plans(problem, config, target, strides, store_tma=fits_tma(result), upcast=upcast, epilogue=added)
+    made = plans(problem, config, target, strides, store_tma=fits_tma(result), upcast=upcast, epilogue=epilogue)
     return Launch(tuple(Runner(plan) for plan in made), shape, work_elements(problem, config), work)
 
 
 def mm_backward(
     grad: Tensor, a: Tensor, b: Tensor, output_mask: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA = dC . Bt and dB = At . dC: in one launch where the copy engine reads all three, else in one each.
+    """dA = dC . Bt and dB = At . dC: in one launch where TMA can read all three, else in one each.
 
     Shapes: grad (m, n), a (m, k), b (k, n). All else as `mm`; the results are contiguous.
     """
     if output_mask[0] and output_mask[1]:
-        both = backward_in_one(grad, a, b, False)
+        both = backward_in_one(grad, a, b)
         if both is not None:
-            return both[0], both[1]
+            return both
     return (
         mm(grad, b.mT) if output_mask[0] else None,
         mm(a.mT, grad) if output_mask[1] else None,
     )
 
 
-def linear_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dA, dB and the sums of dC's columns, the gradient of a bias; in one launch where that is possible."""
-    three = backward_in_one(grad, a, b, True)
-    if three is not None:
-        return three[0], three[1], three[2]
-    return mm(grad, b.mT), mm(a.mT, grad), grad.sum(0)
-
-
-def backward_in_one(grad: Tensor, a: Tensor, b: Tensor, bias: bool) -> list[Tensor] | None:
-    """The gradients from one launch, or None where two are better or the only way."""
+def backward_in_one(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both gradients from one launch, or None where two launches are faster or the only way."""
     key = (
         "backward", grad.shape, grad.stride(), a.shape, a.stride(), b.shape, b.stride(), grad.dtype, a.dtype, b.dtype,
         grad.get_device(), a.get_device(), b.get_device(), grad.data_ptr() % 16, a.data_ptr() % 16, b.data_ptr() % 16,
-        settings.invariant, bias,
+        settings.invariant,
     )  # fmt: skip
     launch = _launches.get(key)
     if launch is None:
-        launch = _remember(key, make_backward_launch(grad, a, b, bias))
+        launch = _remember(key, make_backward_launch(grad, a, b))
     if not launch.runners:
         return None
-    names = ["da", "db", *["bias"] * bias]
-    results = [x.new_empty(x.shape) for x in (a, b)] + [grad.new_empty(grad.shape[1])] * bias
-    tensors = {"grad": grad, "a": a, "b": b, **dict(zip(names, results, strict=True))}
-    _run(launch.runners, tensors, a)
-    return results
+    da, db = a.new_empty(a.shape), b.new_empty(b.shape)
+    _run(launch.runners, {"grad": grad, "a": a, "b": b, "da": da, "db": db}, a)
+    return da, db
 
 
-def make_backward_launch(grad: Tensor, a: Tensor, b: Tensor, bias: bool) -> Launch:
-    """The one launch, or a plan without any."""
+def make_backward_launch(grad: Tensor, a: Tensor, b: Tensor) -> Launch:
+    """The launch of both gradients, without a runner where there is none."""
     none = Launch((), (), 0, torch.float32)
     if a.dim() != 2 or checked_shape(a, b, grad) != tuple(grad.shape) or 0 in (*a.shape, *b.shape):
         return none
@@ -265,7 +249,7 @@ def make_backward_launch(grad: Tensor, a: Tensor, b: Tensor, bias: bool) -> Laun
         return none
     strides = strides_of(a), strides_of(b), strides_of(grad)
     stored = fits_tma(results[0]), fits_tma(results[1])
-    plan = backward_plan(problem, config, target, strides, store_tma=stored, bias=bias)
+    plan = backward_plan(problem, config, target, strides, store_tma=stored)
     return Launch((Runner(plan),), (), 0, torch.float32)
 
 
@@ -275,7 +259,7 @@ def scaled_mm(
     """C = scale_a * scale_b * (A . B) of 8-bit floats, without a gradient.
 
     Shapes: a (m, k), b (k, n), every size > 0; the scales have one element each.
-    Strides: a has its columns together and b its rows, in whole 16 bytes: `supports_scaled`.
+    Strides: the columns of a and the rows of b are adjacent, in whole 16 bytes: `supports_scaled`.
     Dtypes: a and b float8_e4m3fn or float8_e5m2, each its own; scales float32; result float16, bfloat16 or float32.
     Rounding: products are exact, sums float32 (on sm_90 after every 128 products), one rounding at the store.
     """
@@ -307,12 +291,12 @@ def make_scaled_launch(a: Tensor, b: Tensor, result: torch.dtype, config: TileCo
 
 
 def supports_scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, result: torch.dtype) -> bool:
-    """Whether `scaled_mm` takes these: 8-bit matrices along k, scales of one element, a GPU from sm_89 on."""
+    """Whether `scaled_mm` supports these: 8-bit matrices along k, scales of one element, a GPU from sm_89 on."""
     matrices = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and 0 not in (*a.shape, *b.shape)
     narrow = a.dtype in NAMES_OF_8_BITS and b.dtype in NAMES_OF_8_BITS and result in NAMES and result.itemsize <= 4
     scales = all(scale.numel() == 1 and scale.dtype == torch.float32 for scale in (scale_a, scale_b))
-    together = a.device == b.device == scale_a.device == scale_b.device and (a.is_cuda or INTERPRETED)
-    if build_failures or not (matrices and narrow and scales and together):
+    one_device = a.device == b.device == scale_a.device == scale_b.device and (a.is_cuda or INTERPRETED)
+    if build_failures or not (matrices and narrow and scales and one_device):
         return False
     along_k = a.stride(1) == b.stride(0) == 1 and is_aligned(a) and is_aligned(b)
     return along_k and target_of(a).arch >= 89 and (INTERPRETED or torch.version.hip is None)
@@ -321,9 +305,9 @@ def supports_scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, resu
 def precision_now() -> str:
     """How torch.mm would multiply float32 on a GPU at this moment: "tf32" or "ieee".
 
-    Reads the setting that cuBLAS obeys, however it was made: `torch.backends.cuda.matmul.fp32_precision`,
+    Reads the setting that cuBLAS follows, however it was made: `torch.backends.cuda.matmul.fp32_precision`,
     `allow_tf32`, `torch.set_float32_matmul_precision` or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE. The other getters
-    raise once old and new ways of setting have been mixed. Where it says "ieee" and
+    raise once old and new ways of setting have been mixed. Where it is "ieee" and
     `matmul_grad.float32_products("tf32x3")` holds, the matrix units multiply it in three parts.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else settings.float32
@@ -337,12 +321,12 @@ def _gpu(index: int) -> Target:
 
 
 def target_of(x: Tensor) -> Target:
-    """The GPU that the tensor is on; the interpreter's stands for any."""
+    """The GPU that the tensor is on; under the interpreter, INTERPRETER."""
     return INTERPRETER if INTERPRETED else _gpu(x.device.index)
 
 
 def supports(x: Tensor) -> bool:
-    """Whether mm takes this tensor: its dtype, on an NVIDIA GPU from sm_80 on (or under the interpreter)."""
+    """Whether mm supports this tensor: its dtype, on an NVIDIA GPU from sm_80 on (or under the interpreter)."""
     if x.dtype not in NAMES or build_failures:
         return False
     if INTERPRETED:

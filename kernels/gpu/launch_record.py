@@ -5,10 +5,12 @@ Pure: made from a plan of ``plan.py`` and the kernel that Triton compiled for it
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import DescriptorArg, Plan, PointerArg, ScalarArg
+from .arguments import DescriptorArg, PointerArg, ScalarArg
+from .plan import Plan
 
 # Triton's codes of an element, as its metadata has them, to CUtensorMapDataType of the driver's API.
 ELEMENTS = {**{code: code for code in range(8)}, 8: 10, 9: 8, 10: 9}
@@ -66,14 +68,13 @@ def record_of(plan: Plan, compiled: Any) -> LaunchRecord | None:
         return None
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         return None
-    if any(isinstance(argument, ScalarArg) for argument in plan.arguments):
+    passed = list(compiled.src.signature.values())[: len(plan.arguments)]
+    arguments = [pair for pair in zip(flat(plan.arguments), flat(passed), strict=True) if pair[1] != "constexpr"]
+    if any(isinstance(argument, ScalarArg) for argument, _ in arguments):
         return None
-    passed = [kind for kind in compiled.src.signature.values()][: len(plan.arguments)]
     described = iter(metadata.tensordesc_meta or [])
     parameters: list[Parameter] = []
-    for argument, kind in zip(plan.arguments, passed, strict=True):
-        if kind == "constexpr":
-            continue
+    for argument, _ in arguments:
         if isinstance(argument, PointerArg):
             parameters.append(Pointer(argument.name))
         elif isinstance(argument, DescriptorArg):
@@ -82,6 +83,15 @@ def record_of(plan: Plan, compiled: Any) -> LaunchRecord | None:
             parameters.append(Constant(argument))
     parameters += [Constant(0), Constant(0)]  # the addresses of two scratch buffers that these kernels do not have
     return LaunchRecord(compiled.function, plan.grid, WARP * metadata.num_warps, metadata.shared, tuple(parameters))
+
+
+def flat(values: Iterable[Any]) -> Iterator[Any]:
+    """Arguments, or their types, in the order in which a kernel takes them: tuples field by field."""
+    for value in values:
+        if isinstance(value, tuple) and not isinstance(value, PointerArg | ScalarArg | DescriptorArg):
+            yield from flat(value)
+        else:
+            yield value
 
 
 def descriptor(argument: DescriptorArg, metadata: dict[str, Any] | None) -> list[Parameter]:

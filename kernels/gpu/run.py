@@ -11,8 +11,9 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .arguments import DescriptorArg, Matrix, Operands, PointerArg, ScalarArg, ScalePtrs, Vector
 from .launch_record import LaunchRecord, record_of
-from .plan import DescriptorArg, Plan, PointerArg, ScalarArg
+from .plan import Plan
 
 build_failures: list[str] = []  # why Triton cannot build its kernels here, once it has failed
 
@@ -40,7 +41,13 @@ class Runner:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._operands = [(i, x.name) for i, x in enumerate(plan.arguments) if isinstance(x, PointerArg | ScalarArg)]
+        self._named = [(i, x.name) for i, x in enumerate(plan.arguments) if isinstance(x, PointerArg | ScalarArg)]
+        self._tuples = [
+            (i, x, pointers)
+            for i, x in enumerate(plan.arguments)
+            if isinstance(x, Operands | Matrix | Vector | ScalePtrs)
+            if (pointers := [(field, arg.name) for field, arg in enumerate(x) if isinstance(arg, PointerArg)])
+        ]
         self._described = [
             (i, x.name, list(x.shape), list(x.strides), list(x.block))
             for i, x in enumerate(plan.arguments)
@@ -67,8 +74,13 @@ class Runner:
 
     def __call__(self, tensors: dict[str, Any]) -> None:
         arguments = self._arguments.copy()
-        for position, name in self._operands:
+        for position, name in self._named:
             arguments[position] = tensors[name]
+        for position, fields, pointers in self._tuples:
+            values = list(fields)
+            for field, name in pointers:
+                values[field] = tensors[name]
+            arguments[position] = type(fields)(*values)
         compiled = self._compiled
         jit = compiled is None or has_profiler_hooks()
         describe = TensorDescriptor if jit else PrecheckedDescriptor

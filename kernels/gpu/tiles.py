@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# So many 8-bit products may the matrix unit of sm_90 add in 14 bits; torch's use_fast_accum=False promises no less.
+IMPRECISE = tl.constexpr(128)
+
 
 @triton.jit
 def round_to_tf32(x):
@@ -93,38 +96,44 @@ def accumulate_tile(
 
 
 @triton.jit
-def scale_of(scale_a_ptr, scale_b_ptr):
-    """The product of the two scales that 8-bit operands were divided by."""
-    return tl.load(scale_a_ptr) * tl.load(scale_b_ptr)
+def scale_8_bits(acc, scales):
+    """acc times the two scales of 8-bit operands; acc of others."""
+    if scales.a is not None:
+        acc *= tl.load(scales.a) * tl.load(scales.b)
+    return acc
 
 
 @triton.jit
-def store_rows(acc, c_ptr, row0, col0, rows, cols, c_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def halves(tile):
+    """The left and the right columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def store_rows(acc, c, row0, col0, rows, cols):
     """Round a tile once and store it into C, whose columns are adjacent; masked at the edges."""
-    row = row0 + tl.arange(0, BLOCK_M)
-    col = col0 + tl.arange(0, BLOCK_N)
-    at = c_ptr + row[:, None].to(tl.int64) * c_row + col[None, :]
-    tl.store(at, acc.to(c_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < cols)[None, :])
+    row = row0 + tl.arange(0, acc.shape[0])
+    col = col0 + tl.arange(0, acc.shape[1])
+    at = c.ptr + row[:, None].to(tl.int64) * c.row + col[None, :]
+    tl.store(at, acc.to(c.ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < cols)[None, :])
 
 
 @triton.jit
-def store_block(
-    acc, c_desc, batch, row0, col0,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BATCHED: tl.constexpr,
-):  # fmt: skip
+def store_block(acc, c_desc, batch, row0, col0, SUBTILES: tl.constexpr, BATCHED: tl.constexpr):
     """Store a tile into C through its descriptor, in SUBTILES parts, so that the buffer in shared memory is smaller."""
     if SUBTILES == 2:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        store_half(left, c_desc, batch, row0, col0, BLOCK_M, BLOCK_N // 2, BATCHED)
-        store_half(right, c_desc, batch, row0, col0 + BLOCK_N // 2, BLOCK_M, BLOCK_N // 2, BATCHED)
+        left, right = halves(acc)
+        store_subtile(left, c_desc, batch, row0, col0, BATCHED)
+        store_subtile(right, c_desc, batch, row0, col0 + acc.shape[1] // 2, BATCHED)
     else:
-        store_half(acc, c_desc, batch, row0, col0, BLOCK_M, BLOCK_N, BATCHED)
+        store_subtile(acc, c_desc, batch, row0, col0, BATCHED)
 
 
 @triton.jit
-def store_half(part, c_desc, batch, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, BATCHED: tl.constexpr):
-    rounded = part.to(c_desc.dtype)
+def store_subtile(acc, c_desc, batch, row0, col0, BATCHED: tl.constexpr):
+    """Round once and store through a descriptor."""
+    rounded = acc.to(c_desc.dtype)
     if BATCHED:
-        c_desc.store([batch, row0, col0], rounded.reshape(1, ROWS, COLS))
+        c_desc.store([batch, row0, col0], rounded.reshape(1, acc.shape[0], acc.shape[1]))
     else:
         c_desc.store([row0, col0], rounded)

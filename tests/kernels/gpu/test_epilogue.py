@@ -84,7 +84,7 @@ def check_exact(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int =
     with at_arch(arch), launched(1 if config is None or config.split_k == 1 else 2):
         for (source, beta, alpha), want, layout, turn in zip(cases, wants, itertools.cycle(lies), turns):
             if turn == "new":
-                got = launch.addmm(a, b, source, beta, alpha, config=config)
+                got = launch.addmm(a, b, launch.Epilogue(alpha, beta, source), config=config)
                 assert got.is_contiguous() and got.dtype == a.dtype
             else:
                 values = source.expand(want.shape)
@@ -92,15 +92,17 @@ def check_exact(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int =
                 if turn == "out":
                     got = embed(torch.full_like(want, float("nan")), layout)
                 added = source if turn == "out" else got
-                assert launch.addmm(a, b, added, beta, alpha, got, config=config) is got
+                assert launch.addmm(a, b, launch.Epilogue(alpha, beta, added), got, config=config) is got
             assert_same_bits(got, want)
             if turn in ("out", "own"):
                 assert got._base is not None
                 got.fill_(float("nan"))
                 assert bool(got._base.isnan().all()), "written outside of out"
         spoilt = torch.full_like(wants[0], float("nan"))
-        assert_same_bits(launch.addmm(a, b, spoilt, 0, 2, config=config), exact.to(a.dtype) + exact.to(a.dtype))
-        assert_same_bits(launch.addmm(a, b, spoilt, 0, 1, spoilt, config=config), exact.to(a.dtype))
+        assert_same_bits(
+            launch.addmm(a, b, launch.Epilogue(2, 0, spoilt), config=config), exact.to(a.dtype) + exact.to(a.dtype)
+        )
+        assert_same_bits(launch.addmm(a, b, launch.Epilogue(1, 0, spoilt), spoilt, config=config), exact.to(a.dtype))
 
 
 def check_vector(m: int, n: int, dtype: str, parts: int) -> None:
@@ -120,7 +122,7 @@ def check_one_rounding(dtype: str, config: Any) -> None:
     a[:, 0], a[:, 200], b[0], b[200] = odd - 1, 1, 1, 1
     with at_arch(90):
         for beta, alpha in ((1, 1), (2, 2)):
-            got = launch.addmm(a, b, torch.ones(64, dtype=a.dtype), beta, alpha, config=config)
+            got = launch.addmm(a, b, launch.Epilogue(alpha, beta, torch.ones(64, dtype=a.dtype)), config=config)
             assert_same_bits(got, torch.full_like(got, alpha * (odd + 1)))
 
 
@@ -137,35 +139,36 @@ def check_scales(dtype: str, config: Any) -> None:
     with at_arch(90), np.errstate(invalid="ignore", over="ignore", under="ignore"):
         for value in values if dtype == "fp64" else values[:5]:
             scale = torch.tensor(value, dtype=kind)
-            launch.addmm(a, b, source, value, 1, config=config)
+            launch.addmm(a, b, launch.Epilogue(1, value, source), config=config)
             plans = len(launch._launches)
-            got = launch.addmm(torch.zeros_like(a), b, source, value, 1, config=config)
+            got = launch.addmm(torch.zeros_like(a), b, launch.Epilogue(1, value, source), config=config)
             want = (scale * source.to(kind)).to(a.dtype)
             assert torch.equal(got.nan_to_num(7), want.nan_to_num(7)), value
             assert len(launch._launches) == plans, "a plan for each beta"
-            launch.addmm(a, b, source, 0, 7, config=config)
+            launch.addmm(a, b, launch.Epilogue(7, 0, source), config=config)
             plans = len(launch._launches)
-            got = launch.addmm(a, b, source, 0, value, config=config)
+            got = launch.addmm(a, b, launch.Epilogue(value, 0, source), config=config)
             want = (scale * (a.long() @ b.long()).to(kind)).to(a.dtype)
             assert torch.equal(got.nan_to_num(7), want.nan_to_num(7)), value
             assert len(launch._launches) == plans, "a plan for each alpha"
-        nan = launch.addmm(a, b, source, float("nan"), 1, config=config)
+        nan = launch.addmm(a, b, launch.Epilogue(1, float("nan"), source), config=config)
         assert bool(nan.isnan().all())
-        assert_same_bits(launch.addmm(a, b, source, 0, -0.0, config=config), torch.zeros_like(nan))
+        assert_same_bits(launch.addmm(a, b, launch.Epilogue(-0.0, 0, source), config=config), torch.zeros_like(nan))
 
 
 def check_wide() -> None:
     """64-bit offsets inside a block, which a vector's input alone can ask for, give the same bits."""
     from test_interpreter import tile
 
-    from matmul_grad.kernels.gpu import plan
+    from matmul_grad.kernels.gpu import launch, plan
+    from matmul_grad.kernels.gpu.arguments import Strides
     from matmul_grad.kernels.gpu.choose import VECTOR_TILES
     from matmul_grad.kernels.gpu.config import Problem, Target
 
-    problem, strides = Problem(4096, 1, 64, "float32"), (plan.Strides(64, 1), plan.Strides(1, 1), plan.Strides(1, 1))
+    problem, strides = Problem(4096, 1, 64, "float32"), (Strides(64, 1), Strides(1, 1), Strides(1, 1))
     for row, wide in ((64, False), (2**28, True)):
-        added = plan.Epilogue(plan.Strides(row, 1))
-        (made,) = plan.plans(problem, VECTOR_TILES["N"], Target(80, 2, 227 << 10), strides, epilogue=added)
+        epilogue = launch.Epilogue(source=Strides(row, 1))
+        (made,) = plan.plans(problem, VECTOR_TILES["N"], Target(80, 2, 227 << 10), strides, epilogue=epilogue)
         assert made.constants["WIDE"] is wide
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "is_wide", lambda extents: True)
@@ -183,9 +186,9 @@ def check_invariant() -> None:
     a, b, bias = (torch.randn(shape, generator=generator) for shape in ((70, 4100), (4100, 16), (16,)))
     with pytest.MonkeyPatch.context() as patch, launched(1), rows_alike():
         patch.setattr(settings, "invariant", True)
-        whole = launch.addmm(a, b, bias, 0.3, 0.7)
-        assert_same_bits(launch.addmm(a[:1], b, bias, 0.3, 0.7), whole[:1])
-        assert_same_bits(launch.addmm(a[9:], b, bias, 0.3, 0.7), whole[9:])
+        whole = launch.addmm(a, b, launch.Epilogue(0.7, 0.3, bias))
+        assert_same_bits(launch.addmm(a[:1], b, launch.Epilogue(0.7, 0.3, bias)), whole[:1])
+        assert_same_bits(launch.addmm(a[9:], b, launch.Epilogue(0.7, 0.3, bias)), whole[9:])
 
 
 def check_empty() -> None:
@@ -194,15 +197,15 @@ def check_empty() -> None:
 
     from matmul_grad.kernels.gpu import launch
 
-    assert_same_bits(launch.addmm(torch.ones(2, 3), torch.ones(3, 4), alpha=2), torch.full((2, 4), 6.0))
+    assert_same_bits(launch.addmm(torch.ones(2, 3), torch.ones(3, 4), launch.Epilogue(2)), torch.full((2, 4), 6.0))
     none = torch.ones(3, 0), torch.ones(0, 4)
     row, own = torch.arange(4.0), torch.arange(12.0).view(3, 4)
-    assert_same_bits(launch.addmm(*none, row, 2, 3), 2 * row.expand(3, 4))
-    assert_same_bits(launch.addmm(*none, row, 0, 3), torch.zeros(3, 4))
+    assert_same_bits(launch.addmm(*none, launch.Epilogue(3, 2, row)), 2 * row.expand(3, 4))
+    assert_same_bits(launch.addmm(*none, launch.Epilogue(3, 0, row)), torch.zeros(3, 4))
     want = 2 * own
-    assert launch.addmm(*none, own, 2, 3, own) is own
+    assert launch.addmm(*none, launch.Epilogue(3, 2, own), own) is own
     assert_same_bits(own, want)
-    assert launch.addmm(torch.ones(0, 2), torch.ones(2, 4), row).shape == (0, 4)
+    assert launch.addmm(torch.ones(0, 2), torch.ones(2, 4), launch.Epilogue(source=row)).shape == (0, 4)
 
 
 def check_refusals() -> None:
@@ -219,10 +222,10 @@ def check_refusals() -> None:
         "cannot add torch.float32 on meta to torch.float32 on cpu": torch.ones(4, device="meta"),
     }.items():
         with pytest.raises(ValueError) as error:
-            launch.addmm(x, y, source, 1, 1, out)
+            launch.addmm(x, y, launch.Epilogue(source=source), out)
         assert str(error.value) == message
     with pytest.raises(ValueError, match="cannot multiply shapes"):
-        launch.addmm(x, x, out, 1, 1, out)
+        launch.addmm(x, x, launch.Epilogue(source=out), out)
     assert_same_bits(out, torch.full((2, 4), 7.0))
 
 

@@ -200,10 +200,11 @@ def test_sums_in_every_tile(number: str, size: tuple[int, int, int], device: tor
             for beta, alpha in ((1, 1), (-2, 0.5)):
                 want = (alpha * exact + beta * source.double()).to(dtype)
                 own = source.expand(m, n).clone()
-                assert_same_bits(launch.addmm(a, b, source, beta, alpha, None, precision, config=tile), want)
-                assert_same_bits(launch.addmm(a, b, own, beta, alpha, own, precision, config=tile), want)
-        spoilt = torch.full_like(whole, float("nan"))
-        assert_same_bits(launch.addmm(a, b, spoilt, 0, 2, None, precision, config=tile), (2 * exact).to(dtype))
+                for added, out in ((source, None), (own, own)):
+                    epilogue = launch.Epilogue(alpha, beta, added)
+                    assert_same_bits(launch.addmm(a, b, epilogue, out, precision, config=tile), want)
+        unread = launch.Epilogue(2, 0, torch.full_like(whole, float("nan")))
+        assert_same_bits(launch.addmm(a, b, unread, None, precision, config=tile), (2 * exact).to(dtype))
 
 
 def test_scales_of_sums_keep_their_precision(device: torch.device) -> None:
@@ -214,14 +215,14 @@ def test_scales_of_sums_keep_their_precision(device: torch.device) -> None:
         source = integers(64, 48, dtype, device, 3) * 3
         for value in (1 / 3, -0.1, float("inf"), 1 + 2**-30):
             scale = torch.tensor(value, dtype=kind, device=device)
-            got = launch.addmm(a, b, source, 0, value)
+            got = launch.addmm(a, b, launch.Epilogue(value, 0, source))
             want = (scale * (a.to(kind) @ b.to(kind))).to(dtype)
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-            got = launch.addmm(torch.zeros_like(a), b, source, value, 1)
+            got = launch.addmm(torch.zeros_like(a), b, launch.Epilogue(1, value, source))
             torch.testing.assert_close(got, (scale * source.to(kind)).to(dtype), rtol=0, atol=0, equal_nan=True)
     a, b = torch.zeros(2, 16, 16, dtype=torch.bfloat16, device=device)
     a[:, 0], a[:, 1], b[:2] = 256, 1, 1
-    assert bool((launch.addmm(a, b, b[0]) == 258).all())  # 257 is no bfloat16
+    assert bool((launch.addmm(a, b, launch.Epilogue(source=b[0])) == 258).all())  # 257 is no bfloat16
 
 
 def test_linear_with_a_bias_is_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,31 +248,28 @@ def test_autocast(device: torch.device) -> None:
     assert (c.dtype, w.grad.dtype) == (torch.bfloat16, torch.float32)
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("layouts", ["NNN", "NNT", "NTN", "NTT", "TNN", "TTT"])
 @pytest.mark.parametrize("size", [(256, 512, 384), (264, 136, 520), (255, 136, 520)], ids=str)
 def test_both_gradients_at_once(
-    size: tuple[int, int, int], layouts: str, bias: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int, int], layouts: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One launch in every tile that it may have, and the two that stand in for it, give the exact gradients."""
     m, n, k = size
     grad, a, b = (integers(*shape, torch.bfloat16, device, seed) for seed, shape in enumerate(((m, n), (m, k), (k, n))))
     wants = [(x.double() @ y.double()).bfloat16() for x, y in ((grad, b.t()), (a.t(), grad))]
-    wants += [grad.double().sum(0).bfloat16()] * bias
     grad, a, b = (
         x.t().contiguous().t() if letter == "T" else x for x, letter in zip((grad, a, b), layouts, strict=True)
     )
-    call = launch.linear_backward if bias else launch.mm_backward
-    for got, want in zip(call(grad, a, b), wants, strict=True):
+    for got, want in zip(launch.mm_backward(grad, a, b), wants, strict=True):
         assert_same_bits(got, want)
     problem, target = problem_of(a, b, "ieee")
     for tile in TMA_TILES:
         if launch.fits_tma(grad) and is_valid_backward(tile, problem, layouts[0], target):
             monkeypatch.setattr(launch, "choose_backward", lambda *asked, tile=tile: tile)
             launch.clear_cache()
-            together = launch.backward_in_one(grad, a, b, bias)
-            assert together is not None
-            for got, want in zip(together, wants, strict=True):
+            both = launch.backward_in_one(grad, a, b)
+            assert both is not None
+            for got, want in zip(both, wants, strict=True):
                 assert_same_bits(got, want)
     launch.clear_cache()
 

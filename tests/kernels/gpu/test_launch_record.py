@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
+import aot
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 
-from matmul_grad.kernels.gpu import aot
+from matmul_grad.kernels.gpu.arguments import Strides
 from matmul_grad.kernels.gpu.choose import candidates
 from matmul_grad.kernels.gpu.config import Problem
+from matmul_grad.kernels.gpu.epilogue import Epilogue
 from matmul_grad.kernels.gpu.gemm import gemm
 from matmul_grad.kernels.gpu.launch_record import Constant, Descriptor, LaunchRecord, Parameter, Pointer, record_of
-from matmul_grad.kernels.gpu.plan import Epilogue, Plan, Strides, plans
+from matmul_grad.kernels.gpu.plan import Plan, plans
 
 pytestmark = pytest.mark.skipif(
     not isinstance(gemm, aot.triton.JITFunction), reason="TRITON_INTERPRET is set for the whole session"
@@ -122,7 +124,7 @@ def test_a_sum_has_no_record() -> None:
     target, strides = aot.target_of(80), (Strides(1024, 1), Strides(512, 1), Strides(512, 1))
     tile = candidates(problem, target)[0]
     for source in (None, Strides(0, 1)):
-        (plan,) = plans(problem, tile, target, strides, epilogue=Epilogue(source))
+        (plan,) = plans(problem, tile, target, strides, epilogue=Epilogue(source=source))
         assert record_of(plan, compiled(plan, 80)) is None
 
 

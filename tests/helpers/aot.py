@@ -1,4 +1,4 @@
-"""Compile a launch for a GPU that need not be there, and read from the machine code what it costs."""
+"""Compile a plan for a GPU that need not be there, and read from the machine code what it costs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .config import ALIGNMENT, Target
-from .plan import DescriptorArg, Plan, PointerArg, ScalarArg
+from matmul_grad.kernels.gpu.arguments import DescriptorArg, PointerArg, ScalarArg
+from matmul_grad.kernels.gpu.config import ALIGNMENT, Target
+from matmul_grad.kernels.gpu.plan import Plan
 
 # Shared bytes that one block may have, by compute capability (CUDA programming guide).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -48,7 +49,7 @@ def target_of(arch: int) -> Target:
 
 
 def compile_for(plan: Plan, types: dict[str, str], arch: int, *, aligned: bool = True) -> CompiledReport:
-    """Compile a launch for one compute capability; needs no GPU.
+    """Compile a plan for one compute capability; needs no GPU.
 
     types: the short name of each operand's dtype. aligned: addresses divide by 16. Arguments are specialised as
     Triton's launcher would: 1 is a constant, and what divides by 16 is known to.
@@ -69,20 +70,24 @@ def compile_for(plan: Plan, types: dict[str, str], arch: int, *, aligned: bool =
 
 
 def source(plan: Plan, types: dict[str, str], aligned: bool) -> ASTSource:
-    """The kernel with its argument types, constants and divisibilities filled in."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = dict(plan.constants)
+    """The kernel with its argument types, constants and divisibilities filled in, as Triton's launcher does."""
+    constants: dict[str | tuple[int, ...], Any] = dict(plan.constants)
     divisible = {}
-    names = plan.kernel.arg_names
-    for position, (name, value) in enumerate(zip(names, plan.arguments, strict=False)):
+
+    def type_at(path: tuple[int, ...], value: Any) -> Any:
+        if isinstance(value, tuple) and not isinstance(value, PointerArg | ScalarArg | DescriptorArg):
+            return type(value)._make(type_at((*path, index), field) for index, field in enumerate(value))
         if value is None or (isinstance(value, int) and value == 1):
-            constants[name] = value
-            signature[name] = "constexpr"
-            continue
-        signature[name] = type_of(value, types)
+            constants[path] = value
+            return "constexpr"
         if aligned if isinstance(value, PointerArg) else isinstance(value, int) and value % ALIGNMENT == 0:
-            divisible[(position,)] = [["tt.divisibility", ALIGNMENT]]
-    signature |= dict.fromkeys(names[len(plan.arguments) :], "constexpr")
+            divisible[path] = [["tt.divisibility", ALIGNMENT]]
+        return type_of(value, types)
+
+    names = plan.kernel.arg_names
+    types_of_arguments = [type_at((position,), value) for position, value in enumerate(plan.arguments)]
+    types_of_constants = ["constexpr"] * (len(names) - len(plan.arguments))
+    signature = dict(zip(names, [*types_of_arguments, *types_of_constants], strict=True))
     return ASTSource(plan.kernel, signature, constexprs=constants, attrs=divisible)
 
 
