@@ -215,7 +215,7 @@ def compiled(case: Case) -> aot.CompiledReport:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * case.slow) for name, case in CASES.items()]
 )
-def test_compiles_into_what_was_meant(name: str) -> None:
+def test_kernel_compiles_to_the_expected_instruction_at_the_known_cost(name: str) -> None:
     case = CASES[name]
     arch, problem, tile, *_ = case
     report, target = compiled(case), aot.target_of(arch)
@@ -243,7 +243,7 @@ def assert_cost_known(name: str, registers: int) -> None:
         assert known.get(name) == registers, f"{name}: {registers} registers, and {known.get(name)} in {REGISTERS.name}"
 
 
-def test_the_cases_reach_every_tile_layout_and_kind() -> None:
+def test_cases_cover_every_tile_layout_and_kind() -> None:
     found = CASES.values()
     aligned = {(case.arch, kind(case.problem), case.problem.aligned) for case in found}
     kinds = ("half", "tf32", "tf32x3", "fp32", "fp64")
@@ -253,13 +253,13 @@ def test_the_cases_reach_every_tile_layout_and_kind() -> None:
     assert {replace(case.tile, split_k=1) for case in found} == listed
 
 
-def test_the_table_of_registers_holds_these_kernels_and_no_others() -> None:
+def test_registers_json_lists_exactly_these_kernels() -> None:
     table = json.loads(REGISTERS.read_text(encoding="utf-8"))
     for version, known in table.items():
         assert set(known) == set(CASES), version
 
 
-def test_a_tile_that_is_too_large_spills() -> None:
+def test_tile_that_is_too_large_is_reported_to_spill() -> None:
     """The reading of spills is not blind: 128 x 256 accumulators do not fit four warps."""
     problem, tile = problem_of("bfloat16", "ieee", "NT"), TileConfig(128, 256, 32, stages=2, warps=4)
     target, strides = aot.target_of(80), (lie("N"), lie("T"), lie("N"))
@@ -269,7 +269,7 @@ def test_a_tile_that_is_too_large_spills() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bits", "rounds"), [("bfloat16", 32, True), ("float64", 64, False)])
-def test_a_sum_is_one_multiply_add_and_float64_keeps_its_scales(dtype: str, bits: int, rounds: bool) -> None:
+def test_epilogue_is_one_multiply_add_and_float64_keeps_its_scalars(dtype: str, bits: int, rounds: bool) -> None:
     problem, target = problem_of(dtype, "ieee", "NN"), aot.target_of(80)
     strides, types = (lie("N"),) * 3, dict.fromkeys(("a", "b", "c", "source"), SHORT_NAMES[dtype])
     found = []
@@ -283,7 +283,7 @@ def test_a_sum_is_one_multiply_add_and_float64_keeps_its_scales(dtype: str, bits
 
 
 @pytest.mark.parametrize("kernel", [gemm, gemm_tma, matvec, reduce], ids=lambda kernel: kernel.__name__)
-def test_no_scale_is_compiled_anew(kernel: aot.triton.JITFunction) -> None:
+def test_alpha_and_beta_are_not_specialised(kernel: aot.triton.JITFunction) -> None:
     assert [kernel.params[kernel.arg_names.index(name)].do_not_specialize for name in SCALARS] == [True] * 4
 
 

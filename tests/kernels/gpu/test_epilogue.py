@@ -1,13 +1,9 @@
-"""Sums, C = alpha * (A . B) + beta * input, under Triton's interpreter: where the product is stored, in one rounding.
-
-As in test_interpreter.py the cases run in a fresh process, this file as a program.
-"""
+"""Epilogues, C = alpha * (A . B) + beta * source, under Triton's interpreter: no launch more, one rounding."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,12 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from case_process import CaseProcess, assert_no_complaint, serve
+from case_process import CaseProcess, assert_no_complaint
+from gpu_cases import (
+    DENSE,
+    DTYPES,
+    assert_same_bits,
+    at_arch,
+    embed,
+    integers,
+    interpreted,
+    pointers,
+    rows_alike,
+    serve_cases,
+    tile,
+    tma,
+)
 from torch import Tensor
 
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPES = {**HALVES, "fp32": torch.float32, "fp64": torch.float64}
-DENSE = ("NN", "NT", "TN", "TT")
 SCALES = ((1, 1), (-0.5, 2), (3, -1))  # beta and alpha: exact for integers
 
 
@@ -44,8 +51,6 @@ def launched(times: int) -> Iterator[None]:
 
 def sources(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     """What expands to a shape: whole in every layout, transposed, of stride 0, a row, a column, a number."""
-    from test_interpreter import embed, integers
-
     whole = integers(shape[-2], shape[-1], dtype, 7)
     found = [embed(whole, layout) for layout in "NTSRC"]
     found += [embed(whole[:1], "N")[0], embed(whole[:, :1], "S"), whole[-1, -1]]
@@ -57,8 +62,6 @@ def sources(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 
 def operands(m: int, n: int, k: int, dtype: str, layouts: str, batch: int = 0) -> tuple[Tensor, Tensor]:
     """Contiguous, or transposed, or with canaries around them ("S"); a batch of them where asked."""
-    from test_interpreter import embed, integers
-
     found = []
     for letter, shape in zip(layouts, ((m, k), (k, n)), strict=True):
         seeds = [ord(letter) + n + seed for seed in range(max(batch, 1))]
@@ -68,10 +71,8 @@ def operands(m: int, n: int, k: int, dtype: str, layouts: str, batch: int = 0) -
     return found[0], found[1]
 
 
-def check_exact(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int = 80, batch: int = 0) -> None:
+def check_epilogue(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int = 80, batch: int = 0) -> None:
     """Exact sums of everything that expands to the result: into new memory, into canaries, into what is added."""
-    from test_interpreter import assert_same_bits, at_arch, embed
-
     from matmul_grad.kernels.gpu import launch
 
     a, b = operands(*sizes, dtype, layouts, batch)
@@ -108,13 +109,11 @@ def check_exact(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int =
 def check_vector(m: int, n: int, dtype: str, parts: int) -> None:
     from matmul_grad.kernels.gpu.config import TileConfig
 
-    check_exact((m, n, 530), dtype, "NN", TileConfig(32, 1, 64, 2, 4, split_k=parts, path="vector"))
+    check_epilogue((m, n, 530), dtype, "NN", TileConfig(32, 1, 64, 2, 4, split_k=parts, path="vector"))
 
 
 def check_one_rounding(dtype: str, config: Any) -> None:
     """A product that the dtype does not hold, and what makes it a sum that it holds."""
-    from test_interpreter import assert_same_bits, at_arch
-
     from matmul_grad.kernels.gpu import launch
 
     odd = 2 ** {"fp16": 11, "bf16": 8}[dtype] + 1  # exact neither in the dtype nor, halved, in the one place less
@@ -128,8 +127,6 @@ def check_one_rounding(dtype: str, config: Any) -> None:
 
 def check_scales(dtype: str, config: Any) -> None:
     """alpha and beta keep what the sums hold: all of float64, or what float32 does; and each value reuses the plan."""
-    from test_interpreter import assert_same_bits, at_arch, integers
-
     from matmul_grad.kernels.gpu import launch
 
     kind = torch.float64 if dtype == "fp64" else torch.float32
@@ -158,8 +155,6 @@ def check_scales(dtype: str, config: Any) -> None:
 
 def check_wide() -> None:
     """64-bit offsets inside a block, which a vector's input alone can ask for, give the same bits."""
-    from test_interpreter import tile
-
     from matmul_grad.kernels.gpu import launch, plan
     from matmul_grad.kernels.gpu.arguments import Strides
     from matmul_grad.kernels.gpu.choose import VECTOR_TILES
@@ -172,14 +167,12 @@ def check_wide() -> None:
         assert made.constants["WIDE"] is wide
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "is_wide", lambda extents: True)
-        check_exact((17, 15, 33), "fp32", "NN", tile())
+        check_epilogue((17, 15, 33), "fp32", "NN", tile())
         check_vector(1, 37, "fp32", 1)
 
 
 def check_invariant() -> None:
     """In batch-invariant mode a row of a sum has the same bits for any m, and k is not cut."""
-    from test_interpreter import assert_same_bits, rows_alike
-
     from matmul_grad.kernels.gpu import launch, settings
 
     generator = torch.Generator().manual_seed(8)
@@ -193,8 +186,6 @@ def check_invariant() -> None:
 
 def check_empty() -> None:
     """Without an input alpha still counts; without anything to multiply the sum is beta * input, in place too."""
-    from test_interpreter import assert_same_bits
-
     from matmul_grad.kernels.gpu import launch
 
     assert_same_bits(launch.addmm(torch.ones(2, 3), torch.ones(3, 4), launch.Epilogue(2)), torch.full((2, 4), 6.0))
@@ -210,8 +201,6 @@ def check_empty() -> None:
 
 def check_refusals() -> None:
     """What cannot be added is a ValueError that says so, and leaves out as it was."""
-    from test_interpreter import assert_same_bits
-
     from matmul_grad.kernels.gpu import launch
 
     x, y, out = torch.ones(2, 3), torch.ones(3, 4), torch.full((2, 4), 7.0)
@@ -229,17 +218,39 @@ def check_refusals() -> None:
     assert_same_bits(out, torch.full((2, 4), 7.0))
 
 
-def configs() -> dict[str, Any]:
-    from test_interpreter import pointers, tile, tma
+def check_addmm(dtype: str) -> None:
+    """Of matrices and of batches, with what expands to them, scaled; into new memory, into out, into what is added."""
+    from matmul_grad.kernels.gpu import launch
 
+    a = torch.stack([integers(20, 24, DTYPES[dtype], seed) for seed in (1, 2)])
+    b = torch.stack([integers(24, 18, DTYPES[dtype], seed) for seed in (3, 4)])
+    for x, y, ranks in ((a, b, 3), (a[0], b[0], 2)):
+        product = (x.long() @ y.long()).double()
+        whole = torch.stack([integers(20, 18, DTYPES[dtype], seed) for seed in (5, 6)])
+        whole = whole if ranks == 3 else whole[0]
+        for source in (whole, whole.mT.contiguous().mT, whole[..., :1, :], whole[..., :1], whole.flatten()[0]):
+            for beta, alpha in ((1, 1), (0, 1), (2, 1), (0.5, 2), (0, -1)):
+                want = (alpha * product + beta * source.double()).to(x.dtype)
+                assert_same_bits(launch.addmm(x, y, launch.Epilogue(alpha, beta, source)), want)
+                out = torch.full_like(want.mT, float("nan")).mT
+                assert launch.addmm(x, y, launch.Epilogue(alpha, beta, source), out) is out
+                assert_same_bits(out, want)
+        spoilt = torch.full_like(whole, float("nan"))
+        assert_same_bits(launch.addmm(x, y, launch.Epilogue(1, 0, spoilt), spoilt), product.to(x.dtype))
+        own = whole.clone()
+        launch.addmm(x, y, launch.Epilogue(1, 2, own), own)
+        assert_same_bits(own, (product + 2 * whole.double()).to(x.dtype))
+
+
+def configs() -> dict[str, Any]:
     return {
         "pointers": tile(),
         "pointers-90": pointers(),
-        "pointers-cut": pointers(3),
+        "pointers-split": pointers(3),
         "tma": tma(),
         "tma-halves": tma(subtiles=2),
         "tma-quarters": replace(tma(), block_n=256),
-        "tma-cut": tma(3),
+        "tma-split": tma(3),
     }
 
 
@@ -249,28 +260,28 @@ def on(path: str, check: Callable[..., None], *arguments: Any, **named: Any) -> 
 
 CASES: dict[str, Callable[[], None]] = {
     **{
-        f"pointers-{dtype}-{layouts}": partial(on, "pointers", check_exact, (17, 19, 21), dtype, layouts)
+        f"pointers-{dtype}-{layouts}": partial(on, "pointers", check_epilogue, (17, 19, 21), dtype, layouts)
         for dtype, layouts in (*itertools.product(("fp32", "fp16"), (*DENSE, "SS")), ("bf16", "NT"), ("fp64", "TN"))
     },
-    **{f"chosen-{dtype}": partial(check_exact, (33, 18, 24), dtype, "NN", None) for dtype in DTYPES},
+    **{f"chosen-{dtype}": partial(check_epilogue, (33, 18, 24), dtype, "NN", None) for dtype in DTYPES},
     **{
-        f"{path}-{dtype}-{layouts}": partial(on, path, check_exact, (72, 40, 72), dtype, layouts, arch=90)
+        f"{path}-{dtype}-{layouts}": partial(on, path, check_epilogue, (72, 40, 72), dtype, layouts, arch=90)
         for path, dtype, layouts in (
             *itertools.product(("tma-halves",), ("fp16",), DENSE),
             ("tma", "bf16", "NN"),
         )
     },
-    "tma-quarters": partial(on, "tma-quarters", check_exact, (72, 200, 24), "fp16", "NN", arch=90),
-    "tma-quarters-odd": partial(on, "tma-quarters", check_exact, (71, 199, 24), "fp16", "NT", arch=90),
+    "tma-quarters": partial(on, "tma-quarters", check_epilogue, (72, 200, 24), "fp16", "NN", arch=90),
+    "tma-quarters-odd": partial(on, "tma-quarters", check_epilogue, (71, 199, 24), "fp16", "NT", arch=90),
     # Neither n nor the result's rows are whole chunks of 16 bytes: C is stored by pointers.
-    "tma-odd": partial(on, "tma-halves", check_exact, (71, 39, 72), "fp16", "NT", arch=90),
+    "tma-odd": partial(on, "tma-halves", check_epilogue, (71, 39, 72), "fp16", "NT", arch=90),
     **{
-        f"{path}-{dtype}": partial(on, path, check_exact, (72, 24, 232), dtype, "NN", arch=90)
+        f"{path}-{dtype}": partial(on, path, check_epilogue, (72, 24, 232), dtype, "NN", arch=90)
         for path, dtype in (
-            ("pointers-cut", "fp32"),
-            ("pointers-cut", "fp16"),
-            ("pointers-cut", "fp64"),
-            ("tma-cut", "fp16"),
+            ("pointers-split", "fp32"),
+            ("pointers-split", "fp16"),
+            ("pointers-split", "fp64"),
+            ("tma-split", "fp16"),
         )
     },
     **{
@@ -279,21 +290,27 @@ CASES: dict[str, Callable[[], None]] = {
         if dtype == "fp32" or parts == 2
     },
     **{
-        f"batch-{path}-{dtype}": partial(on, path, check_exact, (72, 24, 64 * parts), dtype, "NT", arch=arch, batch=2)
+        f"batch-{path}-{dtype}": partial(
+            on, path, check_epilogue, (72, 24, 64 * parts), dtype, "NT", arch=arch, batch=2
+        )
         for path, dtype, parts, arch in (
-            ("pointers", "fp32", 1, 80),
-            ("pointers-cut", "fp32", 3, 90),
-            ("tma-halves", "fp16", 1, 90),
-            ("tma-cut", "fp16", 3, 90),
+            ("pointers", "fp32", 64, 80),
+            ("pointers-split", "fp32", 192, 90),
+            ("tma-halves", "fp16", 64, 90),
+            ("tma-split", "fp16", 192, 90),
         )
     },
     **{
         f"one-rounding-{path}-{dtype}": partial(on, path, check_one_rounding, dtype)
-        for path, dtype in (*itertools.product(("pointers-90", "tma", "tma-cut"), ("fp16",)), ("pointers-cut", "bf16"))
+        for path, dtype in (
+            *itertools.product(("pointers-90", "tma", "tma-split"), ("fp16",)),
+            ("pointers-split", "bf16"),
+        )
     },
     **{f"scales-{dtype}": partial(on, "pointers-90", check_scales, dtype) for dtype in DTYPES},
-    "scales-cut": partial(on, "pointers-cut", check_scales, "fp64"),
+    "scales-split": partial(on, "pointers-split", check_scales, "fp64"),
     "scales-tma": partial(on, "tma-halves", check_scales, "fp16"),
+    **{f"addmm-{dtype}": partial(check_addmm, dtype) for dtype in DTYPES},
     "wide": check_wide,
     "invariant": check_invariant,
     "empty": check_empty,
@@ -303,10 +320,8 @@ CASES: dict[str, Callable[[], None]] = {
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[CaseProcess]:
-    """A process of its own for the cases of this module; one that ends is followed by another."""
-    process = CaseProcess.interpreted(__file__)
-    yield process
-    process.close()
+    with interpreted(__file__) as process:
+        yield process
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -315,6 +330,4 @@ def test_interpreted(case: str, interpreter: CaseProcess) -> None:
 
 
 if __name__ == "__main__":
-    # The interpreter of triton 3.6, on numpy before 2.4, where it is an error.
-    warnings.filterwarnings("ignore", message="Conversion of an array with ndim > 0")
-    serve(lambda case: CASES[case]())
+    serve_cases(CASES)

@@ -82,7 +82,7 @@ def made(name: str) -> list[tuple[Plan, LaunchRecord, SimpleNamespace]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_parameters_are_those_of_the_kernel(name: str) -> None:
+def test_parameters_match_those_that_the_kernel_declares(name: str) -> None:
     for plan, written, kernel in made(name):
         declared = bytes_of_parameters(kernel.ptx)
         assert len(declared) == len(written.parameters)
@@ -91,7 +91,7 @@ def test_parameters_are_those_of_the_kernel(name: str) -> None:
         assert written.threads == 32 * plan.options["num_warps"] and written.shared == kernel.metadata.shared
 
 
-def test_names_and_numbers_are_in_the_order_of_the_arguments() -> None:
+def test_pointers_and_constants_are_in_the_order_of_the_arguments() -> None:
     ((_, written, _),) = made("pointers")
     names = [x.name for x in written.parameters if isinstance(x, Pointer)]
     numbers = [x.value for x in written.parameters if isinstance(x, Constant)]
@@ -112,13 +112,13 @@ def test_descriptors_are_as_the_driver_encodes_them() -> None:
     assert a.box[0] * 2 <= 128 and a.box[1] == blocks["BLOCK_K"]
 
 
-def test_both_halves_of_a_cut_product() -> None:
+def test_split_product_has_a_record_of_each_kernel() -> None:
     (_, first, _), (_, second, _) = made("parts")
     assert "work" in {x.name for x in first.parameters if isinstance(x, Pointer)}
     assert [x.name for x in second.parameters if isinstance(x, Pointer)] == ["work", "c"]
 
 
-def test_a_sum_has_no_record() -> None:
+def test_plan_with_an_epilogue_has_no_record() -> None:
     """Its scales are numbers of a call, and a record is of products alone."""
     problem = Problem(256, 512, 1024, "bfloat16", "N", "N", "ieee", True, False)
     target, strides = aot.target_of(80), (Strides(1024, 1), Strides(512, 1), Strides(512, 1))
@@ -129,7 +129,7 @@ def test_a_sum_has_no_record() -> None:
 
 
 @pytest.mark.parametrize("unknown", ["num_ctas", "launch_pdl", "launch_cooperative_grid", "global_scratch_size"])
-def test_what_a_record_cannot_say_is_refused(unknown: str) -> None:
+def test_kernel_with_unsupported_metadata_has_no_record(unknown: str) -> None:
     ((plan, _, kernel),) = made("vector")
     kernel.metadata = SimpleNamespace(**kernel.metadata._asdict() | {unknown: 2})
     assert record_of(plan, kernel) is None

@@ -50,7 +50,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {"a": torch.zeros(8, 16), "b": torch.ones(4)}
 
 
-def test_the_first_call_compiles_and_the_next_ones_go_to_the_driver(kernel: Kernel) -> None:
+def test_first_call_compiles_and_later_calls_go_to_the_driver(kernel: Kernel) -> None:
     call, first, second = runner(kernel), tensors(), tensors()
     call(first)
     ((grid, arguments, options),) = kernel.slow
@@ -69,7 +69,7 @@ def test_the_first_call_compiles_and_the_next_ones_go_to_the_driver(kernel: Kern
     assert len(kernel.slow) == 1
 
 
-def test_numbers_are_those_of_the_call(kernel: Kernel) -> None:
+def test_scalars_are_those_of_the_call(kernel: Kernel) -> None:
     arguments = (PointerArg("b"), ScalarArg("alpha_low"), ScalarArg("alpha_high"), None, None)
     call = Runner(Plan(kernel, (1, 1), arguments, {"NAME": "name", "BLOCK": 32, "none": None}, {}))
     for alpha in (1, 2, 3):
@@ -78,7 +78,7 @@ def test_numbers_are_those_of_the_call(kernel: Kernel) -> None:
     assert [slow[:3], *(one[-6:-3] for one in fast)] == [[1, -1, None], (2, -2, None), (3, -3, None)]
 
 
-def test_where_a_profiler_listens_every_call_goes_the_long_way(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_go_through_the_jit_while_a_profiler_has_hooks(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     call = runner(kernel)
     call(tensors())
     for hook in (print, SimpleNamespace(calls=[print])):
