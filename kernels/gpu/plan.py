@@ -189,15 +189,14 @@ def _gemm_tma(
         (programs(items, target), 1),
         (
             descriptor_arg("a", (m, k, batch), a, (bm, bk)), descriptor_arg("b", (k, n, batch), b, (bk, bn)), stored,
-            Matrix() if store_tma else matrix_arg(result, c), scale_ptrs(problem), m, n, k, batch,
-            source_arg(epilogue), *scalar_args(epilogue),
+            Matrix() if store_tma else matrix_arg(result, c), scale_ptrs(problem), m, n, k,
+            batch if batch > 1 else None, source_arg(epilogue), *scalar_args(epilogue),
         ),
         {
             **blocks(config),
             "SPLIT_K": config.split_k,
             "A_TRANSPOSED": a.col != 1,
             "B_TRANSPOSED": b.col != 1,
-            "BATCHED": batch > 1,
             "SUBTILES": config.subtiles,
             "UPCAST": upcast,
             "NAME": with_suffix(kernel_name(problem, config), epilogue),

@@ -13,13 +13,13 @@ def gemm_tma(
     a_desc, b_desc, c_desc, c, scales, m, n, k, batches,
     source, alpha_low, alpha_high, beta_low, beta_high,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, BATCHED: tl.constexpr,
-    SUBTILES: tl.constexpr, UPCAST: tl.constexpr, NAME: tl.constexpr,
+    SPLIT_K: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, SUBTILES: tl.constexpr,
+    UPCAST: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """C[z, i, j] = sum over t < k of A[z, i, t] * B[z, t, j]; the programs divide the tiles of all products.
 
-    Shapes: A (m, k), B (k, n), C (m, n), or `batches` of each (BATCHED); m, n, k >= 1. c, source: `Matrix`. scales:
-    `ScalePtrs`. Grid: any number of programs; program i computes tile i and every so many-th after it.
+    Shapes: A (m, k), B (k, n), C (m, n), or a batch of each; m, n, k >= 1. batches: how many, None for one product.
+    c, source: `Matrix`. scales: `ScalePtrs`. Grid: any number of programs, which take tiles in turn.
     Strides: of the descriptors: adjacent columns, or adjacent rows and a TRANSPOSED descriptor; what a descriptor
     can hold is `operands.fits_tma`.
     Dtypes: 16-bit, a, b and c alike, accumulated in float32, or 8-bit a and b, whose sums are multiplied by the two
@@ -36,9 +36,11 @@ def gemm_tma(
     tiles_m = 1 + (m - 1) // BLOCK_M
     tiles_n = 1 + (n - 1) // BLOCK_N
     tiles = tiles_m * tiles_n
+    BATCHED: tl.constexpr = batches is not None
+    items = tiles * SPLIT_K * batches if BATCHED else tiles * SPLIT_K
     scalars = (alpha_low, alpha_high, beta_low, beta_high)
     MAX_IMPRECISE: tl.constexpr = None if scales.a is None else IMPRECISE
-    for item in range(tl.program_id(0), tiles * SPLIT_K * batches, tl.num_programs(0)):
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
         part = item // tiles
         row, col = tile_coords(item % tiles, tiles_m, tiles_n, GROUP_M)
         first, last = split_k_range(part % SPLIT_K, k, BLOCK_K, SPLIT_K)

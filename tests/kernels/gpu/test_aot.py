@@ -236,7 +236,10 @@ def test_kernel_compiles_to_the_expected_instruction_at_the_known_cost(name: str
 
 
 def assert_cost_known(name: str, registers: int) -> None:
-    """The table holds for the Triton that it was written with. ``python tests/kernels/gpu/test_aot.py`` writes it."""
+    """The table holds for the Triton that it was written with.
+
+    ``PYTHONPATH=tests/helpers python tests/kernels/gpu/test_aot.py`` writes it.
+    """
     table = json.loads(REGISTERS.read_text(encoding="utf-8"))
     known = table.get(aot.triton.__version__)
     if known is not None:
