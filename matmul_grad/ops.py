@@ -192,7 +192,7 @@ def compute(
         try:
             if input is None:
                 return launch.mm(self, mat2, out=out)
-            return launch.product(self, mat2, input, beta, alpha, out)
+            return launch.addmm(self, mat2, launch.Epilogue(alpha, beta, input), out)
         except launch.CannotBuild:  # from now on `launch.supports` is False
             strict_mode.note_fallback(self, mat2)
             return _by_torch(self, mat2, input, beta, alpha, out)
@@ -242,7 +242,7 @@ def _scaled_mm(
     if self.is_cuda:
         from .kernels.gpu import launch
 
-        if launch.takes_scaled(self, mat2, scale_a, scale_b, result):
+        if launch.supports_scaled(self, mat2, scale_a, scale_b, result):
             require_storage(self, mat2, scale_a, scale_b)
             with contextlib.suppress(launch.CannotBuild):
                 return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
