@@ -15,7 +15,7 @@ from torch import Tensor
 import matmul_grad
 
 from ..kernels.gpu import choose as choosing
-from ..kernels.gpu import config, winners
+from ..kernels.gpu import config, tuned_configs
 from ..kernels.gpu.config import Problem, Target, TileConfig
 
 Mm = Callable[[Tensor, Tensor], Tensor]
@@ -81,9 +81,9 @@ def kernel_name(problem: Problem, tile: TileConfig) -> str:
 
 def key(problem: Problem, target: Target) -> str:
     """The name of a problem in the table of winners."""
-    return winners.key(problem, target)
+    return tuned_configs.key(problem, target)
 
 
 def user_path() -> Path:
     """The table that ``choose`` reads before the project's own."""
-    return winners.user_path()
+    return tuned_configs.user_path()

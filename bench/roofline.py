@@ -84,14 +84,14 @@ def loop(dtype: str) -> Peak | None:
     threads = torch.get_num_threads()
     block = driver.config(dtype)
     run = _run_on_threads()
-    if run is None or (dtype != block.accumulator and not block.pairs):
+    if run is None or (dtype != block.accumulator and not block.bf16_dot):
         return None
     lanes = block.lanes
     generator = torch.Generator().manual_seed(0)
     # Values whose bits differ, since constant ones take less power and so clock higher than a product can; and
     # with sums that grow by about 1 a turn, so that none is denormal or infinite.
-    kind = torch.bfloat16 if block.pairs else getattr(torch, dtype)
-    x, y = torch.randn(2, lanes * (2 if block.pairs else 1), generator=generator).to(kind)
+    kind = torch.bfloat16 if block.bf16_dot else getattr(torch, dtype)
+    x, y = torch.randn(2, lanes * (2 if block.bf16_dot else 1), generator=generator).to(kind)
     sums = torch.zeros(threads * LINE, dtype=torch.uint8)
     words = (ctypes.c_int64 * 4)(TURNS, x.data_ptr(), y.data_ptr(), sums.data_ptr())
     entry = _entry(dtype)
@@ -133,7 +133,7 @@ def _ir(name: str, block: config.BlockConfig) -> str:
     """
     from ..kernels.cpu.simd import I64, Vector, repeat
 
-    vector = Vector(block.accumulator, block.lanes, block.fused, block.pairs)
+    vector = Vector(block.accumulator, block.lanes, block.fused, block.bf16_dot)
     function = ir.Function(ir.Module(name), ir.FunctionType(ir.VoidType(), [I64] * 3), name)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     begin, end, words = function.args

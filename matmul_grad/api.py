@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from . import autocast, fallback, vmap
 from .ops import eager
@@ -51,7 +51,7 @@ def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out
         return run_with_out("mm", (input, mat2), {}, out_dtype, out)
     if fallback.is_needed(input, mat2):
         return torch.mm(input, mat2)
-    return _mm(input, mat2) if is_compiling() else _eager_mm(input, mat2)
+    return _mm(input, mat2) if is_dynamo_compiling() else _eager_mm(input, mat2)
 
 
 def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -75,9 +75,9 @@ def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, ou
     """
     if out is not None or out_dtype is not None:
         return run_with_out("bmm", (input, mat2), {}, out_dtype, out)
-    if fallback.is_needed(input, mat2) or fallback.is_nested(input, mat2):
+    if fallback.is_needed(input, mat2):
         return torch.bmm(input, mat2)
-    return _bmm(input, mat2) if is_compiling() else _eager_bmm(input, mat2)
+    return _bmm(input, mat2) if is_dynamo_compiling() else _eager_bmm(input, mat2)
 
 
 def addmm(
@@ -101,7 +101,7 @@ def addmm(
     rounding    accumulated as ``mm``, and rounded once, after the addition
     errors      torch.addmm's
     determinism as ``mm``
-    source      kernels/cpu/sums.py
+    source      kernels/cpu/epilogue.py
 
     With ``beta`` = 0 the input is not read, so that NaN in it is not passed on.
 
@@ -115,7 +115,7 @@ def addmm(
     if out is None and out_dtype is None and not fallback.is_needed(mat1, mat2, input):
         scales = real_scales(mat1, beta, alpha)
         if scales is not None:
-            operator = _addmm if is_compiling() else _eager_addmm
+            operator = _addmm if is_dynamo_compiling() else _eager_addmm
             return operator(input, mat1, mat2, beta=scales[0], alpha=scales[1])
     return run_with_out("addmm", (input, mat1, mat2), {"beta": beta, "alpha": alpha}, out_dtype, out)
 
@@ -151,7 +151,7 @@ def baddbmm(
     if out is None and out_dtype is None and not fallback.is_needed_to_compose(batch1, batch2, input):
         scales = real_scales(batch1, beta, alpha)
         if scales is not None:
-            operator = _baddbmm if is_compiling() else _eager_baddbmm
+            operator = _baddbmm if is_dynamo_compiling() else _eager_baddbmm
             return operator(input, batch1, batch2, beta=scales[0], alpha=scales[1])
     return run_with_out("baddbmm", (input, batch1, batch2), {"beta": beta, "alpha": alpha}, out_dtype, out)
 
@@ -159,7 +159,7 @@ def baddbmm(
 def mm_backward(
     grad: Tensor, input: Tensor, mat2: Tensor, output_mask: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both gradients of ``mm``, or of ``bmm``, from the gradient of its result; differentiable in turn.
+    """Both gradients of ``mm``, or of ``bmm``, from the gradient of its result; differentiable to any order.
 
     dA = grad · Bᵀ,  dB = Aᵀ · grad
 

@@ -24,7 +24,7 @@ __all__ = ["disable", "enable", "enabled", "info"]
 _lock = fork_safe_lock()
 _cuda = CudaOverride()
 _blocks: list[list[bool]] = []  # of the open enabled() blocks, in order: whether the override was on before
-_told: set[str] = set()  # reasons for which one device is not overridden
+_notified: set[str] = set()  # reasons for which one device is not overridden
 
 
 def is_on() -> bool:
@@ -55,7 +55,7 @@ on_import("torch._dynamo", _tell_dynamo)
 
 
 def _set(on: bool, for_good: bool = True) -> None:
-    """On or off on every device; where an error says that it cannot be on, it is as it was.
+    """On or off on every device; where that fails with an error, nothing has changed.
 
     Off ``for_good`` removes the kernels; else those of the CPU stay where they are and call torch's.
     """
@@ -72,13 +72,13 @@ def _set(on: bool, for_good: bool = True) -> None:
 
 
 def _install() -> None:
-    """On each device for itself: what one device lacks does not keep another from it."""
+    """Install on each device separately: one that cannot be overridden does not affect the others."""
     refused = [reason for reason in (_install_on_cpu(), _install_on_cuda()) if reason]
     if not is_on():
         raise RuntimeError(f"matmul_grad.enable(): torch's products cannot be replaced here: {refused[0]}")
     for reason in refused:
-        if reason not in _told:
-            _told.add(reason)
+        if reason not in _notified:
+            _notified.add(reason)
             warnings.warn(f"matmul_grad.enable(): on one device torch's products stay: {reason}", stacklevel=4)
 
 
@@ -129,7 +129,7 @@ def enable() -> None:
     source      docs/design.md, "The switch"
 
     For all threads of the process, and only once if called again. The first call on a build of torch tries it in a
-    child process, which takes some seconds; a torch that does not pass is refused by RuntimeError, which tells what
+    child process, which takes some seconds; a torch that does not pass is refused by a RuntimeError with what
     failed, and nothing has changed. CPU and CUDA are independent: a warning names the one that stays torch's.
 
     >>> import torch, matmul_grad
@@ -154,7 +154,7 @@ def disable() -> None:
 
 @contextlib.contextmanager
 def enabled() -> Iterator[None]:
-    """``enable()`` for a block, and then what was before. A context manager and a decorator.
+    """``enable()`` for a block, then restore the previous state. A context manager and a decorator.
 
     Blocks nest. Where those of several threads overlap, the last one to end restores what was before the first.
 
@@ -178,7 +178,7 @@ def _open(block: list[bool]) -> None:
 
 
 def _close(block: list[bool]) -> None:
-    """Restore what was before a block, or leave that to the one that was opened after it and is still open."""
+    """Restore the state before a block; if a later block is still open, it does so at its end."""
     place = next((place for place, other in enumerate(_blocks) if other is block), None)
     if place is None:
         return
@@ -190,7 +190,7 @@ def _close(block: list[bool]) -> None:
 
 
 def info() -> dict[str, Any]:
-    """What the switch has done: devices on which it is on, and calls while it was, by operator and dtype.
+    """State and counters of the switch: devices on which it is on, and calls while it was, by operator and dtype.
 
     ``accelerated`` counts the products of these kernels, ``handed_over`` those that they left to torch. Calls that
     fail, and those with nothing to multiply, are in neither.
@@ -206,6 +206,6 @@ def info() -> dict[str, Any]:
     devices = {"cpu": state.words[state.ACTIVE] != 0, "cuda": _cuda.is_on()}
     found: dict[str, Any] = {"on": [device for device, on in devices.items() if on]}
     for outcome, code in outcomes.items():
-        sums = {name: Counter(state.calls(name, code)) + calls[name, outcome] for name in state.OPERATORS}
-        found[outcome] = {name: dict(dtypes) for name, dtypes in sums.items() if dtypes}
+        counts = {name: Counter(state.calls(name, code)) + calls[name, outcome] for name in state.OPERATORS}
+        found[outcome] = {name: dict(dtypes) for name, dtypes in counts.items() if dtypes}
     return found

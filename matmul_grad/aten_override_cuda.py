@@ -20,7 +20,7 @@ from .kernels.native.op_table import DOT, MATRICES, MATVEC, OVERLOADS, op_of
 from .ops import accelerated, are_scales, can_be_added, compute, has_work
 from .out_variants import can_write
 
-RUN, FALLBACK, UNSUPPORTED = range(3)  # what is to become of a call
+RUN, FALLBACK, UNSUPPORTED = range(3)  # the outcome of a call
 
 calls: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)  # by operator and outcome: how many of a dtype
 _counting = fork_safe_lock()
@@ -43,8 +43,8 @@ class CudaOverride:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, that a kernel is overridden
                 for name in OVERLOADS:
-                    kept = torch.library.get_kernel(f"aten::{name}", self.key)
-                    library.impl(name, make_kernel(name, kept), self.key, with_keyset=True)
+                    torch_impl = torch.library.get_kernel(f"aten::{name}", self.key)
+                    library.impl(name, make_kernel(name, torch_impl), self.key, with_keyset=True)
         except BaseException:
             library._destroy()
             raise
@@ -56,8 +56,8 @@ class CudaOverride:
         library._destroy()
 
 
-def make_kernel(overload: str, kept: Any) -> Callable[..., Tensor]:
-    """The kernel for one of OVERLOADS; ``kept`` is PyTorch's."""
+def make_kernel(overload: str, torch_impl: Any) -> Callable[..., Tensor]:
+    """The kernel for one of OVERLOADS; ``torch_impl`` is PyTorch's kernel."""
     op, in_place = op_of(overload), overload.endswith("_")
     rank = max(op.kind, MATRICES)
 
@@ -65,7 +65,7 @@ def make_kernel(overload: str, kept: Any) -> Callable[..., Tensor]:
         place = operands[0] if in_place else out
         *inputs, mat1, mat2 = operands if op.kind >= MATRICES else as_matrices(op.kind, operands)
         target = as_column(place) if op.kind == MATVEC and place is not None else place
-        outcome = look(rank, inputs, mat1, mat2, beta, alpha, target)
+        outcome = outcome_of(rank, inputs, mat1, mat2, beta, alpha, target)
         if outcome == RUN:
             count(op.name, "accelerated", mat1)
             result = compute(mat1, mat2, inputs[0] if inputs else None, beta, alpha, target)
@@ -76,13 +76,13 @@ def make_kernel(overload: str, kept: Any) -> Callable[..., Tensor]:
             strict_mode.note_fallback(mat1, mat2)
             count(op.name, "handed_over", mat1)
         scales = {"beta": beta, "alpha": alpha} if op.has_addend else {}
-        return kept.call_boxed(keys, *operands, **scales, **({} if out is None else {"out": out}))
+        return torch_impl.call_boxed(keys, *operands, **scales, **({} if out is None else {"out": out}))
 
     return kernel
 
 
 def as_matrices(kind: int, operands: tuple[Tensor, ...]) -> list[Tensor]:
-    """Views of the operands of a product with vectors; one of another rank gives no matrix, which torch refuses."""
+    """Views of the operands of a product with vectors; one of another rank gives no matrix, and torch raises."""
     *inputs, one, other = operands
     if kind == DOT and one.dim() > 0:
         one = one.unsqueeze(0)
@@ -93,10 +93,10 @@ def as_column(vector: Tensor) -> Tensor:
     return vector.unsqueeze(1) if vector.dim() > 0 else vector
 
 
-def look(
+def outcome_of(
     rank: int, inputs: list[Tensor], mat1: Tensor, mat2: Tensor, beta: Any, alpha: Any, target: Tensor | None
 ) -> int:
-    """What is to become of a call."""
+    """RUN, FALLBACK or UNSUPPORTED."""
     if not mat1.dim() == mat2.dim() == rank or mat1.shape[-1] != mat2.shape[-2] or mat1.shape[:-2] != mat2.shape[:-2]:
         return FALLBACK
     shape = (*mat1.shape[:-1], mat2.shape[-1])

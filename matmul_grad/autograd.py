@@ -1,4 +1,4 @@
-"""Which product, which operand is saved, and which is skipped.
+"""Autograd for mm, bmm, addmm, baddbmm: what is saved for backward and which gradients are computed.
 
     C  = A · B        saves B where A needs a gradient, A where B does
     dA = dC · Bᵀ      dgrad, only where A needs it
@@ -27,11 +27,12 @@ from torch.autograd.function import _SingleLevelFunction
 from . import cuda, strict_mode
 from .ops import (
     DTYPES,
-    PRODUCTS,
+    SCHEMAS,
     addition,
     backward_by_compiled_code,
     both_gradients,
     by_compiled_code,
+    eager,
     library,
     native_status,
     product,
@@ -40,12 +41,14 @@ from .ops import (
 )
 
 _mm_backward = torch.ops.matmul_grad.mm_backward.default
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_mm, _bmm = eager(torch.ops.matmul_grad.mm.default), eager(torch.ops.matmul_grad.bmm.default)
 
 
 def forward_only(self: Tensor, mat2: Tensor) -> Tensor:
     """The operator below autograd: no graph is recorded."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return product(self, mat2)
+    with _below_autograd():
+        return _bmm(self, mat2) if self.dim() == 3 else _mm(self, mat2)
 
 
 def addition_forward_only(input: Tensor, self: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
@@ -62,7 +65,7 @@ def outer_levels_record() -> Iterator[None]:
 
 
 def may_have_tangents() -> bool:
-    """Whether forward mode may be on. Compiled code enters the level of a transform without telling forward_ad."""
+    """Whether forward mode may be on. Compiled code enters the level of a transform without forward_ad."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -71,7 +74,7 @@ def transposed(matrix: Tensor) -> Tensor:
 
 
 def is_column_major(matrix: Tensor) -> bool:
-    """As torch's derivative of a matrix product asks it, whose gradient then lies in memory as its operand does."""
+    """As in PyTorch's derivative of mm: the gradient gets the memory order of its operand."""
     strides = matrix.stride()
     return len(strides) == 2 and strides[0] == 1 and strides[1] == matrix.shape[0]
 
@@ -81,17 +84,19 @@ def gradients(
     self: Tensor | None,
     mat2: Tensor | None,
     needs: tuple[bool, bool],
-    column_major: tuple[bool, bool],
+    column_major: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dgrad, wgrad), None for what ``needs`` leaves out; an operand that only that one uses may be None.
 
-    Each has the order in memory that torch gives it, which ``column_major`` tells of A and of B.
+    Each has the memory order of its operand, as in PyTorch: ``column_major`` of one that is None.
     """
     dgrad, wgrad = None, None
     if needs[0] and mat2 is not None:
-        dgrad = product(mat2, grad.t()).t() if column_major[0] else product(grad, transposed(mat2))
+        swap = column_major if self is None else is_column_major(self)
+        dgrad = product(mat2, grad.t()).t() if swap else product(grad, transposed(mat2))
     if needs[1] and self is not None:
-        wgrad = product(grad.t(), self).t() if column_major[1] else product(transposed(self), grad)
+        swap = column_major if mat2 is None else is_column_major(mat2)
+        wgrad = product(grad.t(), self).t() if swap else product(transposed(self), grad)
     return dgrad, wgrad
 
 
@@ -100,12 +105,22 @@ def fused_gradients(
     self: Tensor | None,
     mat2: Tensor | None,
     needs: tuple[bool, bool],
-    column_major: tuple[bool, bool],
+    column_major: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``gradients``, both in one call where the operator for that takes them."""
+    """``gradients``, both in one call where ``mm_backward`` supports them."""
     if self is None or mat2 is None or self.dim() != 2 or not type(grad) is type(self) is type(mat2) is Tensor:
         return gradients(grad, self, mat2, needs, column_major)
     return _mm_backward(grad, self, mat2, [True, True])
+
+
+def save_operands(ctx: Any, self: Tensor, mat2: Tensor, needs_self: bool, needs_mat2: bool) -> None:
+    """Save the operands that the gradients use; of one that is not used, its memory order."""
+    if needs_self and needs_mat2:
+        ctx.save_for_backward(self, mat2)
+        ctx.column_major = False
+    else:
+        ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
+        ctx.column_major = is_column_major(self if needs_self else mat2)
 
 
 class _Node(_SingleLevelFunction):
@@ -122,14 +137,13 @@ class Mm(_Node):
     """``mm`` or ``bmm`` as a node of the graph. One call makes output and context, which costs least in eager mode.
 
     Both gradients are computed where both inputs need one, even if ``torch.autograd.grad`` was asked for one of
-    them: torch tells that to its own nodes and not to a Function in Python.
+    them: torch passes that to its C++ nodes and not to a Function in Python.
     """
 
     @staticmethod
     def forward(ctx: Any, self: Tensor, mat2: Tensor) -> Tensor:
         needs_self, needs_mat2 = ctx.needs_input_grad
-        ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
-        ctx.column_major = is_column_major(self), is_column_major(mat2)
+        save_operands(ctx, self, mat2, needs_self, needs_mat2)
         if may_have_tangents():
             ctx.save_for_forward(self, mat2)
         if not torch._C._are_functorch_transforms_active():
@@ -160,9 +174,8 @@ class Addmm(_Node):
     @staticmethod
     def forward(ctx: Any, input: Tensor, self: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
         _, needs_self, needs_mat2, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
+        save_operands(ctx, self, mat2, needs_self, needs_mat2)
         ctx.input_shape, ctx.beta, ctx.alpha = input.shape, beta, alpha
-        ctx.column_major = is_column_major(self), is_column_major(mat2)
         if may_have_tangents():
             ctx.save_for_forward(self, mat2)
         if not torch._C._are_functorch_transforms_active():
@@ -221,11 +234,12 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
         and self.dtype == mat2.dtype
         and self.dtype in DTYPES
         and self.layout == mat2.layout == torch.strided
+        and not (self.is_nested or mat2.is_nested)
     )
 
 
 def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
-    """The Autograd key of every device for one of PRODUCTS, until the compiled one takes the CPU's place."""
+    """An operator's kernel under the Autograd key of every device; a compiled one replaces it for the CPU."""
     rank, torch_impl = rank_of(name), torch_impl_of(name)
 
     def product_autograd(self: Tensor, mat2: Tensor) -> Tensor:
@@ -265,12 +279,12 @@ def mm_backward(
     """Both gradients, composed of differentiable products, until the compiled kernel takes the CPU's place."""
     if self.device.type == "cpu":
         native_status()
-    column_major = is_column_major(self), is_column_major(mat2)
-    if all(output_mask) and not any(column_major) and is_plain(grad, self, mat2):
+    column_major = is_column_major(self) or is_column_major(mat2)
+    if all(output_mask) and not column_major and is_plain(grad, self, mat2):
         both = both_gradients(grad, self, mat2)
         if both is not None:
             return both
-    return gradients(grad, self, mat2, (output_mask[0], output_mask[1]), column_major)
+    return gradients(grad, self, mat2, (output_mask[0], output_mask[1]))
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -285,10 +299,10 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
-for name in PRODUCTS:
+for name in SCHEMAS:
     kernel = make_autograd_kernel(name)
     library.impl(name, kernel, "Autograd")
-    by_compiled_code(f"_{name}_in_python", PRODUCTS[name], kernel, "CompositeImplicitAutograd")
+    by_compiled_code(f"_{name}_in_python", SCHEMAS[name], kernel, "CompositeImplicitAutograd")
 library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")
 for batched in ("FuncTorchBatched", "Batched"):  # a composite still under vmap, where the CPU has its own kernel
     library.impl("mm_backward", mm_backward, batched)

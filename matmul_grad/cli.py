@@ -1,6 +1,6 @@
 """The command `matmul-grad`: check, info, warmup, bench, gpu-report, tune.
 
-Exit codes: 0 all is well, 1 something disagrees or does not compile, 2 what was asked for cannot be done here,
+Exit codes: 0 all is well, 1 something disagrees or does not compile, 2 the command cannot be done here,
 130 interrupted, 141 whoever read the output stopped reading.
 """
 
@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     check.add_argument(
         "--threads", type=thread_count, metavar="N", help="default: torch.get_num_threads(), and 1 for the times"
     )
-    commands.add_parser("info", help="say what products run on here")
+    commands.add_parser("info", help="print what products run on here")
     commands.add_parser("warmup", help="compile every CPU kernel now")
     commands.add_parser("bench", help="time this package beside torch and others; report and compare runs")
     gpu_report.add_options(commands.add_parser("gpu-report", help=gpu_report.HELP))

@@ -20,7 +20,7 @@ MOST_THREADS = 1024  # torch takes any C int, and the process ends where the sys
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done here; the message is the one line that says why."""
+    """The command cannot be done here; the message is one line with the reason."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -55,7 +55,7 @@ def heading(console: Console, text: str) -> None:
 
 
 def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """A ruled table; the first ``left`` columns are words, the others figures."""
+    """A ruled table; the first ``left`` columns are left-aligned, the others right-aligned."""
     if isinstance(console, PlainConsole):
         console.print(markdown.table(columns, rows, left))
         return
@@ -72,7 +72,7 @@ def table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def track(console: Console, doing: str, items: Iterable[T], count: int) -> Iterator[T]:
-    """The ``count`` items, while what is done with them shows."""
+    """Iterate over ``count`` items with a progress bar."""
     if not console.is_terminal:
         console.print(f"{doing}: {count} …")
         yield from items
@@ -87,8 +87,10 @@ def track(console: Console, doing: str, items: Iterable[T], count: int) -> Itera
 
 @contextlib.contextmanager
 def progress(console: Console, doing: str, count: int, seconds: float) -> Iterator[Callable[[str, float], None]]:
-    """A bar with the time left, of what takes about ``seconds``; drawn when it is told what runs, and how many seconds'
-    worth is done. While something is timed it would take time from it."""
+    """A bar with the time left, for about ``seconds``.
+
+    It is drawn only when the yielded function is called, with what runs and the seconds of work done, so that drawing
+    takes no time from what is timed."""
     if not console.is_terminal:
         console.print(f"{doing}: {count} comparisons, about {seconds / 60:.1f} minutes …")
         yield lambda *_: None

@@ -1,8 +1,8 @@
 """The native CUDA kernel of ``matmul_grad::mm``: calls after the first reach the driver without Python.
 
 A product's first call goes through Python, which chooses, compiles and launches (kernels/gpu). What it launched is then
-written down as a recipe, and a compiled entry (kernels/native/cuda_entries.py) makes it again for every later call of
-the same shapes, strides, dtype and alignment. Each recipe proves itself once: its first result must have the bits of
+written down as a record, and a compiled entry (kernels/native/cuda_entries.py) makes it again for every later call of
+the same shapes, strides, dtype and alignment. Each record proves itself once: its first result must have the bits of
 Python's.
 
 Off unless MATMUL_GRAD_NATIVE_CUDA=1: no GPU has run it yet. float32 stays with Python, which reads torch's precision
@@ -65,7 +65,7 @@ def driver() -> Mapping[str, int]:
 
 
 def mm_in_python(self: Tensor, mat2: Tensor) -> Tensor:
-    """What the entry calls where it has no recipe; it has one from then on, if there can be one."""
+    """What the entry calls where it has no record; it has one from then on, if there can be one."""
     result = _mm(self, mat2)
     if self.is_cuda and self.dtype != torch.float32 and ops.accelerated(self, mat2) and ops.has_work(self, mat2):
         offer(self, mat2, result)
@@ -77,17 +77,17 @@ def offer(a: Tensor, b: Tensor, result: Tensor) -> None:
     from .kernels.gpu import launch
 
     key = key_of(a, b)
-    plan = launch.plan_of(a, b)
-    if plan is None or table.find(key) or torch.cuda.is_current_stream_capturing():
+    found = launch.launch_of(a, b)
+    if found is None or table.find(key) or torch.cuda.is_current_stream_capturing():
         return
-    recipes = [runner.recipe() for runner in plan.run]
-    words = None if None in recipes else encoded(key, recipes, plan.work, plan.sums)
+    records = [runner.record() for runner in found.runners]
+    words = None if None in records else encoded(key, records, found.workspace, found.workspace_dtype)
     if words is not None and table.put(words):
         prove(key, a, b, result)
 
 
 def prove(key: Sequence[int], a: Tensor, b: Tensor, result: Tensor) -> None:
-    """Follow a new recipe once; where it does not give the bits that Python's launches gave, never again."""
+    """Follow a new record once; where it does not give the bits that Python's launches gave, never again."""
     again = torch.ops.matmul_grad.mm.default(a.detach(), b.detach())
     if not torch.equal(again.view(torch.uint8), result.view(torch.uint8)):
         table.refuse(key)
@@ -104,21 +104,21 @@ def _code(dtype: torch.dtype) -> int:
     return DTYPE_CODES[str(dtype).removeprefix("torch.")]
 
 
-def encoded(key: Sequence[int], recipes: Sequence, work: int, sums: torch.dtype) -> list[int] | None:
-    """The words of a recipe, as launch_table.py lays them out; None where its parameters are more than fit."""
-    words = [*key, work, _code(sums), len(recipes)]
-    for recipe in recipes:
-        parameters = [_parameter(x) for x in recipe.parameters]
+def encoded(key: Sequence[int], records: Sequence, work: int, sums: torch.dtype) -> list[int] | None:
+    """The words of a record, as launch_table.py lays them out; None where its parameters are more than fit."""
+    words = [*key, work, _code(sums), len(records)]
+    for record in records:
+        parameters = [_parameter(x) for x in record.parameters]
         descriptors = sum(x[table.KIND] == table.DESCRIPTOR for x in parameters)
         if len(parameters) > table.MOST_PARAMETERS or descriptors > table.DESCRIPTORS:
             return None
-        words += [recipe.function, *recipe.grid, recipe.threads, recipe.shared, len(parameters)]
+        words += [record.function, *record.grid, record.threads, record.shared, len(parameters)]
         words += [word for parameter in parameters for word in parameter]
     return words
 
 
 def _parameter(parameter: object) -> list[int]:
-    from .kernels.gpu.recipe import Constant, Descriptor, Pointer
+    from .kernels.gpu.launch_record import Constant, Descriptor, Pointer
 
     words = [0] * table.PARAMETER
     if isinstance(parameter, Constant):
@@ -143,4 +143,4 @@ def _halves(values: Sequence[int]) -> list[int]:
 
 
 _mm = ops.make_kernel("mm")
-ops.by_compiled_code("_mm_cuda_in_python", ops.PRODUCTS["mm"], mm_in_python, "CompositeExplicitAutograd")
+ops.by_compiled_code("_mm_cuda_in_python", ops.SCHEMAS["mm"], mm_in_python, "CompositeExplicitAutograd")

@@ -1,4 +1,4 @@
-"""aten's operators for this package's, where an exported program is decomposed: ``ExportedProgram.run_decompositions``.
+"""Decompositions of this package's operators into aten's, for ``ExportedProgram.run_decompositions``.
 
     matmul_grad.mm, bmm, addmm, baddbmm    aten's operator of the same name
     matmul_grad.scaled_mm                  aten._scaled_mm
@@ -15,21 +15,20 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .import_hooks import on_import
-from .ops import PRODUCTS, torch_impl_of
+from .ops import SCHEMAS, scaled_mm_by_torch, torch_impl_of
 
 EXPORT = ("torch.export.exported_program", "torch.export")
 INDUCTOR = "torch._inductor.decomposition"
 DEFAULT = "default_decompositions"
 
 
-def table() -> dict[Any, Callable[..., Any]]:
-    """The operators, and what computes each of them in aten's."""
+def aten_decompositions() -> dict[Any, Callable[..., Any]]:
+    """By operator, a function that computes it with aten's."""
     operators = torch.ops.matmul_grad
-    products = {getattr(operators, name).default: torch_impl_of(name) for name in PRODUCTS}
-    return products | {operators.scaled_mm.default: _scaled_mm}
+    products = {getattr(operators, name).default: torch_impl_of(name) for name in SCHEMAS}
+    return products | {operators.scaled_mm.default: scaled_mm_by_torch}
 
 
 def register() -> None:
@@ -47,7 +46,7 @@ def _extend(module: ModuleType) -> None:
     @functools.wraps(default)
     def default_decompositions() -> Any:
         found = default()
-        for operator, decomposition in table().items():
+        for operator, decomposition in aten_decompositions().items():
             found[operator] = decomposition
         return found
 
@@ -55,11 +54,5 @@ def _extend(module: ModuleType) -> None:
 
 
 def _leave_out(inductor: ModuleType) -> None:
-    for operator in table():
+    for operator in aten_decompositions():
         getattr(inductor, "decompositions", {}).pop(operator, None)
-
-
-def _scaled_mm(
-    self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)

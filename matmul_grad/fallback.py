@@ -1,4 +1,4 @@
-"""The gate in front of every public function: whether torch's function takes the call, before any composition.
+"""Whether a public function falls back to torch's, decided before anything is composed.
 
     not a tensor                                     torch raises its TypeError
     ``__torch_function__`` overridden                 subclasses, proxies of torch.fx, modes
@@ -30,7 +30,7 @@ unsafe_view = torch.ops.aten._unsafe_view.default  # of a result that nothing el
 
 
 def is_needed(first: Any, second: Any, third: Any = ...) -> bool:
-    """Whether torch's function takes the call; the operators take whatever else there is, of any layout.
+    """Whether the call falls back to torch's function; the operators support all other operands, of any layout.
 
     In a ``strict()`` block, compiled code is refused here where the dtype has no kernel: its graph would hold aten's.
     """
@@ -47,7 +47,7 @@ def is_needed(first: Any, second: Any, third: Any = ...) -> bool:
 
 
 def is_needed_to_compose(*operands: Any) -> bool:
-    """``is_needed`` for what is made of several operators: no layout but strided."""
+    """``is_needed`` for compositions of several operators, which support the strided layout alone."""
     if is_needed(*operands[:3]) or (len(operands) > 3 and is_needed(*operands[-2:])):
         return True
     for x in operands:
@@ -65,14 +65,6 @@ def require_storages(*operands: Tensor) -> None:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return
     require_storage(*(x for x in operands if type(x) in PLAIN))
-
-
-def is_nested(one: Tensor, other: Tensor) -> bool:
-    """Whether a tensor has no sizes to ask for: the operators take every other layout."""
-    if one.is_nested or other.is_nested:
-        strict_mode.note_fallback(one, other)
-        return True
-    return False
 
 
 def _is_overridden(*operands: Any) -> bool:

@@ -1,4 +1,4 @@
-"""FLOP formulas for torch's FlopCounterMode, handed over when that module is first imported: it imports triton."""
+"""FLOP formulas for torch's FlopCounterMode, registered when its module is imported, since that imports triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def count_flops(packet: Any, formula: Callable[..., int]) -> None:
-    """Make FlopCounterMode count ``packet`` as ``formula(*shapes)`` says, whatever it was called with by name."""
+    """Make FlopCounterMode count ``packet`` by ``formula(*shapes)``, without its keyword arguments."""
 
     def shapes_only(*shapes: Any, **_: Any) -> int:
         return formula(*shapes)

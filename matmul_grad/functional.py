@@ -74,7 +74,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
-    """The sum, or None where torch's function takes the call."""
+    """The layer with a bias, or None for a fallback."""
     if input.dim() == weight.dim() == 2:
         return _addmm(bias, input, weight.t())
     fallback.require_storages(input, weight, bias)

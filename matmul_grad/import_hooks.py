@@ -1,4 +1,4 @@
-"""What waits until a module of torch's is imported: it costs more than the whole of this package, and may never be."""
+"""Callbacks for the import of modules of torch that cost more to import than this package and may never be needed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _imported(module: ModuleType) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds what somebody waits for as everyone does, and adds a step after its import; goes when nobody waits."""
+    """Finds modules that callbacks wait for, and calls them after the import; removed when none waits."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         spec = importlib.machinery.PathFinder.find_spec(name, path) if name in _waiting else None

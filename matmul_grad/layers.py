@@ -1,4 +1,4 @@
-"""The forward of torch's layers, which asks each module whether ``convert`` has marked it.
+"""The forward of torch's layers, which runs these kernels in modules that ``convert`` has marked.
 
 A converted module keeps its class and carries one mark in its ``__dict__``. From the first ``convert`` on, the
 ``forward`` of the classes in ``CONVERTED`` looks for the mark: marked modules run on ``matmul_grad.linear``, all
@@ -93,7 +93,8 @@ def _replace(torch_impl: Forward, converted: Forward) -> Forward:
     """
 
     def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-        if self._matmul_grad is None:  # by attribute, since Dynamo guards that and not what a __dict__ has not
+        # By attribute, since Dynamo guards that and not what a __dict__ has not; ``self`` may be of any class.
+        if getattr(self, "_matmul_grad", None) is None:
             return torch_impl(self, *arguments, **named)
         return converted(self, *arguments, **named)
 
@@ -131,7 +132,7 @@ class _Namespace:
 
 
 def _with_globals(function: Forward, **replaced: Any) -> Forward:
-    """The function, in whose global names some are replaced; ``__name__`` goes, by which Dynamo would find torch's."""
+    """The function with some of its globals replaced, without ``__name__``, by which Dynamo would find torch's."""
     names = {name: value for name, value in function.__globals__.items() if name != "__name__"} | replaced
     copied = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copied.__kwdefaults__ = function.__kwdefaults__

@@ -8,7 +8,7 @@ __all__ = ["table"]
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """The first ``left`` columns are words, the others figures.
+    """A table; the first ``left`` columns are left-aligned, the others right-aligned.
 
     >>> print(table(["n", "µs"], [["8", "1.5"]]))
     | n | µs |

@@ -6,11 +6,12 @@
     AutocastCPU, AutocastCUDA    Python, in autocast.py: operands are cast     import
     Autograd                     Python, in autograd.py: every other device    import
     CompositeExplicitAutograd    Python, here: every other device              import
+    NestedTensorCPU, ...CUDA     Python, here: PyTorch's                       import
     CompositeImplicitAutograd    mm_backward in Python: two products           import
     FuncTorchBatched             Python, in vmap.py: the rules of vmap         import
 
 The compiled kernels are more specific than those in Python, so nothing is overridden. Where torch's C ABI is not
-to be had the Python kernels stay and call the same drivers.
+available, the Python kernels call the same drivers.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ library = torch.library.Library(NAMESPACE, "DEF")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 BACKWARD = "(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)"
-PRODUCTS = {op.name: op.schema for op in OWN if op.schema is not None}
+SCHEMAS = {op.name: op.schema for op in OWN if op.schema is not None}
 # Keys that modes and transforms put in front of an operator without tensors; none of them is to see ``_raise``.
 ABOVE_ALL = ("Python", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "Functionalize")
+NESTED = ("NestedTensorCPU", "NestedTensorCUDA")
 LARGEST = torch.finfo(torch.float32).max  # torch refuses a larger alpha or beta, unless the product is in float64
 
 
@@ -55,14 +57,14 @@ def _register_native() -> str:
     try:
         from .kernels.native import register
     except Exception as error:
-        build.tell(f"CPU products run through Python, their compiled entries cannot be imported: {error}")
+        build.notify(f"CPU products run through Python, their compiled entries cannot be imported: {error}")
         return str(error) or type(error).__name__
     try:
         register.register()
     except register.Unavailable as reason:
         return str(reason)
     except Exception as error:
-        build.tell(f"CPU products run through Python, their compiled entries cannot be loaded: {error!r}")
+        build.notify(f"CPU products run through Python, their compiled entries cannot be loaded: {error!r}")
         return str(error) or type(error).__name__
     return ""
 
@@ -71,7 +73,7 @@ _native = Once(_register_native)
 
 
 def rank_of(name: str) -> int:
-    """Of the operands of one of PRODUCTS."""
+    """Of the operands of an operator."""
     return 3 if "bmm" in name else 2
 
 
@@ -89,7 +91,7 @@ def addition(input: Tensor, self: Tensor, mat2: Tensor, beta: float, alpha: floa
 
 
 def accelerated(self: Tensor, mat2: Tensor) -> bool:
-    """Whether these kernels take the product: dense matrices, or batches, that fit, of a dtype with a kernel."""
+    """Whether these kernels support the product: dense matrices or batches that fit, of a dtype with a kernel."""
     return (
         self.device == mat2.device
         and self.dtype == mat2.dtype
@@ -102,7 +104,7 @@ def accelerated(self: Tensor, mat2: Tensor) -> bool:
 
 
 def can_be_added(input: Tensor, self: Tensor, mat2: Tensor) -> bool:
-    """Whether these kernels add ``input`` to the product of two that they take: it expands to the result."""
+    """Whether these kernels can add ``input`` to a supported product: it expands to the result."""
     shape = (*self.shape[:-1], mat2.shape[-1])
     return (
         input.device == self.device
@@ -120,7 +122,7 @@ def has_work(self: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1) -> b
 
 
 def are_scales(*scales: Any) -> bool:
-    """Whether float64, as the operators take them, means by these numbers what torch does."""
+    """Whether float64, the type of the operators' scales, holds these numbers exactly."""
     for x in scales:  # noqa: SIM110  # a generator costs a tenth of a call on 8 × 8
         if type(x) is not float and (type(x) is not int or abs(x) > 2**53):
             return False
@@ -136,13 +138,13 @@ def _has_kernel(tensor: Tensor) -> bool:
         return False
     try:
         from .kernels.native import direct
-    except Exception:  # no LLVM: `native_status` has told it
+    except Exception:  # no LLVM: `native_status` has the reason
         return False
     return direct.supports(tensor.dtype)
 
 
 def make_kernel(name: str) -> Callable[..., Tensor]:
-    """One of PRODUCTS on every backend without a compiled kernel of its own."""
+    """An operator's kernel for every device without a compiled one."""
     rank, torch_impl = rank_of(name), torch_impl_of(name)
 
     def multiply(self: Tensor, mat2: Tensor) -> Tensor:
@@ -163,7 +165,7 @@ def make_kernel(name: str) -> Callable[..., Tensor]:
 
 
 def torch_impl_of(name: str) -> Callable[..., Tensor]:
-    """aten's own of one of PRODUCTS; of whole numbers it takes scales that are whole numbers too."""
+    """aten's operator of the same name; for integers it needs integer scales too."""
     operator = getattr(torch.ops.aten, name).default
 
     def torch_impl(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -182,7 +184,7 @@ def compute(
     alpha: float = 1,
     out: Tensor | None = None,
 ) -> Tensor:
-    """What these kernels take, on them, into new memory or into ``out``."""
+    """A supported product by these kernels, into new memory or into ``out``."""
     require_storage(self, mat2, *(x for x in (input, out) if x is not None))
     if self.is_cuda:
         from .kernels.gpu import launch
@@ -190,13 +192,13 @@ def compute(
         try:
             if input is None:
                 return launch.mm(self, mat2, out=out)
-            return launch.product(self, mat2, input, beta, alpha, out)
+            return launch.addmm(self, mat2, launch.Epilogue(alpha, beta, input), out)
         except launch.CannotBuild:  # from now on `launch.supports` is False
             strict_mode.note_fallback(self, mat2)
             return _by_torch(self, mat2, input, beta, alpha, out)
     from .kernels.native import direct
 
-    return direct.product(self, mat2, input, beta, alpha, out)
+    return direct.product(self, mat2, direct.Epilogue(alpha, beta, input), out)
 
 
 def _by_torch(
@@ -209,7 +211,7 @@ def _by_torch(
 
 
 def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
-    """Both gradients from one launch on a GPU, or None where nothing but two products will do: see ``autograd.py``."""
+    """Both gradients from one launch on a GPU, or None where two products are needed: see ``autograd.py``."""
     if not (grad.is_cuda and accelerated(self, mat2) and accelerated(grad, mat2.mT)):
         return None
     from .kernels.gpu import launch
@@ -221,6 +223,17 @@ def both_gradients(grad: Tensor, self: Tensor, mat2: Tensor) -> tuple[Tensor | N
         return None
 
 
+def make_nested_kernel(name: str) -> Callable[..., Tensor]:
+    """PyTorch's product of nested tensors, which have no sizes to look at."""
+    torch_impl = torch_impl_of(name)
+
+    def nested_kernel(*operands: Tensor, **scales: float) -> Tensor:
+        strict_mode.note_fallback(*operands[-2:])
+        return torch_impl(*operands, **scales)
+
+    return nested_kernel
+
+
 def _scaled_mm(
     self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -229,15 +242,15 @@ def _scaled_mm(
     if self.is_cuda:
         from .kernels.gpu import launch
 
-        if launch.takes_scaled(self, mat2, scale_a, scale_b, result):
+        if launch.supports_scaled(self, mat2, scale_a, scale_b, result):
             require_storage(self, mat2, scale_a, scale_b)
             with contextlib.suppress(launch.CannotBuild):
                 return launch.scaled_mm(self, mat2, scale_a, scale_b, result)
     strict_mode.note_fallback(self, mat2)
-    return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
+    return scaled_mm_by_torch(self, mat2, scale_a, scale_b, out_dtype)
 
 
-def _scaled_mm_fake(
+def scaled_mm_by_torch(
     self: Tensor, mat2: Tensor, scale_a: Tensor, scale_b: Tensor, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     return torch._scaled_mm(self, mat2, scale_a, scale_b, out_dtype=out_dtype)
@@ -250,7 +263,7 @@ def by_compiled_code(name: str, schema: str, kernel: Callable[..., Any], key: st
 
 
 def backward_by_compiled_code(kernel: Callable[..., tuple[Tensor | None, Tensor | None]]) -> None:
-    """``by_compiled_code`` for ``mm_backward``: a third result tells the caller that nothing was raised."""
+    """``by_compiled_code`` for ``mm_backward``: a third result is None where it raised."""
 
     def mm_backward_and_mark(grad: Tensor, *others: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
         return (*kernel(grad, *others), grad)
@@ -264,21 +277,23 @@ def _register() -> None:
     library.define("_raise() -> ()")
     for key in ("CompositeImplicitAutograd", *ABOVE_ALL):
         library.impl("_raise", pending.raise_it, key)
-    for name, schema in PRODUCTS.items():
+    for name, schema in SCHEMAS.items():
         adds = "add" in name
         library.define(f"{name}{schema}", tags=TAGS)
         library.impl(name, make_kernel(name), "CompositeExplicitAutograd")
+        for key in NESTED:
+            library.impl(name, make_nested_kernel(name), key)
         by_compiled_code(f"_{name}_by_torch", schema, torch_impl_of(name), "CompositeExplicitAutograd")
         # Shape and errors of a traced product are PyTorch's.
         torch.library.register_fake(f"{NAMESPACE}::{name}", torch_impl_of(name), lib=library)
-        count_flops(getattr(torch.ops.matmul_grad, name), _flops_of_sum if adds else _flops)
+        count_flops(getattr(torch.ops.matmul_grad, name), _flops_of_addmm if adds else _flops)
     library.define(f"mm_backward{BACKWARD}", tags=TAGS)
     library.define(
         "scaled_mm(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, ScalarType? out_dtype=None) -> Tensor",
         tags=TAGS,
     )
     library.impl("scaled_mm", _scaled_mm, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::scaled_mm", _scaled_mm_fake, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::scaled_mm", scaled_mm_by_torch, lib=library)
     count_flops(torch.ops.matmul_grad.scaled_mm, _flops)
 
 
@@ -286,7 +301,7 @@ def _flops(self: Any, mat2: Any, *_: Any) -> int:
     return 2 * math.prod(self) * mat2[-1]
 
 
-def _flops_of_sum(_: Any, mat1: Any, mat2: Any) -> int:
+def _flops_of_addmm(_: Any, mat1: Any, mat2: Any) -> int:
     return _flops(mat1, mat2)
 
 

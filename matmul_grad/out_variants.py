@@ -1,6 +1,6 @@
-"""``out=``: a result in memory that the caller has. Nothing is resized or written before all is decided.
+"""``out=``: a result in memory that the caller has. Nothing is resized or written before the outcome is known.
 
-written where it lies     ``out`` has the shape and shares no memory with the matrices; it may be what is added
+written in place          ``out`` has the shape and shares no memory with the matrices; it may be what is added
 by a temporary            ``out`` is to be resized, or shares memory with an operand: the result is copied
 torch's error             ``out`` and what is added are dense and overlap in part
 product and copy          tracers, modes, subclasses, which do not see what is written past them
@@ -28,7 +28,7 @@ def run_with_out(
 ) -> Tensor:
     """``torch.<name>(*operands, **scales, out=out)``, by these kernels where they can write to ``out``.
 
-    What they cannot is torch's, with its results and its errors: an ``out`` of another dtype or device, one whose
+    The rest falls back to PyTorch (same results, same errors): an ``out`` of another dtype or device, one whose
     elements share memory with each other; scales that are no real numbers; and every ``out_dtype``. Raises RuntimeError
     where a storage holds fewer elements than its tensor has.
     """
@@ -60,22 +60,24 @@ def _computed(name: str, operands: Operands, scales: Scales, out: Tensor) -> Ten
 
 
 def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], out: Tensor) -> Tensor | None:
-    """``_computed`` for what fits, with nobody following what is done."""
+    """``_computed`` for matching operands, without a graph, transform, mode or subclass."""
     *inputs, mat1, mat2 = operands
     is_resized = out.shape != (*mat1.shape[:-1], mat2.shape[-1])
     if not has_work(mat1, mat2, **scales):
         require_storage(*operands, *([] if is_resized else [out]))
+        if not is_resized and not _is_non_overlapping(out):
+            return None
         return copy_to(getattr(torch, name)(*operands, **non_default(scales)), out)
     input = inputs[0] if inputs else None
     if is_resized:
         return copy_to(compute(mat1, mat2, input, **scales), out)
-    overlaps_source = _overlaps_source(out, inputs)
+    overlaps_source = scales.get("beta") != 0 and _overlaps_source(out, inputs)
     if overlaps_source and _are_dense(out, inputs[0].expand(out.shape)):
         pass  # torch's error
     elif overlaps_source or _overlaps_any(out, mat1, mat2):
         require_storage(out)
         return copy_to(compute(mat1, mat2, input, **scales), out)
-    elif _is_spread(out):
+    elif _is_non_overlapping(out):
         compute(mat1, mat2, input, out=out, **scales)
         return _written(out)
     require_storage(*operands, out)
@@ -84,7 +86,7 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
 
 
 def non_default(scales: Scales) -> Scales:
-    """Those that are not the default: torch names in an error what it is called with."""
+    """The scales that are not the default: torch's errors name the arguments of the call."""
     return {name: value for name, value in scales.items() if type(value) is not int or value != 1}
 
 
@@ -124,9 +126,9 @@ def _written(out: Tensor) -> Tensor:
 
 
 def can_write(out: Tensor, operands: Operands) -> bool:
-    """Whether ``out`` keeps its elements apart, and from those of the operands; it may be what is added."""
+    """Whether the elements of ``out`` overlap neither each other nor the operands; it may be what is added."""
     *inputs, mat1, mat2 = operands
-    return _is_spread(out) and not _overlaps_any(out, mat1, mat2) and not _overlaps_source(out, inputs)
+    return _is_non_overlapping(out) and not _overlaps_any(out, mat1, mat2) and not _overlaps_source(out, inputs)
 
 
 def _overlaps_source(out: Tensor, inputs: list[Tensor]) -> bool:
@@ -137,12 +139,12 @@ def _overlaps_source(out: Tensor, inputs: list[Tensor]) -> bool:
 
 
 def _are_dense(*tensors: Tensor) -> bool:
-    """Whether torch sees that two tensors overlap: it looks at those alone whose elements fill the memory they span."""
+    """Whether torch detects that two tensors overlap: only where their elements fill the memory they span."""
     return all(torch.ops.aten.is_non_overlapping_and_dense(x) for x in tensors)
 
 
-def _is_spread(x: Tensor) -> bool:
-    """Whether no two elements share a place: each stride steps over all that the smaller ones reach."""
+def _is_non_overlapping(x: Tensor) -> bool:
+    """Whether no two elements share an address: each stride is beyond all that the smaller ones reach."""
     if x.is_contiguous():
         return True
     covered = 0

@@ -1,4 +1,4 @@
-"""``beta`` and ``alpha``: whatever number torch takes, as one that the operators take, where both mean the same."""
+"""``beta`` and ``alpha``: numbers of any type that torch accepts, as float64 for the operators where that is exact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .ops import DTYPES, are_scales
 
 
 def real_scales(operand: Tensor, *scales: Any) -> list[Any] | None:
-    """The scales of a product, or None where torch's function takes it: the operators take float64 alone.
+    """The scales of a product as float64, or None for a fallback.
 
     >>> import numpy, torch
     >>> real_scales(torch.ones(2, 2), 2, numpy.float32(0.5)), real_scales(torch.ones(2, 2), 1j, 1)

@@ -1,4 +1,4 @@
-"""How the GPU kernels sum and multiply where torch leaves a choice."""
+"""Settings of the GPU kernels: batch invariance, and how float32 is multiplied."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from .kernels.cpu.fork_safety import fork_safe_lock
-from .kernels.gpu import modes
+from .kernels.gpu import settings as gpu_settings
 from .kernels.native import launch_table as table
 
 FLOAT32 = ("ieee", "tf32x3")
@@ -42,8 +42,8 @@ def _change(by: int) -> None:
     global _invariant
     with _lock:
         _invariant += by
-        modes.invariant = _invariant > 0
-        table.words[table.MODE] = modes.invariant
+        gpu_settings.invariant = _invariant > 0
+        table.words[table.MODE] = gpu_settings.invariant
 
 
 @contextlib.contextmanager
@@ -61,9 +61,9 @@ def float32_products(precision: str) -> Iterator[None]:
     """
     if precision not in FLOAT32:
         raise ValueError(f"precision must be one of {', '.join(FLOAT32)}, got {precision!r}")
-    before = modes.float32
-    modes.float32 = precision
+    before = gpu_settings.float32
+    gpu_settings.float32 = precision
     try:
         yield
     finally:
-        modes.float32 = before
+        gpu_settings.float32 = before

@@ -55,13 +55,13 @@ def shardings(equation: str, shapes: list[tuple[int, ...]]) -> list[tuple[list[A
     rules: list[tuple[list[Any], list[Any]]] = [([Replicate()], [Replicate() for _ in shapes])]
     for letter in dict.fromkeys(left + right):
         whole = place(letter, result) if letter in result else Partial()
-        sums = [place(letter, names) if letter in result else Partial() for names in inputs]
-        rules.append(([whole], [*sums, place(letter, left), place(letter, right)]))
+        addends = [place(letter, names) if letter in result else Partial() for names in inputs]
+        rules.append(([whole], [*addends, place(letter, left), place(letter, right)]))
     return rules
 
 
 def share_strategy(propagator: Any, ours: Any, atens: Any) -> bool:
-    """Enter an operator wherever DTensor's propagator has aten's; whether a strategy was among it."""
+    """Register an operator wherever DTensor's propagator has aten's; whether it has a strategy then."""
     tables = {name: table for name, table in vars(propagator).items() if isinstance(table, dict) and atens in table}
     for table in tables.values():
         table[ours] = table[atens]

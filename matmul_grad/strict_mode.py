@@ -1,4 +1,4 @@
-"""``strict()``: a product that these kernels do not take is an error instead of torch's."""
+"""Unsupported inputs fall back to PyTorch (same results, same errors); ``strict()`` makes a fallback an error."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def is_on() -> bool:
 
 
 def note_fallback(self: Tensor | None, mat2: Tensor | None) -> None:
-    """Called before a product goes to torch: raises in a ``strict()`` block."""
+    """Called before a fallback: raises in a ``strict()`` block."""
     if is_on():
         raise RuntimeError(REFUSAL)

@@ -1,6 +1,6 @@
-"""What the tests and the bench share: the table of cases, operands in every layout, and the error budget.
+"""What the tests and the bench share: the list of cases, operands in every layout, and the error budget.
 
-One table feeds CPU, GPU, interpreter and bench, so that a shape that once broke one of them is tried on all.
+One list feeds CPU, GPU, interpreter and bench, so that a shape that once broke one of them is tried on all.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def cases(
     products: tuple[str, ...] = PRODUCTS,
     layouts: tuple[str, ...] = LAYOUTS,
 ) -> Iterator[Case]:
-    """Every product, dtype, layout and shape of the table."""
+    """Every product, dtype, layout and shape of the list."""
     for product, dtype, layout, shape in itertools.product(products, dtypes, layouts, shapes):
         yield Case(product, DTYPES[dtype], layout, *shape)
 
 
 def lay_out(values: Tensor, striding: str, poison: float = float("nan")) -> Tensor:
-    """The same matrix, lying in memory as ``striding`` says; elements that are not its own hold ``poison``.
+    """The same matrix, with the strides of ``striding``; elements between its own are ``poison``.
 
     The expanded ones repeat their first row, column or element, so their values differ from ``values``.
     """

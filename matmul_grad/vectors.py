@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ def addmv(
         return _run_with_out(addmv, (input, mat, vec), {"beta": beta, "alpha": alpha}, out)
     if not _is_left_to_torch((2, 1), mat, vec, input):
         scales = real_scales(mat, beta, alpha)
+        if scales is not None and any(torch.finfo(mat.dtype).max < abs(x) < math.inf for x in scales):
+            return torch.addmv(input, mat, vec, beta=beta, alpha=alpha)  # which takes none that the dtype cannot hold
         if scales is not None:
             column = input.unsqueeze(1) if input.dim() else input
             with _own_autocast(mat):

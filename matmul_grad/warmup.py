@@ -21,7 +21,7 @@ SPACE = 4 << 20  # bytes: several times what all kernels take
 
 
 class NotCompiled(RuntimeError):
-    """A CPU kernel that does not compile here; the message is the one line that says why."""
+    """A CPU kernel that does not compile here; the message is one line with the reason."""
 
 
 def steps() -> list[tuple[str, Callable[[], object]]]:

@@ -28,12 +28,12 @@ import llvmlite.binding as llvm
 from .numba_settings import fixed_settings, needed_settings
 
 SCHEDULER = ("sched_getcpu", "sched_getaffinity", "sched_setaffinity") if sys.platform == "linux" else ()
-LIBC = ("malloc", "free", "memset", "memcpy", "snprintf", *SCHEDULER)
+LIBC = ("malloc", "free", "memset", "memcpy", *SCHEDULER)
 
-SLOW = 2.0  # seconds of compiling after which the user is told
+SLOW = 2.0  # seconds of compiling after which the user is notified
 
 _UNLINKED = ctypes.c_int64()
-_told: list[str] = []  # what was being compiled when the user was told
+_notified: list[str] = []  # what was being compiled at the notification
 
 # Kernels by C name: (Python function, Numba signature) for Numba to compile, or IR text that is ready.
 Kernels = Mapping[str, "str | tuple[Callable, object]"]
@@ -51,7 +51,7 @@ class Machine:
         llvm.initialize_all_targets()
         llvm.initialize_all_asmprinters()
         target = llvm.Target.from_triple(self.triple)
-        # "large": the code may lie more than 2 GiB from the torch functions and the tables that it uses.
+        # "large": the code may lie more than 2 GiB from the torch functions and the state that it uses.
         return target.create_target_machine(
             cpu=self.cpu, features=self.features, opt=3, reloc="default", codemodel="large", jit=True
         )
@@ -61,7 +61,7 @@ class Machine:
 def sources_digest(package: str = __package__) -> str:
     """Hash of every module of this package, and of ``package``, as it would be imported; "" where none can be read.
 
-    From sources, compiled files or an archive, whatever the modules come from. An edit to any of them recompiles.
+    The modules may be sources, compiled files or an archive. An edit to any of them recompiles.
     """
     digest = hashlib.sha256()
     try:
@@ -107,7 +107,7 @@ def _version(package: str) -> str:
 
 
 def object_path(key: str, name: str, machine: Machine, package: str = __package__) -> Path | None:
-    """The file of a compiled set; None where none can be kept: no folder, or no sources to tell it from another."""
+    """The file of a compiled set; None where none can be kept: no folder, or no sources to key it by."""
     folder, sources = cache_folder(), sources_digest(package)
     if folder is None or not sources:
         return None
@@ -118,7 +118,7 @@ def object_path(key: str, name: str, machine: Machine, package: str = __package_
 def declare(name: str) -> str:
     """Give ``name`` an address for Numba's own linking, since LLVM ends the process where a name has none.
 
-    Numba links what it compiles, never to be run; `Loaded` gives the names their meaning.
+    Numba links what it compiles, but that is never run; `Loaded` binds the names.
     """
     llvm.add_symbol(name, ctypes.addressof(_UNLINKED))
     return name
@@ -192,14 +192,14 @@ def load(
     path = object_path(key, name, machine, package)
     code = None if path is None else _read(path)
     if code is None:
-        with _told_if_slow(name, path), needed_settings():
+        with _notify_if_slow(name, path), needed_settings():
             code = machine.llvm().emit_object(to_module(kernels(), machine, symbols))
         if path is not None:
             _write(path, code)
     return Loaded(code, machine, symbols)
 
 
-def tell(message: str) -> None:
+def notify(message: str) -> None:
     """One line on stderr, where there is one."""
     with contextlib.suppress(OSError, ValueError):
         if sys.stderr is not None:
@@ -207,9 +207,9 @@ def tell(message: str) -> None:
 
 
 @contextlib.contextmanager
-def _told_if_slow(name: str, path: Path | None) -> Iterator[None]:
-    """Tell, the first time in a process that compiling takes longer than SLOW seconds, what is going on."""
-    timer = threading.Timer(SLOW, _tell_once, (name, None if path is None else path.parent))
+def _notify_if_slow(name: str, path: Path | None) -> Iterator[None]:
+    """Notify the user, the first time in a process that compiling takes longer than SLOW seconds."""
+    timer = threading.Timer(SLOW, _notify_once, (name, None if path is None else path.parent))
     timer.daemon = True
     with contextlib.suppress(RuntimeError):  # no more threads
         timer.start()
@@ -219,11 +219,11 @@ def _told_if_slow(name: str, path: Path | None) -> Iterator[None]:
         timer.cancel()
 
 
-def _tell_once(name: str, folder: Path | None) -> None:
+def _notify_once(name: str, folder: Path | None) -> None:
     kept = "cannot be kept: there is no cache folder" if folder is None else f"are kept in {folder}"
-    if not _told:
-        _told.append(name)
-        tell(f"compiling CPU kernels ({name}), 10 to 60 seconds a set, longer on a busy machine; they {kept}")
+    if not _notified:
+        _notified.append(name)
+        notify(f"compiling CPU kernels ({name}), 10 to 60 seconds a set, longer on a busy machine; they {kept}")
 
 
 class Loaded:

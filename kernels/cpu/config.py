@@ -10,17 +10,17 @@ PREFIX = {"float32": "s", "float64": "d", "bfloat16": "b", "float16": "h"}
 ISAS = ("avx512", "avx2", "neon", "generic")
 
 # The k-order is part of the numerical contract, fixed by k and the dtype alone, so no cache size enters here. An
-# element of C is a sum of chunks of CHUNK steps, each a sum of chains of CHAIN fused multiply-adds (of pairs, for
-# bfloat16 in pairs). Different numbers give different bits. A chain costs an addition to a tile of C that is in L1:
-# on Zen 4 chains of 32 run at 0.96-0.97 of the speed of 128, and 128 at that of 384. Up to SHORT_K steps a float32 or
+# element of C is a sum of chunks of CHUNK steps, each a sum of chains of CHAIN fused multiply-adds (of pairs of steps
+# where ``bf16_dot``). Different numbers give different bits. A chain costs an addition to a tile of C that is in L1: on
+# Zen 4 chains of 32 run at 0.96-0.97 of the speed of 128, and 128 at that of 384. Up to SHORT_K steps a float32 or
 # float64 sum needs the short ones to stay within 2 × torch's error; 16-bit results are rounded too coarsely for that.
 CHAIN = {"float32": 128, "float64": 128, "bfloat16": 384, "float16": 384}
 SHORT_CHAIN = {"float32": 32, "float64": 32, "bfloat16": 384, "float16": 384}
 SHORT_K = 128
 CHUNK = 8192  # what threads may share along k: enough to hide the addition, little enough that 64 threads find work
 
-# Steps of k (pairs) in a packed panel, whole chains. On Zen 4 float32 and float64 cubes from 512 on run at 1.00-1.01 of
-# the speed with 384, and 768 is slower; 16-bit sums lie in a buffer of their own.
+# Steps of k (or pairs) in a packed panel, whole chains. On Zen 4 float32 and float64 cubes from 512 on run at 1.00-1.01
+# of the speed with 384, and 768 is slower; 16-bit sums are kept in a buffer of their own.
 KC = {"float32": 512, "float64": 512, "bfloat16": 384, "float16": 384}
 
 # Register tiles (mr, vectors a row, bytes a vector). 6 × 4 zmm: 24 accumulators, 4 columns of B and one
@@ -30,10 +30,10 @@ TILES = {"avx512": (6, 4, 64), "avx2": (6, 2, 32), "neon": (6, 4, 16), "generic"
 A_SHARE = 0.42  # of L2, for a packed block of A: the rest is for the panel of B that it meets, and for C
 B_SHARE = 0.3  # of a core's part of L3, for its packed panel of B
 L2_USED, L3_USED = 2 << 20, 16 << 20  # more would not make a product faster, and each thread holds its blocks
-SUM_BYTES = 5 << 19  # a thread's sums of a block of C that must not go to C itself, or not yet; it has two such
-SPLIT_BYTES = 8 << 20  # the sums of all chunks of a product whose chunks of k are shared among threads
-WORKSPACE_SLOTS = 16  # calls at a time that find a kept set of buffers
-SUM_COLUMNS = 2048  # columns of C at a time whose 16-bit sums are kept: wide enough to repay packing A
+PARTIAL_BYTES = 5 << 19  # a thread's buffer for sums that are not stored to C yet; it has two
+SPLIT_BYTES = 8 << 20  # the partial results of a product whose chunks of k are shared among threads
+WORKSPACE_SLOTS = 16  # sets of buffers that are kept: calls at a time that need no allocation
+PARTIAL_COLUMNS = 2048  # columns of C at a time whose 16-bit sums are kept: wide enough to repay packing A
 PAD = 16  # elements that keep the packed rows of A off one common cache set
 
 # A with its steps of k together is read in place, always. Up to these limits the other layouts are too: each element is
@@ -41,35 +41,35 @@ PAD = 16  # elements that keep the packed rows of A off one common cache set
 # place by one row tile alone: where there are more, the first one leaves it packed for the others.
 DIRECT_ROWS = 16  # row tiles of C that share an element of B, where its columns lie together
 DIRECT_PANELS = 2  # column panels of C that share an element of A
-TURNED = 0.75  # with so many times the vectors, or fewer, C is computed as its transpose
+TRANSPOSED_C_VECTORS = 0.75  # C is computed as its transpose where that has at most so many times the vectors
 
-# Multiply-adds that one more thread must find to repay waking it (about 2 µs, Zen 4).
+# Multiply-adds of one more thread that repay waking it (about 2 µs, Zen 4).
 THREAD_GRAIN = 1 << 18
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """What ``choose`` must know of a CPU: instruction set, bytes of L2 and of L3 that a core has, what it can do.
+    """What ``choose`` must know of a CPU: instruction set, bytes of L2 and of L3 that a core has.
 
-    fused: multiply-add with one rounding. bf16_pairs: vdpbf16ps. halves: float16 to float32 and back.
+    fused: multiply-add with one rounding. bf16_dot: vdpbf16ps. has_fp16_convert: float16 to float32 and back.
     """
 
     isa: str
     l2: int = 1 << 20
     l3: int = 4 << 20
     fused: bool = True
-    bf16_pairs: bool = False
-    halves: bool = True
+    bf16_dot: bool = False
+    has_fp16_convert: bool = True
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One compiled GEMM: lanes, register tile mr × nr, blocks mc, kc, nc, a chunk of k, lanes of sums, what to pack."""
+    """One compiled GEMM: lanes, register tile mr × nr, blocks mc, kc, nc, chunk of k, partial sums, what to pack."""
 
     dtype: str
     isa: str
     fused: bool
-    pairs: bool
+    bf16_dot: bool
     lanes: int
     mr: int
     nr: int
@@ -77,7 +77,7 @@ class BlockConfig:
     kc: int
     nc: int
     chunk: int = CHUNK
-    sums: int = SUM_BYTES // 4
+    partial_lanes: int = PARTIAL_BYTES // 4
     direct_rows: int = DIRECT_ROWS
     transposed_rows: int = 6
     direct_panels: int = DIRECT_PANELS
@@ -85,15 +85,15 @@ class BlockConfig:
     @property
     def name(self) -> str:
         """What a profiler shows: ``sgemm_avx512_6x64``."""
-        return f"{PREFIX[self.dtype]}gemm_{self.isa}{'_bf16' * self.pairs}_{self.mr}x{self.nr}"
+        return f"{PREFIX[self.dtype]}gemm_{self.isa}{'_bf16' * self.bf16_dot}_{self.mr}x{self.nr}"
 
     @property
     def accumulator(self) -> str:
         return ACCUMULATOR[self.dtype]
 
     @property
-    def narrow(self) -> bool:
-        """Whether sums are wider than the elements of C, so that they must be kept apart until their only rounding."""
+    def accumulates_wider(self) -> bool:
+        """Whether sums are wider than the elements of C, and kept in a buffer until their only rounding."""
         return self.accumulator != self.dtype
 
     @property
@@ -104,17 +104,17 @@ class BlockConfig:
     @property
     def chain(self) -> int:
         """Steps of k in one chain of a long sum: panels hold whole ones."""
-        return CHAIN[self.dtype] * self.fold
+        return CHAIN[self.dtype] * self.k_per_lane
 
     @property
-    def fold(self) -> int:
+    def k_per_lane(self) -> int:
         """Steps of k in a lane."""
-        return 2 if self.pairs else 1
+        return 2 if self.bf16_dot else 1
 
     @property
     def k_lanes(self) -> int:
         """Lanes that one row or column of a block takes along k: a lane holds one step, or a pair."""
-        return up(self.kc // self.fold, self.lanes)
+        return round_up(self.kc // self.k_per_lane, self.lanes)
 
     @property
     def lane_bytes(self) -> int:
@@ -123,7 +123,7 @@ class BlockConfig:
     @property
     def a_bytes(self) -> int:
         """The packed block of A, in either order of packing."""
-        by_rows, by_columns = self.mc * (self.k_lanes + PAD), self.k_lanes * (up(self.mc, self.lanes) + PAD)
+        by_rows, by_columns = self.mc * (self.k_lanes + PAD), self.k_lanes * (round_up(self.mc, self.lanes) + PAD)
         return max(by_rows, by_columns) * self.lane_bytes
 
     @property
@@ -133,17 +133,17 @@ class BlockConfig:
 
     @property
     def thread_bytes(self) -> int:
-        """What each thread packs into, and two blocks of sums: of a chunk of k, and of those before."""
-        return up(self.a_bytes, 64) + up(self.b_bytes, 64) + 2 * self.sums * self.lane_bytes
+        """A thread's packing buffers, and two buffers of partial sums: of a chunk of k, and of those before."""
+        return round_up(self.a_bytes, 64) + round_up(self.b_bytes, 64) + 2 * self.partial_lanes * self.lane_bytes
 
 
-def up(value: int, step: int) -> int:
+def round_up(value: int, step: int) -> int:
     """``value`` rounded up to a multiple of ``step``."""
     return -(-value // step) * step
 
 
 def choose(dtype: str, cpu: Cpu) -> BlockConfig:
-    """The configuration for ``dtype`` on ``cpu``: pure, so that it can be asked about any CPU anywhere.
+    """The configuration for ``dtype`` on ``cpu``: a pure function, for any CPU.
 
     >>> choose("float32", Cpu("avx512", l2=1 << 20, l3=32 << 20)).name
     'sgemm_avx512_6x64'
@@ -152,9 +152,9 @@ def choose(dtype: str, cpu: Cpu) -> BlockConfig:
         raise ValueError(f"dtype must be one of {', '.join(SIZES)}, got {dtype}")
     if cpu.isa not in TILES:
         raise ValueError(f"isa must be one of {', '.join(ISAS)}, got {cpu.isa}")
-    if dtype == "float16" and not cpu.halves:
+    if dtype == "float16" and not cpu.has_fp16_convert:
         raise ValueError("float16 needs a CPU that converts it")
-    pairs = dtype == "bfloat16" and cpu.bf16_pairs
+    bf16_dot = dtype == "bfloat16" and cpu.bf16_dot
     size, depth = SIZES[ACCUMULATOR[dtype]], KC[dtype]
     mr, vectors, width = TILES[cpu.isa]
     lanes = width // size
@@ -162,15 +162,15 @@ def choose(dtype: str, cpu: Cpu) -> BlockConfig:
     mc = max(mr, int(A_SHARE * min(cpu.l2, L2_USED) / (depth * size)) // mr * mr)
     nc = max(nr, int(B_SHARE * min(cpu.l3, L3_USED) / (depth * size)) // nr * nr)
     return BlockConfig(
-        dtype, cpu.isa, cpu.fused, pairs, lanes, mr, nr, mc, depth * (1 + pairs), nc,
-        sums=SUM_BYTES // size, transposed_rows=mr,
+        dtype, cpu.isa, cpu.fused, bf16_dot, lanes, mr, nr, mc, depth * (1 + bf16_dot), nc,
+        partial_lanes=PARTIAL_BYTES // size, transposed_rows=mr,
     )  # fmt: skip
 
 
-def steps(most: int) -> tuple[int, ...]:
+def tile_sizes(most: int) -> tuple[int, ...]:
     """Tile sizes that cover any number of rows, or of vectors: ``most``, then powers of two down to 1.
 
-    >>> steps(6), steps(4), steps(1)
+    >>> tile_sizes(6), tile_sizes(4), tile_sizes(1)
     ((6, 4, 2, 1), (4, 2, 1), (1,))
     """
     powers = (1 << bit for bit in range(most.bit_length(), -1, -1))
@@ -197,13 +197,13 @@ def chain_lanes(k: int, short: int, long: int) -> int:
     return short if k <= SHORT_K else long
 
 
-def split_parts(row_tiles: int, panels: int, threads: int) -> tuple[int, int]:
-    """Into how many parts to cut the rows and the columns of C, so that the slowest thread is done soonest.
+def split_c(row_tiles: int, panels: int, threads: int) -> tuple[int, int]:
+    """Into how many blocks to cut the rows and the columns of C, so that the slowest thread is done soonest.
 
-    A part is a product of its own: it packs its own rows of A and columns of B, which counts as 1/8 of a tile a row
+    A block is a product of its own: it packs its own rows of A and columns of B, which counts as 1/8 of a tile a row
     tile and 4/3 a panel (Zen 4), so of cuts that share the tiles as well the squarest wins.
 
-    >>> split_parts(row_tiles=171, panels=16, threads=2), split_parts(1, 16, 4)
+    >>> split_c(row_tiles=171, panels=16, threads=2), split_c(1, 16, 4)
     ((1, 2), (1, 4))
     """
     best_rows, best_columns, best = 1, 1, 24 * row_tiles * panels + 3 * row_tiles + 32 * panels
@@ -225,11 +225,11 @@ def useful_threads(work: float, threads: int) -> int:
     return max(1, min(threads, int(min(work / THREAD_GRAIN, 1024.0))))
 
 
-def threads_of_one(batch: int, threads: int) -> int:
+def threads_per_product(batch: int, threads: int) -> int:
     """Threads that share one product of a batch: as few as keep all of them busy to the end, or nearly.
 
-    >>> threads_of_one(1, 2), threads_of_one(3, 2), threads_of_one(4, 2), threads_of_one(6, 4), threads_of_one(9, 2)
-    (2, 2, 1, 2, 1)
+    >>> [threads_per_product(batch, 2) for batch in (1, 3, 4, 9)], threads_per_product(6, 4)
+    ([2, 2, 1, 1], 2)
     """
     if batch >= 4 * threads:
         return 1
@@ -239,14 +239,16 @@ def threads_of_one(batch: int, threads: int) -> int:
     return threads // common
 
 
-def worth_turning(m: int, n: int, c_rs: int, c_cs: int, lanes: int) -> bool:
-    """Whether C is computed as its transpose: it has few columns, or its rows together and not few of them.
+def prefer_transposed_c(m: int, n: int, c_rs: int, c_cs: int, lanes: int) -> bool:
+    """Whether C is computed as its transpose: it has few columns, or adjacent rows and not few of them.
 
-    >>> worth_turning(100, 3, 3, 1, 16), worth_turning(100, 64, 64, 1, 16), worth_turning(100, 64, 1, 100, 16)
-    (True, False, True)
+    >>> prefer_transposed_c(100, 3, 3, 1, 16), prefer_transposed_c(100, 64, 64, 1, 16)
+    (True, False)
+    >>> prefer_transposed_c(100, 64, 1, 100, 16)
+    True
     """
     wide, tall = (n + lanes - 1) // lanes, (m + lanes - 1) // lanes
-    if n < lanes and n * tall <= TURNED * m * wide:
+    if n < lanes and n * tall <= TRANSPOSED_C_VECTORS * m * wide:
         return True
-    few_rows = m < lanes and m * wide <= TURNED * n * tall
+    few_rows = m < lanes and m * wide <= TRANSPOSED_C_VECTORS * n * tall
     return c_rs == 1 and c_cs != 1 and not few_rows

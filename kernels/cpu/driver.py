@@ -47,9 +47,10 @@ def supports(dtype: str) -> bool:
 
 
 def address(dtype: str) -> int:
-    """Address of the driver for a dtype; 0 where this CPU has no kernel for it or, which is told, none can be compiled.
+    """Address of the driver for a dtype; 0 where this CPU has no kernel for it, or, after a
+    notice, where none can be compiled.
 
-    Raises only what interrupts the caller, who may call again.
+    Raises only what interrupts the caller; the call can be repeated.
     """
     if not supports(dtype):
         return 0
@@ -60,7 +61,7 @@ def _address(dtype: str) -> int:
     try:
         return gemm_address(config(dtype))
     except Exception as error:
-        build.tell(f"{dtype} falls back to torch, its CPU kernels cannot be compiled: {error}")
+        build.notify(f"{dtype} falls back to torch, its CPU kernels cannot be compiled: {error}")
         return 0
 
 

@@ -33,7 +33,7 @@ KNOWN = {
 }
 UNKNOWN = (512 << 10, 1 << 20)
 
-# What a narrower instruction set than the host's own is compiled for, so that forcing it means something.
+# What a forced instruction set, narrower than the host's own, is compiled for.
 BASELINES = {"avx2": "x86-64-v3", "generic": "x86-64"}
 
 
@@ -62,19 +62,19 @@ def host_isas() -> tuple[str, ...]:
 def cpu(isa: str | None = None) -> Cpu:
     """This machine, on ``isa``, else ``$MATMUL_GRAD_ISA``, else its widest instruction set."""
     available = host_isas()
-    wanted = isa or os.environ.get("MATMUL_GRAD_ISA") or available[0]
-    if wanted not in ISAS:
-        raise ValueError(f"the instruction set must be one of {', '.join(ISAS)}, got {wanted}")
-    if wanted not in available:
-        raise RuntimeError(f"{wanted} was asked for, but this CPU has only {', '.join(available)}")
-    fused = wanted != "generic" or is_arm()
-    pairs = wanted == "avx512" and bool(host_features().get("avx512bf16"))
+    chosen = isa or os.environ.get("MATMUL_GRAD_ISA") or available[0]
+    if chosen not in ISAS:
+        raise ValueError(f"the instruction set must be one of {', '.join(ISAS)}, got {chosen}")
+    if chosen not in available:
+        raise RuntimeError(f"{chosen} was asked for, but this CPU has only {', '.join(available)}")
+    fused = chosen != "generic" or is_arm()
+    bf16_dot = chosen == "avx512" and bool(host_features().get("avx512bf16"))
     l2, l3 = KNOWN.get(llvm.get_host_cpu_name(), UNKNOWN)
-    return Cpu(wanted, cache_share(2) or l2, cache_share(3) or l3, fused, pairs, halves=fused)
+    return Cpu(chosen, cache_share(2) or l2, cache_share(3) or l3, fused, bf16_dot, has_fp16_convert=fused)
 
 
 def machine(isa: str) -> Machine:
-    """Code generation for this host, held to what ``isa`` has."""
+    """Code generation for this host, restricted to ``isa``."""
     triple = llvm.get_process_triple()
     if isa == host_isas()[0]:
         features = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(host_features().items()))

@@ -1,4 +1,4 @@
-"""What one thread does with a product: the five loops around the microkernel, packing on the way.
+"""The five loops around the microkernel, which one thread runs for a block; they pack as they go.
 
     for jc in n by NC            a panel of B for this core's part of L3
       for pc in k by KC
@@ -6,56 +6,63 @@
           for jr in nc by NR         one column panel
             for ir in mc by MR         one register tile
 
-Packing happens as late as can be, so that what is packed is still in a near cache when it is read: a panel of B by
-the first block of A that meets it, rows of A by the first panel that meets them.
+Operands are packed as late as possible, so that they are still in a near cache when they are read: a panel of B with
+the first block of A that it is multiplied by, rows of A with the first panel of B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from numba.core import types
 
-from .config import PAD, BlockConfig, steps, up
-from .job import (
-    A_CS,
-    A_RS,
-    B_CS,
-    B_RS,
-    BY_COLUMNS,
-    BY_ROWS,
-    C_RS,
-    CHAIN,
-    PACKED,
-    A,
-    B,
-    C,
-    K,
-    M,
-    N,
-    ceil_div,
-    largest,
-    plan_k,
-    smallest,
-)
+from .config import PAD, BlockConfig, round_up, tile_sizes
+from .gemm_args import A_CS, A_RS, B_CS, B_RS, C_RS, A, B, C, K, M, N
 from .memory import get, jit
 from .microkernel import ARGUMENTS, TRANSPOSED_ARGUMENTS, WIDE, tiles
 from .operand import operand_of
 from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE
+from .schedule import BY_COLUMNS, BY_ROWS, CHAIN, PACKED, ceil_div, largest, plan_k, smallest
+
+
+class Position(NamedTuple):
+    """Where a panel of B and a block of A begin, and how many steps of k they have."""
+
+    j: int
+    pc: int
+    kc: int
+    ic: int
+
+
+class ARows(NamedTuple):
+    """A block of A as the microkernel reads it; strides count lanes."""
+
+    address: int
+    row_stride: int
+    k_stride: int
+
+
+class BPanel(NamedTuple):
+    """A column panel of B as the microkernel reads it; the address where its first tile packs it, or 0."""
+
+    address: int
+    k_stride: int
+    copy: int
 
 
 def make_multiply(config: BlockConfig) -> Callable:
-    """``multiply(words, work)``: C = A·B on this thread, for at most a chunk of k; C holds lanes."""
+    """``multiply(args, work)``: C = A·B on this thread, for at most a chunk of k; C holds lanes."""
     mr, nr, mc_max, kc_max, nc_max, chain = (
         config.mr, config.nr, config.mc, config.kc, config.nc, config.chain
     )  # fmt: skip
     lanes, a_room, is_vectors = config.lanes, config.a_bytes // config.lane_bytes, not operand_of(config).converts
-    place_b, loops_2_to_1 = make_place_b(config), make_loops_2_to_1(config)
+    choose_b_access, loops_2_to_1 = make_choose_b_access(config), make_loops_2_to_1(config)
 
     @jit
-    def loops_5_to_3(words, work, first_column, columns, place):
-        m, k = get(words, M), get(words, K)
-        whole_k = place == BY_COLUMNS or (place == BY_ROWS and m <= mr)
+    def loops_5_to_3(args, work, first_column, columns, b_access):
+        m, k = get(args, M), get(args, K)
+        whole_k = b_access == BY_COLUMNS or (b_access == BY_ROWS and m <= mr)
         if not is_vectors:  # A must be packed for all of k, in either order
             by_rows, by_columns = m * (k + lanes + PAD), k * (ceil_div(m, lanes) * lanes + PAD)
             whole_k = whole_k and max(by_rows, by_columns) <= a_room
@@ -64,102 +71,103 @@ def make_multiply(config: BlockConfig) -> Callable:
             for block in range(ceil_div(k, step)):
                 pc, j, nc = block * step, first_column + jc, min(nc_max, columns - jc)
                 for ic in range(0, m, mc_max):
-                    loops_2_to_1(words, work, place, whole_k, j, nc, pc, min(step, k - pc), ic)
+                    loops_2_to_1(args, work, b_access, whole_k, nc, Position(j, pc, min(step, k - pc), ic))
 
-    def multiply(words, work):
-        n = get(words, N)
+    def multiply(args, work):
+        n = get(args, N)
         whole = n // nr * nr
-        place = place_b(words)
-        if place == PACKED:
-            loops_5_to_3(words, work, 0, n, PACKED)
+        b_access = choose_b_access(args)
+        if b_access == PACKED:
+            loops_5_to_3(args, work, 0, n, PACKED)
         else:
             if whole > 0:
-                loops_5_to_3(words, work, 0, whole, place)
+                loops_5_to_3(args, work, 0, whole, b_access)
             if whole < n:
-                loops_5_to_3(words, work, whole, n - whole, PACKED)
+                loops_5_to_3(args, work, whole, n - whole, PACKED)
 
     return multiply
 
 
-def make_place_b(config: BlockConfig) -> Callable:
-    """``place_b(words)``: how whole panels of B are read."""
+def make_choose_b_access(config: BlockConfig) -> Callable:
+    """``choose_b_access(args)``: how whole panels of B are read."""
     is_vectors, direct_rows = not operand_of(config).converts, config.direct_rows * config.mr
     transposed_rows = config.transposed_rows
 
     @jit
-    def place_b(words):
-        m, b_rs, b_cs = get(words, M), get(words, B_RS), get(words, B_CS)
+    def choose_b_access(args):
+        m, b_rs, b_cs = get(args, M), get(args, B_RS), get(args, B_CS)
         if b_cs == 1 and is_vectors and m <= direct_rows:
             return BY_ROWS
         if b_rs == 1 and m <= transposed_rows:
             return BY_COLUMNS
         return PACKED
 
-    return place_b
+    return choose_b_access
 
 
 def make_lanes_along_k(config: BlockConfig) -> Callable:
-    """``lanes_along_k(k, stride, k_stride)``: whether rows of steps of k lie in memory as they would in lanes."""
+    """``lanes_along_k(k, stride, k_stride)``: whether adjacent steps of k are in memory what they are in lanes."""
     operand = operand_of(config)
-    converts, fold = operand.converts, operand.fold
+    converts, k_per_lane = operand.converts, operand.k_per_lane
 
     @jit
     def lanes_along_k(k, stride, k_stride):
         if not converts:
             return True
-        return fold == 2 and k_stride == 1 and k % 2 == 0 and stride % 2 == 0
+        return k_per_lane == 2 and k_stride == 1 and k % 2 == 0 and stride % 2 == 0
 
     return lanes_along_k
 
 
-def make_place_a(config: BlockConfig) -> Callable:
-    """``place_a(words, whole_k, panels, ic, pc, kc, work)`` → address, row stride, k stride, whether rows are missing.
+def make_locate_a(config: BlockConfig) -> Callable:
+    """``locate_a(args, whole_k, panels, start, work)`` → ``ARows``, and whether they have yet to be packed.
 
-    A is only ever broadcast from. With its steps of k together it is read where it is; otherwise it is copied, along
-    the dimension that it has contiguous: columns here, rows by the first panel that meets them.
+    A is only broadcast from. With adjacent steps of k it is read in place; otherwise it is packed along its contiguous
+    dimension: columns here, rows with the first panel of B.
     """
     operand, lanes, mc_max = operand_of(config), config.lanes, config.mc
-    size, fold, direct_panels = operand.size, operand.fold, config.direct_panels
+    size, k_per_lane, direct_panels = operand.size, operand.k_per_lane, config.direct_panels
     lanes_along_k = make_lanes_along_k(config)
     pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
 
     @jit
-    def place_a(words, whole_k, panels, ic, pc, kc, work):
-        a_rs, a_cs = get(words, A_RS), get(words, A_CS)
-        source = get(words, A) + (ic * a_rs + pc * a_cs) * size
-        if (a_cs == 1 or whole_k or panels <= direct_panels) and lanes_along_k(get(words, K), a_rs, a_cs):
-            return source, a_rs // fold, a_cs, False
+    def locate_a(args, whole_k, panels, start, work):
+        a_rs, a_cs, ic, pc, kc = get(args, A_RS), get(args, A_CS), start.ic, start.pc, start.kc
+        source = get(args, A) + (ic * a_rs + pc * a_cs) * size
+        if (a_cs == 1 or whole_k or panels <= direct_panels) and lanes_along_k(get(args, K), a_rs, a_cs):
+            return ARows(source, a_rs // k_per_lane, a_cs), False
         if a_rs == 1 and a_cs != 1:
-            rows = min(mc_max, get(words, M) - ic)
+            rows = min(mc_max, get(args, M) - ic)
             wide = ceil_div(rows, lanes) * lanes
             pack_steps(work, wide, wide + PAD, source, kc, a_cs, a_rs, rows)
-            return work, 1, wide + PAD, False
-        return work, ceil_div(kc, fold * lanes) * lanes + PAD, 1, True
+            return ARows(work, 1, wide + PAD), False
+        return ARows(work, ceil_div(kc, k_per_lane * lanes) * lanes + PAD, 1), True
 
-    return place_a
+    return locate_a
 
 
 def make_loops_2_to_1(config: BlockConfig) -> Callable:
-    """``loops(words, work, place, whole_k, first_column, nc, pc, kc, ic)``: a block of A times a panel of B."""
+    """``loops_2_to_1(args, work, b_access, whole_k, nc, start)``: a block of A times a panel of nc columns of B."""
     operand, mr, nr, mc_max = operand_of(config), config.mr, config.nr, config.mc
-    size, lane_bytes, fold, is_vectors = operand.size, config.lane_bytes, operand.fold, not operand.converts
-    b_work = up(config.a_bytes, 64)
-    place_a, one_panel = make_place_a(config), make_one_panel(config)
+    size, lane_bytes, k_per_lane, is_vectors = operand.size, config.lane_bytes, operand.k_per_lane, not operand.converts
+    b_work = round_up(config.a_bytes, 64)
+    locate_a, one_panel = make_locate_a(config), make_one_panel(config)
     pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
 
     @jit
-    def loops_2_to_1(words, work, place, whole_k, first_column, nc, pc, kc, ic):
-        m, depth, b_rs, b_cs = get(words, M), ceil_div(kc, fold), get(words, B_RS), get(words, B_CS)
-        a, a_rs, a_ks, missing = place_a(words, whole_k, ceil_div(nc, nr), ic, pc, kc, work)
+    def loops_2_to_1(args, work, b_access, whole_k, nc, start):
+        first_column, pc, kc, ic = start
+        m, depth, b_rs, b_cs = get(args, M), ceil_div(kc, k_per_lane), get(args, B_RS), get(args, B_CS)
+        a, missing = locate_a(args, whole_k, ceil_div(nc, nr), start, work)
         j = 0
         while j < nc:
             columns = min(nr, nc - j)
-            source = get(words, B) + (pc * b_rs + (first_column + j) * b_cs) * size
+            source = get(args, B) + (pc * b_rs + (first_column + j) * b_cs) * size
             target = work + b_work + (j * depth * lane_bytes if m > mc_max else 0)
             b, b_ks, b_copy = source, b_rs, 0
-            if place == BY_COLUMNS:
+            if b_access == BY_COLUMNS:
                 b_ks = b_cs
-            elif place == BY_ROWS:
+            elif b_access == BY_ROWS:
                 columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
             elif ic == 0 and columns == nr and m >= mr and (b_rs == 1 or (b_cs == 1 and is_vectors)):
                 b_copy = target
@@ -169,22 +177,26 @@ def make_loops_2_to_1(config: BlockConfig) -> Callable:
                 b, b_ks = target, nr
                 if ic == 0:
                     pack_steps(target, nr, nr, source, kc, b_rs, b_cs, columns)
-            one_panel(
-                words, place, first_column + j, columns, pc, kc, ic, a, a_rs, a_ks, missing and j == 0, b, b_ks, b_copy
-            )
+            at = Position(first_column + j, pc, kc, ic)
+            one_panel(args, b_access, at, columns, a, missing and j == 0, BPanel(b, b_ks, b_copy))
             j += columns
 
     return loops_2_to_1
 
 
 def make_one_panel(config: BlockConfig) -> Callable:
-    """``one_panel(…)``: the rows of a block times one panel of B, by the tiles that fit.
+    """``one_panel(args, b_access, start, columns, a_rows, missing, b_panel)``: a block of A times one panel of B.
 
-    Where rows of A are ``missing`` they are packed, each tile's just before it; where there is a ``b_copy`` the first
-    tile leaves the panel there, and transposes it if need be, and the others read that.
+    Where rows of A are ``missing`` they are packed, those of a tile just before it. Where ``b_panel.copy`` is an
+    address, the first tile packs the panel there, transposed if necessary, and the others read the copy.
     """
     operand, nr, lanes, lane_bytes, mc_max = operand_of(config), config.nr, config.lanes, config.lane_bytes, config.mc
-    size, fold, row_steps, vector_steps = operand.size, operand.fold, steps(config.mr), steps(config.vectors)
+    size, k_per_lane, row_steps, vector_steps = (
+        operand.size,
+        operand.k_per_lane,
+        tile_sizes(config.mr),
+        tile_sizes(config.vectors),
+    )
     is_vectors = not operand.converts
     copying, widest = (len(tiles(row_steps, vector_steps)) - last for last in (2, 1))
     pack_rows = types.ExternalFunction(f"{config.name}_pack_rows", PACK_ROWS_SIGNATURE)
@@ -192,21 +204,24 @@ def make_one_panel(config: BlockConfig) -> Callable:
     transposed = types.ExternalFunction(f"{config.name}_transposed", types.void(*[types.int64] * TRANSPOSED_ARGUMENTS))
 
     @jit
-    def one_panel(words, place, j, columns, pc, kc, ic, a, a_rs, a_ks, missing, b, b_ks, b_copy):
-        chain, c_rs, a_row, a_step = get(words, CHAIN), get(words, C_RS), get(words, A_RS), get(words, A_CS)
+    def one_panel(args, b_access, start, columns, a_rows, missing, b_panel):
+        j, pc, kc, ic = start
+        a, a_rs, a_ks = a_rows
+        b, b_ks, b_copy = b_panel
+        chain, c_rs, a_row, a_step = get(args, CHAIN), get(args, C_RS), get(args, A_RS), get(args, A_CS)
         vector_step, rows, depth = (
             smallest(vector_steps, ceil_div(columns, lanes)),
-            min(mc_max, get(words, M) - ic),
-            ceil_div(kc, fold),
+            min(mc_max, get(args, M) - ic),
+            ceil_div(kc, k_per_lane),
         )
-        turned, i = not (get(words, B_CS) == 1 and is_vectors), 0
+        transposes_b, i = not (get(args, B_CS) == 1 and is_vectors), 0
         while i < rows:
             step = largest(row_steps, rows - i)
-            a_tile, c_tile = a + i * a_rs * lane_bytes, get(words, C) + ((ic + i) * c_rs + j) * lane_bytes
+            a_tile, c_tile = a + i * a_rs * lane_bytes, get(args, C) + ((ic + i) * c_rs + j) * lane_bytes
             if missing:
-                source = get(words, A) + ((ic + i) * a_row + pc * a_step) * size
+                source = get(args, A) + ((ic + i) * a_row + pc * a_step) * size
                 pack_rows(a_tile, row_steps[step], a_rs, source, kc, a_step, a_row)
-            if place == BY_COLUMNS or (turned and b_copy != 0):
+            if b_access == BY_COLUMNS or (transposes_b and b_copy != 0):
                 tile = len(row_steps) if b_copy != 0 else step
                 transposed(tile, columns, kc, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, pc == 0, chain, b_copy)
             else:

@@ -10,7 +10,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .build import declare
-from .simd import I8, I32, I64, POINTER
+from .simd import I8, I64, POINTER
 
 INT64 = types.int64
 
@@ -66,8 +66,8 @@ def number_of(typingctx, bits):
 
 
 @intrinsic
-def next_number(typingctx, address, index):
-    """The int64 at ``address[index]``, which grows by 1: each of all threads gets another."""
+def fetch_increment(typingctx, address, index):
+    """The int64 at ``address[index]``, and add 1 to it, atomically."""
 
     def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", _pointer(builder, *args, I64), I64(1), "monotonic")
@@ -76,8 +76,8 @@ def next_number(typingctx, address, index):
 
 
 @intrinsic
-def set_bits(typingctx, address, index, bits):
-    """The int64 at ``address[index]``, in which ``bits`` are set from now on, atomically."""
+def fetch_or(typingctx, address, index, bits):
+    """The int64 at ``address[index]``, and set ``bits`` in it, atomically."""
 
     def codegen(context, builder, signature, args):
         return builder.atomic_rmw("or", _pointer(builder, *args[:2], I64), args[2], "monotonic")
@@ -87,12 +87,12 @@ def set_bits(typingctx, address, index, bits):
 
 @intrinsic
 def claim(typingctx, address):
-    """Atomically turn the int64 at ``address`` from 0 to 1; True for the one caller who did."""
+    """Atomically change the int64 at ``address`` from 0 to 1; False where it was not 0."""
 
     def codegen(context, builder, signature, args):
         pointer = builder.inttoptr(args[0], POINTER)
-        answer = builder.cmpxchg(pointer, I64(0), I64(1), "acq_rel", "monotonic")
-        return builder.extract_value(answer, 1)
+        result = builder.cmpxchg(pointer, I64(0), I64(1), "acq_rel", "monotonic")
+        return builder.extract_value(result, 1)
 
     return types.boolean(INT64), codegen
 
@@ -155,21 +155,6 @@ def text(message: str) -> Callable[[], int]:
         return INT64(), codegen
 
     return address
-
-
-@intrinsic
-def print_four(typingctx, target, size, pattern, w, x, y, z):
-    """``snprintf(target, size, pattern, w, x, y, z)`` of four int64."""
-
-    def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(I32, [POINTER, I64, POINTER], var_arg=True)
-        callee = cgutils.get_or_insert_function(builder.module, kind, "snprintf")
-        target, size, pattern, *numbers = args
-        pointers = builder.inttoptr(target, POINTER), size, builder.inttoptr(pattern, POINTER)
-        builder.call(callee, [*pointers, *numbers])
-        return context.get_dummy_value()
-
-    return types.void(*[INT64] * 7), codegen
 
 
 def call_address(arguments: int) -> Callable:

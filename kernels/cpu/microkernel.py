@@ -5,16 +5,53 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llvmlite import ir
 
 from .operand import Operand
 from .simd import I64, Vector, repeat
 
-ARGUMENTS = 13
-TRANSPOSED_ARGUMENTS = 13
-UNROLL = 4  # k-steps a turn: enough to hide the loop's own instructions, little enough for the op cache
-WIDE = 4  # times the vectors of a tile that one row takes, to read B in place in longer pieces
+UNROLL = 4  # k-steps an iteration: enough to hide the loop's own instructions, few enough for the op cache
+WIDE = 4  # a tile of one row has so many times the vectors, to read B in place in longer pieces
+
+
+class TileArguments(NamedTuple):
+    """What a tile of ``microkernel_ir`` is called with."""
+
+    kc: ir.Value
+    a: ir.Value
+    a_rs: ir.Value
+    a_ks: ir.Value
+    b: ir.Value
+    b_ks: ir.Value
+    c: ir.Value
+    c_rs: ir.Value
+    cols: ir.Value
+    first: ir.Value
+    chain: ir.Value
+    b_copy: ir.Value
+
+
+class TransposedArguments(NamedTuple):
+    """What a tile of ``transposed_ir`` is called with."""
+
+    columns: ir.Value
+    kc: ir.Value
+    a: ir.Value
+    a_rs: ir.Value
+    a_ks: ir.Value
+    b: ir.Value
+    b_cs: ir.Value
+    c: ir.Value
+    c_rs: ir.Value
+    first: ir.Value
+    chain: ir.Value
+    b_copy: ir.Value
+
+
+ARGUMENTS = 1 + len(TileArguments._fields)  # and the number of the tile
+TRANSPOSED_ARGUMENTS = 1 + len(TransposedArguments._fields)
 
 
 def tiles(rows: tuple[int, ...], vectors: tuple[int, ...]) -> list[tuple[int, int, bool]]:
@@ -40,14 +77,14 @@ def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tu
         A[0, p] ──▶  |  acc[0,0]  |  acc[0,1]  |         mr·nv fused multiply-adds
         A[1, p] ──▶  |  acc[1,0]  |  acc[1,1]  |
 
-    The copying tile reads rows of B where they are and leaves them packed at ``b_copy``, nv·lanes apart: the loads are
-    there already and the stores are free.
-    It is a function of its own, not an intrinsic, so that LLVM compiles it once and a profiler sees its name.
+    The copying tile reads rows of B in place and stores them packed at ``b_copy``, nv·lanes apart: the vectors are
+    loaded anyway, and the stores cost nothing. A function rather than an intrinsic, so that LLVM compiles it once and
+    profilers show its name.
     """
 
-    def choose_tile(builder: ir.IRBuilder, tile, *operands) -> tuple[ir.Value, list]:
+    def choose_tile(builder: ir.IRBuilder, tile, *arguments) -> tuple[ir.Value, list]:
         def emit(size):
-            return lambda builder: _tile(builder, vector, size, *operands)
+            return lambda builder: _tile(builder, vector, size, TileArguments(*arguments))
 
         return tile, [emit(size) for size in tiles(rows, vectors)]
 
@@ -57,16 +94,16 @@ def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tu
 def transposed_ir(name: str, operand: Operand, rows: tuple[int, ...]) -> str:
     """IR of ``void name(tile, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy)``, all int64.
 
-    As ``microkernel_ir`` where the k-steps of B lie together and its columns apart, B[p, j] = b[p + j·b_cs]: lanes ×
-    lanes blocks of B are transposed in registers, for products of too few rows to repay packing, and by the tile that
-    copies, the last one, for all tiles behind it: it leaves the block's ``columns`` packed at ``b_copy``. Between
-    multiply-adds the shuffles are free. A and C hold lanes, B elements of ``operand``; kc and b_cs count elements.
-    ``columns`` is a multiple of the lanes. The chains, and so the bits, are the same.
+    As ``microkernel_ir`` where the k-steps of B are adjacent and its columns are not, B[p, j] = b[p + j·b_cs]: lanes ×
+    lanes blocks of B are transposed in registers, for products of too few rows to repay packing, and by the copying
+    tile, the last one, for the tiles after it: it packs the ``columns`` at ``b_copy``. Between multiply-adds the
+    shuffles cost nothing. A and C hold lanes, B elements of ``operand``; kc and b_cs count elements. ``columns`` is a
+    multiple of the lanes. The chains, and so the bits, are the same.
     """
 
     def choose_tile(builder: ir.IRBuilder, tile, *arguments) -> tuple[ir.Value, list]:
         def emit(mr, copies):
-            return lambda builder: _transposed(builder, operand, mr, copies, *arguments)
+            return lambda builder: _transposed(builder, operand, mr, copies, TransposedArguments(*arguments))
 
         return tile, [*(emit(mr, False) for mr in rows), emit(rows[0], True)]
 
@@ -93,8 +130,8 @@ def _switch_ir(name: str, arguments: int, choose_tile: Callable) -> str:
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """How a k-loop walks A and B: rows of A ``row_offsets`` apart, steps of k ``a_ks`` and ``b_ks``."""
+class _Strides:
+    """Of the operands of a k-loop: offsets of the rows of A, and the steps along k."""
 
     vector: Vector
     row_offsets: list[ir.Value]
@@ -102,7 +139,8 @@ class _Walk:
     b_ks: ir.Value
 
 
-def _tile(builder, vector, size, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first, chain, b_copy):
+def _tile(builder, vector, size, arguments):
+    kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first, chain, b_copy = arguments
     mr, nv, copies = size
     c_rows = [vector.at(builder, c, builder.mul(c_rs, I64(i))) for i in range(mr)]
     for row in c_rows:
@@ -110,21 +148,21 @@ def _tile(builder, vector, size, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, firs
             vector.prefetch(builder, vector.at(builder, row, v * vector.lanes))
     full = builder.icmp_signed("==", cols, I64(nv * vector.lanes))
     row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
-    walk = _Walk(vector, row_offsets, a_ks, b_ks)
+    strides = _Strides(vector, row_offsets, a_ks, b_ks)
 
-    def one_chain(p: ir.Value, places: list[ir.Value]) -> list[ir.Value]:
+    def one_chain(p: ir.Value, pointers: list[ir.Value]) -> list[ir.Value]:
         acc = [[vector.zero()] * nv for _ in range(mr)]
-        places, acc = _k_loop(builder, walk, _chain_length(builder, p, kc, chain), places, acc)
-        keep = _adds(builder, p, first)
+        pointers, acc = _k_loop(builder, strides, _chain_length(builder, p, kc, chain), pointers, acc)
+        adds = _adds(builder, p, first)
         with builder.if_else(full, likely=True) as (whole, edge):
             with whole:
-                _store_full(builder, vector, acc, c_rows, keep)
+                _store_full(builder, vector, acc, c_rows, adds)
             with edge:
-                _store_edge(builder, vector, acc, c_rows, keep, cols)
-        return places
+                _store_edge(builder, vector, acc, c_rows, adds, cols)
+        return pointers
 
-    places = [vector.at(builder, place) for place in ((a, b, b_copy) if copies else (a, b))]
-    repeat(builder, I64(0), kc, chain, places, one_chain)
+    pointers = [vector.at(builder, address) for address in ((a, b, b_copy) if copies else (a, b))]
+    repeat(builder, I64(0), kc, chain, pointers, one_chain)
 
 
 def _chain_length(builder: ir.IRBuilder, p: ir.Value, kc: ir.Value, chain: ir.Value) -> ir.Value:
@@ -137,55 +175,56 @@ def _adds(builder: ir.IRBuilder, p: ir.Value, first: ir.Value) -> ir.Value:
     return builder.or_(builder.icmp_signed("!=", p, I64(0)), builder.icmp_signed("==", first, I64(0)))
 
 
-def _k_loop(builder, walk, kc, places, acc):
-    """(``places`` behind, ``acc`` after) kc steps: UNROLL a turn, then one a turn.
+def _k_loop(builder, strides, kc, pointers, acc):
+    """(``pointers``, ``acc``) after kc steps: UNROLL an iteration, then one an iteration.
 
-    places: a, b, and where b is copied to, if it is.
+    pointers: a, b, and where b is copied to, if it is.
     """
-    nv, count = len(acc[0]), len(places)
+    nv, count = len(acc[0]), len(pointers)
 
-    def turn(steps: int) -> Callable:
+    def iteration(steps: int) -> Callable:
         def body(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
             for _ in range(steps):
-                state = _k_step(builder, walk, nv, state[:count], state[count:])
+                state = _k_step(builder, strides, nv, state[:count], state[count:])
             return state
 
         return body
 
-    state = [*places, *itertools.chain.from_iterable(acc)]
-    p, state = repeat(builder, I64(0), builder.and_(kc, I64(-UNROLL)), UNROLL, state, turn(UNROLL))
-    _, state = repeat(builder, p, kc, 1, state, turn(1))
+    state = [*pointers, *itertools.chain.from_iterable(acc)]
+    p, state = repeat(builder, I64(0), builder.and_(kc, I64(-UNROLL)), UNROLL, state, iteration(UNROLL))
+    _, state = repeat(builder, p, kc, 1, state, iteration(1))
     flat = state[count:]
     return state[:count], [flat[i : i + nv] for i in range(0, len(flat), nv)]
 
 
-def _k_step(builder, walk, nv, places, acc):
+def _k_step(builder, strides, nv, pointers, acc):
     """The state after one step of k."""
-    vector, (a, b, *copies) = walk.vector, places
+    vector, (a, b, *copies) = strides.vector, pointers
     columns = [vector.load(builder, vector.at(builder, b, v * vector.lanes)) for v in range(nv)]
     for copy in copies:
         for v, column in enumerate(columns):
             vector.store(builder, column, vector.at(builder, copy, v * vector.lanes))
     copies = [vector.at(builder, copy, nv * vector.lanes) for copy in copies]
-    for i, offset in enumerate(walk.row_offsets):
+    for i, offset in enumerate(strides.row_offsets):
         x = vector.broadcast(builder, vector.at(builder, a, offset))
         for v, column in enumerate(columns):
             acc[i * nv + v] = vector.fma(builder, x, column, acc[i * nv + v])
-    return [vector.at(builder, a, walk.a_ks), vector.at(builder, b, walk.b_ks), *copies, *acc]
+    return [vector.at(builder, a, strides.a_ks), vector.at(builder, b, strides.b_ks), *copies, *acc]
 
 
-def _transposed(builder, operand, mr, copies, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy):
-    vector, fold, lanes = operand.vector, operand.fold, operand.vector.lanes
+def _transposed(builder, operand, mr, copies, arguments):
+    columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy = arguments
+    vector, k_per_lane, lanes = operand.vector, operand.k_per_lane, operand.vector.lanes
     row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
-    tail_walk = _Walk(vector, row_offsets, a_ks, I64(lanes))
+    tail_strides = _Strides(vector, row_offsets, a_ks, I64(lanes))
     tail = builder.alloca(vector.type, lanes)
-    depth = builder.sdiv(builder.add(kc, I64(fold - 1)), I64(fold))
+    depth = builder.sdiv(builder.add(kc, I64(k_per_lane - 1)), I64(k_per_lane))
     column_bytes = builder.mul(b_cs, I64(operand.size))
 
     def k_block(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
         a_now, b_now, *more = state
         copy, acc = more[:copies], more[copies:]
-        for step in vector.transpose(builder, _spread(builder, operand, b_now, column_bytes)):
+        for step in vector.transpose(builder, _read_columns(builder, operand, b_now, column_bytes)):
             for place in copy:
                 vector.store(builder, step, place)
             copy = [vector.at(builder, place, columns) for place in copy]
@@ -193,27 +232,27 @@ def _transposed(builder, operand, mr, copies, columns, kc, a, a_rs, a_ks, b, b_c
                 x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
                 acc[i] = vector.fma(builder, x, step, acc[i])
             a_now = vector.at(builder, a_now, a_ks)
-        return [a_now, builder.add(b_now, I64(lanes * fold * operand.size)), *copy, *acc]
+        return [a_now, builder.add(b_now, I64(lanes * k_per_lane * operand.size)), *copy, *acc]
 
     def column_group(j: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
         c_rows = [vector.at(builder, c, builder.add(j, builder.mul(c_rs, I64(i)))) for i in range(mr)]
 
         def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
             length = _chain_length(builder, p, depth, chain)
-            # Of whole pairs alone: half of one is the last, and what stands behind it is not this column's.
-            whole = builder.and_(_chain_length(builder, p, builder.sdiv(kc, I64(fold)), chain), I64(-lanes))
+            # Of whole pairs alone: the last may be half of one, and what follows it is not of this column.
+            whole = builder.and_(_chain_length(builder, p, builder.sdiv(kc, I64(k_per_lane)), chain), I64(-lanes))
             rest = builder.sub(length, whole)
             start = [*state, *[vector.zero()] * mr]
             _, (a_rest, b_rest, *more) = repeat(builder, I64(0), whole, lanes, start, k_block)
             copy, acc = more[:copies], more[copies:]
             with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
-                left = builder.sub(kc, builder.mul(builder.add(p, whole), I64(fold)))
-                steps = vector.transpose(builder, _spread(builder, operand, b_rest, column_bytes, left))
+                left = builder.sub(kc, builder.mul(builder.add(p, whole), I64(k_per_lane)))
+                steps = vector.transpose(builder, _read_columns(builder, operand, b_rest, column_bytes, left))
                 for step, value in enumerate(steps):
                     vector.store(builder, value, vector.at(builder, tail, step * lanes))
                     for place in copy:
                         vector.store(builder, value, vector.at(builder, place, builder.mul(columns, I64(step))))
-            (a_next, _), acc = _k_loop(builder, tail_walk, rest, [a_rest, tail], [[x] for x in acc])
+            (a_next, _), acc = _k_loop(builder, tail_strides, rest, [a_rest, tail], [[x] for x in acc])
             _store_full(builder, vector, acc, c_rows, _adds(builder, p, first))
             return [a_next, b_rest, *copy]
 
@@ -225,8 +264,8 @@ def _transposed(builder, operand, mr, copies, columns, kc, a, a_rs, a_ks, b, b_c
     repeat(builder, I64(0), columns, lanes, [], column_group)
 
 
-def _spread(builder, operand, address, stride, count=None):
-    """``lanes`` vectors, stride bytes apart; in fours from one base, which is what an address can hold."""
+def _read_columns(builder, operand, address, stride, count=None):
+    """``lanes`` vectors, stride bytes apart; in fours from one base, so that few addresses are kept."""
     vectors = []
     four = builder.mul(stride, I64(4))
     for j in range(operand.vector.lanes):
@@ -236,8 +275,8 @@ def _spread(builder, operand, address, stride, count=None):
     return vectors
 
 
-def _store_full(builder, vector, acc, c_rows, keep):
-    with builder.if_else(keep) as (add, store):
+def _store_full(builder, vector, acc, c_rows, adds):
+    with builder.if_else(adds) as (add, store):
         with add:
             for row, pointer in zip(acc, c_rows):
                 for v, value in enumerate(row):
@@ -249,11 +288,11 @@ def _store_full(builder, vector, acc, c_rows, keep):
                     vector.store(builder, value, vector.at(builder, pointer, v * vector.lanes))
 
 
-def _store_edge(builder, vector, acc, c_rows, keep, cols):
+def _store_edge(builder, vector, acc, c_rows, adds, cols):
     masks = [vector.mask(builder, cols, v * vector.lanes) for v in range(len(acc[0]))]
     for row, pointer in zip(acc, c_rows, strict=True):
         for v, value in enumerate(row):
             at = vector.at(builder, pointer, v * vector.lanes)
             old = vector.masked_load(builder, at, masks[v])
-            value = builder.select(keep, builder.fadd(old, value), value)
+            value = builder.select(adds, builder.fadd(old, value), value)
             vector.masked_store(builder, value, at, masks[v])

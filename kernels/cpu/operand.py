@@ -1,11 +1,11 @@
-"""How the elements of an operand become vector lanes on the way into a panel, and results elements on the way out.
+"""Conversions: elements of an operand to vector lanes of a panel, and lanes of a result to its elements.
 
 | stored as           | a lane of a panel holds            | by                                          |
 |---------------------|------------------------------------|---------------------------------------------|
 | float32, float64    | the element                        | vmovups                                     |
 | float16             | the element as float32             | vcvtph2ps                                   |
-| bfloat16, no pairs  | the element as float32             | vpmovzxwd, vpslld                           |
-| bfloat16, pairs     | two elements, k and k+1, low first | as they lie in memory, or zero-extended and or-ed |
+| bfloat16            | the element as float32             | vpmovzxwd, vpslld                           |
+| bfloat16, bf16_dot  | two elements, k and k+1, low first | as in memory, or zero-extended and or-ed    |
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .simd import I16, I32, I64, Vector
 
 
 def operand_of(config: BlockConfig) -> Operand:
-    return Operand(Vector(config.accumulator, config.lanes, config.fused, config.pairs), config.dtype)
+    return Operand(Vector(config.accumulator, config.lanes, config.fused, config.bf16_dot), config.dtype)
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Operand:
         return SIZES[self.dtype]
 
     @property
-    def fold(self) -> int:
+    def k_per_lane(self) -> int:
         """Steps of k in one lane."""
-        return 2 if self.vector.pairs else 1
+        return 2 if self.vector.bf16_dot else 1
 
     @property
     def converts(self) -> bool:
@@ -49,19 +49,19 @@ class Operand:
         vector = self.vector
         if not self.converts:
             return self._load(builder, vector, address, count)
-        if vector.pairs:
+        if vector.bf16_dot:
             return builder.bitcast(self._load(builder, self._stored(2 * vector.lanes), address, count), vector.type)
         return self._widen(builder, self._load(builder, self._stored(vector.lanes), address, count))
 
     def interleave(
         self, builder: ir.IRBuilder, low: ir.Value, high: ir.Value, count: ir.Value | None, has_high: ir.Value
     ) -> ir.Value:
-        """Lanes of pairs from two rows: elements of ``low`` below those of ``high``, which ``has_high`` may deny."""
+        """Lanes of pairs from two rows: elements of ``low`` below those of ``high``, 0 unless ``has_high``."""
         vector = self.vector
         stored, wide = self._stored(vector.lanes), ir.VectorType(I32, vector.lanes)
-        wanted = I64(vector.lanes) if count is None else count
+        present = I64(vector.lanes) if count is None else count
         low_half = builder.zext(self._load(builder, stored, low, count), wide)
-        high_count = builder.select(has_high, wanted, I64(0))
+        high_count = builder.select(has_high, present, I64(0))
         high_half = builder.zext(self._load(builder, stored, high, high_count), wide)
         high_half = builder.shl(high_half, ir.Constant(wide, [I32(16)] * vector.lanes))
         return builder.bitcast(builder.or_(low_half, high_half), vector.type)
@@ -70,7 +70,7 @@ class Operand:
         """Round lanes to the stored dtype, to nearest and even, and store those below ``count``."""
         stored = self._stored(self.vector.lanes) if self.converts else self.vector
         pointer = stored.at(builder, address)
-        value = self._narrow(builder, value) if self.converts else value
+        value = self._round(builder, value) if self.converts else value
         stored.masked_store(builder, value, pointer, stored.mask(builder, count))
 
     def _stored(self, lanes: int) -> Vector:
@@ -91,19 +91,19 @@ class Operand:
         shift = ir.Constant(wide, [I32(16)] * self.vector.lanes)
         return builder.bitcast(builder.shl(builder.zext(value, wide), shift), self.vector.type)
 
-    def _narrow(self, builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    def _round(self, builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
         if self.dtype == "float16":
             return builder.fptrunc(value, ir.VectorType(ir.HalfType(), self.vector.lanes))
         lanes = self.vector.lanes
         wide, narrow = ir.VectorType(I32, lanes), ir.VectorType(I16, lanes)
 
-        def every(number: int) -> ir.Constant:
+        def constant(number: int) -> ir.Constant:
             return ir.Constant(wide, [I32(number)] * lanes)
 
         bits = builder.bitcast(value, wide)
-        odd = builder.and_(builder.lshr(bits, every(16)), every(1))
-        rounded = builder.add(bits, builder.add(odd, every(0x7FFF)))
+        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
         # Adding could carry a NaN into infinity: keep its upper half and make it quiet.
         nan = builder.fcmp_unordered("uno", value, value)
-        chosen = builder.select(nan, builder.or_(bits, every(0x400000)), rounded)
-        return builder.trunc(builder.lshr(chosen, every(16)), narrow)
+        chosen = builder.select(nan, builder.or_(bits, constant(0x400000)), rounded)
+        return builder.trunc(builder.lshr(chosen, constant(16)), narrow)

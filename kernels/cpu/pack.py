@@ -34,7 +34,7 @@ def make_pack_steps(operand: Operand) -> Callable:
 
     Lane j of row p is source[p, j], for j < exist ≤ width; width and stride count lanes, the other strides elements.
     """
-    lanes, size, fold = operand.vector.lanes, operand.size, operand.fold
+    lanes, size, k_per_lane = operand.vector.lanes, operand.size, operand.k_per_lane
     lane_bytes = operand.vector.size
     read = _reader(operand)
     transpose = _transposer(operand)
@@ -44,10 +44,10 @@ def make_pack_steps(operand: Operand) -> Callable:
 
     @jit
     def pack_adjacent(target, width, stride, source, k, k_stride, exist):
-        for p in range(0, k, fold):
-            to, at = target + p // fold * stride * lane_bytes, source + p * k_stride * size
+        for p in range(0, k, k_per_lane):
+            to, at = target + p // k_per_lane * stride * lane_bytes, source + p * k_stride * size
             for j in range(0, width, lanes):
-                if fold == 2:
+                if k_per_lane == 2:
                     interleave(to + j * lane_bytes, at + j * size, k_stride * size, exist - j, k - p)
                 else:
                     read(to + j * lane_bytes, at + j * size, exist - j)
@@ -55,22 +55,22 @@ def make_pack_steps(operand: Operand) -> Callable:
     @jit
     def pack_scattered(target, width, stride, source, k, k_stride, width_stride, exist):
         buffer = scratch()
-        for p in range(0, k, fold):
+        for p in range(0, k, k_per_lane):
             for j in range(0, width, lanes):
                 for lane in range(lanes):
-                    for f in range(fold):
+                    for f in range(k_per_lane):
                         at = source + ((p + f) * k_stride + (j + lane) * width_stride) * size
                         exists = j + lane < exist and p + f < k
-                        copy_element(buffer + (lane * fold + f) * size, at, exists)
-                read(target + (p // fold * stride + j) * lane_bytes, buffer, lanes * fold)
+                        copy_element(buffer + (lane * k_per_lane + f) * size, at, exists)
+                read(target + (p // k_per_lane * stride + j) * lane_bytes, buffer, lanes * k_per_lane)
 
     def pack_steps(target, width, stride, source, k, k_stride, width_stride, exist):
         if width_stride == 1:
             pack_adjacent(target, width, stride, source, k, k_stride, exist)
         elif k_stride == 1:
             for j in range(0, width, lanes):
-                for p in range(0, k, lanes * fold):
-                    to = target + (p // fold * stride + j) * lane_bytes
+                for p in range(0, k, lanes * k_per_lane):
+                    to = target + (p // k_per_lane * stride + j) * lane_bytes
                     transpose(to, stride, source + (p + j * width_stride) * size, width_stride, exist - j, k - p)
         else:
             pack_scattered(target, width, stride, source, k, k_stride, width_stride, exist)
@@ -80,7 +80,7 @@ def make_pack_steps(operand: Operand) -> Callable:
 
 def make_pack_rows(operand: Operand) -> Callable:
     """``pack_rows(target, rows, stride, source, k, k_stride, row_stride)``: each row's steps of k beside each other."""
-    lanes, size, fold = operand.vector.lanes, operand.size, operand.fold
+    lanes, size, k_per_lane = operand.vector.lanes, operand.size, operand.k_per_lane
     lane_bytes = operand.vector.size
     read = _reader(operand)
     copy_element = element_copier(size)
@@ -89,15 +89,15 @@ def make_pack_rows(operand: Operand) -> Callable:
     def pack_rows(target, rows, stride, source, k, k_stride, row_stride):
         buffer = scratch()
         for i in range(rows):
-            for p in range(0, k, lanes * fold):
-                to = target + (i * stride + p // fold) * lane_bytes
+            for p in range(0, k, lanes * k_per_lane):
+                to = target + (i * stride + p // k_per_lane) * lane_bytes
                 at = source + (i * row_stride + p * k_stride) * size
                 if k_stride == 1:
                     read(to, at, k - p)
                 else:
-                    for step in range(lanes * fold):
+                    for step in range(lanes * k_per_lane):
                         copy_element(buffer + step * size, at + step * k_stride * size, p + step < k)
-                    read(to, buffer, lanes * fold)
+                    read(to, buffer, lanes * k_per_lane)
 
     return pack_rows
 
@@ -128,7 +128,7 @@ def _reader(operand: Operand) -> Callable:
             def copy(limit=None):
                 vector.store(builder, operand.read(builder, source, limit), vector.at(builder, target))
 
-            whole = builder.icmp_signed(">=", count, I64(vector.lanes * operand.fold))
+            whole = builder.icmp_signed(">=", count, I64(vector.lanes * operand.k_per_lane))
             _either(builder, whole, copy, lambda: copy(count))
 
         return _define(3, emit)
@@ -160,7 +160,7 @@ def _interleaver(operand: Operand) -> Callable:
 
 def _transposer(operand: Operand) -> Callable:
     """``(target, target_stride, source, source_stride, columns, k)``: at most lanes columns become rows of lanes."""
-    vector, fold, lanes = operand.vector, operand.fold, operand.vector.lanes
+    vector, k_per_lane, lanes = operand.vector, operand.k_per_lane, operand.vector.lanes
 
     @intrinsic
     def transpose(typingctx, target, target_stride, source, source_stride, columns, k):
@@ -181,11 +181,11 @@ def _transposer(operand: Operand) -> Callable:
                     count = builder.select(builder.icmp_signed("<", I64(j), columns), k, I64(0))
                     read.append(operand.read(builder, address, count))
                 for p, value in enumerate(vector.transpose(builder, read)):
-                    with builder.if_then(builder.icmp_signed("<", I64(p * fold), k)):
+                    with builder.if_then(builder.icmp_signed("<", I64(p * k_per_lane), k)):
                         vector.store(builder, value, rows[p])
 
             enough_columns = builder.icmp_signed(">=", columns, I64(lanes))
-            whole = builder.and_(enough_columns, builder.icmp_signed(">=", k, I64(lanes * fold)))
+            whole = builder.and_(enough_columns, builder.icmp_signed(">=", k, I64(lanes * k_per_lane)))
             _either(builder, whole, full, edge)
 
         return _define(6, emit)

@@ -1,7 +1,7 @@
 """Vector instructions as LLVM IR: one builder per instruction, each named beside the assembly it becomes.
 
 Numba has no vector types, so the inner loops are written here as IR over ``<lanes x float>`` and reach Numba
-code as intrinsics. An address travels through Numba as an int64 and turns into a pointer only here.
+code as intrinsics. An address is an int64 in Numba code and becomes a pointer only here.
 
 | builder         | AVX-512                     | AVX2                       | NEON      |
 |-----------------|-----------------------------|----------------------------|-----------|
@@ -46,14 +46,14 @@ _BFloat._create_instance()
 class Vector:
     """``lanes`` elements of ``dtype`` in one register.
 
-    ``fused`` says whether the CPU has a fused multiply-add. With ``pairs``, ``fma`` takes lanes that hold two
-    bfloat16 each and adds both products to the float32 lane.
+    fused: the CPU has a fused multiply-add. bf16_dot: a lane holds two bfloat16, and ``fma`` adds both products to
+    the float32 lane.
     """
 
     dtype: str
     lanes: int
     fused: bool = True
-    pairs: bool = False
+    bf16_dot: bool = False
 
     @property
     def scalar(self) -> ir.Type:
@@ -91,17 +91,14 @@ class Vector:
 
     def broadcast(self, builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
         """``vbroadcastss zmm, [pointer]``, or folded into the fma as ``{1to16}``"""
-        scalar = builder.load(pointer, typ=self.scalar, align=self.size)
-        first = builder.insert_element(ir.Constant(self.type, ir.Undefined), scalar, I32(0))
-        every = ir.Constant(ir.VectorType(I32, self.lanes), [I32(0)] * self.lanes)
-        return builder.shuffle_vector(first, ir.Constant(self.type, ir.Undefined), every)
+        return splat(builder, builder.load(pointer, typ=self.scalar, align=self.size), self.lanes)
 
     def fma(self, builder: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
         """``vfmadd231ps``: x·y + z with one rounding (two where the CPU has no such instruction).
 
-        With pairs ``vdpbf16ps``: z + x₁·y₁ + x₀·y₀, a rounding each, denormals taken as 0.
+        With ``bf16_dot`` ``vdpbf16ps``: z + x₁·y₁ + x₀·y₀, a rounding each, denormals taken as 0.
         """
-        if self.pairs:
+        if self.bf16_dot:
             both = ir.VectorType(_BFloat(), 2 * self.lanes)
             name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}"
             callee = self._declare(builder, name, self.type, [self.type, both, both])
@@ -113,9 +110,7 @@ class Vector:
         """``<lanes x i1>``: lane i is on where skipped + i < count."""
         wide = ir.VectorType(I64, self.lanes)
         lanes = ir.Constant(wide, [I64(skipped + i) for i in range(self.lanes)])
-        first = builder.insert_element(ir.Constant(wide, ir.Undefined), count, I32(0))
-        every = ir.Constant(ir.VectorType(I32, self.lanes), [I32(0)] * self.lanes)
-        return builder.icmp_signed("<", lanes, builder.shuffle_vector(first, ir.Constant(wide, ir.Undefined), every))
+        return builder.icmp_signed("<", lanes, splat(builder, count, self.lanes))
 
     def masked_load(self, builder: ir.IRBuilder, pointer: ir.Value, mask: ir.Value) -> ir.Value:
         """``vmovups zmm {k}{z}, [pointer]``: lanes that are off read nothing and give 0."""
@@ -163,6 +158,13 @@ class Vector:
         return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), name)
 
 
+def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    """``vbroadcastss zmm, xmm``: a vector of one number."""
+    undefined = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, I32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [I32(0)] * lanes))
+
+
 def repeat(
     builder: ir.IRBuilder,
     start: ir.Value,
@@ -173,7 +175,7 @@ def repeat(
 ) -> tuple[ir.Value, list[ir.Value]]:
     """``for p in range(start, end, step): state = body(p, state)``, held in registers; the last p and state.
 
-    All phis of a block stand before its first other instruction, as LLVM wants them.
+    All phis of a block stand before its first other instruction, as LLVM requires.
     """
     before = builder.block
     head, inside, done = (builder.append_basic_block(f"loop.{part}") for part in ("head", "body", "done"))

@@ -1,9 +1,9 @@
 """Packing buffers: allocated at first use, kept for the process, one set for each call that runs at a time.
 
-The table behind the symbol ``matmul_grad_workspace`` belongs to the process that loaded the kernels:
+The slots behind the symbol ``matmul_grad_workspace`` belong to the process that loaded the kernels:
 
     word 0             1 in a forked child, whose parent's threads do not exist
-    words 1+3i …       slot i: busy, address, bytes
+    words 1+3i …       slot i: state, address, bytes
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from .memory import claim, get, jit, put, release, symbol
 malloc = types.ExternalFunction("malloc", types.int64(types.int64))
 free = types.ExternalFunction("free", types.void(types.int64))
 
-table = symbol("matmul_grad_workspace")
+slots = symbol("matmul_grad_workspace")
 
-BUSY, ADDRESS, BYTES = 0, 1, 2
+STATE, ADDRESS, BYTES = 0, 1, 2
 SLOT_BYTES = 24
 PAGE = 4096
-BORROWED = 2  # in BUSY: a buffer beyond the table, freed when its call ends
+TEMPORARY = 2  # in STATE: a buffer beyond the slots, freed when its call ends
 
 
 @jit
 def forked():
     """Whether this process is a forked child: there the pool's threads are gone and waking them would hang."""
-    return get(table(), 0) != 0
+    return get(slots(), 0) != 0
 
 
 @jit
-def acquire(bytes_needed):
-    """Address of a slot that this call owns until ``give_back``; 0 when memory ran out."""
+def acquire_slot(bytes_needed):
+    """Address of a slot that this call owns until ``release_slot``; 0 when memory ran out."""
     for i in range(WORKSPACE_SLOTS):
-        slot = table() + 8 + i * SLOT_BYTES
+        slot = slots() + 8 + i * SLOT_BYTES
         if claim(slot):
             if get(slot, BYTES) < bytes_needed:
                 free(get(slot, ADDRESS))
@@ -47,20 +47,20 @@ def acquire(bytes_needed):
             return slot
     slot = malloc(SLOT_BYTES + bytes_needed + PAGE)
     if slot != 0:
-        put(slot, BUSY, BORROWED)
+        put(slot, STATE, TEMPORARY)
         put(slot, ADDRESS, slot + SLOT_BYTES)
     return slot
 
 
 @jit
-def buffers(slot):
+def first_page(slot):
     """First byte of the slot's memory, at the start of a page."""
     return (get(slot, ADDRESS) + PAGE - 1) // PAGE * PAGE
 
 
 @jit
-def give_back(slot):
-    if get(slot, BUSY) == BORROWED:
+def release_slot(slot):
+    if get(slot, STATE) == TEMPORARY:
         free(slot)
     else:
         release(slot)

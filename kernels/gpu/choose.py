@@ -1,14 +1,14 @@
-"""Which tile multiplies which problem on which GPU: tables, a model of the time, and what was measured."""
+"""Which tile is used for a problem on a GPU: candidate tiles, a model of the time, tuned configurations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from . import winners
-from .config import ITEM_BYTES, Problem, Target, TileConfig, is_valid, kind, shared_bytes, steps_of_k, workspace_bytes
+from . import tuned_configs
+from .config import ITEM_BYTES, Problem, Target, TileConfig, is_valid, k_steps, kind, workspace_bytes
 
-# Largest first. BLOCK_K is one number a kind, so the order in which k is summed depends on nothing but k.
+# Largest first. BLOCK_K is one number a kind, so the order of the sum over k depends on k alone.
 # 16-bit tiles are those of Triton's and DeepGEMM's H100 tables; all are cut to compile without spills for
 # sm_80, sm_90 and sm_100. None has been timed yet.
 TILES = {
@@ -73,7 +73,7 @@ FP8_TMA_TILES = (
     TileConfig(64, 64, 128, stages=6, warps=4, path="tma"),
 )
 
-# By the letter of the matrix: a program's threads lie along what is adjacent in memory.
+# By the layout of the matrix: a program's threads lie along the dimension that is adjacent in memory.
 VECTOR_TILES = {
     "N": TileConfig(16, 1, 256, stages=2, warps=4, path="vector"),
     "T": TileConfig(128, 1, 32, stages=2, warps=4, path="vector"),
@@ -108,103 +108,101 @@ RATES = {
     100: Rates(15.2e12, 7.6e12, 0.54e12, 0.27e12, 118e9, 8.0e12),
     120: Rates(1.23e12, 0.62e12, 0.62e12, 0.010e12, 154e9, 1.8e12),
 }
-FILL = 1.0e-6  # seconds until the first operands of a tile have come
-LAUNCH = 2.5e-6  # seconds that a second kernel costs
-SUMS_BYTES = 8 << 10  # of shared memory, at most, for the sums of a bias's gradient (sm_100)
-OVERLAP = 0.1  # of the shorter of computing and reading shows beside the longer
+FILL = 1.0e-6  # seconds until the first operands of a tile have arrived
+LAUNCH = 2.5e-6  # seconds of a second kernel launch
+OVERLAP = 0.1  # the part of the shorter of computing and reading that the longer one does not hide
 STRIDED = 4  # times as many transactions where loads are narrow
 
 
 def rates(target: Target) -> Rates:
-    """Those of the newest known architecture that is not newer."""
+    """The rates of the newest known architecture that is not newer than the target."""
     return RATES[max(arch for arch in RATES if arch <= max(target.arch, 80))]
 
 
 def candidates(problem: Problem, target: Target) -> list[TileConfig]:
-    """Every tile that `choose` weighs and `tune` times, k whole and cut."""
+    """Every tile that `choose` compares and `tune` times, with every number of splits of k."""
     tiles = list(TILES.get((kind(problem), problem.aligned), ()))
     if problem.tma:
         tiles = [*(FP8_TMA_TILES if kind(problem) == "fp8" else TMA_TILES), *tiles]
     if 1 in (problem.m, problem.n):
         letter = problem.a if problem.n == 1 else {"N": "T", "T": "N"}.get(problem.b, "S")
         tiles.append(VECTOR_TILES[letter])
-    cut = [replace(tile, split_k=parts) for tile in tiles for parts in SPLITS]
-    return [tile for tile in cut if is_valid(tile, problem, target)]
+    split = [replace(tile, split_k=splits) for tile in tiles for splits in SPLITS]
+    return [tile for tile in split if is_valid(tile, problem, target)]
 
 
-def seconds(config: TileConfig, problem: Problem, target: Target) -> float:
-    """The model: waves of tiles, each as long as its products or its reads, beside what memory takes."""
+def predicted_seconds(config: TileConfig, problem: Problem, target: Target) -> float:
+    """The model: waves of tiles, each bound by arithmetic or L2 reads; the whole bound by memory."""
     rate, item = rates(target), ITEM_BYTES[problem.dtype]
     m, n, k, batch = problem.m, problem.n, problem.k, problem.batch
     rows, cols = (m * n, 1) if config.path == "vector" else (m, n)
     tiles = -(-rows // config.block_m) * -(-cols // config.block_n)
     waves = -(-tiles * config.split_k * batch // target.sms)
-    steps = -(-steps_of_k(problem, config) // config.split_k)
+    steps = -(-k_steps(problem, config) // config.split_k)
     narrow = 1 if problem.aligned or config.path == "tma" else STRIDED
-    products = 2 * config.block_m * config.block_n * config.block_k / rate.of(kind(problem))
+    compute = 2 * config.block_m * config.block_n * config.block_k / rate.of(kind(problem))
     reads = (config.block_m + config.block_n) * config.block_k * item * narrow / rate.cache
     stores = config.block_m * config.block_n * item / rate.cache
-    parts = workspace_bytes(problem, config)
-    memory = (batch * (m * k + k * n + m * n) * item + 2 * parts) / rate.memory
-    run = waves * (FILL + steps * max(products, reads) + stores)
+    workspace = workspace_bytes(problem, config)
+    memory = (batch * (m * k + k * n + m * n) * item + 2 * workspace) / rate.memory
+    run = waves * (FILL + steps * max(compute, reads) + stores)
     return max(run, memory) + OVERLAP * min(run, memory) + (LAUNCH if config.split_k > 1 else 0)
 
 
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, target: Target) -> TileConfig:
-    """The tile for a problem on a GPU: the measured winner if there is a valid one, else the quickest by `seconds`.
+    """The tile for a problem on a GPU: the tuned one if there is one and it is valid, else the fastest predicted.
 
-    Of equals the first of `candidates`. Pure: no timing, and the tables are read once a process, so every run gives
-    the same bits. block_k is set by dtype and precision alone, but for "vector". Raises ValueError where no tile is
-    valid (an unknown dtype, a GPU before sm_80).
+    Of equals the first of `candidates`. Pure: nothing is timed, and tuned configurations are read once a process, so
+    every run gives the same bits. block_k depends on dtype and precision alone, but for "vector". Raises ValueError
+    where no tile is valid (an unknown dtype, a GPU before sm_80).
     """
-    measured = winners.find(problem, target)
-    if measured is not None and is_valid(measured, problem, target):
-        return measured
+    tuned = tuned_configs.find(problem, target)
+    if tuned is not None and is_valid(tuned, problem, target):
+        return tuned
     tiles = candidates(problem, target)
     if not tiles:
         raise ValueError(f"no tile for {problem} on {target}")
-    return min(tiles, key=lambda tile: seconds(tile, problem, target))
+    return min(tiles, key=lambda tile: predicted_seconds(tile, problem, target))
 
 
 def is_valid_backward(tile: TileConfig, problem: Problem, grad: str, target: Target) -> bool:
-    """Whether one launch may make both gradients in tiles of this shape; grad: how dC lies in memory, "N" or "T"."""
+    """Whether one launch may compute both gradients in tiles of this shape. grad: the layout of dC, "N" or "T"."""
     # Where the loads of both products look alike to the compiler, it keeps the operands of both in shared memory.
     left, right = (problem.a == "N") == (grad == "T"), (problem.b == "N") == (grad == "T")
     square = tile.block_m == tile.block_n == tile.block_k
     alike = (left or right) if square else (left and right)
-    fits = shared_bytes(tile, problem, target) + SUMS_BYTES <= target.shared_bytes
-    return fits and not alike and all(is_valid(tile, product, target) for product in gradients(problem))
+    return not alike and all(is_valid(tile, product, target) for product in gradients(problem))
 
 
 @lru_cache(maxsize=4096)
 def choose_backward(problem: Problem, grad: str, target: Target) -> TileConfig | None:
-    """The tile for both gradients of a product in one launch, or None where two launches are quicker or the only way.
+    """The tile for both gradients in one launch, or None where two launches are faster or no tile is valid.
 
-    problem: of the forward product. grad: how dC lies in memory, one that the copy engine can read.
+    problem: of the forward product. grad: the layout of dC, "N" or "T", which TMA can read.
     """
     grads = gradients(problem)
     tiles = [tile for tile in TMA_TILES if is_valid_backward(tile, problem, grad, target)]
     if not tiles:
         return None
-    best = min(tiles, key=lambda tile: together(tile, grads, target))
-    apart = sum(seconds(choose(product, target), product, target) for product in grads) + LAUNCH
-    return best if together(best, grads, target) <= apart else None
+    best = min(tiles, key=lambda tile: fused_time(tile, grads, target))
+    separate_time = sum(predicted_seconds(choose(product, target), product, target) for product in grads) + LAUNCH
+    return best if fused_time(best, grads, target) <= separate_time else None
 
 
 def gradients(problem: Problem) -> tuple[Problem, Problem]:
-    """dA = dC . Bt and dB = At . dC as problems; dC lies as its operand fits it best: row by row."""
-    turned = {"N": "T", "T": "N", "S": "S"}
+    """dA = dC . Bt and dB = At . dC as problems, with dC row by row."""
+    transposed = {"N": "T", "T": "N", "S": "S"}
     m, n, k = problem.m, problem.n, problem.k
     return (
-        replace(problem, n=k, k=n, a="N", b=turned[problem.b]),
-        replace(problem, m=k, k=m, a=turned[problem.a], b="N"),
+        replace(problem, n=k, k=n, a="N", b=transposed[problem.b]),
+        replace(problem, m=k, k=m, a=transposed[problem.a], b="N"),
     )
 
 
-def together(tile: TileConfig, grads: tuple[Problem, Problem], target: Target) -> float:
-    """Seconds of one grid that walks the tiles of both: the work of each in waves that overlap."""
-    alone = [seconds(tile, product, target) for product in grads]
+def fused_time(tile: TileConfig, grads: tuple[Problem, Problem], target: Target) -> float:
+    """Predicted seconds of one grid over the tiles of both gradients, whose last waves overlap."""
+    alone = [predicted_seconds(tile, product, target) for product in grads]
     tiles = [-(-product.m // tile.block_m) * -(-product.n // tile.block_n) for product in grads]
     waves = [-(-count // target.sms) for count in tiles]
     saved = sum(waves) - -(-sum(tiles) // target.sms)

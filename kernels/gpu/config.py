@@ -1,4 +1,4 @@
-"""What a GPU product is, what a tile is, and which tile may serve which product: pure data, without torch or triton."""
+"""Problem, GPU and tile as plain data, and which tile is valid for which problem; without torch or triton."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ BARRIER_BYTES = 1024
 MAX_ACCUMULATOR_REGISTERS = 128
 MAX_ACCUMULATOR_REGISTERS_BEFORE_90 = 64
 
-# The float32 partial results of a k that is cut, at most: they stay in the L2 cache.
+# At most so many bytes of partial results where k is split: they stay in the L2 cache.
 WORKSPACE_BYTES = 32 << 20
-# A part of k has at least so many steps of block_k, else it is over before it runs at speed.
-STEPS_OF_A_PART = 4
+# A split of k has at least so many steps of block_k; shorter ones end before the pipeline is full.
+MIN_STEPS_PER_SPLIT = 4
 
 
 @dataclass(frozen=True)
 class Problem:
-    """C = A . B as the tile choice sees it: (m, k) . (k, n), dtype, how each operand lies in memory.
+    """What the choice of a tile depends on: C = A . B, (m, k) . (k, n), with dtype, precision and layouts.
 
     dtype: a name of ITEM_BYTES, of a, b and c; in 8 bits of a and b alone, and then `result` is c's. precision: "ieee",
-    or for float32 operands "tf32" (rounded to 10 mantissa bits) or "tf32x3" (in two such halves). a, b: "N" (columns
+    or for float32 "tf32" (rounded to 10 mantissa bits) or "tf32x3" (as the sum of two such numbers). a, b: "N" (columns
     adjacent), "T" (rows adjacent) or "S" (neither). aligned: 16-byte loads are legal along the adjacent dimension of
-    both operands. tma: the copy engine can read both. batch: how many products. invariant: a row of C has the same
+    both operands. tma: TMA can read both. batch: the number of matrices. invariant: a row of C has the same
     bits for any m.
     """
 
@@ -71,8 +71,8 @@ class TileConfig:
     """One compiled shape of a kernel: a block_m x block_n tile of C, block_k deep, by `warps` warps.
 
     path: the kernel: "pointers" (gemm.py), "tma" (tma.py) or "vector" (vector.py: block_m rows of the matrix, and
-    block_n is 1). stages: operand tiles in flight. group_m: rows of tiles walked together, so that B's tiles are met
-    again in the L2 cache. split_k: parts that k is cut into. subtiles: parts in which "tma" stores a tile.
+    block_n is 1). stages: operand tiles in flight. group_m: rows of tiles visited together, so that tiles of B are
+    reused from the L2 cache. split_k: number of splits of k. subtiles: parts in which "tma" stores a tile.
     """
 
     block_m: int
@@ -87,7 +87,7 @@ class TileConfig:
 
 
 def layout(row_stride: int, col_stride: int) -> str:
-    """How a matrix lies in memory: "N" if its columns are adjacent, "T" if its rows are, "S" if neither.
+    """The layout of a matrix: "N" if its columns are adjacent in memory, "T" if its rows are, "S" if neither.
 
     >>> layout(5, 1), layout(1, 5), layout(10, 2), layout(0, 1)
     ('N', 'T', 'S', 'N')
@@ -104,10 +104,10 @@ def kind(problem: Problem) -> str:
     return SHORT_NAMES[problem.dtype] if problem.precision == "ieee" else problem.precision
 
 
-def number(problem: Problem) -> str:
+def dtype_name(problem: Problem) -> str:
     """The short name of dtype and precision.
 
-    >>> number(Problem(1, 1, 1, "bfloat16")), number(Problem(1, 1, 1, "float32", precision="tf32"))
+    >>> dtype_name(Problem(1, 1, 1, "bfloat16")), dtype_name(Problem(1, 1, 1, "float32", precision="tf32"))
     ('bf16', 'tf32')
     """
     return SHORT_NAMES[problem.dtype] if problem.precision == "ieee" else problem.precision
@@ -123,17 +123,17 @@ def kernel_name(problem: Problem, config: TileConfig) -> str:
     """
     stem = {"pointers": "gemm", "tma": "gemm_tma", "vector": "matvec"}[config.path]
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-    cut = f"_k{config.split_k}" if config.split_k > 1 else ""
+    split = f"_k{config.split_k}" if config.split_k > 1 else ""
     letters = (problem.a + problem.b).lower()
-    return f"{stem}_{letters}_{number(problem)}_{tile}_s{config.stages}_w{config.warps}{cut}"
+    return f"{stem}_{letters}_{dtype_name(problem)}_{tile}_s{config.stages}_w{config.warps}{split}"
 
 
-def steps_of_k(problem: Problem, config: TileConfig) -> int:
+def k_steps(problem: Problem, config: TileConfig) -> int:
     return -(-problem.k // config.block_k)
 
 
 def workspace_bytes(problem: Problem, config: TileConfig) -> int:
-    """Partial results of a k that is cut; 0 where it is not."""
+    """Bytes of the partial results where k is split, else 0."""
     if config.split_k == 1:
         return 0
     return problem.batch * config.split_k * problem.m * problem.n * max(4, ITEM_BYTES[problem.dtype])
@@ -143,7 +143,7 @@ def shared_bytes(config: TileConfig, problem: Problem, target: Target) -> int:
     """An upper bound on the shared memory of one block: the operand tiles in flight, and the tile of C.
 
     The copies of TF32 operands that were rounded are a tile more where the matrix unit reads from shared memory.
-    The tile of C that the copy engine stores lies beside the operands, others in their place.
+    The tile of C that TMA stores lies beside the operands, others in their place.
     """
     item = ITEM_BYTES[problem.dtype]
     result = config.block_m * config.block_n * ITEM_BYTES[problem.result or problem.dtype]
@@ -158,7 +158,7 @@ def shared_bytes(config: TileConfig, problem: Problem, target: Target) -> int:
 
 
 def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
-    """Whether a tile may be launched for a problem on a GPU: every constraint of the kernels is here."""
+    """Whether a tile may be launched for a problem on a GPU. Every constraint of the kernels is here."""
     blocks = (config.block_m, config.block_n, config.block_k, config.warps)
     if any(size < 1 or size & (size - 1) for size in blocks):
         return False
@@ -182,7 +182,7 @@ def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
 def _is_valid_split(config: TileConfig, problem: Problem) -> bool:
     if config.split_k == 1:
         return True
-    enough = 1 < config.split_k <= steps_of_k(problem, config) // STEPS_OF_A_PART
+    enough = 1 < config.split_k <= k_steps(problem, config) // MIN_STEPS_PER_SPLIT
     return enough and not problem.invariant and workspace_bytes(problem, config) <= WORKSPACE_BYTES
 
 
@@ -196,10 +196,10 @@ def _is_valid_gemm(config: TileConfig, problem: Problem, target: Target) -> bool
     # 64-row matrix instructions (wgmma, tcgen05) sum k in another order than 16-row ones (mma.sync): with
     # one family an architecture, a row's bits do not depend on m.
     rows = 64 if kind(problem) in ("fp8", "half", "tf32", "tf32x3") and 90 <= target.arch < 120 else 16
-    # Before sm_100, 8-bit products are added up beside the sums that they then join.
-    words = 2 if problem.dtype == "float64" or (kind(problem) == "fp8" and target.arch < 100) else 1
+    # Before sm_100, 8-bit products are added in registers of their own before the float32 accumulators.
+    registers = 2 if problem.dtype == "float64" or (kind(problem) == "fp8" and target.arch < 100) else 1
     most = MAX_ACCUMULATOR_REGISTERS if target.arch >= 90 else MAX_ACCUMULATOR_REGISTERS_BEFORE_90
-    accumulators = config.block_m * config.block_n * words // (32 * config.warps)
+    accumulators = config.block_m * config.block_n * registers // (32 * config.warps)
     return (
         config.block_m >= rows
         and min(config.block_n, config.block_k) >= 16
@@ -210,7 +210,7 @@ def _is_valid_gemm(config: TileConfig, problem: Problem, target: Target) -> bool
 
 
 def _is_valid_tma(config: TileConfig, problem: Problem, target: Target) -> bool:
-    # sm_120 has the copy engine too, but no matrix instruction that reads what it brings from shared memory.
+    # sm_120 has TMA too, but no matrix instruction that reads operands from shared memory.
     return (
         problem.tma
         and ITEM_BYTES[problem.dtype] <= 2

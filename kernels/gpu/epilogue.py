@@ -1,118 +1,132 @@
 """The epilogue of every kernel that stores a result: alpha * accumulator + beta * source, before the one rounding."""
 
+import struct
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .tiles import store_rows
+from .tiles import halves, store_rows
 
-# Arguments of every kernel that stores a result; were they specialised, each alpha and beta would be compiled anew.
-SCALES = ("alpha_low", "alpha_high", "beta_low", "beta_high")
-# Of the source of a tile, so many columns are loaded at a time: beside the largest tiles, more spill.
+# Scalar arguments of every kernel that stores a result; were they specialised, each alpha and beta would be compiled
+# anew. They are no tuple, since Triton specialises the elements of a tuple whatever do_not_specialize names.
+SCALARS = ("alpha_low", "alpha_high", "beta_low", "beta_high")
+# So many columns of the source are loaded at a time: beside the largest tiles, more would spill registers.
 COLUMNS = tl.constexpr(64)
+
+
+class Epilogue(NamedTuple):
+    """alpha * (A . B) + beta * source, computed where the product is stored.
+
+    source: a tensor that expands to the result; None adds nothing. In a plan, the `Strides` of that tensor, 0 where it
+    repeats; alpha and beta are then scalar arguments of each call.
+    """
+
+    alpha: float = 1
+    beta: float = 1
+    source: Any = None
+
+    @property
+    def added(self) -> Any:
+        """The source if it is read, which it is not where beta is 0."""
+        return None if self.beta == 0 else self.source
+
+    def scalars(self) -> dict[str, int]:
+        """alpha and beta as the kernels take them: the two halves of their bits as float64.
+
+        >>> Epilogue(1, -2.5).scalars()
+        {'alpha_low': 0, 'alpha_high': 1072693248, 'beta_low': 0, 'beta_high': -1073479680}
+        """
+        halves = struct.unpack("=4i", struct.pack("=2d", self.alpha, self.beta))
+        return dict(zip(SCALARS, halves, strict=True))
 
 
 @triton.jit
 def scale_from(low, high, SCALE: tl.constexpr):
-    """alpha or beta, from the two halves of a float64's bits: Triton makes a float32 of a float."""
+    """alpha or beta, from the two halves of a float64's bits: Triton makes a float32 of a float argument."""
     bits = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
     return bits.to(tl.float64, bitcast=True).to(SCALE)
 
 
 @triton.jit
-def scale_by_alpha(acc, scales):
+def scale_by_alpha(acc, scalars):
     """alpha * acc, rounded to the type of acc; acc where there is no alpha."""
-    if scales[0] is not None:
-        acc *= scale_from(scales[0], scales[1], acc.dtype)
+    if scalars[0] is not None:
+        acc *= scale_from(scalars[0], scalars[1], acc.dtype)
     return acc
 
 
 @triton.jit
-def add_source(acc, source, scales):
+def add_source(acc, source, scalars):
     """acc + beta * source in one multiply-add; acc where source is None."""
     if source is not None:
-        acc = tl.fma(source.to(acc.dtype), scale_from(scales[2], scales[3], acc.dtype), acc)
+        acc = tl.fma(source.to(acc.dtype), scale_from(scalars[2], scalars[3], acc.dtype), acc)
     return acc
 
 
 @triton.jit
-def epilogue(acc, source, scales):
+def epilogue(acc, source, scalars):
     """alpha * acc + beta * source, for a source that is loaded already.
 
-    source: the elements that are added, in the shape of acc; None adds nothing. scales: the arguments `SCALES`, in
+    source: the elements that are added, in the shape of acc; None adds nothing. scalars: the arguments `SCALARS`, in
     their order.
     """
-    return add_source(scale_by_alpha(acc, scales), source, scales)
+    return add_source(scale_by_alpha(acc, scalars), source, scalars)
 
 
 @triton.jit
-def load_source(base, s_row, s_col, row, col, in_rows, in_cols):
-    """What is added to a tile; one row, column or number of it where the other stride is None."""
-    if s_row is None and s_col is None:
-        source = tl.load(base)
-    elif s_row is None:
-        source = tl.load(base + col * s_col, mask=in_cols, other=0.0)
-    elif s_col is None:
-        source = tl.load(base + row * s_row, mask=in_rows, other=0.0)
+def load_source(source, row, col, in_rows, in_cols):
+    """The source of a tile; one row, column or number of it where the other stride is None."""
+    if source.row is None and source.col is None:
+        tile = tl.load(source.ptr)
+    elif source.row is None:
+        tile = tl.load(source.ptr + col * source.col, mask=in_cols, other=0.0)
+    elif source.col is None:
+        tile = tl.load(source.ptr + row * source.row, mask=in_rows, other=0.0)
     else:
-        source = tl.load(base + row * s_row + col * s_col, mask=in_rows & in_cols, other=0.0)
-    return source
+        tile = tl.load(source.ptr + row * source.row + col * source.col, mask=in_rows & in_cols, other=0.0)
+    return tile
 
 
 @triton.jit
-def add_source_to_tile(
-    acc, base, s_row, s_col, row0, col0, rows, cols, scales, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """`add_source` of a whole tile, COLUMNS at a time; base None adds nothing."""
-    if base is None:
+def add_source_to_tile(acc, source, row0, col0, rows, cols, scalars):
+    """`add_source` of a whole tile, COLUMNS at a time.
+
+    source: address and strides of the matrix that is added, of one batch; no address adds nothing.
+    """
+    if source.ptr is None:
         pass
-    elif BLOCK_N > COLUMNS:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        left = add_source_to_tile(left, base, s_row, s_col, row0, col0, rows, cols, scales, BLOCK_M, BLOCK_N // 2)
-        right = add_source_to_tile(
-            right, base, s_row, s_col, row0, col0 + BLOCK_N // 2, rows, cols, scales, BLOCK_M, BLOCK_N // 2
-        )
-        acc = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_M, BLOCK_N))
+    elif acc.shape[1] > COLUMNS:
+        left, right = halves(acc)
+        left = add_source_to_tile(left, source, row0, col0, rows, cols, scalars)
+        right = add_source_to_tile(right, source, row0, col0 + acc.shape[1] // 2, rows, cols, scalars)
+        acc = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), acc.shape)
     else:
-        row = row0.to(tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-        col = col0.to(tl.int64) + tl.arange(0, BLOCK_N)[None, :]
-        acc = add_source(acc, load_source(base, s_row, s_col, row, col, row < rows, col < cols), scales)
+        row = row0.to(tl.int64) + tl.arange(0, acc.shape[0])[:, None]
+        col = col0.to(tl.int64) + tl.arange(0, acc.shape[1])[None, :]
+        acc = add_source(acc, load_source(source, row, col, row < rows, col < cols), scalars)
     return acc
 
 
 @triton.jit
-def tile_epilogue(
-    acc, base, s_row, s_col, row0, col0, rows, cols, scales, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """`epilogue` of a whole tile. alpha precedes the cuts: in the pieces it costs the largest tiles registers."""
-    acc = scale_by_alpha(acc, scales)
-    return add_source_to_tile(acc, base, s_row, s_col, row0, col0, rows, cols, scales, BLOCK_M, BLOCK_N)
+def tile_epilogue(acc, source, row0, col0, rows, cols, scalars):
+    """`epilogue` of a whole tile. alpha precedes the halving: after it, it costs the largest tiles registers."""
+    return add_source_to_tile(scale_by_alpha(acc, scalars), source, row0, col0, rows, cols, scalars)
 
 
 @triton.jit
-def tile_epilogue_and_store(
-    acc, base, s_row, s_col, c_ptr, c_row, row0, col0, rows, cols, scales,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+def tile_epilogue_and_store(acc, source, c, row0, col0, rows, cols, scalars):
     """`tile_epilogue` and `store_rows`."""
-    acc = scale_by_alpha(acc, scales)
-    add_source_and_store(acc, base, s_row, s_col, c_ptr, c_row, row0, col0, rows, cols, scales, BLOCK_M, BLOCK_N)
+    add_source_and_store(scale_by_alpha(acc, scalars), source, c, row0, col0, rows, cols, scalars)
 
 
 @triton.jit
-def add_source_and_store(
-    acc, base, s_row, s_col, c_ptr, c_row, row0, col0, rows, cols, scales,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """`add_source_to_tile` and `store_rows`, COLUMNS at a time: what is stored leaves its registers to the next."""
-    if base is not None and BLOCK_N > COLUMNS:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        add_source_and_store(
-            left, base, s_row, s_col, c_ptr, c_row, row0, col0, rows, cols, scales, BLOCK_M, BLOCK_N // 2
-        )
-        add_source_and_store(
-            right, base, s_row, s_col, c_ptr, c_row, row0, col0 + BLOCK_N // 2, rows, cols, scales,
-            BLOCK_M, BLOCK_N // 2,
-        )  # fmt: skip
+def add_source_and_store(acc, source, c, row0, col0, rows, cols, scalars):
+    """`add_source_to_tile` and `store_rows`, COLUMNS at a time: what is stored frees its registers for the next."""
+    if source.ptr is not None and acc.shape[1] > COLUMNS:
+        left, right = halves(acc)
+        add_source_and_store(left, source, c, row0, col0, rows, cols, scalars)
+        add_source_and_store(right, source, c, row0, col0 + acc.shape[1] // 2, rows, cols, scalars)
     else:
-        acc = add_source_to_tile(acc, base, s_row, s_col, row0, col0, rows, cols, scales, BLOCK_M, BLOCK_N)
-        store_rows(acc, c_ptr, row0, col0, rows, cols, c_row, BLOCK_M, BLOCK_N)
+        acc = add_source_to_tile(acc, source, row0, col0, rows, cols, scalars)
+        store_rows(acc, c, row0, col0, rows, cols)

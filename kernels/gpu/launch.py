@@ -1,4 +1,4 @@
-"""From tensors to launches: the only place that launches a grid."""
+"""From tensors to launches: the operators of the GPU, and the only place that launches a grid."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import modes
+from . import settings
 from .choose import choose, choose_backward
 from .config import Target, TileConfig, is_valid, layout
+from .epilogue import Epilogue
 from .operands import (
     INTERPRETED,
     NAMES,
@@ -23,24 +24,24 @@ from .operands import (
     strides_of,
     strides_of_source,
 )
-from .plan import Sum, backward_launch, launches, scales_of, work_elements
+from .plan import backward_plan, plans, work_elements
 from .run import CannotBuild as CannotBuild
-from .run import Runner, failed
+from .run import Runner, build_failures
 
 INTERPRETER = Target(arch=80, sms=2, shared_bytes=227 << 10)
-PLANS = 4096  # kept at once; a model with more shapes than that pays for its plans again
+MAX_LAUNCHES = 4096  # kept at once; with more shapes than that, launches are made again
 
 
-class Plan(NamedTuple):
-    """What a product of these shapes, strides, dtypes and alignments takes: launches, shape of C, workspace."""
+class Launch(NamedTuple):
+    """The kernels of a product of given shapes, strides, dtypes and alignments, the shape of C and the workspace."""
 
-    run: tuple[Runner, ...]
+    runners: tuple[Runner, ...]
     shape: tuple[int, ...]
-    work: int
-    sums: torch.dtype
+    workspace: int
+    workspace_dtype: torch.dtype
 
 
-_plans: dict[tuple, Plan] = {}
+_launches: dict[tuple, Launch] = {}
 
 
 def mm(
@@ -59,108 +60,106 @@ def mm(
     float32, by default torch's setting at this call; other dtypes have no choice and ignore it.
     Aliasing: out must overlap neither a nor b, nor itself.
     Rounding: once, at the store, from a sum in float32 (float64 for float64).
-    Edges: masked in the kernel or by the copy engine; nothing is padded.
+    Edges: masked in the kernel or by TMA; nothing is padded.
     Determinism: the same operands give the same bits on the same GPU model; see `choose`. Where
     `matmul_grad.deterministic(batch_invariant=True)` holds, a row of C has the same bits for any m.
-    Memory: where k is cut, at most 32 MiB of partial results, from torch's allocator.
+    Memory: where k is split, at most 32 MiB of partial results, from torch's allocator.
     Source: kernels/gpu/. config fixes the tile, for tests and for `tune`. Under TRITON_INTERPRET=1, CPU tensors run
-    through Triton's interpreter. Raises ValueError for what it cannot multiply.
+    through Triton's interpreter. Raises ValueError for operands that it cannot multiply.
     """
     precision = precision_of(a, precision)
     key = _key(a, b, precision, config)
     if out is not None:
-        key += _lies(out)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _remember(key, make_plan(a, b, out, precision, config))
-    result = a.new_empty(plan.shape) if out is None else out
-    return _follow(plan, a, b, result) if plan.run else result.zero_()
+        key += _layout_key(out)
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _remember(key, make_launch(a, b, out, precision, config))
+    result = a.new_empty(launch.shape) if out is None else out
+    return _run_launch(launch, a, b, result) if launch.runners else result.zero_()
 
 
 bmm = mm
 
 
-def product(
+def addmm(
     a: Tensor,
     b: Tensor,
-    source: Tensor | None = None,
-    beta: float = 1,
-    alpha: float = 1,
+    epilogue: Epilogue,
     out: Tensor | None = None,
     precision: str | None = None,
     *,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """C = alpha * (A . B) + beta * source, added where the sums S of A . B are stored: no launch more than for A . B.
+    """C = alpha * (A . B) + beta * source, computed where A . B is stored: no more launches than for A . B.
 
-    Shapes, strides, dtypes, aliasing, edges, determinism, memory: as `mm`. source expands to C, of any strides; it may
-    be out itself, else out does not overlap it.
-    Rounding: alpha and beta to the type of S, then alpha * S, one multiply-add of beta and source, and the result.
-    Where beta is 0 source is not read; where there is nothing to multiply, A . B is 0.
+    Shapes, strides, dtypes, aliasing, edges, determinism, memory: as `mm`. The source expands to C, of any strides; it
+    may be out itself, else out does not overlap it.
+    Rounding: alpha and beta to the type of the sums S of A . B, then alpha * S, one multiply-add of beta and source,
+    and the result. Where beta is 0 the source is not read; where there is nothing to multiply, A . B is 0.
     """
-    if alpha == 1 and (source is None or beta == 0):
+    source = epilogue.added
+    if epilogue.alpha == 1 and source is None:
         return mm(a, b, precision, config=config, out=out)
     precision = precision_of(a, precision)
-    read = None if beta == 0 else source
-    key = ("sum", *_key(a, b, precision, config), out is not None)
-    for tensor in (out, read):
+    key = ("addmm", *_key(a, b, precision, config), out is not None)
+    for tensor in (out, source):
         if tensor is not None:
-            key += _lies(tensor)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _remember(key, make_plan(a, b, out, precision, config, (read,)))
-    result = a.new_empty(plan.shape) if out is None else out
-    if plan.run:
-        return _follow(plan, a, b, result, source=read, **scales_of(alpha, beta))
-    return result.zero_() if read is None else result.copy_(read.expand(plan.shape)).mul_(beta)
+            key += _layout_key(tensor)
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _remember(key, make_launch(a, b, out, precision, config, epilogue))
+    result = a.new_empty(launch.shape) if out is None else out
+    if launch.runners:
+        return _run_launch(launch, a, b, result, source=source, **epilogue.scalars())
+    return result.zero_() if source is None else result.copy_(source.expand(launch.shape)).mul_(epilogue.beta)
 
 
 def precision_of(a: Tensor, precision: str | None) -> str:
-    """What was asked for, or torch's setting; there is a choice for float32 alone."""
+    """The precision asked for, or torch's setting; other dtypes than float32 have no choice."""
     if a.dtype != torch.float32:
         return "ieee"
     return precision_now() if precision is None else precision
 
 
-def _follow(plan: Plan, a: Tensor, b: Tensor, result: Tensor, **more: Any) -> Tensor:
+def _run_launch(launch: Launch, a: Tensor, b: Tensor, result: Tensor, **more: Any) -> Tensor:
     tensors = {"a": a, "b": b, "c": result, **more}
-    if plan.work:
-        tensors["work"] = a.new_empty(plan.work, dtype=plan.sums)
+    if launch.workspace:
+        tensors["work"] = a.new_empty(launch.workspace, dtype=launch.workspace_dtype)
     if INTERPRETED and a.dtype == torch.bfloat16:
         # The interpreter truncates on the way to bfloat16, where a GPU rounds to nearest even.
         tensors["c"] = rounded = torch.empty_strided(result.shape, result.stride(), dtype=torch.float32)
-        _run(plan.run, tensors, a)
+        _run(launch.runners, tensors, a)
         return result.copy_(rounded)
-    _run(plan.run, tensors, a)
+    _run(launch.runners, tensors, a)
     return result
 
 
-def _lies(x: Tensor) -> tuple:
+def _layout_key(x: Tensor) -> tuple:
     return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16
 
 
 def _key(a: Tensor, b: Tensor, precision: str, config: TileConfig | None) -> tuple:
     return (
         a.shape, a.stride(), b.shape, b.stride(), a.dtype, b.dtype, a.get_device(), b.get_device(),
-        a.data_ptr() % 16, b.data_ptr() % 16, precision, modes.invariant, config,
+        a.data_ptr() % 16, b.data_ptr() % 16, precision, settings.invariant, config,
     )  # fmt: skip
 
 
-def plan_of(a: Tensor, b: Tensor) -> Plan | None:
-    """The plan that ``mm`` has for two operands that are not float32, after the first such call."""
-    return _plans.get(_key(a, b, "ieee", None))
+def launch_of(a: Tensor, b: Tensor) -> Launch | None:
+    """The launch that ``mm`` keeps for two operands that are not float32, after the first such call."""
+    return _launches.get(_key(a, b, "ieee", None))
 
 
-def forget() -> None:
-    """Drop all plans, as when what they were made from has changed."""
-    _plans.clear()
+def clear_cache() -> None:
+    """Drop all launches, as when the tiles or settings that they were made from have changed."""
+    _launches.clear()
 
 
-def _remember(key: tuple, plan: Plan) -> Plan:
-    if len(_plans) >= PLANS:
-        _plans.clear()
-    _plans[key] = plan
-    return plan
+def _remember(key: tuple, launch: Launch) -> Launch:
+    if len(_launches) >= MAX_LAUNCHES:
+        _launches.clear()
+    _launches[key] = launch
+    return launch
 
 
 def _run(runners: tuple[Runner, ...], tensors: dict[str, Any], on: Tensor) -> None:
@@ -174,23 +173,22 @@ def _run(runners: tuple[Runner, ...], tensors: dict[str, Any], on: Tensor) -> No
             runner(tensors)
 
 
-def make_plan(
+def make_launch(
     a: Tensor,
     b: Tensor,
     out: Tensor | None,
     precision: str,
     config: TileConfig | None,
-    sum: tuple[Tensor | None] | None = None,
-) -> Plan:
-    """Check the operands, choose a tile and fill in the launches. ValueError for what cannot be multiplied.
-
-    sum: for a sum, what is added, None for nothing.
-    """
+    epilogue: Epilogue | None = None,
+) -> Launch:
+    """Check the operands, choose a tile and make the plans. ValueError for what cannot be multiplied."""
     shape = checked_shape(a, b, out)
-    added = None if sum is None else Sum(None if sum[0] is None else strides_of_source(sum[0], a, shape))
+    if epilogue is not None:
+        source = epilogue.added
+        epilogue = epilogue._replace(source=None if source is None else strides_of_source(source, a, shape))
     work = torch.float64 if a.dtype == torch.float64 else torch.float32
     if 0 in shape or a.shape[-1] == 0:
-        return Plan((), shape, 0, work)
+        return Launch((), shape, 0, work)
     result = torch.empty(shape, dtype=a.dtype, device="meta") if out is None else out
     problem, target = describe(a, b, result, precision), target_of(a)
     if config is None:
@@ -199,57 +197,47 @@ def make_plan(
         raise ValueError(f"{config} is not valid for {problem} on {target}")
     strides = strides_of(a), strides_of(b), strides_of(result)
     upcast = INTERPRETED and a.dtype == torch.bfloat16
-    made = launches(problem, config, target, strides, store_tma=fits_tma(result), upcast=upcast, sum=added)
-    return Plan(tuple(Runner(launch) for launch in made), shape, work_elements(problem, config), work)
+    made = plans(problem, config, target, strides, store_tma=fits_tma(result), upcast=upcast, epilogue=epilogue)
+    return Launch(tuple(Runner(plan) for plan in made), shape, work_elements(problem, config), work)
 
 
 def mm_backward(
     grad: Tensor, a: Tensor, b: Tensor, output_mask: tuple[bool, bool] = (True, True)
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA = dC . Bt and dB = At . dC: in one launch where the copy engine reads all three, else in one each.
+    """dA = dC . Bt and dB = At . dC: in one launch where TMA can read all three, else in one each.
 
     Shapes: grad (m, n), a (m, k), b (k, n). All else as `mm`; the results are contiguous.
     """
     if output_mask[0] and output_mask[1]:
-        both = backward_in_one(grad, a, b, False)
+        both = backward_in_one(grad, a, b)
         if both is not None:
-            return both[0], both[1]
+            return both
     return (
         mm(grad, b.mT) if output_mask[0] else None,
         mm(a.mT, grad) if output_mask[1] else None,
     )
 
 
-def linear_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dA, dB and the sums of dC's columns, the gradient of a bias; in one launch where that is possible."""
-    three = backward_in_one(grad, a, b, True)
-    if three is not None:
-        return three[0], three[1], three[2]
-    return mm(grad, b.mT), mm(a.mT, grad), grad.sum(0)
-
-
-def backward_in_one(grad: Tensor, a: Tensor, b: Tensor, bias: bool) -> list[Tensor] | None:
-    """The gradients from one launch, or None where two are better or the only way."""
+def backward_in_one(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Both gradients from one launch, or None where two launches are faster or the only way."""
     key = (
         "backward", grad.shape, grad.stride(), a.shape, a.stride(), b.shape, b.stride(), grad.dtype, a.dtype, b.dtype,
         grad.get_device(), a.get_device(), b.get_device(), grad.data_ptr() % 16, a.data_ptr() % 16, b.data_ptr() % 16,
-        modes.invariant, bias,
+        settings.invariant,
     )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _remember(key, make_backward_plan(grad, a, b, bias))
-    if not plan.run:
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _remember(key, make_backward_launch(grad, a, b))
+    if not launch.runners:
         return None
-    names = ["da", "db", *["bias"] * bias]
-    results = [x.new_empty(x.shape) for x in (a, b)] + [grad.new_empty(grad.shape[1])] * bias
-    tensors = {"grad": grad, "a": a, "b": b, **dict(zip(names, results, strict=True))}
-    _run(plan.run, tensors, a)
-    return results
+    da, db = a.new_empty(a.shape), b.new_empty(b.shape)
+    _run(launch.runners, {"grad": grad, "a": a, "b": b, "da": da, "db": db}, a)
+    return da, db
 
 
-def make_backward_plan(grad: Tensor, a: Tensor, b: Tensor, bias: bool) -> Plan:
-    """The one launch, or a plan without any."""
-    none = Plan((), (), 0, torch.float32)
+def make_backward_launch(grad: Tensor, a: Tensor, b: Tensor) -> Launch:
+    """The launch of both gradients, without a runner where there is none."""
+    none = Launch((), (), 0, torch.float32)
     if a.dim() != 2 or checked_shape(a, b, grad) != tuple(grad.shape) or 0 in (*a.shape, *b.shape):
         return none
     if INTERPRETED and a.dtype == torch.bfloat16:
@@ -261,8 +249,8 @@ def make_backward_plan(grad: Tensor, a: Tensor, b: Tensor, bias: bool) -> Plan:
         return none
     strides = strides_of(a), strides_of(b), strides_of(grad)
     stored = fits_tma(results[0]), fits_tma(results[1])
-    launch = backward_launch(problem, config, target, strides, store_tma=stored, bias=bias)
-    return Plan((Runner(launch),), (), 0, torch.float32)
+    plan = backward_plan(problem, config, target, strides, store_tma=stored)
+    return Launch((Runner(plan),), (), 0, torch.float32)
 
 
 def scaled_mm(
@@ -271,26 +259,26 @@ def scaled_mm(
     """C = scale_a * scale_b * (A . B) of 8-bit floats, without a gradient.
 
     Shapes: a (m, k), b (k, n), every size > 0; the scales have one element each.
-    Strides: a has its columns together and b its rows, in whole 16 bytes: `takes_scaled`.
+    Strides: the columns of a and the rows of b are adjacent, in whole 16 bytes: `supports_scaled`.
     Dtypes: a and b float8_e4m3fn or float8_e5m2, each its own; scales float32; result float16, bfloat16 or float32.
     Rounding: products are exact, sums float32 (on sm_90 after every 128 products), one rounding at the store.
     """
     key = (
         a.shape, a.stride(), b.shape, b.stride(), a.dtype, b.dtype, a.get_device(), b.get_device(),
-        a.data_ptr() % 16, b.data_ptr() % 16, result, modes.invariant, config,
+        a.data_ptr() % 16, b.data_ptr() % 16, result, settings.invariant, config,
     )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _remember(key, make_scaled_plan(a, b, result, config))
-    c = a.new_empty(plan.shape, dtype=result)
+    launch = _launches.get(key)
+    if launch is None:
+        launch = _remember(key, make_scaled_launch(a, b, result, config))
+    c = a.new_empty(launch.shape, dtype=result)
     tensors = {"a": a, "b": b, "c": c, "scale_a": scale_a, "scale_b": scale_b}
-    if plan.work:
-        tensors["work"] = a.new_empty(plan.work, dtype=plan.sums)
-    _run(plan.run, tensors, a)
+    if launch.workspace:
+        tensors["work"] = a.new_empty(launch.workspace, dtype=launch.workspace_dtype)
+    _run(launch.runners, tensors, a)
     return c
 
 
-def make_scaled_plan(a: Tensor, b: Tensor, result: torch.dtype, config: TileConfig | None) -> Plan:
+def make_scaled_launch(a: Tensor, b: Tensor, result: torch.dtype, config: TileConfig | None) -> Launch:
     c = torch.empty(a.shape[0], b.shape[1], dtype=result, device="meta")
     problem, target = replace(describe(a, b, c, "ieee"), result=NAMES[result]), target_of(a)
     if config is None:
@@ -298,17 +286,17 @@ def make_scaled_plan(a: Tensor, b: Tensor, result: torch.dtype, config: TileConf
     elif not is_valid(config, problem, target):
         raise ValueError(f"{config} is not valid for {problem} on {target}")
     strides = strides_of(a), strides_of(b), strides_of(c)
-    made = launches(problem, config, target, strides, store_tma=fits_tma(c), upcast=INTERPRETED)
-    return Plan(tuple(Runner(launch) for launch in made), tuple(c.shape), work_elements(problem, config), torch.float32)
+    made = plans(problem, config, target, strides, store_tma=fits_tma(c), upcast=INTERPRETED)
+    return Launch(tuple(Runner(plan) for plan in made), tuple(c.shape), work_elements(problem, config), torch.float32)
 
 
-def takes_scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, result: torch.dtype) -> bool:
-    """Whether `scaled_mm` takes these: 8-bit matrices along k, scales of one element, a GPU from sm_89 on."""
+def supports_scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, result: torch.dtype) -> bool:
+    """Whether `scaled_mm` supports these: 8-bit matrices along k, scales of one element, a GPU from sm_89 on."""
     matrices = a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and 0 not in (*a.shape, *b.shape)
     narrow = a.dtype in NAMES_OF_8_BITS and b.dtype in NAMES_OF_8_BITS and result in NAMES and result.itemsize <= 4
     scales = all(scale.numel() == 1 and scale.dtype == torch.float32 for scale in (scale_a, scale_b))
-    together = a.device == b.device == scale_a.device == scale_b.device and (a.is_cuda or INTERPRETED)
-    if failed or not (matrices and narrow and scales and together):
+    one_device = a.device == b.device == scale_a.device == scale_b.device and (a.is_cuda or INTERPRETED)
+    if build_failures or not (matrices and narrow and scales and one_device):
         return False
     along_k = a.stride(1) == b.stride(0) == 1 and is_aligned(a) and is_aligned(b)
     return along_k and target_of(a).arch >= 89 and (INTERPRETED or torch.version.hip is None)
@@ -317,12 +305,12 @@ def takes_scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, result:
 def precision_now() -> str:
     """How torch.mm would multiply float32 on a GPU at this moment: "tf32" or "ieee".
 
-    Reads the setting that cuBLAS obeys, however it was made: `torch.backends.cuda.matmul.fp32_precision`,
+    Reads the setting that cuBLAS follows, however it was made: `torch.backends.cuda.matmul.fp32_precision`,
     `allow_tf32`, `torch.set_float32_matmul_precision` or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE. The other getters
-    raise once old and new ways of setting have been mixed. Where it says "ieee" and
+    raise once old and new ways of setting have been mixed. Where it is "ieee" and
     `matmul_grad.float32_products("tf32x3")` holds, the matrix units multiply it in three parts.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else modes.float32
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else settings.float32
 
 
 @cache
@@ -333,13 +321,13 @@ def _gpu(index: int) -> Target:
 
 
 def target_of(x: Tensor) -> Target:
-    """The GPU that the tensor is on; the interpreter's stands for any."""
+    """The GPU that the tensor is on; under the interpreter, INTERPRETER."""
     return INTERPRETER if INTERPRETED else _gpu(x.device.index)
 
 
 def supports(x: Tensor) -> bool:
-    """Whether mm takes this tensor: its dtype, on an NVIDIA GPU from sm_80 on (or under the interpreter)."""
-    if x.dtype not in NAMES or failed:
+    """Whether mm supports this tensor: its dtype, on an NVIDIA GPU from sm_80 on (or under the interpreter)."""
+    if x.dtype not in NAMES or build_failures:
         return False
     if INTERPRETED:
         return x.is_cpu or x.is_cuda

@@ -1,4 +1,4 @@
-"""What a launch asks of its tensors: whether they fit each other, and how they lie in memory."""
+"""Checks of the tensors of a launch: whether they fit each other, and their layout in memory."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 import triton
 from torch import Tensor
 
-from . import modes
+from . import settings
+from .arguments import Strides
 from .config import ALIGNMENT, ITEM_BYTES, Problem, layout
 from .gemm import gemm
-from .plan import Strides
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SUPPORTED}
 NAMES_OF_8_BITS = {dtype: str(dtype).removeprefix("torch.") for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)}
 ALL_NAMES = NAMES | NAMES_OF_8_BITS
 
-# Triton decides this once, when it meets the kernel's decorator.
+# Triton decides this once, when it decorates the kernel.
 INTERPRETED = not isinstance(gemm, triton.JITFunction)
 
 
@@ -36,7 +36,7 @@ def checked_shape(a: Tensor, b: Tensor, out: Tensor | None) -> tuple[int, ...]:
 
 
 def strides_of_source(source: Tensor, a: Tensor, shape: tuple[int, ...]) -> Strides:
-    """How what is added to a product of this shape lies, once it is expanded; or a ValueError."""
+    """The strides of the source of an epilogue, expanded to the shape of the product; or a ValueError."""
     sizes = zip(reversed(source.shape), reversed(shape), strict=False)
     if source.dim() > len(shape) or any(size not in (1, whole) for size, whole in sizes):
         raise ValueError(f"cannot add {tuple(source.shape)} to {shape}")
@@ -46,7 +46,7 @@ def strides_of_source(source: Tensor, a: Tensor, shape: tuple[int, ...]) -> Stri
 
 
 def describe(a: Tensor, b: Tensor, c: Tensor, precision: str) -> Problem:
-    """What `choose` needs to know of the operands: sizes, dtype, layouts, precision, alignment."""
+    """The problem that `choose` decides on: sizes, dtype, layouts, precision, alignment."""
     return Problem(
         m=a.shape[-2],
         n=b.shape[-1],
@@ -58,7 +58,7 @@ def describe(a: Tensor, b: Tensor, c: Tensor, precision: str) -> Problem:
         aligned=is_aligned(a) and is_aligned(b),
         tma=fits_tma(a) and fits_tma(b) and c.stride(-1) == 1,
         batch=a.shape[0] if a.dim() == 3 else 1,
-        invariant=modes.invariant,
+        invariant=settings.invariant,
     )
 
 
@@ -68,7 +68,7 @@ def strides_of(x: Tensor) -> Strides:
 
 
 def adjacent(x: Tensor) -> tuple[int, list[int]] | None:
-    """Extent of the dimension whose elements are together, and the other strides that are used; None without one."""
+    """Size of the dimension whose elements are adjacent, and the other strides that are used; None without one."""
     (rows, cols), (row_stride, col_stride) = x.shape[-2:], x.stride()[-2:]
     outer = [x.stride(0)] if x.dim() == 3 and x.shape[0] > 1 else []
     if col_stride == 1:
@@ -77,7 +77,7 @@ def adjacent(x: Tensor) -> tuple[int, list[int]] | None:
 
 
 def is_aligned(x: Tensor) -> bool:
-    """Whether Triton can prove 16-byte loads: a stride of 1, and a size, strides and an address that divide."""
+    """Whether Triton can use 16-byte loads: a stride of 1, and size, other strides and address are divisible by 16."""
     found = adjacent(x)
     if found is None:
         return False
@@ -85,7 +85,7 @@ def is_aligned(x: Tensor) -> bool:
 
 
 def fits_tma(x: Tensor) -> bool:
-    """Whether the copy engine can read and write a matrix: the one rule of alignment, for m, n and k alike.
+    """Whether TMA can read and write a matrix: the one rule of alignment, for m, n and k alike.
 
     One stride of 1; address, rows and every other stride in whole 16 bytes (a store writes whole chunks); no stride
     of 0; sizes that 32 bits hold. A meta tensor stands for new memory, which is aligned.

@@ -1,67 +1,38 @@
-"""From a problem and its tile to launches: which kernels, on what grid, with which arguments. Pure, without torch."""
+"""From a problem and its tile to plans: which kernels, on what grid, with which arguments. Pure, without torch."""
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+from .arguments import (
+    DescriptorArg,
+    Matrix,
+    MatvecStrides,
+    Operands,
+    PointerArg,
+    RowCol,
+    ScalarArg,
+    ScalePtrs,
+    Strides,
+    Vector,
+)
 from .backward import backward_tma
-from .config import Problem, Target, TileConfig, kernel_name, kind, number, workspace_bytes
-from .epilogue import SCALES
+from .config import Problem, Target, TileConfig, dtype_name, kernel_name, kind, workspace_bytes
+from .epilogue import SCALARS, Epilogue
 from .gemm import gemm
 from .reduce import reduce
 from .tma import gemm_tma
 from .vector import matvec
 
 REDUCE_BLOCK = 1024
-# 8-bit products that the matrix unit of sm_90 may add in 14 bits; torch's use_fast_accum=False promises no less.
-IMPRECISE = 128
 # Left to itself, ptxas spills a few registers to fit one more block on a multiprocessor.
 MAX_REGISTERS = 255
 
 
-class Operand(NamedTuple):
-    """An argument that is the address of a tensor: which one, by its name."""
-
-    name: str
-
-
-class Number(NamedTuple):
-    """An argument that is a number of each call, of 32 bits: which one, by its name."""
-
-    name: str
-
-
-class Described(NamedTuple):
-    """An argument that is a TMA descriptor of a tensor: shape and strides in memory order, and the block it brings."""
-
-    name: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
-
-
-class Strides(NamedTuple):
-    """How a matrix lies in memory, in elements; batch is 0 where there is one product."""
-
-    row: int
-    col: int
-    batch: int = 0
-
-
-class Sum(NamedTuple):
-    """C = alpha * (A . B) + beta * source: how the source lies, with stride 0 where it repeats; None to add nothing."""
-
-    source: Strides | None
-
-
-NOWHERE = Strides(0, 0)
-
-
 @dataclass(frozen=True)
-class Launch:
-    """One kernel: its arguments as a launch takes them, constants by name, and the compiler's options."""
+class Plan:
+    """One kernel launch: the kernel, its grid and arguments, constants by name, and the compiler's options."""
 
     kernel: Any
     grid: tuple[int, int]
@@ -70,7 +41,7 @@ class Launch:
     options: dict[str, Any]
 
 
-def launches(
+def plans(
     problem: Problem,
     config: TileConfig,
     target: Target,
@@ -78,56 +49,47 @@ def launches(
     *,
     store_tma: bool = False,
     upcast: bool = False,
-    sum: Sum | None = None,
-) -> list[Launch]:
-    """The launches of C = A . B on the operands "a", "b", "c", and "work" where k is cut.
+    epilogue: Epilogue | None = None,
+) -> list[Plan]:
+    """The plans of C = A . B on the tensors "a", "b", "c", and "work" where k is split.
 
-    strides: of a, b, c. store_tma: the copy engine can write c. upcast: for Triton's interpreter. sum: what the kernel
-    that stores c does besides, with the operand "source" and the numbers of `scales_of`.
+    strides: of a, b, c. store_tma: TMA can write c. upcast: for Triton's interpreter. epilogue: applied by the kernel
+    that stores c, with the tensor "source" and `Epilogue.scalars` of each call.
     """
     make = {"pointers": _gemm, "tma": _gemm_tma, "vector": _matvec}[config.path]
     if config.split_k == 1:
-        return [make(problem, config, target, strides, "c", store_tma, upcast, sum)]
+        return [make(problem, config, target, strides, "c", store_tma, upcast, epilogue)]
     work = Strides(problem.n, 1, problem.m * problem.n)
     first = make(problem, config, target, (*strides[:2], work), "work", False, upcast, None)
-    return [first, _reduce(problem, config, strides[2], sum)]
+    return [first, _reduce(problem, config, strides[2], epilogue)]
 
 
-def scales_of(alpha: float, beta: float) -> dict[str, int]:
-    """alpha and beta as the kernels take them: by the halves of their bits.
-
-    >>> scales_of(1, -2.5)
-    {'alpha_low': 0, 'alpha_high': 1072693248, 'beta_low': 0, 'beta_high': -1073479680}
-    """
-    return dict(zip(SCALES, struct.unpack("=4i", struct.pack("=2d", alpha, beta)), strict=True))
-
-
-def source_of(sum: Sum | None) -> tuple[Operand | None, Strides]:
-    """What is added, and how it lies."""
-    return (None, NOWHERE) if sum is None or sum.source is None else (Operand("source"), sum.source)
-
-
-def scaling(sum: Sum | None) -> tuple[Number | None, ...]:
-    """The last arguments of a kernel that stores a result."""
-    alpha, beta = sum is not None, sum is not None and sum.source is not None
+def scalar_args(epilogue: Epilogue | None) -> tuple[ScalarArg | None, ...]:
+    """The last arguments of a kernel that stores a result: `SCALARS`, None for those that it does not use."""
+    alpha, beta = epilogue is not None, epilogue is not None and epilogue.source is not None
     used = (alpha, alpha, beta, beta)
-    return tuple(Number(name) if use else None for name, use in zip(SCALES, used, strict=True))
+    return tuple(ScalarArg(name) if use else None for name, use in zip(SCALARS, used, strict=True))
 
 
-def added(sum: Sum | None) -> tuple[Any, ...]:
-    """The arguments from the source on; a stride that is None says that nothing changes along it."""
-    source, lies = source_of(sum)
-    if source is None:
-        return (None, None, None, None, *scaling(sum))
-    return (source, lies.row or None, lies.col or None, lies.batch, *scaling(sum))
+def matrix_arg(name: str, strides: Strides) -> Matrix:
+    return Matrix(PointerArg(name), *strides)
 
 
-def named(name: str, sum: Sum | None) -> str:
-    return name if sum is None else f"{name}_sum"
+def source_arg(epilogue: Epilogue | None, repeats: bool = True) -> Matrix:
+    """The source of an epilogue. repeats: a stride of 0 is None, for a kernel that loads one row or column for all."""
+    if epilogue is None or epilogue.source is None:
+        return Matrix()
+    source = matrix_arg("source", epilogue.source)
+    return source._replace(row=source.row or None, col=source.col or None) if repeats else source
+
+
+def with_suffix(name: str, epilogue: Epilogue | None) -> str:
+    """The name of a kernel with an epilogue."""
+    return name if epilogue is None else f"{name}_addmm"
 
 
 def work_elements(problem: Problem, config: TileConfig) -> int:
-    """Sums, float64 for float64 and else float32, that the launches need beside the operands."""
+    """Elements of the workspace, float64 for float64 and else float32."""
     return workspace_bytes(problem, config) // (8 if problem.dtype == "float64" else 4)
 
 
@@ -136,7 +98,7 @@ def cdiv(size: int, block: int) -> int:
 
 
 def is_wide(extents: list[tuple[int, int]]) -> bool:
-    """Whether an offset inside a block can leave 32 bits: by its (size, stride) along each dimension."""
+    """Whether an offset inside a block can exceed 32 bits: by its (size, stride) along each dimension."""
     return sum(size * stride for size, stride in extents) >= 2**31
 
 
@@ -155,15 +117,8 @@ def blocks(config: TileConfig) -> dict[str, int]:
     }
 
 
-def scales(problem: Problem) -> tuple[Operand | None, Operand | None]:
-    """The two scales of 8-bit operands."""
-    return (Operand("scale_a"), Operand("scale_b")) if kind(problem) == "fp8" else (None, None)
-
-
-def of_8_bits(problem: Problem) -> dict[str, Any]:
-    """The constants that 8-bit operands alone set."""
-    narrow = kind(problem) == "fp8"
-    return {"SCALED": narrow, "IMPRECISE": IMPRECISE if narrow else None}
+def scale_ptrs(problem: Problem) -> ScalePtrs:
+    return ScalePtrs(PointerArg("scale_a"), PointerArg("scale_b")) if kind(problem) == "fp8" else ScalePtrs()
 
 
 def _gemm(
@@ -172,22 +127,23 @@ def _gemm(
     target: Target,
     strides: tuple[Strides, ...],
     result: str,
-    _: bool,
+    store_tma: bool,
     upcast: bool,
-    sum: Sum | None,
-) -> Launch:
+    epilogue: Epilogue | None,
+) -> Plan:
     (a, b, c), (m, n, k) = strides, (problem.m, problem.n, problem.k)
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     wide = any(
         is_wide(extents)
         for extents in ([(bm, a.row), (bk, a.col)], [(bk, b.row), (bn, b.col)], [(bm, c.row), (bn, c.col)])
     )
-    return Launch(
+    return Plan(
         gemm,
         (cdiv(m, bm) * cdiv(n, bn), config.split_k * problem.batch),
         (
-            Operand("a"), Operand("b"), Operand(result), *scales(problem), m, n, k,
-            a.row, a.col, b.row, b.col, c.row, c.col, a.batch, b.batch, c.batch, *added(sum),
+            Operands(PointerArg("a"), PointerArg("b"), PointerArg(result)), scale_ptrs(problem), m, n, k,
+            Operands(*(RowCol(x.row, x.col) for x in strides)), Operands(*(x.batch for x in strides)),
+            source_arg(epilogue), *scalar_args(epilogue),
         ),
         {
             **blocks(config),
@@ -195,21 +151,23 @@ def _gemm(
             "PRECISION": problem.precision,
             "WIDE": wide,
             "UPCAST": upcast,
-            **of_8_bits(problem),
-            "NAME": named(kernel_name(problem, config), sum),
+            "NAME": with_suffix(kernel_name(problem, config), epilogue),
         },
         options(config),
     )  # fmt: skip
 
 
-def described(name: str, rows: int, cols: int, strides: Strides, block: tuple[int, int], batch: int) -> Described:
-    """A matrix for the copy engine, its adjacent dimension last; ``block`` is in the matrix's own order."""
-    shape, leading = (rows, cols), strides.row
+def descriptor_arg(name: str, shape: tuple[int, ...], strides: Strides, block: tuple[int, int]) -> DescriptorArg:
+    """A TMA descriptor of a matrix, or of a batch, with the adjacent dimension last.
+
+    shape: rows, columns and the size of the batch. block: in the matrix's own order.
+    """
+    (rows, cols, batch), leading = shape, strides.row
     if strides.col != 1:
-        shape, leading, block = (cols, rows), strides.col, (block[1], block[0])
+        rows, cols, leading, block = cols, rows, strides.col, (block[1], block[0])
     if batch == 1:
-        return Described(name, shape, (leading, 1), block)
-    return Described(name, (batch, *shape), (strides.batch, leading, 1), (1, *block))
+        return DescriptorArg(name, (rows, cols), (leading, 1), block)
+    return DescriptorArg(name, (batch, rows, cols), (strides.batch, leading, 1), (1, *block))
 
 
 def _gemm_tma(
@@ -220,31 +178,28 @@ def _gemm_tma(
     result: str,
     store_tma: bool,
     upcast: bool,
-    sum: Sum | None,
-) -> Launch:
+    epilogue: Epilogue | None,
+) -> Plan:
     (a, b, c), (m, n, k), batch = strides, (problem.m, problem.n, problem.k), problem.batch
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     items = cdiv(m, bm) * cdiv(n, bn) * config.split_k * batch
-    stored = described(result, m, n, c, (bm, bn // config.subtiles), batch) if store_tma else None
-    return Launch(
+    stored = descriptor_arg(result, (m, n, batch), c, (bm, bn // config.subtiles)) if store_tma else None
+    return Plan(
         gemm_tma,
         (programs(items, target), 1),
         (
-            described("a", m, k, a, (bm, bk), batch), described("b", k, n, b, (bk, bn), batch), stored,
-            None if store_tma else Operand(result), *scales(problem), c.row, c.batch, m, n, k, batch,
-            *added(sum),
+            descriptor_arg("a", (m, k, batch), a, (bm, bk)), descriptor_arg("b", (k, n, batch), b, (bk, bn)), stored,
+            Matrix() if store_tma else matrix_arg(result, c), scale_ptrs(problem), m, n, k,
+            batch if batch > 1 else None, source_arg(epilogue), *scalar_args(epilogue),
         ),
         {
             **blocks(config),
             "SPLIT_K": config.split_k,
-            "A_TURNED": a.col != 1,
-            "B_TURNED": b.col != 1,
-            "BATCHED": batch > 1,
-            "STORE_TMA": store_tma,
+            "A_TRANSPOSED": a.col != 1,
+            "B_TRANSPOSED": b.col != 1,
             "SUBTILES": config.subtiles,
             "UPCAST": upcast,
-            **of_8_bits(problem),
-            "NAME": named(kernel_name(problem, config), sum),
+            "NAME": with_suffix(kernel_name(problem, config), epilogue),
         },
         options(config),
     )  # fmt: skip
@@ -261,62 +216,62 @@ def _matvec(
     target: Target,
     strides: tuple[Strides, ...],
     result: str,
-    _: bool,
+    store_tma: bool,
     upcast: bool,
-    sum: Sum | None,
-) -> Launch:
+    epilogue: Epilogue | None,
+) -> Plan:
     a, b, c = strides
-    source, s = source_of(sum)
-    rows, matrix, vector, a_row, a_col = problem.m, "a", "b", a.row, a.col
-    x_step, y_step, s_step = b.row, c.row, s.row
+    added = None if epilogue is None else epilogue.source
+    s = Strides(0, 0) if added is None else added
+    rows, matrix, vector, step = problem.m, "a", "b", s.row
+    along = MatvecStrides(a.row, a.col, b.row, c.row, c.batch)
     if problem.n != 1:
-        rows, matrix, vector, a_row, a_col = problem.n, "b", "a", b.col, b.row
-        x_step, y_step, s_step = a.col, c.col, s.col
+        rows, matrix, vector, step = problem.n, "b", "a", s.col
+        along = MatvecStrides(b.col, b.row, a.col, c.col, c.batch)
     bm, bk = config.block_m, config.block_k
-    wide = is_wide([(bm, a_row), (bk, a_col)]) or is_wide([(bk, x_step)]) or is_wide([(bm, max(y_step, s_step))])
-    return Launch(
+    wide = is_wide([(bm, along.row), (bk, along.col)])
+    wide = wide or is_wide([(bk, along.x)]) or is_wide([(bm, max(along.y, step))])
+    return Plan(
         matvec,
         (cdiv(rows, bm), config.split_k),
         (
-            Operand(matrix), Operand(vector), Operand(result), rows, problem.k, a_row, a_col, x_step, y_step, c.batch,
-            source, None if source is None else s_step, *scaling(sum),
+            Operands(PointerArg(matrix), PointerArg(vector), PointerArg(result)), rows, problem.k, along,
+            Vector() if added is None else Vector(PointerArg("source"), step), *scalar_args(epilogue),
         ),
         {
             "BLOCK_M": bm,
             "BLOCK_K": bk,
             "SPLIT_K": config.split_k,
             "WIDE": wide,
-            "NAME": named(kernel_name(problem, config), sum),
+            "NAME": with_suffix(kernel_name(problem, config), epilogue),
         },
         options(config),
     )  # fmt: skip
 
 
-def _reduce(problem: Problem, config: TileConfig, c: Strides, sum: Sum | None) -> Launch:
+def _reduce(problem: Problem, config: TileConfig, c: Strides, epilogue: Epilogue | None) -> Plan:
     size = problem.m * problem.n
-    name = named(f"reduce_{number(problem)}_k{config.split_k}", sum)
-    source, s = source_of(sum)
-    lies = (None, None, None) if source is None else (s.row, s.col, s.batch)
-    return Launch(
+    name = with_suffix(f"reduce_{dtype_name(problem)}_k{config.split_k}", epilogue)
+    source = source_arg(epilogue, repeats=False)
+    return Plan(
         reduce,
         (cdiv(size, REDUCE_BLOCK), problem.batch),
-        (Operand("work"), Operand("c"), size, problem.n, c.row, c.col, c.batch, source, *lies, *scaling(sum)),
+        (PointerArg("work"), PointerArg("c"), size, problem.n, c, source, *scalar_args(epilogue)),
         {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "NAME": name},
         {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
     )
 
 
-def backward_launch(
+def backward_plan(
     problem: Problem,
     config: TileConfig,
     target: Target,
     strides: tuple[Strides, Strides, Strides],
     *,
     store_tma: tuple[bool, bool] = (True, True),
-    bias: bool = False,
     upcast: bool = False,
-) -> Launch:
-    """The one launch of a backward pass: "grad", "a", "b" to "da", "db" and, where asked, "bias".
+) -> Plan:
+    """The plan of a backward pass in one launch: "grad", "a", "b" to "da" and "db".
 
     problem: of the forward product. strides: of a, b, grad; the results are contiguous. store_tma: of da and db.
     """
@@ -325,28 +280,25 @@ def backward_launch(
     items = cdiv(k, bm) * cdiv(n, bn) + cdiv(m, bm) * cdiv(k, bn)
     da, db = Strides(k, 1), Strides(n, 1)
     stored = (bm, bn // config.subtiles)
-    return Launch(
+    return Plan(
         backward_tma,
         (programs(items, target), 1),
         (
-            described("a", m, k, a, (bk, bm), 1), described("b", k, n, b, (bn, bk), 1),
-            described("grad", m, n, grad, (bm, bk), 1), described("grad", m, n, grad, (bk, bn), 1),
-            described("da", m, k, da, stored, 1) if store_tma[0] else None,
-            described("db", k, n, db, stored, 1) if store_tma[1] else None,
-            None if store_tma[0] else Operand("da"), None if store_tma[1] else Operand("db"),
-            Operand("bias") if bias else None, k, n, m, n, k,
+            descriptor_arg("a", (m, k, 1), a, (bk, bm)), descriptor_arg("b", (k, n, 1), b, (bn, bk)),
+            descriptor_arg("grad", (m, n, 1), grad, (bm, bk)), descriptor_arg("grad", (m, n, 1), grad, (bk, bn)),
+            descriptor_arg("da", (m, k, 1), da, stored) if store_tma[0] else None,
+            descriptor_arg("db", (k, n, 1), db, stored) if store_tma[1] else None,
+            Matrix() if store_tma[0] else matrix_arg("da", da), Matrix() if store_tma[1] else matrix_arg("db", db),
+            m, n, k,
         ),
         {
             **blocks(config),
-            "A_TURNED": a.col != 1,
-            "B_TURNED": b.col != 1,
-            "GRAD_TURNED": grad.col != 1,
-            "BIAS": bias,
-            "DA_TMA": store_tma[0],
-            "DB_TMA": store_tma[1],
+            "A_TRANSPOSED": a.col != 1,
+            "B_TRANSPOSED": b.col != 1,
+            "GRAD_TRANSPOSED": grad.col != 1,
             "SUBTILES": config.subtiles,
             "UPCAST": upcast,
-            "NAME": kernel_name(problem, config).replace("gemm_tma", "backward") + ("_bias" if bias else ""),
+            "NAME": kernel_name(problem, config).replace("gemm_tma", "backward"),
         },
         options(config),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""One launch, made again and again: compiled and specialised once, then handed to the driver without looking again."""
+"""Run a plan repeatedly: Triton compiles and specialises it once; later calls go straight to the compiled kernel."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .plan import Described, Launch, Number, Operand
-from .recipe import Recipe, recipe
+from .arguments import DescriptorArg, Matrix, Operands, PointerArg, ScalarArg, ScalePtrs, Vector
+from .launch_record import LaunchRecord, record_of
+from .plan import Plan
 
-failed: list[str] = []  # why Triton can build nothing here, once it could not
+build_failures: list[str] = []  # why Triton cannot build its kernels here, once it has failed
 
 
 class CannotBuild(RuntimeError):
     """Triton cannot build the launcher of a kernel, as where there is no C compiler; the message says why."""
 
 
-class Checked:
-    """What Triton's launcher reads of a TensorDescriptor, without the checks that the first call has made."""
+class PrecheckedDescriptor:
+    """The attributes of a TensorDescriptor that Triton's launcher reads, without the checks of its constructor."""
 
     __slots__ = ("base", "block_shape", "padding", "round_f32_to_tf32", "shape", "strides")
 
@@ -32,32 +33,38 @@ class Checked:
 
 
 class Runner:
-    """A launch whose tensors and numbers alone change; tensors keep shape, strides, dtype, device and alignment.
+    """Launches one plan. From call to call tensors keep shape, strides, dtype, device and alignment.
 
-    The first call goes through Triton's JIT, which compiles; those after it call what it compiled, and skip the
-    binding, the specialisation and the look-up of its launch. Where a profiler listens all calls go the long way.
+    The first call goes through Triton's JIT, which compiles; later ones call what it compiled, without binding,
+    specialising and looking it up again. Where a profiler has hooks in Triton's launches, all calls go through the JIT.
     """
 
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
-        self._operands = [(i, x.name) for i, x in enumerate(launch.arguments) if isinstance(x, Operand | Number)]
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._named = [(i, x.name) for i, x in enumerate(plan.arguments) if isinstance(x, PointerArg | ScalarArg)]
+        self._tuples = [
+            (i, x, pointers)
+            for i, x in enumerate(plan.arguments)
+            if isinstance(x, Operands | Matrix | Vector | ScalePtrs)
+            if (pointers := [(field, arg.name) for field, arg in enumerate(x) if isinstance(arg, PointerArg)])
+        ]
         self._described = [
             (i, x.name, list(x.shape), list(x.strides), list(x.block))
-            for i, x in enumerate(launch.arguments)
-            if isinstance(x, Described)
+            for i, x in enumerate(plan.arguments)
+            if isinstance(x, DescriptorArg)
         ]
-        constants = [launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :]]
-        self._arguments = [*launch.arguments, *constants]
+        constants = [plan.constants[name] for name in plan.kernel.arg_names[len(plan.arguments) :]]
+        self._arguments = [*plan.arguments, *constants]
         self._compiled: Any = None
 
-    def recipe(self) -> Recipe | None:
-        """What the driver was given, but for the addresses; None before the first call, and where that is not all."""
-        return None if self._compiled is None else recipe(self._launch, self._compiled)
+    def record(self) -> LaunchRecord | None:
+        """What the driver was given, but for the addresses; None before the first call, or where no record holds it."""
+        return None if self._compiled is None else record_of(self._plan, self._compiled)
 
     def _build_and_launch(self, arguments: list[Any]) -> Any:
-        launch = self._launch
+        plan = self._plan
         try:
-            return launch.kernel[launch.grid](*arguments, **launch.options)
+            return plan.kernel[plan.grid](*arguments, **plan.options)
         except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
             reason = reason_not_to_build(error)
             if not reason:
@@ -67,11 +74,16 @@ class Runner:
 
     def __call__(self, tensors: dict[str, Any]) -> None:
         arguments = self._arguments.copy()
-        for position, name in self._operands:
+        for position, name in self._named:
             arguments[position] = tensors[name]
+        for position, fields, pointers in self._tuples:
+            values = list(fields)
+            for field, name in pointers:
+                values[field] = tensors[name]
+            arguments[position] = type(fields)(*values)
         compiled = self._compiled
-        jit = compiled is None or listened()
-        describe = TensorDescriptor if jit else Checked
+        jit = compiled is None or has_profiler_hooks()
+        describe = TensorDescriptor if jit else PrecheckedDescriptor
         for position, name, shape, strides, block in self._described:
             arguments[position] = describe(tensors[name], shape, strides, block)
         if jit:
@@ -79,7 +91,7 @@ class Runner:
             return
         stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         function, metadata = compiled.function, compiled.packed_metadata
-        compiled.run(*self._launch.grid, 1, stream, function, metadata, None, None, None, *arguments)
+        compiled.run(*self._plan.grid, 1, stream, function, metadata, None, None, None, *arguments)
 
 
 def reason_not_to_build(error: Exception) -> str:
@@ -90,9 +102,9 @@ def reason_not_to_build(error: Exception) -> str:
 
 
 def note_failure(reason: str) -> None:
-    """One warning a process: products of CUDA tensors go to torch from now on."""
-    if not failed:
-        failed.append(reason)
+    """Warn once a process that products of CUDA tensors fall back to torch from now on."""
+    if not build_failures:
+        build_failures.append(reason)
         warnings.warn(
             f"matmul_grad: Triton cannot build its kernels here, products on the GPU go to torch: {reason}",
             RuntimeWarning,
@@ -100,7 +112,7 @@ def note_failure(reason: str) -> None:
         )
 
 
-def listened() -> bool:
-    """Whether a profiler has hooked itself into Triton's launches. Newer Tritons keep a chain of hooks there."""
+def has_profiler_hooks() -> bool:
+    """Whether a profiler has hooks in Triton's launches. Newer versions of Triton keep a chain of hooks there."""
     hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
     return any(getattr(hook, "calls", hook) for hook in hooks)

@@ -1,7 +1,10 @@
-"""What every GEMM kernel shares: the order of tiles, the share of k, the product of one tile, its store."""
+"""What the GEMM kernels share: order of tiles, range of k of one split, multiplication of one tile, its store."""
 
 import triton
 import triton.language as tl
+
+# So many 8-bit products may the matrix unit of sm_90 add in 14 bits; torch's use_fast_accum=False promises no less.
+IMPRECISE = tl.constexpr(128)
 
 
 @triton.jit
@@ -17,8 +20,8 @@ def round_to_tf32(x):
 
 
 @triton.jit
-def place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of a tile: GROUP_M rows of tiles are walked together, so that B's are met again in L2."""
+def tile_coords(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile. GROUP_M rows of tiles are visited together, so that tiles of B are reused from L2."""
     group = tile // (GROUP_M * tiles_n)
     in_group = tile % (GROUP_M * tiles_n)
     rows_in_group = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
@@ -26,8 +29,8 @@ def place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def share_of_k(part, k, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """First and last step of BLOCK_K of one of SPLIT_K parts: cut by k alone, the last part may be shorter."""
+def split_k_range(part, k, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """First step of BLOCK_K of one of SPLIT_K splits, and the step after its last; the last split may be shorter."""
     steps = 1 + (k - 1) // BLOCK_K
     most = (steps + SPLIT_K - 1) // SPLIT_K
     return tl.minimum(part * most, steps), tl.minimum(part * most + most, steps)
@@ -35,7 +38,7 @@ def share_of_k(part, k, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
 
 @triton.jit
 def load_block(desc, batch, i, j, ROWS: tl.constexpr, COLS: tl.constexpr, BATCHED: tl.constexpr):
-    """The ROWS x COLS block at (i, j) of a matrix in memory order, zero beyond its edges."""
+    """Load the ROWS x COLS block at (i, j) of a matrix in memory order; zero beyond its edges."""
     if BATCHED:  # noqa: SIM108 (a constexpr's branches need not have one type)
         block = desc.load([batch, i, j]).reshape(ROWS, COLS)
     else:
@@ -44,11 +47,12 @@ def load_block(desc, batch, i, j, ROWS: tl.constexpr, COLS: tl.constexpr, BATCHE
 
 
 @triton.jit
-def left_block(
-    desc, batch, row0, depth0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, TURNED: tl.constexpr, BATCHED: tl.constexpr
-):
-    """BLOCK_M x BLOCK_K of the left operand; TURNED where its rows are the ones that are adjacent in memory."""
-    if TURNED:
+def load_left(
+    desc, batch, row0, depth0,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, TRANSPOSED: tl.constexpr, BATCHED: tl.constexpr,
+):  # fmt: skip
+    """Load BLOCK_M x BLOCK_K of the left operand; TRANSPOSED where its rows are adjacent in memory."""
+    if TRANSPOSED:
         block = load_block(desc, batch, depth0, row0, BLOCK_K, BLOCK_M, BATCHED).T
     else:
         block = load_block(desc, batch, row0, depth0, BLOCK_M, BLOCK_K, BATCHED)
@@ -56,11 +60,12 @@ def left_block(
 
 
 @triton.jit
-def right_block(
-    desc, batch, depth0, col0, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TURNED: tl.constexpr, BATCHED: tl.constexpr
-):
-    """BLOCK_K x BLOCK_N of the right operand."""
-    if TURNED:
+def load_right(
+    desc, batch, depth0, col0,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr, BATCHED: tl.constexpr,
+):  # fmt: skip
+    """Load BLOCK_K x BLOCK_N of the right operand."""
+    if TRANSPOSED:
         block = load_block(desc, batch, col0, depth0, BLOCK_N, BLOCK_K, BATCHED).T
     else:
         block = load_block(desc, batch, depth0, col0, BLOCK_K, BLOCK_N, BATCHED)
@@ -68,20 +73,21 @@ def right_block(
 
 
 @triton.jit
-def tile_product(
+def accumulate_tile(
     a_desc, b_desc, batch, row0, col0, first, last,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    A_TURNED: tl.constexpr, B_TURNED: tl.constexpr, BATCHED: tl.constexpr, UPCAST: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, BATCHED: tl.constexpr, UPCAST: tl.constexpr,
     IMPRECISE: tl.constexpr = None,
 ):  # fmt: skip
-    """The float32 sums of one tile over the steps [first, last) of k, read through descriptors.
+    """Accumulate one tile in float32 over the steps [first, last) of k, read through descriptors.
 
-    IMPRECISE: how many 8-bit products the matrix unit may add in its own narrow sums before they join the others.
+    IMPRECISE: how many 8-bit products the matrix unit may add in its own 14-bit accumulator before they are added to
+    the float32 one.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(first, last):
-        a = left_block(a_desc, batch, row0, step * BLOCK_K, BLOCK_M, BLOCK_K, A_TURNED, BATCHED)
-        b = right_block(b_desc, batch, step * BLOCK_K, col0, BLOCK_K, BLOCK_N, B_TURNED, BATCHED)
+        a = load_left(a_desc, batch, row0, step * BLOCK_K, BLOCK_M, BLOCK_K, A_TRANSPOSED, BATCHED)
+        b = load_right(b_desc, batch, step * BLOCK_K, col0, BLOCK_K, BLOCK_N, B_TRANSPOSED, BATCHED)
         if UPCAST:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
@@ -90,38 +96,44 @@ def tile_product(
 
 
 @triton.jit
-def scale_of(scale_a_ptr, scale_b_ptr):
-    """What 8-bit operands were divided by, both at once."""
-    return tl.load(scale_a_ptr) * tl.load(scale_b_ptr)
+def scale_8_bits(acc, scales):
+    """acc times the two scales of 8-bit operands; acc of others."""
+    if scales.a is not None:
+        acc *= tl.load(scales.a) * tl.load(scales.b)
+    return acc
 
 
 @triton.jit
-def store_rows(acc, c_ptr, row0, col0, rows, cols, c_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile into C, whose columns are together: masked, and rounded once."""
-    row = row0 + tl.arange(0, BLOCK_M)
-    col = col0 + tl.arange(0, BLOCK_N)
-    at = c_ptr + row[:, None].to(tl.int64) * c_row + col[None, :]
-    tl.store(at, acc.to(c_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < cols)[None, :])
+def halves(tile):
+    """The left and the right columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def store_block(
-    acc, c_desc, batch, row0, col0,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BATCHED: tl.constexpr,
-):  # fmt: skip
-    """A tile into C through its descriptor, in SUBTILES halves: the buffer in shared memory is as much smaller."""
+def store_rows(acc, c, row0, col0, rows, cols):
+    """Round a tile once and store it into C, whose columns are adjacent; masked at the edges."""
+    row = row0 + tl.arange(0, acc.shape[0])
+    col = col0 + tl.arange(0, acc.shape[1])
+    at = c.ptr + row[:, None].to(tl.int64) * c.row + col[None, :]
+    tl.store(at, acc.to(c.ptr.dtype.element_ty), mask=(row < rows)[:, None] & (col < cols)[None, :])
+
+
+@triton.jit
+def store_block(acc, c_desc, batch, row0, col0, SUBTILES: tl.constexpr, BATCHED: tl.constexpr):
+    """Store a tile into C through its descriptor, in SUBTILES parts, so that the buffer in shared memory is smaller."""
     if SUBTILES == 2:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        store_half(left, c_desc, batch, row0, col0, BLOCK_M, BLOCK_N // 2, BATCHED)
-        store_half(right, c_desc, batch, row0, col0 + BLOCK_N // 2, BLOCK_M, BLOCK_N // 2, BATCHED)
+        left, right = halves(acc)
+        store_subtile(left, c_desc, batch, row0, col0, BATCHED)
+        store_subtile(right, c_desc, batch, row0, col0 + acc.shape[1] // 2, BATCHED)
     else:
-        store_half(acc, c_desc, batch, row0, col0, BLOCK_M, BLOCK_N, BATCHED)
+        store_subtile(acc, c_desc, batch, row0, col0, BATCHED)
 
 
 @triton.jit
-def store_half(part, c_desc, batch, row0, col0, ROWS: tl.constexpr, COLS: tl.constexpr, BATCHED: tl.constexpr):
-    rounded = part.to(c_desc.dtype)
+def store_subtile(acc, c_desc, batch, row0, col0, BATCHED: tl.constexpr):
+    """Round once and store through a descriptor."""
+    rounded = acc.to(c_desc.dtype)
     if BATCHED:
-        c_desc.store([batch, row0, col0], rounded.reshape(1, ROWS, COLS))
+        c_desc.store([batch, row0, col0], rounded.reshape(1, acc.shape[0], acc.shape[1]))
     else:
         c_desc.store([row0, col0], rounded)

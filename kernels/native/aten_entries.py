@@ -3,7 +3,7 @@
 Signature, torch's of a boxed kernel: ``void entry(functor, operator, keys, stack)``. The stack is a C++ vector of
 slots (``torch_layout.SLOT``), a payload and a tag; the last of them are the arguments. A slot that holds a tensor
 starts with the word that a handle of the stable C ABI points at, so its address serves as one. Nothing is taken off the
-stack before the product is done: until then torch's kernel can still be called on it, and raises what is wrong.
+stack before the product is done: until then PyTorch's kernel can still be called on it, and raises its errors.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from numba.core import types
 
-from ..cpu.memory import INT64, bits_of, call_address, get, jit, next_number, put, stack_words, text
-from ..cpu.product import ALPHA, BETA, PRODUCT
-from .call import IN_PLACE, NEW, OUT, RUN, UNSUPPORTED, linked_compute
+from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS
+from ..cpu.memory import INT64, bits_of, call_address, fetch_increment, get, jit, put, stack_words, text
+from .call import DTYPE, HANDLE, IN_PLACE, NEW, OUT, RUN, UNSUPPORTED, linked_compute, set_tensors, tensor_words
 from .op_table import OVERLOADS, op_of
 from .own_entries import is_error, raise_for
 from .state import ACCELERATED, ACTIVE, CODES, COUNTS, FALLBACKS, HANDED_OVER, OPERATORS, OVERRIDE, entry_name
@@ -22,17 +22,17 @@ from .torch_c_api import delete_library, delete_tensor, init_impl, library_impl,
 from .torch_layout import DOUBLE, INT, NONE, SLOT
 
 BOXED_SIGNATURE = types.void(*[INT64] * 4)
-PRODUCT_SIGNATURE = types.void(*[INT64] * 8)
+MULTIPLY_SIGNATURE = types.void(*[INT64] * 8)
 
-linked_product = types.ExternalFunction("matmul_grad_aten_product", PRODUCT_SIGNATURE)
+linked_multiply = types.ExternalFunction("matmul_grad_aten_multiply", MULTIPLY_SIGNATURE)
 call_boxed = call_address(4)
-product_words = stack_words(PRODUCT)
+args_words = stack_words(GEMM_ARGS)
 cpu, matmul_grad = text("CPU"), text("matmul_grad")
 
 
 @jit
 def number(slot, target):
-    """Write the bits of the float64 that a Scalar is; False where it is complex, a bool or a symbol."""
+    """Write the bits of a Scalar as float64; False where it is complex, a bool or a symbol."""
     tag = word(slot + 8)
     if tag == DOUBLE:
         put(target, 0, get(slot, 0))
@@ -43,7 +43,7 @@ def number(slot, target):
 
 @jit
 def drop(slot):
-    """Give back the tensor in a slot: a handle gets it and is deleted."""
+    """Release the tensor in a slot: it moves to a handle, which is deleted."""
     handle = new(8)
     put(handle, 0, get(slot, 0))
     put(slot, 0, 0)
@@ -61,12 +61,12 @@ def exchange_tensors(slot, other):
 @jit
 def count(operator, dtype, outcome):
     if dtype < CODES:
-        next_number(state(), COUNTS + (operator * CODES + dtype) * 2 + outcome)
+        fetch_increment(state(), COUNTS + (operator * CODES + dtype) * 2 + outcome)
 
 
 @jit
 def put_on_stack(slots, stack, has_addend, result, handle):
-    """The result gets the first slot of the stack, and the arguments go."""
+    """Put the result into the first slot of the stack, and remove the arguments."""
     end = get(stack, 1)
     if result == NEW:
         exchange_tensors(slots, handle)
@@ -75,35 +75,36 @@ def put_on_stack(slots, stack, has_addend, result, handle):
         exchange_tensors(slots, end - SLOT)
     drop(slots + SLOT)
     if has_addend:
-        drop(slots + 2 * SLOT)  # what stands behind it, beta and alpha, owns nothing
+        drop(slots + 2 * SLOT)  # beta and alpha, behind it, own nothing
     if result == OUT:
         drop(end - SLOT)
     put(stack, 1, slots + SLOT)
 
 
-def product(operator_handle, keys, stack, overload, operator, kind, has_addend, result):
-    """What every entry calls, with the facts about it that are its own."""
+def multiply(operator_handle, keys, stack, overload, operator, kind, has_addend, result):
+    """The body of every entry, with the constants of its overload."""
     at = FALLBACKS + 2 * overload
     if get(state(), ACTIVE) == 0:
         call_boxed(get(state(), at), get(state(), at + 1), operator_handle, keys, stack)
         return
     end = get(stack, 1)
     slots = end - SLOT * (2 + 3 * has_addend + (result == OUT))
-    words, handle, dtype_at = product_words(), out_param(), out_param()
+    args, tensors, returned = args_words(), tensor_words(), out_param()
     a, source, has_scales = slots + SLOT * has_addend, 0, True
     if has_addend != 0:
         source = slots
-        has_scales = number(slots + 3 * SLOT, words + 8 * BETA) and number(slots + 4 * SLOT, words + 8 * ALPHA)
+        has_scales = number(slots + 3 * SLOT, args + 8 * BETA) and number(slots + 4 * SLOT, args + 8 * ALPHA)
     out = 0 if result == NEW else slots if result == IN_PLACE else end - SLOT
-    outcome = linked_compute(a, a + SLOT, source, out, words, kind, result, has_scales, handle, dtype_at)
+    set_tensors(tensors, a, a + SLOT, source, out)
+    outcome = linked_compute(tensors, args, kind, result, has_scales, returned)
     if outcome == RUN:
-        count(operator, get(dtype_at, 0), ACCELERATED)
-        put_on_stack(slots, stack, has_addend, result, get(handle, 0))
+        count(operator, get(returned, DTYPE), ACCELERATED)
+        put_on_stack(slots, stack, has_addend, result, get(returned, HANDLE))
         return
     if is_error(outcome):
         raise_for(outcome)
     if outcome == UNSUPPORTED:
-        count(operator, get(dtype_at, 0), HANDED_OVER)
+        count(operator, get(returned, DTYPE), HANDED_OVER)
     call_boxed(get(state(), at), get(state(), at + 1), operator_handle, keys, stack)
 
 
@@ -115,11 +116,11 @@ def make_entry(name: str) -> Callable:
     shapes      a (m, k), b (k, n), input any that expands to (m, n); bmm, baddbmm: with one more size in front;
                 addmv: b (k), the result (m); dot, vdot: a and b (k)
     strides     any; the result is contiguous, or has those of ``out``
-    dtypes      one for all, with a kernel; torch's kernel takes what has none
-    aliasing    an ``out`` that shares memory with an operand is written from a temporary; one that shares it with
-                itself, or with an addend that lies otherwise, falls back to torch's kernel
+    dtypes      one for all, with a kernel; others fall back to PyTorch's kernel
+    aliasing    an ``out`` that shares memory with an operand is written from a temporary; one whose elements overlap,
+                or that overlaps an addend of other strides, falls back to PyTorch's kernel
     rounding    as the driver's
-    errors      torch's kernel raises them
+    errors      PyTorch's kernel raises them
     determinism as the driver's
     source      docs/design.md, "The switch"
     """
@@ -128,28 +129,28 @@ def make_entry(name: str) -> Callable:
     result = OUT if name.endswith(".out") else IN_PLACE if name.endswith("_") else NEW
 
     def entry(functor, operator_handle, keys, stack):
-        linked_product(operator_handle, keys, stack, overload, operator, kind, has_addend, result)
+        linked_multiply(operator_handle, keys, stack, overload, operator, kind, has_addend, result)
 
     return entry
 
 
-def install(table):
-    """Put a kernel under each name of ``table``: a namespace, a count, then names and kernels in pairs.
+def install(entries):
+    """Register ``entries``: a namespace, a count, then names and kernels in pairs.
 
-    One call, so that no signal of Python's finds the half of it done.
+    One call, so that no signal of Python's interrupts it.
     """
     library = out_param()
-    if init_impl(get(table, 0), cpu(), matmul_grad(), 0, library) != 0:
+    if init_impl(get(entries, 0), cpu(), matmul_grad(), 0, library) != 0:
         return 1
-    for index in range(get(table, 1)):
-        library_impl(get(library, 0), get(table, 2 + 2 * index), get(table, 3 + 2 * index), 0)
+    for index in range(get(entries, 1)):
+        library_impl(get(library, 0), get(entries, 2 + 2 * index), get(entries, 3 + 2 * index), 0)
     put(state(), OVERRIDE, get(library, 0))
     put(state(), ACTIVE, 1)
     return 0
 
 
 def uninstall():
-    """Remove what ``install`` has put there."""
+    """Remove what ``install`` has registered."""
     library = get(state(), OVERRIDE)
     put(state(), ACTIVE, 0)
     put(state(), OVERRIDE, 0)
@@ -157,7 +158,7 @@ def uninstall():
 
 
 KERNELS: dict[str, tuple[Callable, object]] = {
-    "matmul_grad_aten_product": (product, PRODUCT_SIGNATURE),
+    "matmul_grad_aten_multiply": (multiply, MULTIPLY_SIGNATURE),
     **{entry_name(name): (make_entry(name), BOXED_SIGNATURE) for name in OVERLOADS},
     "matmul_grad_install": (install, INT64(INT64)),
     "matmul_grad_uninstall": (uninstall, INT64()),

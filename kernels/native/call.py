@@ -1,16 +1,15 @@
-"""One product as every entry computes it: is it for these kernels, where are its operands, may the result be written.
+"""One product, as every entry computes it: whether these kernels support it, its operands, and where the result goes.
 
 An argument is an address whose first word is the tensor's TensorImpl: a handle of the stable C ABI, or a slot of a
-boxed kernel's stack. Nothing is written, resized or copied before all is decided, and no address of an element is read
-before the last thing that can move it.
+boxed kernel's stack. Nothing is written, resized or copied before the outcome is known, and no address of an element is
+read before the last operation that can move it.
 """
 
 from __future__ import annotations
 
 from numba.core import types
 
-from ..cpu.memory import INT64, call_address, get, jit, number_of, put, stack_words
-from ..cpu.product import (
+from ..cpu.gemm_args import (
     A_BS,
     A_CS,
     A_RS,
@@ -23,11 +22,11 @@ from ..cpu.product import (
     C_BS,
     C_CS,
     C_RS,
-    I_BS,
-    I_CS,
-    I_RS,
-    INPUT,
     ONE,
+    S_BS,
+    S_CS,
+    S_RS,
+    SOURCE,
     A,
     B,
     C,
@@ -35,6 +34,8 @@ from ..cpu.product import (
     M,
     N,
 )
+from ..cpu.memory import INT64, call_address, get, jit, number_of, put, stack_words
+from .aliasing import is_non_overlapping, overlap, share_storage
 from .op_table import BATCHES, MATRICES, MATVEC
 from .state import DTYPE_CODES, INTERRUPTED, NOT_ACCELERATED
 from .torch_c_api import (
@@ -42,7 +43,6 @@ from .torch_c_api import (
     DIM,
     INFO,
     STORAGE_BYTES,
-    STORAGE_OFFSET,
     copy_,
     delete_tensor,
     describe,
@@ -54,28 +54,32 @@ from .torch_c_api import (
     locate,
     locate_to_write,
     out_param,
-    reach,
     resize_output,
     size,
     stride,
     threads,
 )
 
-# What becomes of a call: these kernels compute it; torch's kernel takes it, as there is nothing to multiply or
-# something is wrong; torch's kernel takes it, as these do not (an error under strict()); a storage does not hold its
-# tensor; a Python exception is pending.
+# The outcome of a call. RUN: these kernels compute it. FALLBACK: PyTorch's kernel does, since there is nothing to
+# multiply or an argument is wrong. UNSUPPORTED: likewise, an error under strict(). FREED, OUT_OF_BOUNDS: a
+# storage does not hold its tensor. PENDING: a Python exception is pending.
 RUN, FALLBACK, UNSUPPORTED, FREED, OUT_OF_BOUNDS, PENDING = range(6)
-TEMPORARY = PENDING + 1  # RUN, to new memory first
+TEMPORARY = PENDING + 1  # as RUN, into new memory first
 
 NEW, OUT, IN_PLACE = range(3)  # where the result goes
 
-LARGEST = 3.4028234663852886e38  # of float32: torch refuses a larger alpha or beta, unless the product is in float64
-FLOAT32, FLOAT64 = DTYPE_CODES["float32"], DTYPE_CODES["float64"]
+FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = (DTYPE_CODES[f] for f in ("float16", "bfloat16", "float32", "float64"))
+LARGEST_FP16, LARGEST_BF16, LARGEST_FP32 = 65504.0, 3.3895313892515355e38, 3.4028234663852886e38
 
-COMPUTE_SIGNATURE = INT64(*[INT64] * 10)
+A_TENSOR, B_TENSOR, SOURCE_TENSOR, OUT_TENSOR = range(4)  # addresses; 0 where there is no addend or no ``out``
+TENSORS = 4
+HANDLE, DTYPE = range(2)  # of the result: the handle of a NEW one, torch's code of the dtype
+
+COMPUTE_SIGNATURE = INT64(*[INT64] * 6)
 linked_compute = types.ExternalFunction("matmul_grad_compute", COMPUTE_SIGNATURE)
 call_gemm = call_address(3)
 shape_words = stack_words(6)
+tensor_words = stack_words(TENSORS)
 infos_words = stack_words(4 * INFO)
 INFO_A, INFO_B, INFO_SOURCE, INFO_OUT = (8 * INFO * index for index in range(4))
 
@@ -97,65 +101,73 @@ def shapes_match(info_a, info_b, kind):
 
 
 @jit
-def put_sizes(words, info_a, info_b, kind):
-    put(words, BATCH, size(info_a, 0) if kind == BATCHES else 1)
+def set_sizes(args, info_a, info_b, kind):
+    put(args, BATCH, size(info_a, 0) if kind == BATCHES else 1)
     rank_a = get(info_a, DIM)
-    put(words, M, size(info_a, rank_a - 2) if rank_a > 1 else 1)
-    put(words, K, size(info_a, rank_a - 1))
-    put(words, N, size(info_b, kind - 1) if kind >= MATRICES else 1)
+    put(args, M, size(info_a, rank_a - 2) if rank_a > 1 else 1)
+    put(args, K, size(info_a, rank_a - 1))
+    put(args, N, size(info_b, kind - 1) if kind >= MATRICES else 1)
 
 
 @jit
-def put_operands(words, info_a, info_b, kind):
+def set_operands(args, info_a, info_b, kind):
     rank_a = get(info_a, DIM)
-    put(words, A, get(info_a, DATA))
-    put(words, A_BS, stride(info_a, 0) if kind == BATCHES else 0)
-    put(words, A_RS, stride(info_a, rank_a - 2) if rank_a > 1 else 0)
-    put(words, A_CS, stride(info_a, rank_a - 1))
-    put(words, B, get(info_b, DATA))
-    put(words, B_BS, stride(info_b, 0) if kind == BATCHES else 0)
-    put(words, B_RS, stride(info_b, 1 if kind == BATCHES else 0))
-    put(words, B_CS, stride(info_b, kind - 1) if kind >= MATRICES else 1)
+    put(args, A, get(info_a, DATA))
+    put(args, A_BS, stride(info_a, 0) if kind == BATCHES else 0)
+    put(args, A_RS, stride(info_a, rank_a - 2) if rank_a > 1 else 0)
+    put(args, A_CS, stride(info_a, rank_a - 1))
+    put(args, B, get(info_b, DATA))
+    put(args, B_BS, stride(info_b, 0) if kind == BATCHES else 0)
+    put(args, B_RS, stride(info_b, 1 if kind == BATCHES else 0))
+    put(args, B_CS, stride(info_b, kind - 1) if kind >= MATRICES else 1)
 
 
 @jit
-def is_empty(words):
+def is_empty(args):
     """Whether there is nothing to multiply."""
-    return get(words, M) == 0 or get(words, N) == 0 or get(words, K) == 0 or get(words, BATCH) == 0
+    return get(args, M) == 0 or get(args, N) == 0 or get(args, K) == 0 or get(args, BATCH) == 0
 
 
 @jit
-def is_too_large(bits, dtype):
-    return dtype != FLOAT64 and LARGEST < abs(number_of(bits)) < float("inf")
+def is_too_large(bits, dtype, kind):
+    """Whether torch refuses an alpha or beta: what float32 cannot hold, or for a vector the dtype."""
+    largest = LARGEST_FP32
+    if dtype == FLOAT64:
+        return False
+    if kind == MATVEC and dtype == FLOAT16:
+        largest = LARGEST_FP16
+    elif kind == MATVEC and dtype == BFLOAT16:
+        largest = LARGEST_BF16
+    return largest < abs(number_of(bits)) < float("inf")
 
 
 @jit
-def expanded_stride(info, from_end, wanted):
-    """Stride of a dimension expanded to ``wanted``; -1 where it cannot be."""
+def expanded_stride(info, from_end, target):
+    """Stride of a dimension expanded to size ``target``; -1 where it cannot be."""
     index = get(info, DIM) - 1 - from_end
     if index < 0:
         return 0
-    if size(info, index) == wanted:
+    if size(info, index) == target:
         return stride(info, index)
     return 0 if size(info, index) == 1 else -1
 
 
 @jit
-def put_source(words, info, kind):
+def set_source(args, info, kind):
     """Strides of the addend; False where it cannot be expanded to the result."""
     columns = kind > MATVEC
-    put(words, I_CS, expanded_stride(info, 0, get(words, N)) if columns else 1)  # as put_result has it
-    put(words, I_RS, expanded_stride(info, 1 if columns else 0, get(words, M)))
-    put(words, I_BS, expanded_stride(info, 2, get(words, BATCH)) if kind == BATCHES else 0)
-    return get(info, DIM) <= kind and min(get(words, I_CS), get(words, I_RS), get(words, I_BS)) >= 0
+    put(args, S_CS, expanded_stride(info, 0, get(args, N)) if columns else 1)  # as set_result has it
+    put(args, S_RS, expanded_stride(info, 1 if columns else 0, get(args, M)))
+    put(args, S_BS, expanded_stride(info, 2, get(args, BATCH)) if kind == BATCHES else 0)
+    return get(info, DIM) <= kind and min(get(args, S_CS), get(args, S_RS), get(args, S_BS)) >= 0
 
 
 @jit
-def put_result_shape(words, target, kind):
-    """Sizes of the result; behind three words, its strides if it is contiguous."""
-    m, n, at = get(words, M), get(words, N), target
+def write_result_shape(args, target, kind):
+    """Write the sizes of the result; three words on, its strides if it is contiguous."""
+    m, n, at = get(args, M), get(args, N), target
     if kind == BATCHES:
-        put(target, 0, get(words, BATCH))
+        put(target, 0, get(args, BATCH))
         put(target, 3, m * n)
         at = target + 8
     put(at, 0, m)
@@ -165,83 +177,52 @@ def put_result_shape(words, target, kind):
 
 
 @jit
-def has_result_shape(words, info, kind):
+def has_result_shape(args, info, kind):
     """Whether a tensor has the sizes of the result."""
     if get(info, DIM) != kind:
         return False
-    if kind == BATCHES and size(info, 0) != get(words, BATCH):
+    if kind == BATCHES and size(info, 0) != get(args, BATCH):
         return False
-    if kind >= MATRICES and size(info, kind - 1) != get(words, N):
+    if kind >= MATRICES and size(info, kind - 1) != get(args, N):
         return False
-    return kind == 0 or size(info, kind - 1 if kind == MATVEC else kind - 2) == get(words, M)
+    return kind == 0 or size(info, kind - 1 if kind == MATVEC else kind - 2) == get(args, M)
 
 
 @jit
-def put_result(words, info, kind):
-    put(words, C, get(info, DATA))
-    put(words, C_BS, stride(info, 0) if kind == BATCHES else 0)
-    put(words, C_RS, stride(info, kind - 2) if kind >= MATRICES else stride(info, 0) if kind == MATVEC else 1)
-    put(words, C_CS, stride(info, kind - 1) if kind >= MATRICES else 1)
+def set_result(args, info, kind):
+    put(args, C, get(info, DATA))
+    put(args, C_BS, stride(info, 0) if kind == BATCHES else 0)
+    put(args, C_RS, stride(info, kind - 2) if kind >= MATRICES else stride(info, 0) if kind == MATVEC else 1)
+    put(args, C_CS, stride(info, kind - 1) if kind >= MATRICES else 1)
 
 
 @jit
-def allocate(words, dtype, kind):
+def allocate(args, dtype, kind):
     """A handle of a new contiguous result; 0 where torch has no memory for it."""
     sizes, handle, at = shape_words(), out_param(), out_param()
-    put_result_shape(words, sizes, kind)
+    write_result_shape(args, sizes, kind)
     if empty_strided(kind, sizes, sizes + 8 * 3, dtype, 0, 0, handle) != 0:
         return 0
     get_mutable_data(get(handle, 0), at)
-    put(words, C, get(at, 0))
-    put(words, C_BS, get(words, M) * get(words, N))
-    put(words, C_RS, get(words, N))
-    put(words, C_CS, 1)
+    put(args, C, get(at, 0))
+    put(args, C_BS, get(args, M) * get(args, N))
+    put(args, C_RS, get(args, N))
+    put(args, C_CS, 1)
     return get(handle, 0)
 
 
 @jit
-def overlap(info, other, item):
-    """Whether the memory between first and last element of two tensors meets; both have elements."""
-    start, other_start = get(info, DATA), get(other, DATA)
-    end = start + (reach(info) + 1) * item
-    other_end = other_start + (reach(other) + 1) * item
-    return start < other_end and other_start < end
-
-
-@jit
-def is_spread(info):
-    """Whether no two elements share a place: each stride steps over all that the smaller ones reach."""
-    for dim in range(get(info, DIM)):
-        step, covered = stride(info, dim), 0
-        for other in range(get(info, DIM)):
-            if other != dim and stride(info, other) <= step:
-                covered += (size(info, other) - 1) * stride(info, other)
-        if size(info, dim) > 1 and step <= covered:
-            return False
-    return True
-
-
-@jit
-def is_result(words):
+def is_result(args):
     """Whether the addend is the result itself, element for element."""
-    same = get(words, INPUT) == get(words, C) and get(words, I_RS) == get(words, C_RS)
-    return same and get(words, I_CS) == get(words, C_CS) and get(words, I_BS) == get(words, C_BS)
+    same = get(args, SOURCE) == get(args, C) and get(args, S_RS) == get(args, C_RS)
+    return same and get(args, S_CS) == get(args, C_CS) and get(args, S_BS) == get(args, C_BS)
 
 
 @jit
-def share_a_storage(one, info, other, other_info, item):
-    """Whether two tensors are views of one storage, so that resizing the one moves the other."""
-    if not locate(one, info) or not locate(other, other_info):
-        return True
-    start = get(info, DATA) - get(info, STORAGE_OFFSET) * item
-    return get(one, 0) == get(other, 0) or start == get(other_info, DATA) - get(other_info, STORAGE_OFFSET) * item
-
-
-@jit
-def scales_outcome(words, dtype):
-    """What becomes of a call with these beta and alpha; the addend is left out where beta is 0."""
-    beta, alpha = get(words, BETA), get(words, ALPHA)
-    if is_too_large(beta, dtype) or is_too_large(alpha, dtype) or number_of(alpha) == 0.0:
+def scales_outcome(args, dtype, kind):
+    """The outcome for these beta and alpha."""
+    beta, alpha = get(args, BETA), get(args, ALPHA)
+    if is_too_large(beta, dtype, kind) or is_too_large(alpha, dtype, kind) or number_of(alpha) == 0.0:
         return FALLBACK  # alpha = 0 leaves the product out, even where it is NaN
     return RUN
 
@@ -254,8 +235,8 @@ def bounds_outcome(info, item):
 
 
 @jit
-def check(a, b, source, infos, words, kind, has_scales):
-    """What becomes of a call, as far as its operands and its addend tell."""
+def check(a, b, source, infos, args, kind, has_scales):
+    """The outcome, as far as operands and addend determine it."""
     info_a, info_b, info_source = infos + INFO_A, infos + INFO_B, infos + INFO_SOURCE
     if not describe(a, info_a) or not describe(b, info_b) or not shapes_match(info_a, info_b, kind):
         return FALLBACK
@@ -265,10 +246,10 @@ def check(a, b, source, infos, words, kind, has_scales):
         return PENDING
     if driver == NOT_ACCELERATED:
         return UNSUPPORTED
-    put_sizes(words, info_a, info_b, kind)
+    set_sizes(args, info_a, info_b, kind)
     if source != 0:
         known = describe(source, info_source) and dtype_of(info_source) == dtype
-        if not known or not put_source(words, info_source, kind):
+        if not known or not set_source(args, info_source, kind):
             return FALLBACK
     outcome = max(bounds_outcome(info_a, item_size(dtype)), bounds_outcome(info_b, item_size(dtype)))
     if source != 0:
@@ -277,131 +258,141 @@ def check(a, b, source, infos, words, kind, has_scales):
         return outcome
     if not has_scales:
         return UNSUPPORTED
-    if source != 0 and scales_outcome(words, dtype) != RUN:
+    if source != 0 and scales_outcome(args, dtype, kind) != RUN:
         return FALLBACK
-    return FALLBACK if is_empty(words) else RUN
+    return FALLBACK if is_empty(args) else RUN
 
 
 @jit
-def resize(out, words, kind):
+def resize(out, args, kind):
     sizes = shape_words()
-    put_result_shape(words, sizes, kind)
+    write_result_shape(args, sizes, kind)
     resize_output(out, sizes, kind)
 
 
 @jit
-def check_out(a, b, source, out, infos, words, kind, result):
-    """What becomes of a call that writes to ``out``; it is resized, with torch's warning, where its sizes differ.
+def check_out(a, b, source, out, infos, args, kind, result):
+    """The outcome of a call that writes to ``out``; it is resized, with torch's warning, where its sizes differ.
 
-    Resizing moves a storage. Where an operand shares it the result is TEMPORARY, and ``out`` resized after the product.
+    Resizing moves a storage. Where an operand shares it the outcome is TEMPORARY: ``out`` is resized after the product.
     """
     info, item = infos + INFO_OUT, item_size(dtype_of(infos + INFO_A))
     if not describe(out, info) or dtype_of(info) != dtype_of(infos + INFO_A):
         return FALLBACK
-    if not has_result_shape(words, info, kind):
+    if not has_result_shape(args, info, kind):
         if result != OUT:
             return FALLBACK
-        shared = share_a_storage(out, info, a, infos + INFO_A, item)
-        shared |= share_a_storage(out, info, b, infos + INFO_B, item)
+        shared = share_storage(out, info, a, infos + INFO_A, item)
+        shared |= share_storage(out, info, b, infos + INFO_B, item)
         if source != 0:
-            shared |= share_a_storage(out, info, source, infos + INFO_SOURCE, item)
+            shared |= share_storage(out, info, source, infos + INFO_SOURCE, item)
         if shared:
             return TEMPORARY
-        resize(out, words, kind)
+        resize(out, args, kind)
         describe(out, info)
     outcome = bounds_outcome(info, item)
     if outcome == RUN:
         if not locate_to_write(out, info):
             return FALLBACK
-        put_result(words, info, kind)
+        set_result(args, info, kind)
     return outcome
 
 
 @jit
-def outcome_for_torch(outcome, out, info, words, kind):
-    """The outcome of a call that torch's kernel is to take, which writes to ``out`` without a look at its storage."""
-    if outcome in (FALLBACK, UNSUPPORTED) and describe(out, info) and has_result_shape(words, info, kind):
+def outcome_for_torch(outcome, out, info, args, kind):
+    """The outcome of a fallback: PyTorch's kernel writes to ``out`` without checking its storage."""
+    if outcome in (FALLBACK, UNSUPPORTED) and describe(out, info) and has_result_shape(args, info, kind):
         bounds = bounds_outcome(info, item_size(dtype_of(info)))
         return outcome if bounds == RUN else bounds
     return outcome
 
 
 @jit
-def locate_operands(a, b, source, infos, words, kind):
-    """Addresses of operands and addend: the last things that are read, as writing to ``out`` may have moved them.
+def locate_operands(a, b, source, infos, args, kind):
+    """Set the addresses of operands and addend. They are read last, as preparing ``out`` may have moved them.
 
     False where torch has an error for one of them.
     """
     if not locate(a, infos + INFO_A) or not locate(b, infos + INFO_B):
         return False
-    put_operands(words, infos + INFO_A, infos + INFO_B, kind)
-    put(words, INPUT, 0)
+    set_operands(args, infos + INFO_A, infos + INFO_B, kind)
+    put(args, SOURCE, 0)
     if source == 0:
-        put(words, ALPHA, ONE)
-    elif number_of(get(words, BETA)) != 0.0:
+        put(args, ALPHA, ONE)
+    elif number_of(get(args, BETA)) != 0.0:
         if not locate(source, infos + INFO_SOURCE):
             return False
-        put(words, INPUT, get(infos + INFO_SOURCE, DATA))
+        put(args, SOURCE, get(infos + INFO_SOURCE, DATA))
     return True
 
 
 @jit
-def place_to_write(infos, words):
-    """OUT, or NEW where that would overwrite an operand; -1 where torch's kernel has to decide.
+def choose_target(infos, args):
+    """OUT, or NEW where that would overwrite an operand; -1 where PyTorch's kernel takes the call.
 
-    That is where elements of the result share a place, or where it holds an addend that lies otherwise.
+    That is where the result overlaps an addend of other strides, or its elements overlap each other.
     """
     info, item = infos + INFO_OUT, item_size(dtype_of(infos + INFO_A))
-    if not is_spread(info):
+    if get(args, SOURCE) != 0 and not is_result(args) and overlap(info, infos + INFO_SOURCE, item):
         return -1
-    if get(words, INPUT) != 0 and not is_result(words) and overlap(info, infos + INFO_SOURCE, item):
-        return -1
-    return NEW if overlap(info, infos + INFO_A, item) or overlap(info, infos + INFO_B, item) else OUT
+    if overlap(info, infos + INFO_A, item) or overlap(info, infos + INFO_B, item):
+        return NEW
+    return OUT if is_non_overlapping(info) else -1
 
 
-def compute(a, b, source, out, words, kind, result, has_scales, handle, dtype_at):
-    """Compute a product if it is for these kernels.
+@jit
+def set_tensors(tensors, a, b, source, out):
+    put(tensors, A_TENSOR, a)
+    put(tensors, B_TENSOR, b)
+    put(tensors, SOURCE_TENSOR, source)
+    put(tensors, OUT_TENSOR, out)
 
-    a, b, source, out  addresses of tensors; source and out are 0 where there are none
-    words              BETA and ALPHA where there is a source
-    handle             receives the handle of a NEW result
-    dtype_at           receives torch's code of the dtype
-    returns            what becomes of the call
+
+def compute(tensors, args, kind, result, has_scales, returned):
+    """Compute a product if these kernels support it.
+
+    tensors   A_TENSOR … OUT_TENSOR
+    args      BETA and ALPHA where there is a source
+    returned  receives HANDLE and DTYPE
+    returns   the outcome
     """
     infos = infos_words()
-    put(dtype_at, 0, 0)
-    put(words, M, -1)  # no size, until the operands have been looked at
-    put(words, N, -1)
-    outcome = check(a, b, source, infos, words, kind, has_scales)
+    a, b = get(tensors, A_TENSOR), get(tensors, B_TENSOR)
+    source, out = get(tensors, SOURCE_TENSOR), get(tensors, OUT_TENSOR)
+    put(returned, DTYPE, 0)
+    put(args, M, -1)  # unknown until the operands have been checked
+    put(args, N, -1)
+    outcome = check(a, b, source, infos, args, kind, has_scales)
     dtype = dtype_of(infos + INFO_A)
-    put(dtype_at, 0, dtype)
+    put(returned, DTYPE, dtype)
     if outcome != RUN:
-        return outcome if result == NEW else outcome_for_torch(outcome, out, infos + INFO_OUT, words, kind)
+        return outcome if result == NEW else outcome_for_torch(outcome, out, infos + INFO_OUT, args, kind)
     target = result
     if result != NEW:
-        outcome = check_out(a, b, source, out, infos, words, kind, result)
+        outcome = check_out(a, b, source, out, infos, args, kind, result)
         if outcome not in (RUN, TEMPORARY):
             return outcome
-    if not locate_operands(a, b, source, infos, words, kind):
+    if not locate_operands(a, b, source, infos, args, kind):
         return FALLBACK
     if outcome == TEMPORARY:
         target = NEW
     elif result != NEW:
-        target = place_to_write(infos, words)
+        target = choose_target(infos, args)
         if target < 0:
             return UNSUPPORTED
-    put(handle, 0, 0)
+    handle = 0
     if target == NEW:
-        put(handle, 0, allocate(words, dtype, kind))
-        if get(handle, 0) == 0:
+        handle = allocate(args, dtype, kind)
+        if handle == 0:
             return UNSUPPORTED
-    done = call_gemm(driver_of(dtype), words, 1, threads()) == 0
+    put(returned, HANDLE, handle)
+    done = call_gemm(driver_of(dtype), args, 1, threads()) == 0
     if done and outcome == TEMPORARY:
-        resize(out, words, kind)
+        resize(out, args, kind)
     if done and target == NEW and result != NEW:
-        done = copy_(out, get(handle, 0), 0) == 0
+        done = copy_(out, handle, 0) == 0
     if target == NEW and (not done or result != NEW):
-        delete_tensor(get(handle, 0))
+        delete_tensor(handle)
     return RUN if done else UNSUPPORTED
 
 

@@ -1,18 +1,18 @@
 """The boxed entry of ``matmul_grad::mm`` for CUDA tensors: from torch's dispatcher to the driver, no Python between.
 
-It knows no Triton and no tile. What a product of these shapes, strides, dtype and alignment takes stands in a recipe,
-words made from a launch of kernels/gpu (``recipe.py`` there, ``matmul_grad/cuda.py``) and put into the table. The entry
-finds the recipe, allocates, fills in addresses, and has the driver launch what Triton compiled. Where there is no
-recipe, and wherever anything is not as expected, it calls the operator in Python, which launches the longer way.
+It knows no Triton and no tile. The launches of a product of these shapes, strides, dtype and alignment are described
+by a record, words that ``matmul_grad/cuda.py`` makes from a ``LaunchRecord`` of kernels/gpu and puts into the table. It
+finds the record, allocates, fills in addresses, and has the driver launch what Triton compiled. Where there is no
+record, and wherever anything is not as expected, it calls the operator in Python, which launches the longer way.
 
 The table, behind the symbol ``matmul_grad_cuda_table``:
 
     DEVICE_TYPE   torch's code of CUDA
-    MODE          a number for the settings under which recipes hold
+    MODE          a number for the settings under which records hold
     PLAIN_KEYS    the dispatch keys of an ordinary CUDA tensor
-    SLOT + i      address of a recipe, or 0; a key's place is its hash, or the next free one
+    SLOT + i      address of a record, or 0; a key's place is its hash, or the next free one
 
-A recipe:
+A record:
 
     KEY           dtype, device, mode, m, n, k, strides of a and b, alignments of a and b
     WORK …        elements of the workspace, torch's code of their dtype; how many launches; then each of them:
@@ -150,29 +150,29 @@ def put_key(key, info_a, info_b, device):
 
 
 @jit
-def is_for(recipe, key):
+def is_for(record, key):
     for index in range(KEYS):  # noqa: SIM110 (Numba takes no generator)
-        if get(recipe, index) != get(key, index):
+        if get(record, index) != get(key, index):
             return False
     return True
 
 
 @jit
 def look_up(key):
-    """The recipe for a key, or 0. Half of the table is free, so the search ends."""
+    """The record for a key, or 0. Half of the table is free, so the search ends."""
     place = 0
     for index in range(KEYS):
         place = mixed(place, get(key, index))
-    recipe = get(table(), SLOT + place % SLOTS)
-    while recipe != 0 and not is_for(recipe, key):
+    record = get(table(), SLOT + place % SLOTS)
+    while record != 0 and not is_for(record, key):
         place += 1
-        recipe = get(table(), SLOT + place % SLOTS)
-    return recipe
+        record = get(table(), SLOT + place % SLOTS)
+    return record
 
 
 @jit
 def find(a, b, info_a, info_b, device):
-    """The recipe for two matrices that fit, on the current device; 0 where there is none."""
+    """The record for two matrices that fit, on the current device; 0 where there is none."""
     if not describe(a, info_a) or not describe(b, info_b) or get(info_a, DIM) != 2 or get(info_b, DIM) != 2:
         return 0
     if size(info_a, 1) != size(info_b, 0) or dtype_of(info_a) != dtype_of(info_b):
@@ -233,11 +233,11 @@ def launch(at, tensors, stream):
 
 
 @jit
-def run(recipe, info_a, info_b, device):
+def run(record, info_a, info_b, device):
     """A handle of the product, its launches under way; 0 where anything failed."""
     stream = stream_word()
     put(stream, 0, 0)
-    if get(recipe, LAUNCHES) == 0 or get_stream(device, stream) != 0:
+    if get(record, LAUNCHES) == 0 or get_stream(device, stream) != 0:
         return 0
     out = allocate(size(info_a, 0), size(info_b, 1), dtype_of(info_a), device)
     if out == 0:
@@ -248,13 +248,13 @@ def run(recipe, info_a, info_b, device):
     put(tensors, C, data_of(out))
     put(tensors, W, 0)
     done = True
-    if get(recipe, WORK) > 0:
-        work = allocate(1, get(recipe, WORK), get(recipe, WORK_DTYPE), device)
+    if get(record, WORK) > 0:
+        work = allocate(1, get(record, WORK), get(record, WORK_DTYPE), device)
         done = work != 0
         if done:
             put(tensors, W, data_of(work))
-    at = recipe + 8 * FIRST
-    for _ in range(get(recipe, LAUNCHES)):
+    at = record + 8 * FIRST
+    for _ in range(get(record, LAUNCHES)):
         done = done and launch(at, tensors, get(stream, 0))
         at += 8 * (HEADER + get(at, PARAMETERS) * PARAMETER)
     if work != 0:
@@ -269,8 +269,8 @@ def mm_cuda(stack, inputs, outputs):
     """``matmul_grad::mm`` of CUDA tensors."""
     a, b, info_a, info_b = get(stack, 0), get(stack, 1), tensor_info(), tensor_info()
     device = device_of(a)
-    recipe = find(a, b, info_a, info_b, device)
-    out = run(recipe, info_a, info_b, device) if recipe != 0 else 0
+    record = find(a, b, info_a, info_b, device)
+    out = run(record, info_a, info_b, device) if record != 0 else 0
     if out == 0:
         forward_to(stack, mm_in_python())
         return

@@ -1,4 +1,4 @@
-"""The driver called from Python: for tests, for results that the caller has, and where the C ABI is not to be had."""
+"""The driver called from Python: for tests, for ``out=``, and where torch's C ABI is not available."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 
 from ..cpu import driver
 from ..cpu.config import BlockConfig
-from ..cpu.product import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, I_BS, I_CS, I_RS, INPUT, PRODUCT
+from ..cpu.gemm_args import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, GEMM_ARGS, S_BS, S_CS, S_RS, SOURCE, Epilogue
 from .torch_layout import const_data_ptr, has_thread_pool
 
 CALL = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)
+PLAIN = Epilogue()
 
 
 def supports(dtype: torch.dtype) -> bool:
@@ -26,9 +27,7 @@ def multiply(
     b: torch.Tensor,
     out: torch.Tensor,
     threads: int = 1,
-    source: torch.Tensor | None = None,
-    beta: float = 1.0,
-    alpha: float = 1.0,
+    epilogue: Epilogue = PLAIN,
 ) -> torch.Tensor:
     """out = alpha · (a · b) + beta · source by the driver for ``block``.
 
@@ -38,15 +37,15 @@ def multiply(
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     call = CALL(driver.gemm_address(block))
     operands = (x for tensor in (a, b, out) for x in (_address(tensor, tensor is out), *tensor.stride()[-2:]))
-    words = (ctypes.c_int64 * PRODUCT)(m, n, k, *operands)
-    words[BATCH], words[ALPHA], words[BETA] = 1, _bits(alpha), _bits(beta)
+    args = (ctypes.c_int64 * GEMM_ARGS)(m, n, k, *operands)
+    args[BATCH], args[ALPHA], args[BETA] = 1, _bits(epilogue.alpha), _bits(epilogue.beta)
     if a.dim() == 3:
-        words[BATCH], words[A_BS], words[B_BS], words[C_BS] = a.shape[0], a.stride(0), b.stride(0), out.stride(0)
-    if source is not None and beta != 0:
-        expanded = source.expand(out.shape)
-        words[INPUT], (words[I_RS], words[I_CS]) = _address(source), expanded.stride()[-2:]
-        words[I_BS] = expanded.stride(0)
-    if call(ctypes.addressof(words), 1, threads):
+        args[BATCH], args[A_BS], args[B_BS], args[C_BS] = a.shape[0], a.stride(0), b.stride(0), out.stride(0)
+    if epilogue.source is not None and epilogue.beta != 0:
+        expanded = epilogue.source.expand(out.shape)
+        args[SOURCE], (args[S_RS], args[S_CS]) = _address(epilogue.source), expanded.stride()[-2:]
+        args[S_BS] = expanded.stride(0)
+    if call(ctypes.addressof(args), 1, threads):
         raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
     return out
 
@@ -61,15 +60,10 @@ def _bits(number: float) -> int:
 
 
 def product(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    source: torch.Tensor | None = None,
-    beta: float = 1.0,
-    alpha: float = 1.0,
-    out: torch.Tensor | None = None,
+    a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue = PLAIN, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``multiply`` with the configuration of a dtype, into new memory; threads where torch lends its pool."""
     block = driver.config(str(a.dtype).removeprefix("torch."))
     threads = torch.get_num_threads() if has_thread_pool() else 1
     result = a.new_empty((*a.shape[:-1], b.shape[-1])) if out is None else out
-    return multiply(block, a, b, result, threads, source, beta, alpha)
+    return multiply(block, a, b, result, threads, epilogue)

@@ -1,4 +1,4 @@
-"""The table of recipes that ``cuda_abi.py`` reads: where its words are, and how it is filled. Imports nothing heavy.
+"""The table of records that ``cuda_abi.py`` reads: where its words are, and how it is filled. Imports nothing heavy.
 
 A key's twelve words are dtype, device, mode, m, n, k, the strides of a and of b, and the alignments of a and of b.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 DEVICE_TYPE, MODE, PLAIN_KEYS, SLOT = range(4)
 SLOTS = 4096
-MOST = SLOTS // 2  # recipes: beyond that a search would be long, and new shapes take the way through Python
+MOST = SLOTS // 2  # records: beyond that a search would be long, and new shapes take the way through Python
 
 KEYS = 12
 WORK, WORK_DTYPE, LAUNCHES, FIRST = range(KEYS, KEYS + 4)
@@ -31,7 +31,7 @@ CUDA = 1  # torch's code of the device type
 words = (ctypes.c_int64 * (SLOT + SLOTS))()
 words[DEVICE_TYPE] = CUDA
 
-_recipes: list[ctypes.Array] = []  # never freed: a call may be reading one
+_records: list[ctypes.Array] = []  # never freed: a call may be reading one
 
 
 def mixed(place: int, word: int) -> int:
@@ -40,38 +40,38 @@ def mixed(place: int, word: int) -> int:
 
 
 def find(key: Sequence[int]) -> int:
-    """Address of the recipe for a key, or 0."""
+    """Address of the record for a key, or 0."""
     return words[_slot(key)]
 
 
-def put(recipe: Sequence[int]) -> bool:
-    """Add a recipe for the key that it begins with, which is new; False where the table is full."""
-    if len(_recipes) >= MOST:
+def put(record: Sequence[int]) -> bool:
+    """Add a record for the key that it begins with, which is new; False where the table is full."""
+    if len(_records) >= MOST:
         return False
-    _recipes.append((ctypes.c_int64 * len(recipe))(*recipe))
-    words[_slot(recipe[:KEYS])] = ctypes.addressof(_recipes[-1])
+    _records.append((ctypes.c_int64 * len(record))(*record))
+    words[_slot(record[:KEYS])] = ctypes.addressof(_records[-1])
     return True
 
 
 def refuse(key: Sequence[int]) -> None:
-    """Leave a key to Python for good: its recipe has no launches, which a compiled call takes for a failure."""
-    recipe = (ctypes.c_int64 * FIRST).from_address(find(key))
-    recipe[LAUNCHES] = 0
+    """Leave a key to Python for good: its record has no launches, which a compiled call takes for a failure."""
+    record = (ctypes.c_int64 * FIRST).from_address(find(key))
+    record[LAUNCHES] = 0
 
 
 def counts() -> tuple[int, int]:
-    """How many recipes were made, and how many of them refused."""
-    return len(_recipes), sum(recipe[LAUNCHES] == 0 for recipe in _recipes)
+    """How many records were made, and how many of them refused."""
+    return len(_records), sum(record[LAUNCHES] == 0 for record in _records)
 
 
 def forget() -> None:
-    """Empty the table. What it pointed at stays: at most MOST recipes are ever made in a process."""
+    """Empty the table. What it pointed at stays: at most MOST records are ever made in a process."""
     for slot in range(SLOT, SLOT + SLOTS):
         words[slot] = 0
 
 
 def _slot(key: Sequence[int]) -> int:
-    """Where a key's recipe is, or belongs: MOST leaves places free, so the search ends."""
+    """Where a key's record is, or belongs: MOST leaves places free, so the search ends."""
     place = functools.reduce(mixed, key, 0)
     while True:
         slot = SLOT + place % SLOTS

@@ -25,9 +25,9 @@ from .state import ACTIVE, FALLBACKS, OVERRIDE, entry_name
 from .state import words as state
 from .torch_layout import CppFunction, KernelFunction
 
-_own: dict[tuple[str, str], KernelFunction] = {}  # by overload and torch's words on where its kernel comes from
-_replaced: list[str] = []  # torch's words on where the kernels come from that the entries replace
-_given: dict[tuple[int, int], object] = {}  # what Python was given: what a running call uses must not go away
+_own: dict[tuple[str, str], KernelFunction] = {}  # PyTorch's kernels, by overload and torch's note on their origin
+_replaced: list[str] = []  # torch's notes on the origin of the replaced kernels
+_given: dict[tuple[int, int], object] = {}  # Python's objects of kernels, which a running call may use
 
 
 def install() -> None:
@@ -54,8 +54,8 @@ def install_entries(namespace: str, overloads: Sequence[str]) -> dict[str, int]:
     functions = [_cpp_function(entry) for entry in entries.values()]
     names = [ctypes.create_string_buffer(name.encode()) for name in (namespace, *overloads)]
     pairs = [ctypes.addressof(part) for pair in zip(names[1:], functions, strict=True) for part in pair]
-    table = (ctypes.c_int64 * (2 + len(pairs)))(ctypes.addressof(names[0]), len(overloads), *pairs)
-    _call_quietly("matmul_grad_install", ctypes.addressof(table))
+    pointers = (ctypes.c_int64 * (2 + len(pairs)))(ctypes.addressof(names[0]), len(overloads), *pairs)
+    _call_quietly("matmul_grad_install", ctypes.addressof(pointers))
     return entries
 
 
@@ -71,7 +71,7 @@ def suspend() -> None:
 
 
 def uninstall() -> None:
-    """What ``install`` found is there again."""
+    """Restore what ``install`` replaced."""
     if state[OVERRIDE] != 0:
         _call_quietly("matmul_grad_uninstall")
 
@@ -101,9 +101,9 @@ def _entries() -> build.Kernels:
 
 
 def _present_kernel(overload: str) -> KernelFunction:
-    """The kernel that aten has now under CPU: PyTorch's, or what somebody has put there.
+    """The kernel that aten has now under CPU: PyTorch's, or one that another library registered.
 
-    torch keeps a few bytes for each one that it gives, so its own are asked for once.
+    torch allocates a few bytes for each lookup, so its own kernels are looked up once.
     """
     dump = torch._C._dispatch_dump(f"aten::{overload}").split("\n")
     registered = overload, next((line for line in dump if line.startswith("CPU: ")), "")

@@ -66,10 +66,10 @@ def _path() -> Path | None:
     folder = build.cache_folder()
     if folder is None:
         return None
-    facts = (
+    key = (
         torch.__version__, torch.version.git_version, torch.__file__, sys.version, build.sources_digest(__package__),
     )  # fmt: skip
-    return folder / f"override-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.passed"
+    return folder / f"override-{hashlib.sha256(repr(key).encode()).hexdigest()[:24]}.passed"
 
 
 def _run() -> str:
@@ -111,7 +111,7 @@ def _op(name: str) -> Callable[..., Any]:
 
 
 def _define(calls: list[str]) -> Any:
-    """Operators of the probe's own, whose kernels are aten's and note that they were called."""
+    """Operators of the probe, whose kernels call aten's and record the call."""
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
 
@@ -159,11 +159,11 @@ def _try_all(calls: list[str]) -> None:
     counted = {name: state.calls(name, state.ACCELERATED).get("float32", 0) for name in ("mm", "addmm")}
     _same((counted, calls), ({"mm": 1, "addmm": 5}, []), "not all calls reached the compiled entries")
     _fall_back(calls, a, b, c)
-    _let_go()
+    _try_release()
 
 
 def _fall_back(calls: list[str], a: Tensor, b: Tensor, c: Tensor) -> None:
-    """Calls that the entries leave to the kernel that was replaced, its errors included."""
+    """Fallbacks to the replaced kernel, its errors included."""
     whole = _op("addmm")(c.long(), a.long(), b.long(), beta=2, alpha=3)
     _equal(whole, torch.addmm(c.long(), a.long(), b.long(), beta=2, alpha=3), "addmm of whole numbers")
     _same(calls, ["addmm"], "whole numbers did not reach the kernel that was replaced")
@@ -175,8 +175,8 @@ def _fall_back(calls: list[str], a: Tensor, b: Tensor, c: Tensor) -> None:
         raise AssertionError("shapes that do not fit are multiplied")
 
 
-def _let_go() -> None:
-    """Nothing keeps an operand or a result after a call."""
+def _try_release() -> None:
+    """No reference to an operand or a result is left after a call."""
     gone = []
     for name in ("mm", "addmm", "addmm_"):
         operands = [torch.ones(2, 2).numpy() for _ in range(3)]

@@ -11,10 +11,22 @@ from collections.abc import Callable
 
 from numba.core import types
 
-from ..cpu.job import MOST, single
+from ..cpu.gemm_args import A_CS, A_RS, ALPHA, B_CS, B_RS, BETA, C_CS, C_RS, GEMM_ARGS, A, B, C, K, M, N
 from ..cpu.memory import INT64, call_address, get, jit, put, stack_words, text
-from ..cpu.product import A_CS, A_RS, ALPHA, B_CS, B_RS, BETA, C_CS, C_RS, PRODUCT, A, B, C, K, M, N
-from .call import FREED, OUT_OF_BOUNDS, PENDING, RUN, UNSUPPORTED, item_size, linked_compute
+from ..cpu.schedule import MAX_PRODUCTS, set_dense_c
+from .call import (
+    FREED,
+    HANDLE,
+    NEW,
+    OUT_OF_BOUNDS,
+    PENDING,
+    RUN,
+    UNSUPPORTED,
+    item_size,
+    linked_compute,
+    set_tensors,
+    tensor_words,
+)
 from .op_table import OWN, Op
 from .state import (
     FUNCTIONALIZE_KEY,
@@ -59,13 +71,12 @@ from .torch_c_api import (
 
 ENTRY_SIGNATURE = types.void(INT64, INT64, INT64)
 OWN_SIGNATURE = INT64(INT64, INT64, INT64)
-NEW_RESULT = 0
 
 linked_own = types.ExternalFunction("matmul_grad_own", OWN_SIGNATURE)
 linked_backward = types.ExternalFunction("matmul_grad_mm_backward", ENTRY_SIGNATURE)
 call_gemm = call_address(3)
-product_words = stack_words(PRODUCT)
-pair_words = stack_words(MOST * PRODUCT)
+args_words = stack_words(GEMM_ARGS)
+pair_words = stack_words(MAX_PRODUCTS * GEMM_ARGS)
 matrix_shape = stack_words(4)
 info_words = stack_words(3 * INFO)
 backward_in_python = text("matmul_grad::_mm_backward_in_python")
@@ -96,20 +107,21 @@ def delete_all(stack, count):
 
 
 def own(stack, kind, has_addend):
-    """The product that the stack describes, 1; or 0: then torch's kernel is to take the stack as it is."""
-    words, handle, dtype = product_words(), out_param(), out_param()
+    """Compute the product that the stack describes and return 1; 0 for a fallback, which takes the stack as it is."""
+    args, tensors, returned = args_words(), tensor_words(), out_param()
     a, b, source = get(stack, has_addend), get(stack, has_addend + 1), 0
     if has_addend != 0:
         source = get(stack, 0)
-        put(words, BETA, get(stack, 3))
-        put(words, ALPHA, get(stack, 4))
-    outcome = linked_compute(a, b, source, 0, words, kind, NEW_RESULT, 1, handle, dtype)
+        put(args, BETA, get(stack, 3))
+        put(args, ALPHA, get(stack, 4))
+    set_tensors(tensors, a, b, source, 0)
+    outcome = linked_compute(tensors, args, kind, NEW, 1, returned)
     if outcome != RUN and not is_error(outcome):
         return 0
     delete_all(stack, 2 + has_addend)
     if outcome != RUN:
         raise_for(outcome)
-    put(stack, 0, get(handle, 0))
+    put(stack, 0, get(returned, HANDLE))
     return 1
 
 
@@ -120,10 +132,10 @@ def make_entry(op: Op) -> Callable:
 
     shapes      a (m, k), b (k, n), input any that expands to (m, n); bmm, baddbmm: with one more size in front
     strides     any; the result is contiguous
-    dtypes      one for all, with a kernel; torch's kernel takes what has none
+    dtypes      one for all, with a kernel; others fall back to PyTorch's kernel
     aliasing    the result is new memory; operands are only read
     rounding    as the driver's
-    errors      torch's kernel raises them
+    errors      PyTorch's kernel raises them
     determinism as the driver's
     source      docs/design.md, "Functions and modules"
     """
@@ -139,9 +151,9 @@ def make_entry(op: Op) -> Callable:
 
 @jit
 def is_direct(tensors, count, plain):
-    """No graph to record, and nothing between autograd and the device that must have its turn.
+    """Whether no graph is recorded and no kernel is registered between autograd and the device.
 
-    That is so without a mode, for tensors whose dispatch keys are those of an ordinary one, ``plain``.
+    True without a mode, for tensors whose dispatch keys are those of an ordinary one, ``plain``.
     """
     place = get(state(), KEYS_AT)
     for index in range(count):
@@ -167,7 +179,7 @@ def make_autograd_entry(op: Op) -> Callable:
 
 @jit
 def backward_driver(grad, a, b, info_grad, info_a, info_b):
-    """The driver for both gradients, or NOT_ACCELERATED: then the operator in Python raises what is wrong, if it is."""
+    """The driver for both gradients, or NOT_ACCELERATED: the operator in Python computes them or raises."""
     if not (describe(grad, info_grad) and describe(a, info_a) and describe(b, info_b)):
         return NOT_ACCELERATED
     if get(info_grad, DIM) != 2 or get(info_a, DIM) != 2 or get(info_b, DIM) != 2:
@@ -190,7 +202,7 @@ def backward_driver(grad, a, b, info_grad, info_a, info_b):
 
 @jit
 def is_column_major(info):
-    """As torch's derivative asks it, whose gradient then lies in memory as its operand does."""
+    """As in PyTorch's derivative formula: the gradient gets the memory order of its operand."""
     return stride(info, 0) == 1 and stride(info, 1) == size(info, 0)
 
 
@@ -207,24 +219,24 @@ def empty_like(info, dtype):
 
 
 @jit
-def put_gradient(words, info_a, swap_a, info_b, swap_b, info_like, out):
-    """A product of two matrices, or of their transposes, into ``out``, which lies as its operand does."""
+def set_gradient(args, info_a, swap_a, info_b, swap_b, info_like, out):
+    """A product of two matrices, or of their transposes, into ``out``, in the memory order of ``info_like``."""
     at = out_param()
     get_mutable_data(out, at)
-    put(words, M, size(info_a, swap_a))
-    put(words, K, size(info_a, 1 - swap_a))
-    put(words, N, size(info_b, 1 - swap_b))
-    put(words, A, get(info_a, DATA))
-    put(words, A_RS, stride(info_a, swap_a))
-    put(words, A_CS, stride(info_a, 1 - swap_a))
-    put(words, B, get(info_b, DATA))
-    put(words, B_RS, stride(info_b, swap_b))
-    put(words, B_CS, stride(info_b, 1 - swap_b))
-    put(words, C, get(at, 0))
-    single(words, size(info_like, 1))
+    put(args, M, size(info_a, swap_a))
+    put(args, K, size(info_a, 1 - swap_a))
+    put(args, N, size(info_b, 1 - swap_b))
+    put(args, A, get(info_a, DATA))
+    put(args, A_RS, stride(info_a, swap_a))
+    put(args, A_CS, stride(info_a, 1 - swap_a))
+    put(args, B, get(info_b, DATA))
+    put(args, B_RS, stride(info_b, swap_b))
+    put(args, B_CS, stride(info_b, 1 - swap_b))
+    put(args, C, get(at, 0))
+    set_dense_c(args, size(info_like, 1))
     if is_column_major(info_like):
-        put(words, C_RS, 1)
-        put(words, C_CS, size(info_like, 0))
+        put(args, C_RS, 1)
+        put(args, C_CS, size(info_like, 0))
 
 
 @jit
@@ -236,7 +248,7 @@ def is_in_mask(mask, index):
 
 @jit
 def optional(tensor):
-    """How the C ABI hands over a ``Tensor?``: nothing, or the address of a handle that torch frees."""
+    """A ``Tensor?`` of the C ABI: 0, or the address of a handle that torch frees."""
     if tensor == 0:
         return 0
     at = new(8)
@@ -253,8 +265,8 @@ def delete_if(tensor):
 def mm_backward(stack, inputs, outputs):
     """``matmul_grad::mm_backward``: both gradients in one call of the driver, for dense CPU tensors.
 
-    Each gradient has the order of its operand in memory, as torch's has. Where anything is not as expected the operator
-    in Python takes the call.
+    Each gradient has the memory order of its operand, as in PyTorch. Anything unexpected goes to the operator in
+    Python.
     """
     grad, a, b, mask = get(stack, 0), get(stack, 1), get(stack, 2), get(stack, 3)
     infos = info_words()
@@ -267,19 +279,19 @@ def mm_backward(stack, inputs, outputs):
     if driver == NOT_ACCELERATED:
         forward_pair_to(stack, backward_in_python())
         return
-    dtype, words, count = dtype_of(info_a), pair_words(), 0
+    dtype, args, count = dtype_of(info_a), pair_words(), 0
     needs_a, needs_b = is_in_mask(mask, 0), is_in_mask(mask, 1)
     grad_a = empty_like(info_a, dtype) if needs_a else 0
     grad_b = empty_like(info_b, dtype) if needs_b else 0
     failed = (needs_a and grad_a == 0) or (needs_b and grad_b == 0)
     if not failed:
         if needs_a:
-            put_gradient(words, info_grad, 0, info_b, 1, info_a, grad_a)
+            set_gradient(args, info_grad, 0, info_b, 1, info_a, grad_a)
             count += 1
         if needs_b:
-            put_gradient(words + 8 * PRODUCT * count, info_a, 1, info_grad, 0, info_b, grad_b)
+            set_gradient(args + 8 * GEMM_ARGS * count, info_a, 1, info_grad, 0, info_b, grad_b)
             count += 1
-        failed = call_gemm(driver, words, count, threads()) != 0
+        failed = call_gemm(driver, args, count, threads()) != 0
     if failed:
         delete_if(grad_a)
         delete_if(grad_b)

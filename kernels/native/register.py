@@ -32,7 +32,7 @@ _kept: list[object] = []  # what native code points at, for the life of the proc
 
 
 class Unavailable(RuntimeError):
-    """Nothing can be registered natively here; the message says why."""
+    """Nothing can be registered natively here; the message is the reason."""
 
 
 @ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)

@@ -1,7 +1,7 @@
-"""torch from compiled code: the functions of its C ABI, and what every entry makes of them.
+"""torch from compiled code: the functions of its C ABI, and accessors of tensors and errors for the entries.
 
-Source: the headers torch/csrc/stable/c/shim.h and torch/csrc/inductor/aoti_torch/c/shim.h of torch ≥ 2.11. Which names
-are needed, and which of them torch does not promise, stands in ``torch_layout.py``.
+Source: the headers torch/csrc/stable/c/shim.h and torch/csrc/inductor/aoti_torch/c/shim.h of torch ≥ 2.11. The names
+that are needed, those that torch does not promise too, are in ``torch_layout.py``.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ no_overload = text("")
 
 @jit
 def word(address):
-    """A word whose upper half a 32-bit answer left as it was: 0."""
+    """A 32-bit result in a word that was 0 before."""
     return get(address, 0) & 0xFFFFFFFF
 
 
 @jit
 def describe(tensor, info):
-    """Read all but DATA of a tensor into ``info``; False where torch cannot tell (symbols)."""
+    """Read all but DATA of a tensor into ``info``; False where torch has no numbers (symbols)."""
     put(info, DTYPE, 0)
     failed = get_dim(tensor, info + 8 * DIM) | get_dtype(tensor, info + 8 * DTYPE)
     failed |= get_sizes(tensor, info + 8 * SIZES) | get_strides(tensor, info + 8 * STRIDES)
@@ -138,7 +138,7 @@ def is_within_storage(info, item):
 
 @jit
 def driver_of(dtype):
-    """Address of the GEMM for torch's code of a dtype, NOT_ACCELERATED or INTERRUPTED."""
+    """Address of the GEMM for torch's code of a dtype; or NOT_ACCELERATED, or INTERRUPTED."""
     if dtype >= CODES:
         return NOT_ACCELERATED
     driver = get(state(), GEMMS + dtype)

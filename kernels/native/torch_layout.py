@@ -146,7 +146,7 @@ def without_modes() -> Iterator[None]:
 def plain_keys() -> tuple[int, int]:
     """Which word of a TensorImpl holds its dispatch keys, and what an ordinary tensor has there; (0, 0) if unknown.
 
-    It is looked for: the one word that in tensors of several kinds is what torch says of their keys. (0, 0) fits no
+    Found by search: the one word that in tensors of several kinds equals the keys that torch reports. (0, 0) fits no
     tensor, since a TensorImpl begins with the address of its methods.
     """
     with without_modes():

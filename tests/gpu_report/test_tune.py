@@ -359,7 +359,7 @@ import contextlib, json, sys
 from pathlib import Path
 from matmul_grad.bench import gpu_calls, gpu_workloads, tune_worker
 from matmul_grad.bench.tune_results import Table
-from matmul_grad.kernels.gpu import winners
+from matmul_grad.kernels.gpu import tuned_configs
 from matmul_grad.kernels.gpu.config import TileConfig
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeGpu
@@ -373,7 +373,7 @@ for product in ("forward", "dgrad", "wgrad"):
     row = tune_worker.tune(workload, set(), [], gpu, said.append, lambda workload, configs: None)
     problem, target = gpu_calls.describe(*tune_worker.gpu_backends.draw(workload, "cpu").of(product), "ieee")
     table.put(row | {"name": workload.name})
-    assert winners.load(table.path)[winners.key(problem, target)] == TileConfig(**row["winner"]), row
+    assert tuned_configs.load(table.path)[tuned_configs.key(problem, target)] == TileConfig(**row["winner"]), row
 print(len(table.keys), sum("dropped" in message for message in said))
 """
 

@@ -1,5 +1,6 @@
 """Layouts, numbers and sizes that belong to torch's function, and exceptions that arrive once."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -30,26 +31,28 @@ def nested(layout: torch.layout) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
-def test_nested_tensors(layout: torch.layout) -> None:
-    x, w, bias = nested(layout), torch.randn(2, 4), torch.randn(2)
-    layer = matmul_grad.Linear(4, 2)
-    calls: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = [
-        (matmul_grad.linear, LINEAR, (x, w, bias)), (matmul_grad.linear, LINEAR, (x, w)),
-        (matmul_grad.matmul, torch.matmul, (x, w.t())), (matmul_grad.matmul, torch.matmul, (x, x.transpose(1, 2))),
-        (matmul_grad.bmm, torch.bmm, (x, x.transpose(1, 2))), (matmul_grad.mv, torch.mv, (x, w[0])),
-        (lambda x, *_: layer(x), LINEAR, (x, layer.weight, layer.bias)),
-    ]  # fmt: skip
-    worked = 0
-    for ours, theirs, operands in calls:
-        actual, expected = outcome(ours, *operands), outcome(theirs, *operands)
-        if isinstance(expected, tuple):
-            assert actual == expected
-            continue
-        worked += 1
-        for one, other in zip(actual.unbind(), expected.unbind(), strict=True):
-            torch.testing.assert_close(one, other)
-    assert worked >= 3
+def test_nested_tensors(layout: torch.layout, mode: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    with mode():
+        x, w, bias = nested(layout), torch.randn(2, 4), torch.randn(2)
+        layer = matmul_grad.Linear(4, 2)
+        calls: list[tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = [
+            (matmul_grad.linear, LINEAR, (x, w, bias)), (matmul_grad.linear, LINEAR, (x, w)),
+            (matmul_grad.matmul, torch.matmul, (x, w.t())), (matmul_grad.matmul, torch.matmul, (x, x.transpose(1, 2))),
+            (matmul_grad.bmm, torch.bmm, (x, x.transpose(1, 2))), (matmul_grad.mv, torch.mv, (x, w[0])),
+            (lambda x, *_: layer(x), LINEAR, (x, layer.weight, layer.bias)),
+        ]  # fmt: skip
+        worked = 0
+        for ours, theirs, operands in calls:
+            actual, expected = outcome(ours, *operands), outcome(theirs, *operands)
+            if isinstance(expected, tuple):
+                assert actual == expected
+                continue
+            worked += 1
+            for one, other in zip(actual.unbind(), expected.unbind(), strict=True):
+                torch.testing.assert_close(one, other)
+        assert worked >= 3
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

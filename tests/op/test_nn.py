@@ -1,6 +1,7 @@
 """Linear, convert and restore: the same module in all but what computes it, and back."""
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import processes
@@ -180,3 +181,22 @@ def test_a_forward_that_is_wrapped_after_convert_follows_restore() -> None:
     assert calls.ours == []
     del layer.forward
     torch.testing.assert_close(layer(x) * 2, doubled)
+
+
+def test_the_forward_of_a_converted_class_takes_objects_of_other_classes() -> None:
+    """``nn.Linear.forward(self, x)`` as a borrowed method, and on a stand-in that is no module."""
+
+    class Borrower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(2, 4)), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.Linear.forward(self, x)  # type: ignore[arg-type]
+
+    matmul_grad.convert(nn.Linear(2, 2))
+    x = torch.ones(3, 4)
+    assert Borrower()(x).tolist() == [[4.0, 4.0]] * 3
+    stand_in: Any = SimpleNamespace(weight=torch.ones(2, 4), bias=None)
+    assert nn.Linear.forward(stand_in, x).tolist() == [[4.0, 4.0]] * 3
+    assert torch.compile(Borrower(), backend="eager", fullgraph=True)(x).tolist() == [[4.0, 4.0]] * 3

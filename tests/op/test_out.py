@@ -57,15 +57,43 @@ def test_out_overlaps_a_matrix(name: str) -> None:
         assert_same_bits(out, expected)
 
 
-def test_out_between_the_elements_of_an_operand() -> None:
+@pytest.mark.parametrize("entry", ["function", "switch"])
+def test_out_between_the_elements_of_an_operand(entry: str) -> None:
     """Its elements are distinct, though its strides do not step over each other's."""
     base = integers(1, 12, torch.float32)[0]
     a, b = base[:4].view(2, 2, 1), integers(2, 2, torch.float32, 2).view(2, 1, 2)
     expected = torch.bmm(a.clone(), b)
     out = base.as_strided((2, 2, 2), (2, 3, 4))
-    with matmul_grad.strict():
-        matmul_grad.bmm(a, b, out=out)
+    with matmul_grad.enabled(), matmul_grad.strict():
+        (matmul_grad if entry == "function" else torch).bmm(a, b, out=out)
     assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm"])
+def test_out_that_repeats_an_element_where_nothing_is_multiplied(name: str) -> None:
+    operands = square(name)
+    operands[-2:] = [operands[-2][..., :0], operands[-1][..., :0, :]]
+    results = [
+        outcome(getattr(home, name), *operands, out=torch.zeros(()).expand(operands[-1].shape))
+        for home in (matmul_grad, torch)
+    ]
+    if isinstance(results[1], Tensor):
+        assert_same_bits(*results)
+    else:
+        assert results[0] == results[1]
+
+
+def test_out_that_repeats_an_element_of_an_operand() -> None:
+    """torch's bmm does not look for it; its mm does."""
+    operands = square("mm")
+    before = operands[0].clone()
+    out = operands[0][..., :1].expand(operands[0].shape)
+    for home in (matmul_grad, torch):
+        with matmul_grad.enabled():
+            result = outcome(home.mm, *operands, out=out)
+        assert result == outcome(torch.mm, *operands, out=out)
+        assert "single memory location" in result[1]
+        assert operands[0].equal(before)
 
 
 @pytest.mark.parametrize("name", ["addmm", "baddbmm"])
@@ -88,6 +116,20 @@ def test_out_overlaps_what_is_added(name: str) -> None:
         with matmul_grad.strict():
             getattr(matmul_grad, name)(*operands, out=out)
         assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("name", ["addmm", "baddbmm"])
+def test_out_overlaps_a_matrix_and_an_input_that_is_not_read(name: str) -> None:
+    """torch does not look at an input whose beta is 0."""
+    operands = square(name)
+    expected = getattr(torch, name)(*[x.clone() for x in operands], beta=0)
+    count = expected.numel()
+    base = torch.cat([operands[2].flatten(), torch.zeros(9)])
+    operands[0] = operands[2] = base[:count].view_as(expected)
+    out = base[3 : 3 + count].view_as(expected)
+    with matmul_grad.strict():
+        getattr(matmul_grad, name)(*operands, beta=0, out=out)
+    assert_same_bits(out, expected)
 
 
 def test_bmm_of_a_batch_and_its_transpose_into_itself() -> None:

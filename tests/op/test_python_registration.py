@@ -57,7 +57,7 @@ torch.testing.assert_close(*grads)
 from dataclasses import replace
 from matmul_grad.kernels.cpu import driver, host
 from matmul_grad.kernels.native import torch_layout
-without = replace(host.cpu(), halves=False)
+without = replace(host.cpu(), has_fp16_convert=False)
 host.cpu = lambda isa=None: without
 for cached in (driver.config, driver.supports):
     cached.cache_clear()

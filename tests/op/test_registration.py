@@ -24,7 +24,7 @@ reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 # --- registration --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*ops.PRODUCTS, "mm_backward"])
+@pytest.mark.parametrize("name", [*ops.SCHEMAS, "mm_backward"])
 def test_compiled_kernels_are_registered(name: str) -> None:
     assert ops.native_status() == ""
     dump = torch._C._dispatch_dump(f"matmul_grad::{name}")
@@ -41,7 +41,7 @@ def test_schemas() -> None:
     assert str(MM_BACKWARD.default._schema) == (
         "matmul_grad::mm_backward(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)"
     )
-    for operator in (*(getattr(torch.ops.matmul_grad, name).default for name in ops.PRODUCTS), MM_BACKWARD.default):
+    for operator in (*(getattr(torch.ops.matmul_grad, name).default for name in ops.SCHEMAS), MM_BACKWARD.default):
         assert torch.Tag.pt2_compliant_tag in operator.tags
         assert torch.Tag.needs_fixed_stride_order in operator.tags
 

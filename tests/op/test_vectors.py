@@ -224,3 +224,16 @@ def test_addmv_of_an_empty_matrix_has_the_shape_that_torch_gives(input: tuple[in
         except RuntimeError as error:
             results.append(str(error))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", EVERY, ids=str)
+def test_scales_that_the_dtype_cannot_hold(dtype: torch.dtype) -> None:
+    """torch refuses them for vectors; for matrices it takes what float32 holds."""
+    input, mat, vec = torch.ones(3, dtype=dtype), torch.ones(3, 4, dtype=dtype), torch.ones(4, dtype=dtype)
+    for scale in (65504, 65519, -1e5, 2**62, 3.395e38, 3.41e38, float("inf")):
+        for name in ("alpha", "beta"):
+            expected = outcome(torch.addmv, input, mat, vec, **{name: scale})
+            assert_same_outcome(outcome(matmul_grad.addmv, input, mat, vec, **{name: scale}), expected)
+            with matmul_grad.enabled():
+                assert_same_outcome(outcome(torch.addmv, input, mat, vec, **{name: scale}), expected)
+                assert_same_outcome(outcome(input.clone().addmv_, mat, vec, **{name: scale}), expected)

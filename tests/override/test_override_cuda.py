@@ -218,7 +218,7 @@ def test_devices_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, left in ((aten_override._cuda, "install", "cpu"), (override_probe, "require", "cuda")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, refuse)
-            patched.setattr(aten_override, "_told", set())
+            patched.setattr(aten_override, "_notified", set())
             with pytest.warns(UserWarning, match="on one device torch's products stay: .*not today"):
                 matmul_grad.enable()
             matmul_grad.enable()

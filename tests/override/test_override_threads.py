@@ -84,6 +84,7 @@ def test_state_after_an_interrupt_is_reported_by_info() -> None:
         """
         import random, signal, threading, time
         matmul_grad.enable(); matmul_grad.disable()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs behind it
         main, hits = threading.main_thread().ident, 0
 
         def ours():

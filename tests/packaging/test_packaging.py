@@ -66,7 +66,7 @@ def test_wheel_holds_one_top_level_name(wheel: Path) -> None:
 
 
 def test_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
-    """Whatever lies in the source folders, data too: `kernels.gpu.winners` reads a table beside itself."""
+    """Whatever lies in the source folders, data too: `kernels.gpu.tuned_configs` reads a table beside itself."""
     folders = {ROOT / PACKAGE: PACKAGE, ROOT / "kernels": f"{PACKAGE}/kernels", ROOT / "bench": f"{PACKAGE}/bench"}
     expected = {
         f"{target}/{path.relative_to(folder).as_posix()}"
@@ -74,7 +74,7 @@ def test_wheel_holds_every_file_and_nothing_else(wheel: Path) -> None:
         for path in folder.rglob("*")
         if path.is_file() and not {"__pycache__", "results"} & {*path.parts}
     }
-    assert {f"{PACKAGE}/kernels/gpu/winners.json", f"{PACKAGE}/py.typed"} < expected
+    assert {f"{PACKAGE}/kernels/gpu/tuned_configs.json", f"{PACKAGE}/py.typed"} < expected
     assert contents(wheel) == expected
 
 

@@ -1,4 +1,4 @@
-"""The machine code of the microkernels: the instruction that each tile is built on, and nothing spilled around it."""
+"""The machine code of the microkernels: the multiply-adds of each tile, and no spilled register."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def basic_blocks(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("isa", X86)
-def test_the_k_loop_is_multiply_adds_without_spills(isa: str, dtype: str) -> None:
+def test_k_loop_has_all_multiply_adds_and_no_spill(isa: str, dtype: str) -> None:
     block = choose(dtype, host.cpu(isa))
     arithmetic = r"vfn?madd\d+p[sd]" if block.fused else r"v?mulp[sd]"
-    arithmetic = "vdpbf16ps" if block.pairs else arithmetic
+    arithmetic = "vdpbf16ps" if block.bf16_dot else arithmetic
     text = assembly(block)
     loops = [body for body in basic_blocks(text) if sum(bool(re.match(arithmetic, line)) for line in body) >= block.mr]
     expected = block.mr * block.vectors
@@ -61,7 +61,7 @@ def test_the_k_loop_is_multiply_adds_without_spills(isa: str, dtype: str) -> Non
 
 
 @pytest.mark.parametrize("isa", [isa for isa in X86 if isa != "avx512"])
-def test_a_narrower_set_uses_no_wider_register(isa: str) -> None:
+def test_narrower_isa_uses_no_wider_register(isa: str) -> None:
     text = assembly(choose("float32", host.cpu(isa)))
     forbidden = {"avx2": r"%zmm|%k[1-7]|%[xy]mm(1[6-9]|2\d|3[01])", "generic": r"%ymm|%zmm|\bvfmadd"}[isa]
     assert not re.search(forbidden, text)

@@ -1,4 +1,4 @@
-"""Batches, C = alpha · (A · B) + beta · input, and any strides of C: the driver itself, on every instruction set.
+"""Batches, C = alpha · (A · B) + beta · source, and any strides of C: the driver itself, on every instruction set.
 
 Exact integers between NaN, as in test_gemm.py, which tries the plain product.
 """
@@ -16,16 +16,21 @@ from torch import Tensor
 
 from matmul_grad import testing
 from matmul_grad.kernels.cpu import driver, host
-from matmul_grad.kernels.cpu.config import BlockConfig, choose, threads_of_one, worth_turning
-from matmul_grad.kernels.cpu.product import PRODUCT
+from matmul_grad.kernels.cpu.config import BlockConfig, choose, prefer_transposed_c, threads_per_product
+from matmul_grad.kernels.cpu.gemm_args import GEMM_ARGS
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def small(block: BlockConfig) -> BlockConfig:
-    """The same tile in blocks of a few tiles, so that every loop turns more than once on small matrices."""
+    """The same tile in blocks of a few tiles, so that every loop runs more than once on small matrices."""
     return dataclasses.replace(
-        block, mc=2 * block.mr, kc=block.chain, nc=2 * block.nr, chunk=2 * block.chain, sums=3 * block.mr * block.nr
+        block,
+        mc=2 * block.mr,
+        kc=block.chain,
+        nc=2 * block.nr,
+        chunk=2 * block.chain,
+        partial_lanes=3 * block.mr * block.nr,
     )
 
 
@@ -33,7 +38,7 @@ def blocks() -> list[BlockConfig]:
     chosen = []
     for isa in host.host_isas():
         cpu = host.cpu(isa)
-        chosen += [choose(dtype, cpu) for dtype in DTYPES if dtype != "float16" or cpu.halves]
+        chosen += [choose(dtype, cpu) for dtype in DTYPES if dtype != "float16" or cpu.has_fp16_convert]
     return [*chosen, small(driver.config("float32")), small(driver.config("bfloat16"))]
 
 
@@ -59,9 +64,9 @@ def run(
     operands = a.data_ptr(), *strides(a), b.data_ptr(), *strides(b), out.data_ptr(), *strides(out)
     apart = batch, a.stride(0), b.stride(0), out.stride(0)
     added = (source.data_ptr(), *strides(source), source.stride(0)) if source is not None else (0, 0, 0, 0)
-    words = (ctypes.c_int64 * PRODUCT)(m, n, k, *operands, *apart, *added, bits(alpha), bits(beta))
+    args = (ctypes.c_int64 * GEMM_ARGS)(m, n, k, *operands, *apart, *added, bits(alpha), bits(beta))
     multiply = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)(driver.gemm_address(block))
-    assert multiply(ctypes.addressof(words), 1, threads) == 0
+    assert multiply(ctypes.addressof(args), 1, threads) == 0
 
 
 def integers(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -92,7 +97,7 @@ SHAPES = [(1, 1, 1, 1), (1, 40, 3, 9), (3, 7, 65, 9), (2, 12, 33, 31), (5, 1, 70
 
 @every_block
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_batches_in_every_layout(block: BlockConfig, threads: int) -> None:
+def test_batches_of_every_layout_are_exact(block: BlockConfig, threads: int) -> None:
     dtype = getattr(torch, block.dtype)
     layouts = itertools.cycle(itertools.product(ORDERS, ORDERS, ORDERS, (1, 2)))
     for index, (batch, m, n, k) in enumerate([*SHAPES, (3, 8, 7, 4 * block.chain + 6)]):
@@ -109,7 +114,7 @@ def test_batches_in_every_layout(block: BlockConfig, threads: int) -> None:
 
 
 @every_block
-def test_operands_shared_by_a_batch(block: BlockConfig) -> None:
+def test_operand_expanded_over_the_batch(block: BlockConfig) -> None:
     dtype = getattr(torch, block.dtype)
     a, b = integers(1, 13, 40, dtype=dtype, seed=1).expand(4, 13, 40), integers(4, 40, 70, dtype=dtype, seed=2)
     for one, other in ((a, b), (b.mT, a.mT)):
@@ -123,8 +128,8 @@ SCALES = [(1, 1), (2, 1), (1, -3), (0.5, 2), (-1, 0.25)]
 
 @every_block
 @pytest.mark.parametrize("alpha,beta", SCALES)
-def test_scaled_and_added_to(block: BlockConfig, alpha: float, beta: float) -> None:
-    """Any strides of what is added: whole, a row or a column or an element for all, and the result itself."""
+def test_epilogue_with_any_strides_of_source(block: BlockConfig, alpha: float, beta: float) -> None:
+    """The source is whole, or expanded from a row, a column or an element, or the result itself."""
     dtype = getattr(torch, block.dtype)
     for batch, m, n, k in [*SHAPES, (3, 8, 7, 4 * block.chain + 6)]:
         a, b = integers(batch, m, k, dtype=dtype, seed=1), integers(batch, k, n, dtype=dtype, seed=2)
@@ -145,8 +150,8 @@ def test_scaled_and_added_to(block: BlockConfig, alpha: float, beta: float) -> N
             testing.assert_same_bits(out + 0.0, expected + 0.0, f"{what}, in place")
 
 
-def test_chunks_of_k_are_shared_in_a_batch() -> None:
-    """Few small products over a long k: each has chunks of its own, and adds them up for itself."""
+def test_batch_items_split_over_k_keep_their_bits() -> None:
+    """Few small products over a long k, whose chunks of k threads share: the bits do not depend on threads or batch."""
     block = driver.config("float32")
     a, b = (testing.normal(3 * 5, 20000, torch.float32, seed=seed).view(3, 5, 20000) for seed in (1, 2))
     source = testing.normal(5, 5, torch.float32, seed=3).expand(3, 5, 5)
@@ -162,16 +167,16 @@ def test_chunks_of_k_are_shared_in_a_batch() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
-def test_threads_of_one_keep_all_busy(threads: int) -> None:
+def test_threads_per_product_keep_all_busy(threads: int) -> None:
     for batch in range(1, 300):
-        parts = batch * threads_of_one(batch, threads)
-        rounds = -(-parts // threads)
-        assert parts / threads > 0.79 * rounds, f"{batch} products, {parts} parts"
+        blocks = batch * threads_per_product(batch, threads)
+        rounds = -(-blocks // threads)
+        assert blocks / threads > 0.79 * rounds, f"{batch} products, {blocks} blocks"
 
 
-def test_c_is_turned_where_that_repays() -> None:
-    assert worth_turning(40, 3, 3, 1, 16)
-    assert not worth_turning(3, 40, 40, 1, 16)
-    assert worth_turning(40, 40, 1, 40, 16), "columns of C together"
-    assert not worth_turning(3, 40, 1, 3, 16), "its transpose would have few columns"
-    assert worth_turning(40, 3, 1, 40, 16)
+def test_transposed_c_is_preferred_where_it_has_fewer_vectors() -> None:
+    assert prefer_transposed_c(40, 3, 3, 1, 16)
+    assert not prefer_transposed_c(3, 40, 40, 1, 16)
+    assert prefer_transposed_c(40, 40, 1, 40, 16), "columns of C together"
+    assert not prefer_transposed_c(3, 40, 1, 3, 16), "its transpose would have few columns"
+    assert prefer_transposed_c(40, 3, 1, 40, 16)

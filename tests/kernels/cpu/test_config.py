@@ -1,4 +1,4 @@
-"""The choices of kernels/cpu/config.py as functions: asked about CPUs that are not here."""
+"""The choices of kernels/cpu/config.py for many CPUs: pure functions, so none of them has to be here."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from matmul_grad.kernels.cpu.config import (
     Cpu,
     choose,
     k_block,
-    split_parts,
-    up,
+    round_up,
+    split_c,
     useful_threads,
 )
 
@@ -31,30 +31,30 @@ CASES = list(itertools.product(SIZES, TILES, CACHES))
 
 
 @pytest.mark.parametrize(("dtype", "isa", "caches"), CASES)
-def test_choose_fits_the_machine(dtype: str, isa: str, caches: tuple[int, int]) -> None:
+def test_chosen_blocks_fit_registers_and_caches(dtype: str, isa: str, caches: tuple[int, int]) -> None:
     l2, l3 = caches
-    block = choose(dtype, Cpu(isa, l2, l3, bf16_pairs=isa == "avx512"))
+    block = choose(dtype, Cpu(isa, l2, l3, bf16_dot=isa == "avx512"))
     accumulators = block.mr * block.vectors
     assert accumulators + block.vectors + 1 <= REGISTERS[isa]
     assert block.nr == block.vectors * block.lanes
     assert block.mc % block.mr == 0 and block.nc % block.nr == 0 and min(block.mc, block.nc) > 0
     assert block.b_bytes <= max(l3 // 2, block.k_lanes * block.nr * block.lane_bytes)
     assert block.thread_bytes <= 16 << 20 and block.thread_bytes % 64 == 0
-    assert block.sums >= block.mr * block.nr
+    assert block.partial_lanes >= block.mr * block.nr
     assert block.mc * block.k_lanes * block.lane_bytes <= max(l2 // 2, block.mr * block.k_lanes * block.lane_bytes)
-    assert block.narrow == (SIZES[dtype] == 2)
+    assert block.accumulates_wider == (SIZES[dtype] == 2)
 
 
 @pytest.mark.parametrize("dtype", SIZES)
-def test_the_order_of_k_is_the_same_on_every_cpu(dtype: str) -> None:
+def test_chains_are_the_same_on_every_cpu(dtype: str) -> None:
     chains = {choose(dtype, Cpu(isa, *caches)).chain for _, isa, caches in CASES}
     assert chains == {CHAIN[dtype]}
-    pairs = choose(dtype, Cpu("avx512", bf16_pairs=True))
-    assert pairs.chain == CHAIN[dtype] * (2 if dtype == "bfloat16" else 1)
-    assert pairs.kc % pairs.chain == 0
+    paired = choose(dtype, Cpu("avx512", bf16_dot=True))
+    assert paired.chain == CHAIN[dtype] * (2 if dtype == "bfloat16" else 1)
+    assert paired.kc % paired.chain == 0
 
 
-def test_choose_refuses_what_it_does_not_know() -> None:
+def test_unknown_dtype_or_isa_raises_valueerror() -> None:
     with pytest.raises(ValueError, match="dtype must be one of"):
         choose("int8", Cpu("avx2"))
     with pytest.raises(ValueError, match="isa must be one of"):
@@ -62,7 +62,7 @@ def test_choose_refuses_what_it_does_not_know() -> None:
 
 
 @pytest.mark.parametrize("k", [0, 1, 7, 127, 128, 129, 383, 384, 385, 768, 769, 1000, 4096, 30_000_000])
-def test_panels_hold_whole_chains_and_are_as_few_as_can_be(k: int) -> None:
+def test_panels_hold_whole_chains_and_are_fewest(k: int) -> None:
     for kc in set(KC.values()):
         step = k_block(k, kc, 32)
         assert step % 32 == 0 and 0 < step <= kc
@@ -73,11 +73,12 @@ THREADS = (1, 2, 3, 4, 6, 8, 16, 32, 64)
 
 
 def slowest(row_tiles: int, panels: int, threads: int) -> int:
-    """Tiles that the busiest thread computes, when each takes the next part as soon as it is free."""
-    rows, columns = split_parts(row_tiles, panels, threads)
+    """Tiles that the busiest thread computes, when each takes the next block as soon as it is free."""
+    rows, columns = split_c(row_tiles, panels, threads)
     assert rows * columns >= 1
     begins = [
-        [total * part // parts for part in range(parts + 1)] for total, parts in ((row_tiles, rows), (panels, columns))
+        [total * block // blocks for block in range(blocks + 1)]
+        for total, blocks in ((row_tiles, rows), (panels, columns))
     ]
     tall, wide = ([end - begin for begin, end in itertools.pairwise(cuts)] for cuts in begins)
     busy = [0] * threads
@@ -90,20 +91,20 @@ def slowest(row_tiles: int, panels: int, threads: int) -> int:
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("size", [1024, 1536, 2048, 4096, 8192])
 def test_threads_share_large_products_within_ten_percent(size: int, threads: int) -> None:
-    row_tiles, panels = up(size, 6) // 6, up(size, 64) // 64
+    row_tiles, panels = round_up(size, 6) // 6, round_up(size, 64) // 64
     assert slowest(row_tiles, panels, threads) * threads <= 1.1 * row_tiles * panels
 
 
 @pytest.mark.parametrize("threads", THREADS)
-def test_few_rows_split_the_columns(threads: int) -> None:
+def test_few_rows_split_columns_among_threads(threads: int) -> None:
     assert slowest(1, 64, threads) == -(-64 // threads)
-    assert split_parts(1, 1, threads) == (1, 1)
+    assert split_c(1, 1, threads) == (1, 1)
 
 
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize(("m", "n"), [(8, 4096), (32, 4096), (128, 3072), (4096, 64), (3000, 48)])
 def test_skinny_products_keep_all_threads_busy(m: int, n: int, threads: int) -> None:
-    row_tiles, panels = up(m, 6) // 6, up(n, 64) // 64
+    row_tiles, panels = round_up(m, 6) // 6, round_up(n, 64) // 64
     assert slowest(row_tiles, panels, threads) <= 1.25 * -(-row_tiles * panels // threads) + 1
 
 

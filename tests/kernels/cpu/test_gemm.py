@@ -1,4 +1,4 @@
-"""The compiled GEMM itself, on every instruction set of this machine and with blocks small enough to meet all loops.
+"""The compiled GEMM itself, on every instruction set of this machine and with blocks small enough to run all loops.
 
 Exact integers: the expected result is bitwise. Operands lie between NaN, or against a page that cannot be touched,
 so that one element read or written outside is a failure or a crash.
@@ -17,6 +17,7 @@ from torch import Tensor
 from matmul_grad import testing
 from matmul_grad.kernels.cpu import driver, host
 from matmul_grad.kernels.cpu.config import BlockConfig, choose
+from matmul_grad.kernels.cpu.gemm_args import Epilogue
 from matmul_grad.kernels.native import direct
 
 PAGE = mmap.PAGESIZE
@@ -24,9 +25,14 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def small(block: BlockConfig) -> BlockConfig:
-    """The same tile in blocks of a few tiles, so that every loop turns more than once on small matrices."""
+    """The same tile in blocks of a few tiles, so that every loop runs more than once on small matrices."""
     return dataclasses.replace(
-        block, mc=2 * block.mr, kc=block.chain, nc=2 * block.nr, chunk=2 * block.chain, sums=3 * block.mr * block.nr
+        block,
+        mc=2 * block.mr,
+        kc=block.chain,
+        nc=2 * block.nr,
+        chunk=2 * block.chain,
+        partial_lanes=3 * block.mr * block.nr,
     )
 
 
@@ -35,8 +41,8 @@ def blocks() -> list[BlockConfig]:
     chosen = []
     for isa in host.host_isas():
         cpu = host.cpu(isa)
-        chosen += [choose(dtype, cpu) for dtype in DTYPES if dtype != "float16" or cpu.halves]
-    chosen.append(choose("bfloat16", dataclasses.replace(host.cpu(), bf16_pairs=False)))
+        chosen += [choose(dtype, cpu) for dtype in DTYPES if dtype != "float16" or cpu.has_fp16_convert]
+    chosen.append(choose("bfloat16", dataclasses.replace(host.cpu(), bf16_dot=False)))
     return [*chosen, small(driver.config("float32")), small(driver.config("bfloat16"))]
 
 
@@ -49,7 +55,7 @@ def dtype_of(block: BlockConfig) -> torch.dtype:
 
 
 def shapes(block: BlockConfig) -> list[tuple[int, int, int]]:
-    """The common table, and sizes around this tile and these blocks."""
+    """The common shapes, and sizes around this tile and these blocks."""
     mr, nr = block.mr, block.nr
     around = [(mr + i, nr + j, 25) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     return [
@@ -83,7 +89,7 @@ def assert_untouched(whole: Tensor, m: int, n: int, what: str) -> None:
 
 
 @every_block
-def test_integers_between_canaries(block: BlockConfig) -> None:
+def test_integers_are_exact_and_canaries_untouched(block: BlockConfig) -> None:
     dtype = dtype_of(block)
     for layout in testing.LAYOUTS:
         for m, n, k in shapes(block):
@@ -104,7 +110,7 @@ def test_integers_between_canaries(block: BlockConfig) -> None:
 @every_block
 @pytest.mark.parametrize("a_striding", testing.STRIDINGS)
 @pytest.mark.parametrize("b_striding", testing.STRIDINGS)
-def test_integers_of_any_strides(block: BlockConfig, a_striding: str, b_striding: str) -> None:
+def test_integers_of_any_strides_are_exact(block: BlockConfig, a_striding: str, b_striding: str) -> None:
     dtype = dtype_of(block)
     for m, n, k in ((13, 70, 31), (1, 9, 50), (40, 1, 7)):
         a = testing.lay_out(testing.integers(m, k, dtype, seed=1), a_striding)
@@ -112,6 +118,20 @@ def test_integers_of_any_strides(block: BlockConfig, a_striding: str, b_striding
         out = a.new_empty(m, n)
         direct.multiply(block, a, b, out, 2)
         testing.assert_same_bits(out, testing.exact_product(a, b), f"{a_striding} {b_striding} {m}x{n}x{k}")
+
+
+def test_epilogue_scales_and_adds_an_expanded_source() -> None:
+    a, b = testing.integers(13, 20, torch.float32, seed=1), testing.integers(20, 70, torch.float32, seed=2)
+    for source in (testing.integers(1, 70, torch.float32, seed=3), testing.integers(13, 1, torch.float32, seed=3)):
+        out = torch.full((13, 70), float("nan"))
+        direct.multiply(driver.config("float32"), a, b, out, 1, Epilogue(alpha=2.0, beta=-3.0, source=source))
+        testing.assert_same_bits(out + 0.0, 2 * testing.exact_product(a, b) - 3 * source + 0.0)  # 0 and -0 are one
+
+
+def test_source_is_not_read_where_beta_is_zero() -> None:
+    a, b, out = torch.ones(3, 2), torch.ones(2, 4), torch.zeros(3, 4)
+    direct.multiply(driver.config("float32"), a, b, out, 1, Epilogue(beta=0.0, source=torch.full((4,), float("nan"))))
+    assert out.tolist() == [[2.0] * 4] * 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -149,7 +169,7 @@ class Guarded:
 @every_block
 @pytest.mark.parametrize("at_end", [True, False], ids=["page-after", "page-before"])
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_nothing_is_read_beyond_the_operands(block: BlockConfig, layout: str, at_end: bool) -> None:
+def test_no_access_beyond_operands(block: BlockConfig, layout: str, at_end: bool) -> None:
     dtype = dtype_of(block)
     mr, nr, lanes = block.mr, block.nr, block.lanes
     for m, n, k in (
@@ -176,7 +196,7 @@ def test_nothing_is_read_beyond_the_operands(block: BlockConfig, layout: str, at
         testing.assert_same_bits(stored_c.matrix, testing.exact_product(a, b), f"{layout} {m}x{n}x{k}")
 
 
-def test_a_forced_instruction_set_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_isa_is_used_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     for isa in host.host_isas():
         monkeypatch.setenv("MATMUL_GRAD_ISA", isa)
         assert host.cpu().isa == isa

@@ -311,13 +311,13 @@ build.SLOW = {slow}
 {close}
 def kernels():
     limit = time.monotonic() + 100
-    while build.SLOW == 0 and not build._told and time.monotonic() < limit:
+    while build.SLOW == 0 and not build._notified and time.monotonic() < limit:
         time.sleep(0.01)
     time.sleep(0.1)
     return {{"answer": "define i64 @answer() {{\\n  ret i64 42\\n}}\\n"}}
 for key in ("a", "b"):
     build.load(key, "answer", kernels, host.machine(host.cpu().isa), {{}})
-print(len(build._told))
+print(len(build._notified))
 """
 
 

@@ -1,4 +1,4 @@
-"""Whatever the shapes, strides, offsets and threads: integers come out exact, and a soak of mixed calls stays so."""
+"""Integers are exact for any shapes, strides, offsets and threads, also in many mixed calls from several threads."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def soak(rounds: int) -> None:
     assert not failures, failures[0]
 
 
-def test_four_threads_agree_for_a_moment() -> None:
+def test_calls_from_four_threads_keep_their_bits() -> None:
     soak(250)
 
 
 @pytest.mark.slow
-def test_four_threads_agree_for_longer() -> None:
+def test_many_calls_from_four_threads_keep_their_bits() -> None:
     soak(10_000)

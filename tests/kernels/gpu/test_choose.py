@@ -1,4 +1,4 @@
-"""choose is pure, total and valid over every shape that matters; measured winners go before the model."""
+"""choose is pure, total and valid over every shape that matters; tuned configurations take precedence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from matmul_grad.kernels.gpu import winners
+from matmul_grad.kernels.gpu import tuned_configs
 from matmul_grad.kernels.gpu.choose import (
     FP8_TMA_TILES,
     SPLITS,
@@ -22,7 +22,7 @@ from matmul_grad.kernels.gpu.choose import (
     choose_backward,
     gradients,
     is_valid_backward,
-    seconds,
+    predicted_seconds,
 )
 from matmul_grad.kernels.gpu.config import Problem, Target, TileConfig, is_valid
 
@@ -34,7 +34,7 @@ TARGETS = {
     "sm100": Target(100, 148, 227 << 10),
     "sm120": Target(120, 170, 99 << 10),
 }
-NUMBERS = {
+DTYPE_NAMES = {
     "fp16": ("float16", "ieee"),
     "bf16": ("bfloat16", "ieee"),
     "fp32": ("float32", "ieee"),
@@ -65,8 +65,8 @@ SHAPES = [product for m, n, k in FORWARD for product in ((m, n, k), (m, k, n), (
 
 
 @pytest.fixture(autouse=True)
-def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """No table of the user's, but the one that a test writes."""
+def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No configurations of the user's, but those that a test writes."""
     monkeypatch.setenv("MATMUL_GRAD_TUNED", str(tmp_path / "tuned.json"))
     forget()
     yield tmp_path / "tuned.json"
@@ -74,7 +74,7 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    for cached in (winners.tables, choose, choose_backward):
+    for cached in (tuned_configs.read_files, choose, choose_backward):
         cached.cache_clear()
 
 
@@ -82,8 +82,8 @@ def forget() -> None:
 WAYS = (("NN", True, True), ("NN", True, False), ("TS", False, False))
 
 
-def problems(number: str, **fields: bool) -> list[Problem]:
-    dtype, precision = NUMBERS[number]
+def problems(dtype_name: str, **fields: bool) -> list[Problem]:
+    dtype, precision = DTYPE_NAMES[dtype_name]
     return [
         Problem(m, n, k, dtype, letters[0], letters[1], precision, aligned, tma, **fields)
         for (m, n, k), (letters, aligned, tma) in itertools.product(SHAPES, WAYS)
@@ -94,21 +94,21 @@ def whole(tile: TileConfig) -> TileConfig:
     return replace(tile, split_k=1)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("dtype_name", DTYPE_NAMES)
 @pytest.mark.parametrize("arch", TARGETS)
-def test_choose_is_total_and_valid(arch: str, number: str) -> None:
+def test_choose_is_total_and_valid(arch: str, dtype_name: str) -> None:
     target = TARGETS[arch]
-    chosen = {problem: choose(problem, target) for problem in problems(number)}
+    chosen = {problem: choose(problem, target) for problem in problems(dtype_name)}
     assert [problem for problem, tile in chosen.items() if not is_valid(tile, problem, target)] == []
     depths = {tile.block_k for tile in chosen.values() if tile.path != "vector"}
     assert len(depths) == 1
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_choose_is_pure(number: str) -> None:
-    first = [choose(problem, TARGETS["sm90"]) for problem in problems(number)]
+@pytest.mark.parametrize("dtype_name", DTYPE_NAMES)
+def test_choose_is_pure(dtype_name: str) -> None:
+    first = [choose(problem, TARGETS["sm90"]) for problem in problems(dtype_name)]
     choose.cache_clear()
-    again = [choose(problem, TARGETS["sm90"]) for problem in reversed(problems(number))]
+    again = [choose(problem, TARGETS["sm90"]) for problem in reversed(problems(dtype_name))]
     assert first == again[::-1]
 
 
@@ -117,8 +117,8 @@ def test_every_tile_is_chosen_somewhere() -> None:
     used = {
         whole(choose(problem, target))
         for target in TARGETS.values()
-        for number in NUMBERS
-        for problem in problems(number)
+        for dtype_name in DTYPE_NAMES
+        for problem in problems(dtype_name)
     }
     used |= {choose_backward(problem, "N", target) for target in TARGETS.values() for problem in problems("bf16")}
     eight_bits = [
@@ -131,17 +131,17 @@ def test_every_tile_is_chosen_somewhere() -> None:
     assert listed - used == set()
 
 
-def test_every_number_of_parts_is_chosen_somewhere() -> None:
+def test_every_number_of_splits_is_chosen_somewhere() -> None:
     shapes = [(m, n, 64 << i) for m in (16, 64, 256) for n in (64, 512) for i in range(20)]
     chosen = {choose(Problem(*shape, "bfloat16", tma=True), TARGETS["sm90"]).split_k for shape in shapes}
     assert chosen >= {1, 4, 8, 64, 128}
     assert chosen <= set(SPLITS)
 
 
-@pytest.mark.parametrize("number", ["bf16", "fp32"])
-def test_invariant_problems_have_one_order_of_k(number: str) -> None:
+@pytest.mark.parametrize("dtype_name", ["bf16", "fp32"])
+def test_invariant_problems_have_one_order_of_k(dtype_name: str) -> None:
     """Where the bits of a row may not depend on m, k is never cut and a vector is a matrix."""
-    for problem in problems(number, invariant=True):
+    for problem in problems(dtype_name, invariant=True):
         tile = choose(problem, TARGETS["sm90"])
         assert tile.split_k == 1 and tile.path != "vector"
 
@@ -157,10 +157,10 @@ def test_a_large_problem_gets_a_large_tile_and_a_small_one_fills_the_gpu() -> No
 
 def test_the_model_grows_with_the_work_and_shrinks_with_the_gpu() -> None:
     tile, problem, target = TMA_TILES[0], Problem(4096, 4096, 4096, "bfloat16", tma=True), TARGETS["sm90"]
-    once = seconds(tile, problem, target)
-    assert 1.9 < seconds(tile, replace(problem, k=8192), target) / once < 2.1
-    assert 3.5 < seconds(tile, replace(problem, batch=4), target) / once < 4.5
-    assert seconds(tile, problem, replace(target, sms=66)) > 1.8 * once
+    once = predicted_seconds(tile, problem, target)
+    assert 1.9 < predicted_seconds(tile, replace(problem, k=8192), target) / once < 2.1
+    assert 3.5 < predicted_seconds(tile, replace(problem, batch=4), target) / once < 4.5
+    assert predicted_seconds(tile, problem, replace(target, sms=66)) > 1.8 * once
 
 
 def test_candidates_hold_every_path() -> None:
@@ -188,37 +188,52 @@ def test_one_launch_for_both_gradients_is_valid_for_both(arch: str) -> None:
     assert bool(found) == (90 <= target.arch < 120)
 
 
-def test_a_measured_winner_goes_before_the_model(tables: Path) -> None:
+def test_tuned_config_takes_precedence_over_the_model(tuned_file: Path) -> None:
     problem, target = Problem(512, 512, 512, "bfloat16", tma=True), TARGETS["sm90"]
     usual = choose(problem, target)
-    winner = next(tile for tile in candidates(problem, target) if tile != usual)
-    write(tables, {winners.key(problem, target): asdict(winner)})
-    assert choose(problem, target) == winner
-    assert choose(replace(problem, m=513), target) != winner
+    tuned = next(tile for tile in candidates(problem, target) if tile != usual)
+    write(tuned_file, {tuned_configs.key(problem, target): asdict(tuned)})
+    assert choose(problem, target) == tuned
+    assert choose(replace(problem, m=513), target) != tuned
     assert choose(problem, replace(target, sms=78)) == usual
 
 
-def test_a_winner_that_is_not_valid_is_passed_over(tables: Path) -> None:
+def test_invalid_tuned_config_is_ignored(tuned_file: Path) -> None:
     problem, target = Problem(512, 512, 512, "bfloat16"), TARGETS["sm90"]
     usual = choose(problem, target)
-    write(tables, {winners.key(problem, target): asdict(TMA_TILES[0])})
+    write(tuned_file, {tuned_configs.key(problem, target): asdict(TMA_TILES[0])})
     assert choose(problem, target) == usual
+
+
+def test_file_that_tune_wrote_before_is_read(tuned_file: Path) -> None:
+    """The format of version 1, word for word: users have such files."""
+    problem, target = Problem(512, 512, 512, "bfloat16", tma=True), TARGETS["sm90"]
+    usual = choose(problem, target)
+    tuned_file.write_text(
+        """{"version": 1, "provenance": {"GPU": "NVIDIA H100", "triton": "3.6.0", "measured": {
+        "sm90x132 512 512 512 bfloat16 N N ieee aligned tma 1": {"best": 1e-05, "default": 2e-05}}}, "winners": {
+        "sm90x132 512 512 512 bfloat16 N N ieee aligned tma 1": {"block_m": 64, "block_n": 64, "block_k": 64,
+        "stages": 4, "warps": 4, "group_m": 8, "split_k": 2, "path": "pointers", "subtiles": 1}}}""",
+        encoding="utf-8",
+    )
+    forget()
+    assert choose(problem, target) == TileConfig(64, 64, 64, 4, 4, 8, 2, "pointers", 1) != usual
 
 
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"version": 2, "winners": {}}', '{"version": 1, "winners": {"x": {"y": 1}}}']
 )
-def test_a_table_that_is_none_is_passed_over_with_a_line(
-    text: str, tables: Path, capsys: pytest.CaptureFixture[str]
+def test_invalid_file_is_ignored_with_one_message(
+    text: str, tuned_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usual = choose(Problem(512, 512, 512, "bfloat16"), TARGETS["sm90"])
-    tables.write_text(text, encoding="utf-8")
+    tuned_file.write_text(text, encoding="utf-8")
     forget()
     assert choose(Problem(512, 512, 512, "bfloat16"), TARGETS["sm90"]) == usual
     assert capsys.readouterr().err.count("\n") == 1
 
 
 def write(path: Path, entries: dict[str, object]) -> None:
-    table = {"version": winners.VERSION, "provenance": {}, "winners": entries}
-    path.write_text(json.dumps(table), encoding="utf-8")
+    content = {"version": tuned_configs.VERSION, "provenance": {}, "winners": entries}
+    path.write_text(json.dumps(content), encoding="utf-8")
     forget()

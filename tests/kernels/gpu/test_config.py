@@ -19,7 +19,7 @@ TARGETS = {
     "sm90": Target(90, 132, 227 << 10),
     "sm120": Target(120, 170, 99 << 10),
 }
-NUMBERS = {
+DTYPE_NAMES = {
     "fp16": ("float16", "ieee"),
     "bf16": ("bfloat16", "ieee"),
     "fp32": ("float32", "ieee"),
@@ -79,7 +79,7 @@ def test_is_valid_rejects(case: str) -> None:
     assert not is_valid(tile, problem, TARGETS["sm90"])
 
 
-def test_the_copy_engine_serves_hopper_and_datacentre_blackwell() -> None:
+def test_tma_is_valid_on_hopper_and_datacentre_blackwell() -> None:
     tile, problem = TileConfig(64, 64, 64, stages=3, warps=4, path="tma"), replace(HALF, tma=True)
     assert [name for name, target in TARGETS.items() if is_valid(tile, problem, target)] == ["sm90"]
 
@@ -90,20 +90,20 @@ def test_is_valid_rejects_a_gpu_before_sm80() -> None:
         choose(HALF, Target(75, 68, 64 << 10))
 
 
-def test_choose_names_what_it_does_not_know() -> None:
+def test_choose_raises_for_unknown_dtype_and_precision() -> None:
     with pytest.raises(ValueError, match="no GPU kernel for dtype int32"):
         choose(replace(HALF, dtype="int32"), TARGETS["sm90"])
     with pytest.raises(ValueError, match="no tile for"):
         choose(replace(HALF, dtype="float32", precision="bf16x3"), TARGETS["sm90"])
 
 
-def test_names_tell_kernels_apart() -> None:
+def test_kernel_names_are_unique() -> None:
     names = {
         kernel_name(Problem(1, 1, 1, dtype, letters[0], letters[1], precision), tile)
-        for (dtype, precision), letters in itertools.product(NUMBERS.values(), LAYOUTS)
+        for (dtype, precision), letters in itertools.product(DTYPE_NAMES.values(), LAYOUTS)
         for tile in TILES["half", True]
     }
-    assert len(names) == len(NUMBERS) * len(LAYOUTS) * len(TILES["half", True])
+    assert len(names) == len(DTYPE_NAMES) * len(LAYOUTS) * len(TILES["half", True])
 
 
 def test_doctests() -> None:

@@ -12,7 +12,8 @@ import torch
 
 from matmul_grad import ops, strict
 from matmul_grad.kernels.gpu import launch, run
-from matmul_grad.kernels.gpu.plan import Launch, Operand
+from matmul_grad.kernels.gpu.arguments import PointerArg
+from matmul_grad.kernels.gpu.plan import Plan
 
 FAILURES = [
     RuntimeError(
@@ -47,22 +48,22 @@ class Broken:
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    run.failed.clear()
+    run.build_failures.clear()
     yield
-    run.failed.clear()
+    run.build_failures.clear()
 
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
 def test_products_fall_back_with_one_warning(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Broken(failure)
-    runner = run.Runner(Launch(kernel, (1, 1), (Operand("a"),), {}, {}))
+    runner = run.Runner(Plan(kernel, (1, 1), (PointerArg("a"),), {}, {}))
 
     def product(a: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         runner({"a": a})
         raise AssertionError
 
-    for name in ("mm", "product"):
+    for name in ("mm", "addmm"):
         monkeypatch.setattr(launch, name, product)
     a, b, c = (torch.randn(4, 4).as_subclass(OnGpu) for _ in range(3))
     with pytest.warns(RuntimeWarning, match="Triton cannot build .* go to torch: ") as seen:
@@ -93,7 +94,7 @@ def test_both_gradients_are_left_to_two_products(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("fresh")
 def test_other_errors_of_a_launch_are_raised() -> None:
-    runner = run.Runner(Launch(Broken(RuntimeError("out of memory")), (1, 1), (Operand("a"),), {}, {}))
+    runner = run.Runner(Plan(Broken(RuntimeError("out of memory")), (1, 1), (PointerArg("a"),), {}, {}))
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
         runner({"a": torch.zeros(1)})
-    assert not run.failed
+    assert not run.build_failures

@@ -16,7 +16,7 @@ from torch import Tensor
 import matmul_grad
 from matmul_grad import cuda, ops
 from matmul_grad.kernels.gpu import launch
-from matmul_grad.kernels.gpu.recipe import Constant, Descriptor, Pointer, Recipe
+from matmul_grad.kernels.gpu.launch_record import Constant, Descriptor, LaunchRecord, Pointer
 from matmul_grad.kernels.native import launch_table as table
 from matmul_grad.kernels.native import register, state, torch_layout
 from matmul_grad.testing import assert_same_bits, integers
@@ -134,23 +134,25 @@ def operands(m: int = 5, n: int = 3, k: int = 7) -> tuple[Tensor, Tensor]:
     return integers(m, k, DOUBLE, seed=1), integers(k, n, DOUBLE, seed=2)
 
 
-def whole(m: int = 5, n: int = 3, k: int = 7) -> Recipe:
+def whole(m: int = 5, n: int = 3, k: int = 7) -> LaunchRecord:
     sizes = (Constant(m), Constant(n), Constant(k))
-    return Recipe(1, (11, 12), 128, 4096, (Pointer("a"), Pointer("b"), Pointer("c"), *sizes, Constant(0), Constant(0)))
+    return LaunchRecord(
+        1, (11, 12), 128, 4096, (Pointer("a"), Pointer("b"), Pointer("c"), *sizes, Constant(0), Constant(0))
+    )
 
 
-def teach(a: Tensor, b: Tensor, *recipes: Recipe, work: int = 0) -> None:
-    words = cuda.encoded(cuda.key_of(a, b), recipes, work, DOUBLE)
+def teach(a: Tensor, b: Tensor, *records: LaunchRecord, work: int = 0) -> None:
+    words = cuda.encoded(cuda.key_of(a, b), records, work, DOUBLE)
     assert words is not None and table.put(words)
 
 
-def test_without_a_recipe_it_is_python(driver: Driver, mm: Any) -> None:
+def test_without_a_record_it_is_python(driver: Driver, mm: Any) -> None:
     a, b = operands()
     assert_same_bits(mm(a, b), a @ b)
     assert driver.launches == []
 
 
-def test_a_recipe_is_launched_on_the_tensors_of_the_call(driver: Driver, mm: Any) -> None:
+def test_a_record_is_launched_on_the_tensors_of_the_call(driver: Driver, mm: Any) -> None:
     a, b = operands()
     teach(a, b, whole())
     for other in (a, a + 1, a - 3):
@@ -162,7 +164,7 @@ def test_a_recipe_is_launched_on_the_tensors_of_the_call(driver: Driver, mm: Any
 
 
 @pytest.mark.parametrize("change", ["size", "stride", "alignment", "dtype", "mode", "device"])
-def test_a_recipe_holds_for_its_key_alone(change: str, driver: Driver, mm: Any) -> None:
+def test_a_record_holds_for_its_key_alone(change: str, driver: Driver, mm: Any) -> None:
     a, b = operands()
     teach(a, b, whole())
     if change == "size":
@@ -209,8 +211,8 @@ def test_what_the_driver_refuses_is_pythons(refuses: str, driver: Driver, mm: An
 
 def test_parts_of_k_go_through_a_workspace(driver: Driver, mm: Any) -> None:
     a, b = operands()
-    first = Recipe(1, (1, 2), 64, 0, (Pointer("a"), Pointer("b"), Pointer("work"), *whole().parameters[3:]))
-    second = Recipe(2, (1, 1), 32, 0, (Pointer("work"), Pointer("c"), Constant(15), *[Constant(0)] * 3))
+    first = LaunchRecord(1, (1, 2), 64, 0, (Pointer("a"), Pointer("b"), Pointer("work"), *whole().parameters[3:]))
+    second = LaunchRecord(2, (1, 1), 32, 0, (Pointer("work"), Pointer("c"), Constant(15), *[Constant(0)] * 3))
     teach(a, b, first, second, work=15)
     assert_same_bits(mm(a, b), a @ b)
     assert [x.threads[0] for x in driver.launches] == [64, 32]
@@ -221,7 +223,7 @@ def test_parts_of_k_go_through_a_workspace(driver: Driver, mm: Any) -> None:
 def test_descriptors_are_encoded_for_the_tensors_of_the_call(driver: Driver, mm: Any) -> None:
     a, b = operands()
     described = Descriptor("a", 8, 3, (7, 5, 2), (56, 280), (4, 8, 1))
-    teach(a, b, Recipe(1, (1, 1), 32, 0, (described, *whole().parameters[1:])))
+    teach(a, b, LaunchRecord(1, (1, 1), 32, 0, (described, *whole().parameters[1:])))
     for other in (a, a + 1):
         assert_same_bits(mm(other, b), other @ b)
     seen = driver.encoded[0]
@@ -238,7 +240,7 @@ def test_errors_match_torch(driver: Driver, mm: Any) -> None:
         mm(b.t().contiguous(), a[:, :3].contiguous())
 
 
-def test_a_recipe_that_is_wrong_is_never_followed_again(
+def test_a_record_that_is_wrong_is_never_followed_again(
     driver: Driver, mm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = operands()
@@ -258,9 +260,9 @@ def test_a_recipe_that_is_wrong_is_never_followed_again(
 
 def test_what_python_has_launched_is_written_down(driver: Driver, mm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = operands()
-    runner = SimpleNamespace(recipe=whole)
-    # type: ignore: the runner has nothing but its recipe
-    monkeypatch.setattr(launch, "plan_of", lambda *_: launch.Plan((runner,), (5, 3), 0, DOUBLE))  # type: ignore[arg-type]
+    runner = SimpleNamespace(record=whole)
+    # type: ignore: the runner has nothing but its record
+    monkeypatch.setattr(launch, "launch_of", lambda *_: launch.Launch((runner,), (5, 3), 0, DOUBLE))  # type: ignore[arg-type]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.ops.matmul_grad, "mm", SimpleNamespace(default=mm))
     cuda.offer(a, b, a @ b)
@@ -272,15 +274,15 @@ def test_what_python_has_launched_is_written_down(driver: Driver, mm: Any, monke
 
 def test_more_parameters_than_fit_stay_with_python() -> None:
     a, b = operands()
-    many = Recipe(1, (1, 1), 32, 0, (Constant(0),) * (table.MOST_PARAMETERS + 1))
+    many = LaunchRecord(1, (1, 1), 32, 0, (Constant(0),) * (table.MOST_PARAMETERS + 1))
     assert cuda.encoded(cuda.key_of(a, b), [many], 0, DOUBLE) is None
 
 
 def test_the_table_fills_up_and_finds_everything(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "_recipes", [])
-    recipes = [[13, 0, 0, m, 4096, 4096, 4096, 1, 4096, 1, 0, 0, 0, 6, 0] for m in range(table.MOST + 1)]
-    assert [table.put(recipe) for recipe in recipes] == [True] * table.MOST + [False]
-    places = [table.find(recipe[: table.KEYS]) for recipe in recipes]
+    monkeypatch.setattr(table, "_records", [])
+    records = [[13, 0, 0, m, 4096, 4096, 4096, 1, 4096, 1, 0, 0, 0, 6, 0] for m in range(table.MOST + 1)]
+    assert [table.put(record) for record in records] == [True] * table.MOST + [False]
+    places = [table.find(record[: table.KEYS]) for record in records]
     assert len(set(places[:-1])) == table.MOST and places[-1] == 0
 
 

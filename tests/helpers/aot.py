@@ -1,4 +1,4 @@
-"""Compile a launch for a GPU that need not be there, and read from the machine code what it costs."""
+"""Compile a plan for a GPU that need not be there, and read from the machine code what it costs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .config import ALIGNMENT, Target
-from .plan import Described, Launch, Number, Operand
+from matmul_grad.kernels.gpu.arguments import DescriptorArg, PointerArg, ScalarArg
+from matmul_grad.kernels.gpu.config import ALIGNMENT, Target
+from matmul_grad.kernels.gpu.plan import Plan
 
 # Shared bytes that one block may have, by compute capability (CUDA programming guide).
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -47,16 +48,16 @@ def target_of(arch: int) -> Target:
     return Target(arch, MULTIPROCESSORS[arch], SHARED_BYTES[arch])
 
 
-def compile_for(launch: Launch, types: dict[str, str], arch: int, *, aligned: bool = True) -> CompiledReport:
-    """Compile a launch for one compute capability; needs no GPU.
+def compile_for(plan: Plan, types: dict[str, str], arch: int, *, aligned: bool = True) -> CompiledReport:
+    """Compile a plan for one compute capability; needs no GPU.
 
     types: the short name of each operand's dtype. aligned: addresses divide by 16. Arguments are specialised as
     Triton's launcher would: 1 is a constant, and what divides by 16 is known to.
     """
-    if not isinstance(launch.kernel, triton.JITFunction):
+    if not isinstance(plan.kernel, triton.JITFunction):
         raise RuntimeError("the kernel cannot be compiled under TRITON_INTERPRET=1")
     target = GPUTarget("cuda", arch, 32)
-    kernel = triton.compile(source(launch, types, aligned), target=target, options=launch.options)
+    kernel = triton.compile(source(plan, types, aligned), target=target, options=plan.options)
     registers, spills = resources(kernel.asm["cubin"])
     return CompiledReport(
         name=kernel.metadata.name,
@@ -68,35 +69,39 @@ def compile_for(launch: Launch, types: dict[str, str], arch: int, *, aligned: bo
     )
 
 
-def source(launch: Launch, types: dict[str, str], aligned: bool) -> ASTSource:
-    """The kernel with its argument types, constants and divisibilities filled in."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = dict(launch.constants)
+def source(plan: Plan, types: dict[str, str], aligned: bool) -> ASTSource:
+    """The kernel with its argument types, constants and divisibilities filled in, as Triton's launcher does."""
+    constants: dict[str | tuple[int, ...], Any] = dict(plan.constants)
     divisible = {}
-    names = launch.kernel.arg_names
-    for position, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
+
+    def type_at(path: tuple[int, ...], value: Any) -> Any:
+        if isinstance(value, tuple) and not isinstance(value, PointerArg | ScalarArg | DescriptorArg):
+            return type(value)._make(type_at((*path, index), field) for index, field in enumerate(value))
         if value is None or (isinstance(value, int) and value == 1):
-            constants[name] = value
-            signature[name] = "constexpr"
-            continue
-        signature[name] = type_of(value, types)
-        if aligned if isinstance(value, Operand) else isinstance(value, int) and value % ALIGNMENT == 0:
-            divisible[(position,)] = [["tt.divisibility", ALIGNMENT]]
-    signature |= dict.fromkeys(names[len(launch.arguments) :], "constexpr")
-    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=divisible)
+            constants[path] = value
+            return "constexpr"
+        if aligned if isinstance(value, PointerArg) else isinstance(value, int) and value % ALIGNMENT == 0:
+            divisible[path] = [["tt.divisibility", ALIGNMENT]]
+        return type_of(value, types)
+
+    names = plan.kernel.arg_names
+    types_of_arguments = [type_at((position,), value) for position, value in enumerate(plan.arguments)]
+    types_of_constants = ["constexpr"] * (len(names) - len(plan.arguments))
+    signature = dict(zip(names, [*types_of_arguments, *types_of_constants], strict=True))
+    return ASTSource(plan.kernel, signature, constexprs=constants, attrs=divisible)
 
 
 def type_of(value: Any, types: dict[str, str]) -> str:
     """Triton's name for the type of an argument.
 
-    >>> type_of(Operand("a"), {"a": "bf16"}), type_of(2**31, {})
+    >>> type_of(PointerArg("a"), {"a": "bf16"}), type_of(2**31, {})
     ('*bf16', 'i64')
     """
-    if isinstance(value, Operand):
+    if isinstance(value, PointerArg):
         return f"*{types[value.name]}"
-    if isinstance(value, Described):
+    if isinstance(value, DescriptorArg):
         return f"tensordesc<{types[value.name]}{list(value.block)}>"
-    return "i32" if isinstance(value, Number) or -(2**31) <= value < 2**31 else "i64"
+    return "i32" if isinstance(value, ScalarArg) or -(2**31) <= value < 2**31 else "i64"
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

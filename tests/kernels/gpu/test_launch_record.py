@@ -1,20 +1,22 @@
-"""A recipe gives the driver what the compiled kernel takes: parameter by parameter, in size and in order."""
+"""A record gives the driver what the compiled kernel takes: parameter by parameter, in size and in order."""
 
 from __future__ import annotations
 
 import re
 from types import SimpleNamespace
 
+import aot
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 
-from matmul_grad.kernels.gpu import aot
+from matmul_grad.kernels.gpu.arguments import Strides
 from matmul_grad.kernels.gpu.choose import candidates
 from matmul_grad.kernels.gpu.config import Problem
+from matmul_grad.kernels.gpu.epilogue import Epilogue
 from matmul_grad.kernels.gpu.gemm import gemm
-from matmul_grad.kernels.gpu.plan import Launch, Strides, Sum, launches
-from matmul_grad.kernels.gpu.recipe import Constant, Descriptor, Parameter, Pointer, Recipe, recipe
+from matmul_grad.kernels.gpu.launch_record import Constant, Descriptor, LaunchRecord, Parameter, Pointer, record_of
+from matmul_grad.kernels.gpu.plan import Plan, plans
 
 pytestmark = pytest.mark.skipif(
     not isinstance(gemm, aot.triton.JITFunction), reason="TRITON_INTERPRET is set for the whole session"
@@ -23,27 +25,27 @@ pytestmark = pytest.mark.skipif(
 TYPES = {"a": "bf16", "b": "bf16", "c": "bf16", "source": "bf16", "work": "fp32"}
 
 
-def launches_of(m: int, n: int, k: int, letters: str, arch: int, path: str, parts: bool = False) -> list[Launch]:
+def plans_of(m: int, n: int, k: int, letters: str, arch: int, path: str, parts: bool = False) -> list[Plan]:
     a, b = ((Strides(cols, 1) if x == "N" else Strides(1, rows)) for x, rows, cols in zip(letters, (m, k), (k, n)))
     problem = Problem(m, n, k, "bfloat16", letters[0], letters[1], "ieee", True, arch >= 90)
     target = aot.target_of(arch)
     tile = next(x for x in candidates(problem, target) if x.path == path and (x.split_k > 1) == parts)
-    return launches(problem, tile, target, (a, b, Strides(n, 1)), store_tma=True)
+    return plans(problem, tile, target, (a, b, Strides(n, 1)), store_tma=True)
 
 
 CASES = {
-    "pointers": launches_of(256, 512, 1024, "NN", 80, "pointers"),
-    "vector": launches_of(1, 512, 1024, "NN", 90, "vector"),
-    "tma": launches_of(256, 512, 1024, "NN", 90, "tma"),
-    "tma-turned": launches_of(256, 512, 1024, "TT", 90, "tma"),
-    "tma-sm_100": launches_of(256, 512, 1024, "NT", 100, "tma"),
-    "parts": launches_of(64, 128, 65536, "NN", 90, "tma", parts=True),
+    "pointers": plans_of(256, 512, 1024, "NN", 80, "pointers"),
+    "vector": plans_of(1, 512, 1024, "NN", 90, "vector"),
+    "tma": plans_of(256, 512, 1024, "NN", 90, "tma"),
+    "tma-transposed": plans_of(256, 512, 1024, "TT", 90, "tma"),
+    "tma-sm_100": plans_of(256, 512, 1024, "NT", 100, "tma"),
+    "parts": plans_of(64, 128, 65536, "NN", 90, "tma", parts=True),
 }
 
 
-def compiled(launch: Launch, arch: int) -> SimpleNamespace:
+def compiled(plan: Plan, arch: int) -> SimpleNamespace:
     """What Triton makes of a launch, and a handle, which only a GPU would give."""
-    kernel = triton.compile(aot.source(launch, TYPES, True), target=GPUTarget("cuda", arch, 32), options=launch.options)
+    kernel = triton.compile(aot.source(plan, TYPES, True), target=GPUTarget("cuda", arch, 32), options=plan.options)
     return SimpleNamespace(metadata=kernel.metadata, src=kernel.src, function=7, ptx=kernel.asm["ptx"])
 
 
@@ -68,28 +70,28 @@ def size_of(parameter: Parameter, declared: int) -> int:
     return declared
 
 
-def made(name: str) -> list[tuple[Launch, Recipe, SimpleNamespace]]:
+def made(name: str) -> list[tuple[Plan, LaunchRecord, SimpleNamespace]]:
     arch = 80 if name == "pointers" else 100 if name.endswith("100") else 90
     found = []
-    for launch in CASES[name]:
-        kernel = compiled(launch, arch)
-        written = recipe(launch, kernel)
+    for plan in CASES[name]:
+        kernel = compiled(plan, arch)
+        written = record_of(plan, kernel)
         assert written is not None
-        found.append((launch, written, kernel))
+        found.append((plan, written, kernel))
     return found
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_parameters_are_those_of_the_kernel(name: str) -> None:
-    for launch, written, kernel in made(name):
+def test_parameters_match_those_that_the_kernel_declares(name: str) -> None:
+    for plan, written, kernel in made(name):
         declared = bytes_of_parameters(kernel.ptx)
         assert len(declared) == len(written.parameters)
         assert [size_of(x, size) for x, size in zip(written.parameters, declared, strict=True)] == declared
-        assert written.grid == launch.grid and written.function == 7
-        assert written.threads == 32 * launch.options["num_warps"] and written.shared == kernel.metadata.shared
+        assert written.grid == plan.grid and written.function == 7
+        assert written.threads == 32 * plan.options["num_warps"] and written.shared == kernel.metadata.shared
 
 
-def test_names_and_numbers_are_in_the_order_of_the_arguments() -> None:
+def test_pointers_and_constants_are_in_the_order_of_the_arguments() -> None:
     ((_, written, _),) = made("pointers")
     names = [x.name for x in written.parameters if isinstance(x, Pointer)]
     numbers = [x.value for x in written.parameters if isinstance(x, Constant)]
@@ -99,9 +101,9 @@ def test_names_and_numbers_are_in_the_order_of_the_arguments() -> None:
 
 def test_descriptors_are_as_the_driver_encodes_them() -> None:
     """cuTensorMapEncodeTiled wants the innermost dimension first, and strides in bytes, of all but that."""
-    ((launch, written, _),) = made("tma-turned")
+    ((plan, written, _),) = made("tma-transposed")
     a, b, c = (x for x in written.parameters if isinstance(x, Descriptor))
-    blocks = launch.constants
+    blocks = plan.constants
     assert (a.name, a.sizes, a.strides) == ("a", (256, 1024), (512,))
     assert (b.name, b.sizes, b.strides) == ("b", (1024, 512), (2048,))
     assert (c.name, c.sizes, c.strides) == ("c", (512, 256), (1024,))
@@ -110,24 +112,24 @@ def test_descriptors_are_as_the_driver_encodes_them() -> None:
     assert a.box[0] * 2 <= 128 and a.box[1] == blocks["BLOCK_K"]
 
 
-def test_both_halves_of_a_cut_product() -> None:
+def test_split_product_has_a_record_of_each_kernel() -> None:
     (_, first, _), (_, second, _) = made("parts")
     assert "work" in {x.name for x in first.parameters if isinstance(x, Pointer)}
     assert [x.name for x in second.parameters if isinstance(x, Pointer)] == ["work", "c"]
 
 
-def test_a_sum_has_no_recipe() -> None:
-    """Its scales are numbers of a call, and a recipe is of products alone."""
+def test_plan_with_an_epilogue_has_no_record() -> None:
+    """Its scales are numbers of a call, and a record is of products alone."""
     problem = Problem(256, 512, 1024, "bfloat16", "N", "N", "ieee", True, False)
     target, strides = aot.target_of(80), (Strides(1024, 1), Strides(512, 1), Strides(512, 1))
     tile = candidates(problem, target)[0]
     for source in (None, Strides(0, 1)):
-        (launch,) = launches(problem, tile, target, strides, sum=Sum(source))
-        assert recipe(launch, compiled(launch, 80)) is None
+        (plan,) = plans(problem, tile, target, strides, epilogue=Epilogue(source=source))
+        assert record_of(plan, compiled(plan, 80)) is None
 
 
 @pytest.mark.parametrize("unknown", ["num_ctas", "launch_pdl", "launch_cooperative_grid", "global_scratch_size"])
-def test_what_a_recipe_cannot_say_is_refused(unknown: str) -> None:
-    ((launch, _, kernel),) = made("vector")
+def test_kernel_with_unsupported_metadata_has_no_record(unknown: str) -> None:
+    ((plan, _, kernel),) = made("vector")
     kernel.metadata = SimpleNamespace(**kernel.metadata._asdict() | {unknown: 2})
-    assert recipe(launch, kernel) is None
+    assert record_of(plan, kernel) is None

@@ -1,14 +1,16 @@
-"""A launch as the driver takes it: what a compiled entry needs to make it again without Triton and without Python.
+"""Launch records: what a compiled entry needs to launch a kernel again without Triton and without Python.
 
-Pure: from a launch of ``plan.py`` and what Triton made of it. Nothing here knows how the words are kept.
+Pure: made from a plan of ``plan.py`` and the kernel that Triton compiled for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import Described, Launch, Number, Operand
+from .arguments import DescriptorArg, PointerArg, ScalarArg
+from .plan import Plan
 
 # Triton's codes of an element, as its metadata has them, to CUtensorMapDataType of the driver's API.
 ELEMENTS = {**{code: code for code in range(8)}, 8: 10, 9: 8, 10: 9}
@@ -17,21 +19,21 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Constant:
-    """A scalar of a parameter list."""
+    """A parameter that is a number, the same in every launch."""
 
     value: int
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """The address of a tensor, by its name."""
+    """A parameter that is the address of a tensor, by its name."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A TMA descriptor of a tensor as the driver encodes it: innermost dimension first, strides in bytes."""
+    """A parameter that is a TMA descriptor, as the driver encodes it: innermost dimension first, strides in bytes."""
 
     name: str
     element: int
@@ -45,7 +47,7 @@ Parameter = Constant | Pointer | Descriptor
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LaunchRecord:
     """One launch: the driver's handle of the kernel, its grid and resources, and its parameters in order."""
 
     function: int
@@ -55,36 +57,45 @@ class Recipe:
     parameters: tuple[Parameter, ...]
 
 
-def recipe(launch: Launch, compiled: Any) -> Recipe | None:
-    """The recipe for a launch that Triton has compiled; None for one that takes more than this knows to give.
+def record_of(plan: Plan, compiled: Any) -> LaunchRecord | None:
+    """The record of a plan that Triton has compiled; None for a kernel that needs more than a record holds.
 
-    compiled: Triton's CompiledKernel. Its signature says what became a constant of the code, and so is not passed.
+    compiled: Triton's CompiledKernel. Its signature marks the arguments that became constants of the code: those are
+    not passed.
     """
     metadata = compiled.metadata
     if metadata.num_ctas != 1 or metadata.launch_pdl or metadata.launch_cooperative_grid:
         return None
     if metadata.global_scratch_size or metadata.profile_scratch_size:
         return None
-    if any(isinstance(argument, Number) for argument in launch.arguments):
+    passed = list(compiled.src.signature.values())[: len(plan.arguments)]
+    arguments = [pair for pair in zip(flat(plan.arguments), flat(passed), strict=True) if pair[1] != "constexpr"]
+    if any(isinstance(argument, ScalarArg) for argument, _ in arguments):
         return None
-    passed = [kind for kind in compiled.src.signature.values()][: len(launch.arguments)]
     described = iter(metadata.tensordesc_meta or [])
     parameters: list[Parameter] = []
-    for argument, kind in zip(launch.arguments, passed, strict=True):
-        if kind == "constexpr":
-            continue
-        if isinstance(argument, Operand):
+    for argument, _ in arguments:
+        if isinstance(argument, PointerArg):
             parameters.append(Pointer(argument.name))
-        elif isinstance(argument, Described):
+        elif isinstance(argument, DescriptorArg):
             parameters += descriptor(argument, next(described, None))
         else:
             parameters.append(Constant(argument))
     parameters += [Constant(0), Constant(0)]  # the addresses of two scratch buffers that these kernels do not have
-    return Recipe(compiled.function, launch.grid, WARP * metadata.num_warps, metadata.shared, tuple(parameters))
+    return LaunchRecord(compiled.function, plan.grid, WARP * metadata.num_warps, metadata.shared, tuple(parameters))
 
 
-def descriptor(argument: Described, metadata: dict[str, Any] | None) -> list[Parameter]:
-    """What a kernel takes for a descriptor: the encoded one, then sizes and strides, which it may use or not.
+def flat(values: Iterable[Any]) -> Iterator[Any]:
+    """Arguments, or their types, in the order in which a kernel takes them: tuples field by field."""
+    for value in values:
+        if isinstance(value, tuple) and not isinstance(value, PointerArg | ScalarArg | DescriptorArg):
+            yield from flat(value)
+        else:
+            yield value
+
+
+def descriptor(argument: DescriptorArg, metadata: dict[str, Any] | None) -> list[Parameter]:
+    """The parameters of a descriptor: the encoded one, then its sizes and strides, which the kernel may or may not use.
 
     Without metadata, where the GPU has no copy engine, the kernel takes an address in its place.
     """

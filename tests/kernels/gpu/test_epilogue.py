@@ -1,13 +1,9 @@
-"""Sums, C = alpha * (A . B) + beta * input, under Triton's interpreter: where the product is stored, in one rounding.
-
-As in test_interpreter.py the cases run in a fresh process, this file as a program.
-"""
+"""Epilogues, C = alpha * (A . B) + beta * source, under Triton's interpreter: no launch more, one rounding."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,12 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from case_process import CaseProcess, assert_no_complaint, serve
+from case_process import CaseProcess, assert_no_complaint
+from gpu_cases import (
+    DENSE,
+    DTYPES,
+    assert_same_bits,
+    at_arch,
+    embed,
+    integers,
+    interpreted,
+    pointers,
+    rows_alike,
+    serve_cases,
+    tile,
+    tma,
+)
 from torch import Tensor
 
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPES = {**HALVES, "fp32": torch.float32, "fp64": torch.float64}
-DENSE = ("NN", "NT", "TN", "TT")
 SCALES = ((1, 1), (-0.5, 2), (3, -1))  # beta and alpha: exact for integers
 
 
@@ -44,8 +51,6 @@ def launched(times: int) -> Iterator[None]:
 
 def sources(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     """What expands to a shape: whole in every layout, transposed, of stride 0, a row, a column, a number."""
-    from test_interpreter import embed, integers
-
     whole = integers(shape[-2], shape[-1], dtype, 7)
     found = [embed(whole, layout) for layout in "NTSRC"]
     found += [embed(whole[:1], "N")[0], embed(whole[:, :1], "S"), whole[-1, -1]]
@@ -56,9 +61,7 @@ def sources(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 
 
 def operands(m: int, n: int, k: int, dtype: str, layouts: str, batch: int = 0) -> tuple[Tensor, Tensor]:
-    """Contiguous, or turned, or with canaries around them ("S"); a batch of them where asked."""
-    from test_interpreter import embed, integers
-
+    """Contiguous, or transposed, or with canaries around them ("S"); a batch of them where asked."""
     found = []
     for letter, shape in zip(layouts, ((m, k), (k, n)), strict=True):
         seeds = [ord(letter) + n + seed for seed in range(max(batch, 1))]
@@ -68,10 +71,8 @@ def operands(m: int, n: int, k: int, dtype: str, layouts: str, batch: int = 0) -
     return found[0], found[1]
 
 
-def check_exact(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int = 80, batch: int = 0) -> None:
+def check_epilogue(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int = 80, batch: int = 0) -> None:
     """Exact sums of everything that expands to the result: into new memory, into canaries, into what is added."""
-    from test_interpreter import assert_same_bits, at_arch, embed
-
     from matmul_grad.kernels.gpu import launch
 
     a, b = operands(*sizes, dtype, layouts, batch)
@@ -84,7 +85,7 @@ def check_exact(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int =
     with at_arch(arch), launched(1 if config is None or config.split_k == 1 else 2):
         for (source, beta, alpha), want, layout, turn in zip(cases, wants, itertools.cycle(lies), turns):
             if turn == "new":
-                got = launch.product(a, b, source, beta, alpha, config=config)
+                got = launch.addmm(a, b, launch.Epilogue(alpha, beta, source), config=config)
                 assert got.is_contiguous() and got.dtype == a.dtype
             else:
                 values = source.expand(want.shape)
@@ -92,27 +93,27 @@ def check_exact(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int =
                 if turn == "out":
                     got = embed(torch.full_like(want, float("nan")), layout)
                 added = source if turn == "out" else got
-                assert launch.product(a, b, added, beta, alpha, got, config=config) is got
+                assert launch.addmm(a, b, launch.Epilogue(alpha, beta, added), got, config=config) is got
             assert_same_bits(got, want)
             if turn in ("out", "own"):
                 assert got._base is not None
                 got.fill_(float("nan"))
                 assert bool(got._base.isnan().all()), "written outside of out"
         spoilt = torch.full_like(wants[0], float("nan"))
-        assert_same_bits(launch.product(a, b, spoilt, 0, 2, config=config), exact.to(a.dtype) + exact.to(a.dtype))
-        assert_same_bits(launch.product(a, b, spoilt, 0, 1, spoilt, config=config), exact.to(a.dtype))
+        assert_same_bits(
+            launch.addmm(a, b, launch.Epilogue(2, 0, spoilt), config=config), exact.to(a.dtype) + exact.to(a.dtype)
+        )
+        assert_same_bits(launch.addmm(a, b, launch.Epilogue(1, 0, spoilt), spoilt, config=config), exact.to(a.dtype))
 
 
 def check_vector(m: int, n: int, dtype: str, parts: int) -> None:
     from matmul_grad.kernels.gpu.config import TileConfig
 
-    check_exact((m, n, 530), dtype, "NN", TileConfig(32, 1, 64, 2, 4, split_k=parts, path="vector"))
+    check_epilogue((m, n, 530), dtype, "NN", TileConfig(32, 1, 64, 2, 4, split_k=parts, path="vector"))
 
 
 def check_one_rounding(dtype: str, config: Any) -> None:
     """A product that the dtype does not hold, and what makes it a sum that it holds."""
-    from test_interpreter import assert_same_bits, at_arch
-
     from matmul_grad.kernels.gpu import launch
 
     odd = 2 ** {"fp16": 11, "bf16": 8}[dtype] + 1  # exact neither in the dtype nor, halved, in the one place less
@@ -120,14 +121,12 @@ def check_one_rounding(dtype: str, config: Any) -> None:
     a[:, 0], a[:, 200], b[0], b[200] = odd - 1, 1, 1, 1
     with at_arch(90):
         for beta, alpha in ((1, 1), (2, 2)):
-            got = launch.product(a, b, torch.ones(64, dtype=a.dtype), beta, alpha, config=config)
+            got = launch.addmm(a, b, launch.Epilogue(alpha, beta, torch.ones(64, dtype=a.dtype)), config=config)
             assert_same_bits(got, torch.full_like(got, alpha * (odd + 1)))
 
 
 def check_scales(dtype: str, config: Any) -> None:
     """alpha and beta keep what the sums hold: all of float64, or what float32 does; and each value reuses the plan."""
-    from test_interpreter import assert_same_bits, at_arch, integers
-
     from matmul_grad.kernels.gpu import launch
 
     kind = torch.float64 if dtype == "fp64" else torch.float32
@@ -137,78 +136,71 @@ def check_scales(dtype: str, config: Any) -> None:
     with at_arch(90), np.errstate(invalid="ignore", over="ignore", under="ignore"):
         for value in values if dtype == "fp64" else values[:5]:
             scale = torch.tensor(value, dtype=kind)
-            launch.product(a, b, source, value, 1, config=config)
-            plans = len(launch._plans)
-            got = launch.product(torch.zeros_like(a), b, source, value, 1, config=config)
+            launch.addmm(a, b, launch.Epilogue(1, value, source), config=config)
+            plans = len(launch._launches)
+            got = launch.addmm(torch.zeros_like(a), b, launch.Epilogue(1, value, source), config=config)
             want = (scale * source.to(kind)).to(a.dtype)
             assert torch.equal(got.nan_to_num(7), want.nan_to_num(7)), value
-            assert len(launch._plans) == plans, "a plan for each beta"
-            launch.product(a, b, source, 0, 7, config=config)
-            plans = len(launch._plans)
-            got = launch.product(a, b, source, 0, value, config=config)
+            assert len(launch._launches) == plans, "a plan for each beta"
+            launch.addmm(a, b, launch.Epilogue(7, 0, source), config=config)
+            plans = len(launch._launches)
+            got = launch.addmm(a, b, launch.Epilogue(value, 0, source), config=config)
             want = (scale * (a.long() @ b.long()).to(kind)).to(a.dtype)
             assert torch.equal(got.nan_to_num(7), want.nan_to_num(7)), value
-            assert len(launch._plans) == plans, "a plan for each alpha"
-        nan = launch.product(a, b, source, float("nan"), 1, config=config)
+            assert len(launch._launches) == plans, "a plan for each alpha"
+        nan = launch.addmm(a, b, launch.Epilogue(1, float("nan"), source), config=config)
         assert bool(nan.isnan().all())
-        assert_same_bits(launch.product(a, b, source, 0, -0.0, config=config), torch.zeros_like(nan))
+        assert_same_bits(launch.addmm(a, b, launch.Epilogue(-0.0, 0, source), config=config), torch.zeros_like(nan))
 
 
 def check_wide() -> None:
     """64-bit offsets inside a block, which a vector's input alone can ask for, give the same bits."""
-    from test_interpreter import tile
-
-    from matmul_grad.kernels.gpu import plan
+    from matmul_grad.kernels.gpu import launch, plan
+    from matmul_grad.kernels.gpu.arguments import Strides
     from matmul_grad.kernels.gpu.choose import VECTOR_TILES
     from matmul_grad.kernels.gpu.config import Problem, Target
 
-    problem, strides = Problem(4096, 1, 64, "float32"), (plan.Strides(64, 1), plan.Strides(1, 1), plan.Strides(1, 1))
+    problem, strides = Problem(4096, 1, 64, "float32"), (Strides(64, 1), Strides(1, 1), Strides(1, 1))
     for row, wide in ((64, False), (2**28, True)):
-        added = plan.Sum(plan.Strides(row, 1))
-        (made,) = plan.launches(problem, VECTOR_TILES["N"], Target(80, 2, 227 << 10), strides, sum=added)
+        epilogue = launch.Epilogue(source=Strides(row, 1))
+        (made,) = plan.plans(problem, VECTOR_TILES["N"], Target(80, 2, 227 << 10), strides, epilogue=epilogue)
         assert made.constants["WIDE"] is wide
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "is_wide", lambda extents: True)
-        check_exact((17, 15, 33), "fp32", "NN", tile())
+        check_epilogue((17, 15, 33), "fp32", "NN", tile())
         check_vector(1, 37, "fp32", 1)
 
 
 def check_invariant() -> None:
     """In batch-invariant mode a row of a sum has the same bits for any m, and k is not cut."""
-    from test_interpreter import assert_same_bits, rows_alike
-
-    from matmul_grad.kernels.gpu import launch, modes
+    from matmul_grad.kernels.gpu import launch, settings
 
     generator = torch.Generator().manual_seed(8)
     a, b, bias = (torch.randn(shape, generator=generator) for shape in ((70, 4100), (4100, 16), (16,)))
     with pytest.MonkeyPatch.context() as patch, launched(1), rows_alike():
-        patch.setattr(modes, "invariant", True)
-        whole = launch.product(a, b, bias, 0.3, 0.7)
-        assert_same_bits(launch.product(a[:1], b, bias, 0.3, 0.7), whole[:1])
-        assert_same_bits(launch.product(a[9:], b, bias, 0.3, 0.7), whole[9:])
+        patch.setattr(settings, "invariant", True)
+        whole = launch.addmm(a, b, launch.Epilogue(0.7, 0.3, bias))
+        assert_same_bits(launch.addmm(a[:1], b, launch.Epilogue(0.7, 0.3, bias)), whole[:1])
+        assert_same_bits(launch.addmm(a[9:], b, launch.Epilogue(0.7, 0.3, bias)), whole[9:])
 
 
 def check_empty() -> None:
     """Without an input alpha still counts; without anything to multiply the sum is beta * input, in place too."""
-    from test_interpreter import assert_same_bits
-
     from matmul_grad.kernels.gpu import launch
 
-    assert_same_bits(launch.product(torch.ones(2, 3), torch.ones(3, 4), alpha=2), torch.full((2, 4), 6.0))
+    assert_same_bits(launch.addmm(torch.ones(2, 3), torch.ones(3, 4), launch.Epilogue(2)), torch.full((2, 4), 6.0))
     none = torch.ones(3, 0), torch.ones(0, 4)
     row, own = torch.arange(4.0), torch.arange(12.0).view(3, 4)
-    assert_same_bits(launch.product(*none, row, 2, 3), 2 * row.expand(3, 4))
-    assert_same_bits(launch.product(*none, row, 0, 3), torch.zeros(3, 4))
+    assert_same_bits(launch.addmm(*none, launch.Epilogue(3, 2, row)), 2 * row.expand(3, 4))
+    assert_same_bits(launch.addmm(*none, launch.Epilogue(3, 0, row)), torch.zeros(3, 4))
     want = 2 * own
-    assert launch.product(*none, own, 2, 3, own) is own
+    assert launch.addmm(*none, launch.Epilogue(3, 2, own), own) is own
     assert_same_bits(own, want)
-    assert launch.product(torch.ones(0, 2), torch.ones(2, 4), row).shape == (0, 4)
+    assert launch.addmm(torch.ones(0, 2), torch.ones(2, 4), launch.Epilogue(source=row)).shape == (0, 4)
 
 
 def check_refusals() -> None:
     """What cannot be added is a ValueError that says so, and leaves out as it was."""
-    from test_interpreter import assert_same_bits
-
     from matmul_grad.kernels.gpu import launch
 
     x, y, out = torch.ones(2, 3), torch.ones(3, 4), torch.full((2, 4), 7.0)
@@ -219,24 +211,46 @@ def check_refusals() -> None:
         "cannot add torch.float32 on meta to torch.float32 on cpu": torch.ones(4, device="meta"),
     }.items():
         with pytest.raises(ValueError) as error:
-            launch.product(x, y, source, 1, 1, out)
+            launch.addmm(x, y, launch.Epilogue(source=source), out)
         assert str(error.value) == message
     with pytest.raises(ValueError, match="cannot multiply shapes"):
-        launch.product(x, x, out, 1, 1, out)
+        launch.addmm(x, x, launch.Epilogue(source=out), out)
     assert_same_bits(out, torch.full((2, 4), 7.0))
 
 
-def configs() -> dict[str, Any]:
-    from test_interpreter import pointers, tile, tma
+def check_addmm(dtype: str) -> None:
+    """Of matrices and of batches, with what expands to them, scaled; into new memory, into out, into what is added."""
+    from matmul_grad.kernels.gpu import launch
 
+    a = torch.stack([integers(20, 24, DTYPES[dtype], seed) for seed in (1, 2)])
+    b = torch.stack([integers(24, 18, DTYPES[dtype], seed) for seed in (3, 4)])
+    for x, y, ranks in ((a, b, 3), (a[0], b[0], 2)):
+        product = (x.long() @ y.long()).double()
+        whole = torch.stack([integers(20, 18, DTYPES[dtype], seed) for seed in (5, 6)])
+        whole = whole if ranks == 3 else whole[0]
+        for source in (whole, whole.mT.contiguous().mT, whole[..., :1, :], whole[..., :1], whole.flatten()[0]):
+            for beta, alpha in ((1, 1), (0, 1), (2, 1), (0.5, 2), (0, -1)):
+                want = (alpha * product + beta * source.double()).to(x.dtype)
+                assert_same_bits(launch.addmm(x, y, launch.Epilogue(alpha, beta, source)), want)
+                out = torch.full_like(want.mT, float("nan")).mT
+                assert launch.addmm(x, y, launch.Epilogue(alpha, beta, source), out) is out
+                assert_same_bits(out, want)
+        spoilt = torch.full_like(whole, float("nan"))
+        assert_same_bits(launch.addmm(x, y, launch.Epilogue(1, 0, spoilt), spoilt), product.to(x.dtype))
+        own = whole.clone()
+        launch.addmm(x, y, launch.Epilogue(1, 2, own), own)
+        assert_same_bits(own, (product + 2 * whole.double()).to(x.dtype))
+
+
+def configs() -> dict[str, Any]:
     return {
         "pointers": tile(),
         "pointers-90": pointers(),
-        "pointers-cut": pointers(3),
+        "pointers-split": pointers(3),
         "tma": tma(),
         "tma-halves": tma(subtiles=2),
         "tma-quarters": replace(tma(), block_n=256),
-        "tma-cut": tma(3),
+        "tma-split": tma(3),
     }
 
 
@@ -246,28 +260,28 @@ def on(path: str, check: Callable[..., None], *arguments: Any, **named: Any) -> 
 
 CASES: dict[str, Callable[[], None]] = {
     **{
-        f"pointers-{dtype}-{layouts}": partial(on, "pointers", check_exact, (17, 19, 21), dtype, layouts)
+        f"pointers-{dtype}-{layouts}": partial(on, "pointers", check_epilogue, (17, 19, 21), dtype, layouts)
         for dtype, layouts in (*itertools.product(("fp32", "fp16"), (*DENSE, "SS")), ("bf16", "NT"), ("fp64", "TN"))
     },
-    **{f"chosen-{dtype}": partial(check_exact, (33, 18, 24), dtype, "NN", None) for dtype in DTYPES},
+    **{f"chosen-{dtype}": partial(check_epilogue, (33, 18, 24), dtype, "NN", None) for dtype in DTYPES},
     **{
-        f"{path}-{dtype}-{layouts}": partial(on, path, check_exact, (72, 40, 72), dtype, layouts, arch=90)
+        f"{path}-{dtype}-{layouts}": partial(on, path, check_epilogue, (72, 40, 72), dtype, layouts, arch=90)
         for path, dtype, layouts in (
             *itertools.product(("tma-halves",), ("fp16",), DENSE),
             ("tma", "bf16", "NN"),
         )
     },
-    "tma-quarters": partial(on, "tma-quarters", check_exact, (72, 200, 24), "fp16", "NN", arch=90),
-    "tma-quarters-odd": partial(on, "tma-quarters", check_exact, (71, 199, 24), "fp16", "NT", arch=90),
+    "tma-quarters": partial(on, "tma-quarters", check_epilogue, (72, 200, 24), "fp16", "NN", arch=90),
+    "tma-quarters-odd": partial(on, "tma-quarters", check_epilogue, (71, 199, 24), "fp16", "NT", arch=90),
     # Neither n nor the result's rows are whole chunks of 16 bytes: C is stored by pointers.
-    "tma-odd": partial(on, "tma-halves", check_exact, (71, 39, 72), "fp16", "NT", arch=90),
+    "tma-odd": partial(on, "tma-halves", check_epilogue, (71, 39, 72), "fp16", "NT", arch=90),
     **{
-        f"{path}-{dtype}": partial(on, path, check_exact, (72, 24, 232), dtype, "NN", arch=90)
+        f"{path}-{dtype}": partial(on, path, check_epilogue, (72, 24, 232), dtype, "NN", arch=90)
         for path, dtype in (
-            ("pointers-cut", "fp32"),
-            ("pointers-cut", "fp16"),
-            ("pointers-cut", "fp64"),
-            ("tma-cut", "fp16"),
+            ("pointers-split", "fp32"),
+            ("pointers-split", "fp16"),
+            ("pointers-split", "fp64"),
+            ("tma-split", "fp16"),
         )
     },
     **{
@@ -276,21 +290,27 @@ CASES: dict[str, Callable[[], None]] = {
         if dtype == "fp32" or parts == 2
     },
     **{
-        f"batch-{path}-{dtype}": partial(on, path, check_exact, (72, 24, 64 * parts), dtype, "NT", arch=arch, batch=2)
+        f"batch-{path}-{dtype}": partial(
+            on, path, check_epilogue, (72, 24, 64 * parts), dtype, "NT", arch=arch, batch=2
+        )
         for path, dtype, parts, arch in (
-            ("pointers", "fp32", 1, 80),
-            ("pointers-cut", "fp32", 3, 90),
-            ("tma-halves", "fp16", 1, 90),
-            ("tma-cut", "fp16", 3, 90),
+            ("pointers", "fp32", 64, 80),
+            ("pointers-split", "fp32", 192, 90),
+            ("tma-halves", "fp16", 64, 90),
+            ("tma-split", "fp16", 192, 90),
         )
     },
     **{
         f"one-rounding-{path}-{dtype}": partial(on, path, check_one_rounding, dtype)
-        for path, dtype in (*itertools.product(("pointers-90", "tma", "tma-cut"), ("fp16",)), ("pointers-cut", "bf16"))
+        for path, dtype in (
+            *itertools.product(("pointers-90", "tma", "tma-split"), ("fp16",)),
+            ("pointers-split", "bf16"),
+        )
     },
     **{f"scales-{dtype}": partial(on, "pointers-90", check_scales, dtype) for dtype in DTYPES},
-    "scales-cut": partial(on, "pointers-cut", check_scales, "fp64"),
+    "scales-split": partial(on, "pointers-split", check_scales, "fp64"),
     "scales-tma": partial(on, "tma-halves", check_scales, "fp16"),
+    **{f"addmm-{dtype}": partial(check_addmm, dtype) for dtype in DTYPES},
     "wide": check_wide,
     "invariant": check_invariant,
     "empty": check_empty,
@@ -300,10 +320,8 @@ CASES: dict[str, Callable[[], None]] = {
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[CaseProcess]:
-    """A process of its own for the cases of this module; one that ends is followed by another."""
-    process = CaseProcess.interpreted(__file__)
-    yield process
-    process.close()
+    with interpreted(__file__) as process:
+        yield process
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -312,6 +330,4 @@ def test_interpreted(case: str, interpreter: CaseProcess) -> None:
 
 
 if __name__ == "__main__":
-    # The interpreter of triton 3.6, on numpy before 2.4, where it is an error.
-    warnings.filterwarnings("ignore", message="Conversion of an array with ndim > 0")
-    serve(lambda case: CASES[case]())
+    serve_cases(CASES)

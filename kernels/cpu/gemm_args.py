@@ -1,0 +1,29 @@
+"""The arguments of the driver for one product, or for a batch of them: int64, sizes and strides in elements.
+
+    C = alpha · (A · B) + beta · source
+
+SOURCE is 0 where nothing is added, and may be C itself. ALPHA and BETA hold the bits of a float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+M, N, K, A, A_RS, A_CS, B, B_RS, B_CS, C, C_RS, C_CS = range(12)
+BATCH, A_BS, B_BS, C_BS = range(12, 16)  # number of products, and the distances between them
+SOURCE, S_RS, S_CS, S_BS, ALPHA, BETA = range(16, 22)
+GEMM_ARGS = 22
+ONE = 0x3FF0000000000000  # the bits of 1.0
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What is added to a product and how it is scaled, as C = alpha · (A · B) + beta · source.
+
+    Nothing is added where ``source``, which expands to C, is None or beta is 0.
+    """
+
+    alpha: float = 1.0
+    beta: float = 1.0
+    source: Any = None

@@ -1,0 +1,187 @@
+"""The state that the threads of one call share: int64 on the caller's stack. How the work is cut into blocks.
+
+A call is one product, a batch of them, or the two of a backward pass: a header, and then the arguments and the plan of
+each product. A block is a rectangle of one C, or all of it over one chunk of k: a smaller product, with arguments of
+its own.
+"""
+
+from __future__ import annotations
+
+from .config import chain_lanes, k_block, prefer_transposed_c, split_c, threads_per_product, useful_threads
+from .gemm_args import (
+    A_BS,
+    A_CS,
+    A_RS,
+    ALPHA,
+    B_BS,
+    B_CS,
+    B_RS,
+    BATCH,
+    C_BS,
+    C_CS,
+    C_RS,
+    GEMM_ARGS,
+    ONE,
+    S_BS,
+    S_CS,
+    S_RS,
+    SOURCE,
+    A,
+    B,
+    C,
+    K,
+    M,
+    N,
+)
+from .memory import get, jit, put, stack_words
+
+# Behind the arguments of a product, the driver's plan for it.
+CHAIN = GEMM_ARGS  # lanes along k in one chain
+ROW_BLOCKS, COLUMN_BLOCKS, K_CHUNKS = range(GEMM_ARGS + 1, GEMM_ARGS + 4)
+PARTIALS, PARTIALS_RS = GEMM_ARGS + 4, GEMM_ARGS + 5  # partial results of chunks of k, one C after the other
+PLANNED_ARGS = GEMM_ARGS + 6
+
+# The header: the next block, of how many; packing buffers; a bit for each core in use.
+NEXT, BLOCKS, WORK, CORES = range(4)
+CORE_WORDS = 16
+HEADER = CORES + CORE_WORDS
+MAX_PRODUCTS = 2  # in one call
+
+PACKED, BY_ROWS, BY_COLUMNS = range(3)  # how an operand is read
+
+schedule_words = stack_words(HEADER + MAX_PRODUCTS * PLANNED_ARGS)
+args_words = stack_words(PLANNED_ARGS)
+plan_k = jit(k_block)
+plan_chain = jit(chain_lanes)
+plan_blocks = jit(split_c)
+plan_threads = jit(useful_threads)
+plan_threads_per_product = jit(threads_per_product)
+plan_transposed_c = jit(prefer_transposed_c)
+
+
+@jit
+def args_of(schedule, index):
+    """The arguments and the plan of one product of a call."""
+    return schedule + 8 * (HEADER + index * PLANNED_ARGS)
+
+
+@jit
+def blocks_per_item(args):
+    """Blocks of one product of a batch."""
+    return get(args, ROW_BLOCKS) * get(args, COLUMN_BLOCKS) * get(args, K_CHUNKS)
+
+
+@jit
+def block_count(args):
+    return get(args, BATCH) * blocks_per_item(args)
+
+
+@jit
+def set_dense_c(args, c_rs):
+    """One product without an epilogue, into a C whose columns are adjacent."""
+    put(args, C_RS, c_rs)
+    put(args, C_CS, 1)
+    put(args, BATCH, 1)
+    put(args, SOURCE, 0)
+    put(args, ALPHA, ONE)
+
+
+@jit
+def stores_directly(args):
+    """Whether the accumulators are the elements of C, and can be stored there as vectors."""
+    stored = get(args, C_CS) == 1 or get(args, N) == 1
+    return stored and get(args, SOURCE) == 0 and get(args, ALPHA) == ONE
+
+
+@jit
+def copy_words(target, source, count):
+    for index in range(count):
+        put(target, index, get(source, index))
+
+
+@jit
+def swap(args, one, other):
+    kept = get(args, one)
+    put(args, one, get(args, other))
+    put(args, other, kept)
+
+
+@jit
+def swap_operands(args):
+    """C = A·B becomes Cᵀ = Bᵀ·Aᵀ: the same products in the same order, so the same bits."""
+    swap(args, M, N)
+    swap(args, A, B)
+    swap(args, A_BS, B_BS)
+    swap(args, A_RS, B_CS)
+    swap(args, A_CS, B_RS)
+    swap(args, C_RS, C_CS)
+    swap(args, S_RS, S_CS)
+
+
+@jit
+def restrict(args, i, rows, j, columns, size):
+    """Restrict a product to ``rows`` and ``columns`` of C from (i, j) on."""
+    put(args, A, get(args, A) + i * get(args, A_RS) * size)
+    put(args, B, get(args, B) + j * get(args, B_CS) * size)
+    put(args, C, get(args, C) + (i * get(args, C_RS) + j * get(args, C_CS)) * size)
+    if get(args, SOURCE) != 0:
+        put(args, SOURCE, get(args, SOURCE) + (i * get(args, S_RS) + j * get(args, S_CS)) * size)
+    put(args, M, rows)
+    put(args, N, columns)
+
+
+@jit
+def select_item(args, item, size, lane_bytes):
+    """Restrict a batch to its product ``item``."""
+    if get(args, BATCH) == 1:
+        return
+    put(args, A, get(args, A) + item * get(args, A_BS) * size)
+    put(args, B, get(args, B) + item * get(args, B_BS) * size)
+    put(args, C, get(args, C) + item * get(args, C_BS) * size)
+    if get(args, SOURCE) != 0:
+        put(args, SOURCE, get(args, SOURCE) + item * get(args, S_BS) * size)
+    if get(args, K_CHUNKS) > 1:
+        put(args, PARTIALS, get(args, PARTIALS) + item * partial_bytes(args, lane_bytes))
+
+
+@jit
+def partial_bytes(args, lane_bytes):
+    """Bytes of the partial results of one product, for chunks of k that threads share."""
+    return get(args, K_CHUNKS) * get(args, M) * get(args, PARTIALS_RS) * lane_bytes
+
+
+@jit
+def restrict_k(args, p, steps, size):
+    """Restrict a product to ``steps`` of k from p on."""
+    put(args, A, get(args, A) + p * get(args, A_CS) * size)
+    put(args, B, get(args, B) + p * get(args, B_RS) * size)
+    put(args, K, steps)
+
+
+@jit
+def ceil_div(value, step):
+    return (value + step - 1) // step
+
+
+@jit
+def split_range(total, count, index):
+    """``[begin, end)`` of one of ``count`` nearly equal ranges of ``total``."""
+    return total * index // count, total * (index + 1) // count
+
+
+@jit
+def largest(choices, room):
+    """Index of the largest of ``choices`` (descending to 1) that fits in ``room``."""
+    for index in range(len(choices)):
+        if choices[index] <= room:
+            return index
+    return len(choices) - 1
+
+
+@jit
+def smallest(choices, need):
+    """Index of the smallest of ``choices`` (descending) that holds ``need``."""
+    for index in range(len(choices) - 1, 0, -1):
+        if choices[index] >= need:
+            return index
+    return 0

@@ -1,0 +1,42 @@
+"""Settings of the launcher, and what it refuses without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from limits import scaled
+
+# Each line is a setting, and what a float32 product on a GPU is then; old and new ways of setting mix.
+PRECISION_NOW = """
+import torch
+from matmul_grad.kernels.gpu.launch import precision_now
+assert precision_now() == "ieee"
+torch.set_float32_matmul_precision("high"); assert precision_now() == "tf32"
+torch.set_float32_matmul_precision("highest"); assert precision_now() == "ieee"
+torch.backends.cuda.matmul.allow_tf32 = True; assert precision_now() == "tf32"
+torch.backends.cuda.matmul.allow_tf32 = False; assert precision_now() == "ieee"
+torch.backends.cuda.matmul.fp32_precision = "tf32"; assert precision_now() == "tf32"
+torch.backends.cuda.matmul.fp32_precision = "ieee"; assert precision_now() == "ieee"
+"""
+
+
+def test_precision_now_follows_every_setting_without_a_warning() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"}
+    command = [sys.executable, "-W", "error", "-c", PRECISION_NOW]
+    child = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=scaled(600))
+    assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
+
+
+def test_cpu_tensors_raise_without_the_interpreter() -> None:
+    from matmul_grad.kernels.gpu import launch
+
+    if launch.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set for the whole session")
+    x = torch.ones(2, 2)
+    assert not launch.supports(x)
+    with pytest.raises(ValueError, match="both operands must be on one GPU"):
+        launch.mm(x, x)

@@ -1,0 +1,122 @@
+"""Plans: no kernel has more than 25 parameters, and what the tests compile is what Triton's launcher would."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import aot
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import create_function_from_signature
+
+from matmul_grad.kernels.gpu import plan as module
+from matmul_grad.kernels.gpu.arguments import PointerArg, ScalarArg, Strides
+from matmul_grad.kernels.gpu.backward import backward_tma
+from matmul_grad.kernels.gpu.config import Problem, TileConfig
+from matmul_grad.kernels.gpu.epilogue import SCALARS, Epilogue
+from matmul_grad.kernels.gpu.gemm import gemm
+from matmul_grad.kernels.gpu.plan import Plan, plans
+from matmul_grad.kernels.gpu.reduce import reduce
+from matmul_grad.kernels.gpu.tma import gemm_tma
+from matmul_grad.kernels.gpu.vector import matvec
+
+KERNELS = (gemm, gemm_tma, matvec, reduce, backward_tma)
+FOLDER = Path(str(module.__file__)).parent
+TARGET = GPUTarget("cuda", 80, 32)
+
+compiles = pytest.mark.skipif(
+    not isinstance(gemm, triton.JITFunction), reason="TRITON_INTERPRET is set for the whole session"
+)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+def test_kernels_have_at_most_25_parameters(kernel: Any) -> None:
+    assert len(kernel.arg_names) <= 25
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in sorted(FOLDER.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{path.name}: {node.name}", node
+
+
+def test_functions_of_the_host_have_at_most_8_parameters() -> None:
+    """Of the functions that Triton compiles, one that is inlined may have more: constants of its caller."""
+    host = {
+        name: node
+        for name, node in functions()
+        if not any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+    counts = {name: len([*x.args.posonlyargs, *x.args.args, *x.args.kwonlyargs]) for name, x in host.items()}
+    assert len(counts) > 50
+    assert {name: count for name, count in counts.items() if count > 8} == {}
+
+
+@pytest.fixture
+def specialise(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How Triton's launcher specialises the arguments of a call, for a GPU that is not there."""
+    driver = SimpleNamespace(get_current_target=lambda: TARGET, get_current_device=lambda: 0)
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    backend = triton.compiler.make_backend(TARGET)
+
+    def types_constants_and_attributes(plan: Plan, arguments: list[Any]) -> tuple[Any, ...]:
+        kernel, options = plan.kernel, {"debug": False, **plan.options}
+        constants = [plan.constants[name] for name in kernel.arg_names[len(plan.arguments) :]]
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, found, excess = bind(*arguments, *constants, **options)
+        _, signature, constexprs, attributes = kernel._pack_args(backend, options, bound, found, excess)
+        return signature, constexprs, {path: known for path, known in attributes.items() if known}
+
+    return types_constants_and_attributes
+
+
+def filled(value: Any, tensor: Tensor) -> Any:
+    """An argument of a call: tensors that are aligned, and numbers that are divisible by 16."""
+    if isinstance(value, PointerArg):
+        return tensor
+    if isinstance(value, ScalarArg):
+        return 32
+    if isinstance(value, tuple):
+        return type(value)(*(filled(field, tensor) for field in value))
+    return value
+
+
+def plan_of(path: str, epilogue: Epilogue | None, splits: int = 1) -> Plan:
+    n, tile = 4096, TileConfig(64, 64, 16, 2, 4, split_k=splits)
+    if path == "vector":
+        tile = TileConfig(16, 1, 256, 2, 4, path="vector")
+    problem = Problem(n, 1 if path == "vector" else n, n, "float32", "N", "T")
+    strides = Strides(n, 1), Strides(1, n), Strides(problem.n, 1)
+    return plans(problem, tile, aot.target_of(80), strides, epilogue=epilogue)[-1]
+
+
+@compiles
+@pytest.mark.parametrize("source", [Strides(4096, 1), Strides(0, 1), Strides(1, 0), None], ids=str)
+@pytest.mark.parametrize("path", ["gemm", "vector", "reduce"])
+def test_arguments_are_specialised_as_by_the_launcher(path: str, source: Strides | None, specialise: Any) -> None:
+    """Field by field of a tuple: types, constants and divisibility, with and without an epilogue."""
+    for epilogue in (None, Epilogue(source=source)):
+        plan = plan_of(path, epilogue, splits=4 if path == "reduce" else 1)
+        found = specialise(plan, [filled(x, torch.zeros(64)) for x in plan.arguments])
+        ahead = aot.source(plan, dict.fromkeys(("a", "b", "c", "work", "source"), "fp32"), True)
+        assert (ahead.signature, ahead.constants, ahead.attrs) == found
+
+
+@compiles
+def test_no_value_of_alpha_or_beta_is_compiled_anew(specialise: Any) -> None:
+    """Not 0 or 1, which Triton makes constants of, nor multiples of 16. In a tuple they would be."""
+    plan = plan_of("gemm", Epilogue(source=Strides(4096, 1)))
+    first = len(plan.arguments) - len(SCALARS)
+    seen = []
+    for numbers in ((0, 1, 16, 17), (2, 3, 5, 7), (1, 1, 1, 1)):
+        arguments = [filled(x, torch.zeros(64)) for x in plan.arguments[:first]]
+        seen.append(specialise(plan, [*arguments, *numbers]))
+    assert seen[0] == seen[1] == seen[2]
