@@ -19,6 +19,7 @@ help:
 	@echo 'make demo     multiply, differentiate, train and time on this machine, checked against torch'
 	@echo 'make test     the whole test suite'
 	@echo "make test ARGS='-m smoke'   a minute of it, for the edit loop"
+	@echo "make test ARGS='-m slow'    what it leaves out: long tests, and the whole of large grids"
 	@echo 'make support  the same, and what passed goes into the table in README.md'
 	@echo 'make lint     ruff and mypy'
 	@echo 'make format   let ruff fix and format the sources'

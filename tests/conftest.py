@@ -133,5 +133,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if config.stash[COUNTS]:
         counted = ", ".join(f"{count} {kind}" for kind, count in sorted(config.stash[COUNTS].items()))
         terminalreporter.write_line(f"op_db, compared with torch: {counted}")
+    if work.load(HERE):
+        terminalreporter.write_line(f"work: {work.summary(config.stash[WORK])}")
     for line in work.exceeded(config.stash[WORK], work.load(HERE)):
         terminalreporter.write_line(line, red=True)

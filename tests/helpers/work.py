@@ -86,6 +86,11 @@ def exceeded(counts: Counter[str], budget: dict[str, dict[str, int]]) -> list[st
     return lines + [f"tests/{name}: no budget in tests/budget.json" for name in sorted(set(counts) - known)]
 
 
+def summary(counts: Counter[str]) -> str:
+    folders = sorted({name.partition(":")[0] for name in counts})
+    return "; ".join(f"{x}: " + ", ".join(f"{counts[f'{x}: {kind}']} {kind}" for kind in COUNTED) for x in folders)
+
+
 def load(root: Path) -> dict[str, dict[str, int]]:
     path = root / "budget.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -86,7 +86,7 @@ def test_slow_tests_and_work_within_the_budget_pass(tmp_path: Path) -> None:
 def test_every_folder_has_a_budget() -> None:
     root = Path(__file__).parents[1]
     folders = {work.folder_of(path, root) for path in root.rglob("test_*.py")}
-    assert folders == set(work.load(root))
+    assert folders <= set(work.load(root))
 
 
 def test_a_folder_without_a_budget_is_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -15,6 +16,7 @@ X86 = [isa for isa in host.host_isas() if isa != "neon"]
 REGISTER = {"avx512": "zmm", "avx2": "ymm", "generic": "xmm"}
 
 
+@functools.cache
 def assembly(block: BlockConfig) -> str:
     machine = host.machine(block.isa)
     module = build.to_module(make_kernels(block), machine, ("matmul_grad_parallel_for", "matmul_grad_workspace"))
