@@ -1,44 +1,25 @@
-"""This package as `gpu-report` and `tune` see it: the one place that names what they use of it.
+"""This package's kernels as `gpu-report` and `tune` see them: the one place that names what they use of them.
 
-A part that this version does not have is ``Missing``: its rows say so, and the rest goes on. Triton is imported when a
-product is made, not before.
+Triton is imported when a product is made, not before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import Tensor
 
-import matmul_grad
-
 from ..kernels.gpu import choose as choosing
 from ..kernels.gpu import config, winners
 from ..kernels.gpu.config import Problem, Target, TileConfig
-
-Mm = Callable[[Tensor, Tensor], Tensor]
-
-
-class Missing(Exception):
-    """What is not there to be measured; the message says what."""
+from .backends import Mm
 
 
 def mm(precision: str) -> Mm:
-    """The public product, or for the precisions that are not torch's setting here, the launcher's."""
-    if precision == "ieee":
-        return lambda a, b: matmul_grad.mm(a, b)
+    """The launcher's product, in precisions that are not torch's setting here."""
     from ..kernels.gpu import launch
 
     return lambda a, b: launch.mm(a, b, precision)
-
-
-def bmm() -> Mm:
-    """The public product of batches where there is one, else the launcher's."""
-    from ..kernels.gpu import launch
-
-    return getattr(matmul_grad, "bmm", launch.bmm)
 
 
 def mm_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -46,10 +27,6 @@ def mm_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, Tens
     from ..kernels.gpu import launch
 
     return launch.mm_backward(grad, a, b)
-
-
-def batch_invariant() -> AbstractContextManager[None]:
-    return matmul_grad.deterministic(batch_invariant=True)
 
 
 def describe(a: Tensor, b: Tensor, precision: str) -> tuple[Problem, Target]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from matmul_grad.bench import backends, baseline, calls, commands, roofline, run_files, runner, session, timer
+from matmul_grad.bench import backends, commands, html, roofline, runner, session, timer
 from matmul_grad.bench.backends import OfTorch
 from matmul_grad.bench.devices import Cpu
 from matmul_grad.bench.roofline import Device
@@ -21,7 +21,7 @@ class Here:
 
     device: Device = Cpu()
 
-    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, module: str, *arguments: str, environment: Mapping[str, str], wrapper: Any = ()) -> None:
         self._player = session.BackendSession(type(self).device)
 
     def ask(self, task: Any, seconds: float | None = None) -> Any:
@@ -39,7 +39,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Players in this process, on one thread, with little to time and little memory to measure."""
     monkeypatch.setattr(runner, "Worker", Here)
     monkeypatch.setattr(runner, "TRIES", 1)
-    monkeypatch.setattr(calls, "BATCH", 1e-4)
+    monkeypatch.setattr(timer, "BATCH", 1e-4)
     monkeypatch.setattr(roofline, "LEAST", 1 << 20)
     monkeypatch.setattr(roofline, "PAST", 0)
     monkeypatch.setattr(roofline, "SECONDS", 0.01)
@@ -71,7 +71,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
     """Another product in place of torch's or of this package's."""
 
     def do(name: str, mm: Any) -> None:
-        monkeypatch.setattr(baseline, "IMPLEMENTATIONS", {**baseline.IMPLEMENTATIONS, name: mm})
+        monkeypatch.setattr(backends, "IMPLEMENTATIONS", {**backends.IMPLEMENTATIONS, name: mm})
 
     return do
 
@@ -79,10 +79,10 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None) -> Callable[..., tuple[int, Any]]:
     """Run the command on some shapes: its exit code, and its rows; its pictures where they are wanted."""
-    write = run_files.write
+    write = html.write_all
 
     def run(shapes: tuple[Shape, ...], *options: str, out: str = "out", drawn: bool = False) -> tuple[int, Any]:
-        monkeypatch.setattr(run_files, "write", write if drawn else lambda result, place: None)
+        monkeypatch.setattr(html, "write_all", write if drawn else lambda result, place: None)
         monkeypatch.setitem(SETS, "small", shapes)
         fixed = ["--suite=small", "--seconds=0.001", "--rivals=torch", f"--out={tmp_path / out}", "--no-pin"]
         status = commands.main([*fixed, *options], "bench")

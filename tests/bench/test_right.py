@@ -10,18 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from matmul_grad.bench import backends, baseline, correctness, inputs
-from matmul_grad.bench.calls import call_of, products_of
+from matmul_grad.bench import backends, correctness, inputs, workloads
 from matmul_grad.bench.workloads import PASSES, Workload
 
 SHAPES = ((1, 1, 1), (1, 37, 300), (300, 1, 37), (37, 300, 1), (65, 67, 71))
-
-
-def judged(library: Any, workload: Workload) -> None:
-    for values, check in (("integers", correctness.assert_exact), ("normal", correctness.assert_close)):
-        whole = inputs.draw(workload, values)
-        for which, got in products_of(library, workload, call_of(library, workload, whole)()).items():
-            check(got, *whole.of(which), f"{workload.name} {which}")
 
 
 # Without jax, which is in test_processes: it dislikes forks.
@@ -38,7 +30,7 @@ def test_every_contender_is_right(name: str, dtype: str) -> None:
         workload = Workload(product, dtype, layout, *shape)
         if backend.takes(workload):
             try:
-                judged(library, workload)
+                correctness.assert_correct(library, workload)
             except backends.Skipped as reason:
                 assert name == "blis" and dtype == "f64", reason
 
@@ -140,7 +132,7 @@ def test_copies_lie_as_the_first_and_go_round() -> None:
 
 
 def test_step_of_a_bare_package_is_its_three_products() -> None:
-    workload = Workload(baseline.STEP, "f32", "NN", 5, 6, 7)
+    workload = Workload(workloads.STEP, "f32", "NN", 5, 6, 7)
     whole = inputs.draw(workload, "integers")
     results = backends.Numpy().step(whole)()
     assert [result.shape for result in results] == [(5, 6), (5, 7), (7, 6)]

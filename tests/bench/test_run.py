@@ -14,7 +14,7 @@ import torch
 
 import matmul_grad
 from matmul_grad import api
-from matmul_grad.bench import backends, baseline, commands, devices, inputs, results, runner, stats, workloads
+from matmul_grad.bench import backends, commands, devices, inputs, results, runner, stats, workloads
 from matmul_grad.bench.workloads import Workload
 
 Bench = Callable[..., tuple[int, Any]]
@@ -227,7 +227,7 @@ def test_unfinished_run_of_another_machine_is_not_gone_on_with(
     with monkeypatch.context() as patch:
         stopped_after(2, patch)
         bench(TINY, "--dtype=f32")
-    path = tmp_path / "out" / results.UNFINISHED
+    path = tmp_path / "out" / "bench-unfinished.json"
     path.write_text(path.read_text(encoding="utf-8").replace('"CPU": "', '"CPU": "another '), encoding="utf-8")
     before = path.read_bytes()
     assert bench(TINY, "--dtype=f32", "--resume")[0] == 2
@@ -259,7 +259,7 @@ def test_time_that_is_up_ends_the_run_between_two_comparisons(bench: Bench, monk
 def test_folder_that_goes_away_loses_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write, written = results.files.write, []
+    write, written = results.write, []
 
     def full(path: Path, text: str) -> Path:
         if len(written) == 3:
@@ -268,10 +268,10 @@ def test_folder_that_goes_away_loses_nothing(
         return write(path, text)
 
     with monkeypatch.context() as patch:
-        patch.setattr(results.files, "write", full)
+        patch.setattr(results, "write", full)
         assert bench(TINY, "--dtype=f32")[0] == 2
     assert "No space left on device; --resume goes on with what is there" in capsys.readouterr().err
-    assert len(json.loads((tmp_path / "out" / results.UNFINISHED).read_text(encoding="utf-8"))["rows"]) == 3
+    assert len(json.loads((tmp_path / "out" / "bench-unfinished.json").read_text(encoding="utf-8"))["rows"]) == 3
     assert bench(TINY, "--dtype=f32", "--resume")[0] == 0
 
 
@@ -342,7 +342,7 @@ def test_summary_is_what_the_rows_say(row: Any) -> None:
     assert (forward.mean.median, forward.worst, forward.worst_cell) == (2.0, 0.5, "NN 128×128×128")
     assert stats.share_of_peak(rows[0]) == pytest.approx(0.5)
     assert stats.rate(rows[0], "torch") == pytest.approx(0.5)
-    assert baseline.OURS not in {s.backend for some in found.values() for s in some}
+    assert workloads.OURS not in {s.backend for some in found.values() for s in some}
 
 
 def test_twins_are_those_whose_long_sums_agree_everywhere(row: Any) -> None:
