@@ -135,11 +135,13 @@ class WorkerPool:
             if "backends" not in answer:  # it is the workload that it cannot do
                 (kind, why), names = next(iter(answer.items())), [name for name in names if name != PEAK]
                 answer = {"backends": {name: {"wrong" if kind == "unfit" else kind: why} for name in names}}
+            if answer.get("ended"):
+                why = {"skipped": "another backend broke the GPU's context"}
+                found = answer["backends"]
+                answer["backends"] = {n: found[n] if "failed" in found.get(n, {}) else why for n in names if n != PEAK}
             row["copies"] = answer.get("copies", row.get("copies", 0))
             row["beyond"] = max(answer.get("beyond", 0), row.get("beyond", 0))
             for name, found in answer["backends"].items():
-                if answer.get("ended"):
-                    found = found if "failed" in found else {"skipped": "another backend broke the GPU's context"}
                 if not {"wrong", "failed", "skipped"} & set(found):
                     ready[name] = process
                 if name == PEAK:

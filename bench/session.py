@@ -96,6 +96,8 @@ class BackendSession:
         for name in names:
             if name != PEAK:
                 answers[name] = self._attempt(functools.partial(self._first, name, workload, whole), name)
+                if answers[name].pop("broken", False):
+                    return {"backends": answers, "broken": True}
         beyond = status("VmHWM") - workload.held - workload.given
         del whole
         normal = inputs.draw(workload, "normal", self._device.device)
@@ -110,9 +112,10 @@ class BackendSession:
                 self._raise_peak(workload, answers)
             elif "first" in answers[name]:
                 answers[name] |= self._attempt(functools.partial(self._make_ready, name, workload, sets), name)
+                if answers[name].pop("broken", False):
+                    return {"backends": answers, "broken": True}
         beyond = max(beyond, status("VmHWM") - count * workload.held - workload.given)
-        broken = any(found.pop("broken", False) for found in answers.values())
-        return {"copies": count, "backends": answers, "beyond": beyond} | ({"broken": True} if broken else {})
+        return {"copies": count, "backends": answers, "beyond": beyond}
 
     def _attempt(self, do: Callable[[], worker.Message], name: str = "") -> worker.Message:
         """What it gives, or in place of that what was wrong; an error takes no other backend with it."""
