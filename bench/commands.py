@@ -172,7 +172,7 @@ def verdict(result: dict[str, Any], least: float | None) -> int:
 
 def compare(command: argparse.Namespace) -> int:
     """The comparisons that two runs have in common, and what differs by more than its spread."""
-    first, second = results.load(command.first), results.load(command.second)
+    first, second = load(command.first), load(command.second)
     found = stats.changes(first["rows"], second["rows"])
     if not found:
         raise UsageError(f"compare: {command.first} and {command.second} have no comparison in common")
@@ -197,12 +197,18 @@ def compare(command: argparse.Namespace) -> int:
     return EXIT_MISMATCH if low or (least and mean < least) else 0
 
 
+def load(path: Path) -> results.Result:
+    """The comparisons of a run of any command."""
+    result = results.load(path)
+    return result | {"rows": stats.compared(result["rows"])}
+
+
 def report(command: argparse.Namespace) -> int:
     """The files of a run again, and the section of docs/results.md."""
     require("matplotlib")
     from . import html, readme
 
-    result = results.load(command.file)
+    result = load(command.file)
     if command.readme and result["stamp"]["device"] != "cpu":
         raise UsageError(f"--readme: its section is of a CPU, and {command.file} of a GPU")
     if command.readme and not command.busy:

@@ -93,7 +93,7 @@ def conclude(console: Console, result: dict[str, Any], shapes: bool) -> int:
     found = targets.entries(targets.CPU, rows, committed["rows"] if committed else ())
     if shapes:
         table(console, tables.PAIRS, tables.pairs(rows), 3)
-    table(console, tables.TARGETS_CPU, tables.cpu_targets(found))
+    table(console, tables.TARGETS, tables.target_lines(found))
     for line in tables.cpu_notes(result):
         console.print(line)
     if committed:

@@ -6,10 +6,9 @@ Exit codes: 0 complete; 1 a step failed or a product is wrong; 2 what was asked 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 
 from .. import cli_common
-from . import backends, results, stages, stats, tables, workloads
-from .options import interrupted_by_sigterm, listed, minutes
+from ..console import make_console, table
+from . import backends, results, stages, stats, tables, targets, workloads
+from .options import interrupted_by_sigterm, listed, minutes, running
 from .stages import STAGES, Stage, StageContext
 
 HELP = "tests, sanitizer and times of the GPU kernels, in --minutes; written as JSON and Markdown"
@@ -52,6 +52,10 @@ def planned() -> dict[str, list[workloads.Workload]]:
     return {"ratios": workloads.gpu_targets(), "rivals": workloads.gpu_rivals()}
 
 
+def figures(result: dict[str, Any]) -> list[targets.Entry]:
+    return targets.entries(targets.GPU, result["rows"], planned=planned())
+
+
 def run(command: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise cli_common.UsageError(f"gpu-report: torch {torch.__version__} finds no CUDA device here")
@@ -61,7 +65,7 @@ def run(command: argparse.Namespace) -> int:
         results.GPU_REPORT, results.stamp("cuda", selected), settings, sum(map(len, planned().values()))
     )
     record = results.Record.begin(place, result | {"steps": []}, command.resume)
-    with progress(len(command.steps)) as shown, interrupted_by_sigterm() as interrupted:
+    with running("gpu-report") as shown, interrupted_by_sigterm() as interrupted:
         walk(record, command, selected, shown)
     if interrupted:
         done = {step["name"] for step in record.result["steps"]}
@@ -69,7 +73,9 @@ def run(command: argparse.Namespace) -> int:
             if step.name not in done:
                 ended(record, step, stages.Outcome(stages.STOPPED), 0.0)
     path = finish(record, not interrupted, "" if command.steps == STAGES else "part")
-    for line in tables.last_words(record.result, planned()):
+    measured = [entry for entry in figures(record.result) if entry.figure]
+    table(make_console(), [*tables.TARGETS, "comparisons"], tables.target_lines(measured))
+    for line in stats.troubles(record.result["rows"]):
         print(line)
     print(f"written: {path}")
     if interrupted:
@@ -110,13 +116,13 @@ def ended(record: results.Record, step: Stage, outcome: stages.Outcome, seconds:
     status, note = outcome
     record.result["steps"].append({"name": step.name, "status": status, "seconds": round(seconds, 1), "note": note})
     record.write()
-    results.write(record.path(results.UNFINISHED, ".md"), tables.report(record.result, planned()))
+    results.write(record.path(results.UNFINISHED, ".md"), tables.report(record.result, figures(record.result)))
 
 
 def finish(record: results.Record, whole: bool, ending: str) -> Path:
     """The last write, under the name that stays."""
     path = record.finish(whole, ending).with_suffix(".md")
-    results.write(path, tables.report(record.result, planned()))
+    results.write(path, tables.report(record.result, figures(record.result)))
     if whole:
         record.path(results.UNFINISHED, ".md").unlink(missing_ok=True)
     return path
@@ -124,14 +130,3 @@ def finish(record: results.Record, whole: bool, ending: str) -> Path:
 
 def tell(shown: Say, step: str, news: str) -> None:
     shown(f"{step}: {news}")
-
-
-@contextlib.contextmanager
-def progress(count: int) -> Iterator[Say]:
-    """What is running, on stderr: a line that changes on a terminal, nothing elsewhere or where rich is missing."""
-    console = cli_common.terminal()
-    if console is None:
-        yield lambda news: None
-        return
-    with console.status(f"{count} steps") as status:
-        yield status.update

@@ -20,6 +20,7 @@ import torch
 import matmul_grad
 
 from .. import cuda
+from ..kernels.gpu import choose, config, winners
 from ..kernels.gpu.config import TileConfig
 from ..kernels.native import launch_table
 from . import backends, correctness, gpu_calls, inputs, sanitizer, timer, workloads
@@ -102,10 +103,10 @@ def problem(gpu: Gpu, workload: Row) -> Row:
     if HELD * wanted.held > gpu.free_bytes():
         raise Skipped(f"needs {HELD * wanted.held / 2**30:.0f} GiB of free memory")
     found, target = gpu_calls.describe(*drawn(wanted, gpu.device).of(wanted.product), wanted.precision)
-    default = gpu_calls.choose(found, target)
-    every = list(dict.fromkeys([default, *gpu_calls.candidates(found, target)]))
-    names = [gpu_calls.kernel_name(found, tile) for tile in every]
-    return {"key": gpu_calls.key(found, target), "candidates": [asdict(tile) for tile in every], "kernels": names}
+    default = choose.choose(found, target)
+    every = list(dict.fromkeys([default, *choose.candidates(found, target)]))
+    names = [config.kernel_name(found, tile) for tile in every]
+    return {"key": winners.key(found, target), "candidates": [asdict(tile) for tile in every], "kernels": names}
 
 
 def with_config(workload: Workload, tile: TileConfig) -> OfTorch:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from ..cli_common import terminal
 from . import devices
 
 
@@ -72,3 +73,14 @@ def interrupted_by_sigterm() -> Iterator[Interrupted]:
         interrupted.happened = True
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def running(doing: str) -> Iterator[Callable[[str], None]]:
+    """What is running, on stderr: a line that changes on a terminal, nothing elsewhere or where rich is missing."""
+    console = terminal()
+    if console is None:
+        yield lambda news: None
+        return
+    with console.status(doing) as status:
+        yield status.update

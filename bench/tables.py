@@ -9,7 +9,7 @@ from typing import Any
 from ..markdown import table
 from . import stats, targets
 from .stats import NONE, Change
-from .targets import DEVICE, Entry
+from .targets import Entry
 from .workloads import OURS, TORCH
 
 READING = """\
@@ -163,22 +163,24 @@ def pairs(rows: Sequence[stats.Row]) -> list[list[str]]:
     return lines
 
 
-TARGETS_CPU = ["", "threads", "target", "this run", "committed", ""]
+TARGETS = ["", "threads", "target", "this run", "committed", ""]
 
 
-def cpu_targets(found: Sequence[Entry]) -> list[list[str]]:
+def target_lines(found: Sequence[Entry]) -> list[list[str]]:
+    """The figures that have targets; on a GPU the clock stands in place of the number of threads, and where time may be
+    up before all is measured the number of comparisons behind each."""
     lines = []
     for entry in found:
-        show = entry.target.show
-        figures = (say(value, show) for value in (entry.least, value_of(entry.figure), value_of(entry.committed)))
+        show, figure = entry.target.show, entry.figure
+        numbers = (entry.least, figure and figure.value, entry.committed and entry.committed.value)
         short = f"short by {show(entry.short_by)}" if entry.short_by else ""
-        lines.append([f"{entry.target.name} {entry.figure.note if entry.figure else ''}".rstrip(), entry.column])
-        lines[-1] += [*figures, short]
+        if entry.planned and entry.least is not None and figure is None:
+            short = "not measured"
+        name = f"{entry.target.name} {figure.note if figure else ''}".rstrip()
+        lines.append([name, entry.column, *(say(value, show) for value in numbers), short])
+        if entry.planned:
+            lines[-1].append(f"{len(figure.workloads) if figure else 0} of {entry.planned}")
     return lines
-
-
-def value_of(figure: targets.Figure | None) -> float | None:
-    return None if figure is None else figure.value
 
 
 def cpu_notes(result: dict[str, Any]) -> list[str]:
@@ -201,14 +203,13 @@ GPU_READING = """\
 Device time: a CUDA graph of several calls between two events, whose operands go round over more than twice the L2
 cache. Call time: calls from Python one after the other, until the GPU is done. Launch cost: the host's share of a
 call, which never waits for the GPU."""
-TARGETS_GPU = ["ratio to torch.mm", "device time", "target", "", "call time", "target", "", "comparisons"]
 
 
-def report(result: dict[str, Any], planned: Mapping[str, Any]) -> str:
+def report(result: dict[str, Any], found: Sequence[Entry]) -> str:
     """The Markdown of `gpu-report`: figures and targets, what became of each step, then every row."""
     rows = result["rows"]
     parts = [title("GPU report", result["stamp"]), *notes(result)]
-    parts += ["## Figures", table(TARGETS_GPU, gpu_targets(rows, planned)), READING, GPU_READING]
+    parts += ["## Figures", table([*TARGETS, "comparisons"], target_lines(found)), READING, GPU_READING]
     steps = [[step["name"], step["status"], f"{step['seconds']:.0f} s", step["note"]] for step in result["steps"]]
     parts += ["## Steps", table(["step", "", "", ""], steps, left=4)]
     for head, columns, lines, left in (
@@ -217,21 +218,6 @@ def report(result: dict[str, Any], planned: Mapping[str, Any]) -> str:
     ):
         parts += [f"## {head}", table(columns, lines, left)] if lines else []
     return "\n\n".join(parts + details(result)) + "\n"
-
-
-def gpu_targets(rows: Sequence[stats.Row], planned: Mapping[str, Any]) -> list[list[str]]:
-    found = targets.entries(targets.GPU, rows, planned=planned)
-    lines = []
-    for device, call in zip(found[::2], found[1::2], strict=True):
-        cells = [text for entry in (device, call) for text in gpu_cells(entry)]
-        count = len(device.figure.workloads) if device.figure else 0
-        lines.append([device.target.name, *cells, f"{count} of {device.planned}"])
-    return lines
-
-
-def gpu_cells(entry: Entry) -> tuple[str, str, str]:
-    note = f" ({entry.figure.note})" if entry.figure and entry.figure.note else ""
-    return say(value_of(entry.figure), "{:.3f}") + note, say(entry.least, "{:.2f}"), entry.met
 
 
 LAUNCHES = ["product", "called", "µs of the host", "quartiles", f"≤ {targets.HOST_SECONDS * 1e6:.0f} µs"]
@@ -260,17 +246,6 @@ def memory(rows: Sequence[stats.Row]) -> list[list[str]]:
             product = f"{row['product']} {row['dtype']} {stats.label(row)}"
             lines.append([product, *(f"{count / 2**20:.1f}" for count in parts), targets.memory_met(row)])
     return lines
-
-
-def last_words(result: dict[str, Any], planned: Mapping[str, Any]) -> list[str]:
-    """A few lines for the terminal: the figures of a GPU that have a target, and what went wrong."""
-    lines = []
-    for entry in targets.entries(targets.GPU, result["rows"], planned=planned):
-        if entry.figure and entry.met:
-            shown = f"{entry.figure.value:.3f} (target {entry.least:.2f}, {entry.met})"
-            clock = DEVICE if entry.column == DEVICE else "call"
-            lines.append(f"{entry.target.name}, {clock} time: {shown}")
-    return lines + stats.troubles(result["rows"])
 
 
 CHANGES = ["comparison", "first", "second", "second / first", ""]

@@ -18,7 +18,7 @@ from .workloads import CALL, INVARIANT, OPERATOR, OURS, STEP, TORCH, Workload
 FALL = 0.10  # of a figure, below the committed one: more than two runs of the same sources differ by
 WORKSPACE = 32 << 20  # bytes beside torch's that a step may take on a GPU
 HOST_SECONDS = 5e-6  # of a call on a GPU, at most
-MET, SHORT, OPEN = "met", "not met", "not measured"
+MET, SHORT = "met", "not met"
 NAMES = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float16"}
 MEAN, WORST, PEAK_SHARE = "mean", "worst", "share of peak"
 DEVICE, CLOCK = "device", "call"
@@ -77,13 +77,6 @@ class Entry:
     @property
     def short_by(self) -> float:
         return max(0.0, (self.least or 0.0) - self.figure.value) if self.figure else 0.0
-
-    @property
-    def met(self) -> str:
-        """As a word; "" where there is no target."""
-        if self.least is None:
-            return ""
-        return OPEN if self.figure is None else SHORT if self.short_by else MET
 
     @property
     def fell(self) -> bool:

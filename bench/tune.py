@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from .. import cli_common, machine, testing
-from . import gpu_calls, results, runner, worker
+from ..kernels.gpu import winners
+from . import results, runner, worker
 from .backends import TORCH_PROCESS
-from .options import interrupted_by_sigterm, minutes, some_of
+from .options import interrupted_by_sigterm, minutes, running, some_of
 from .shapes import GPU_CORE, GPU_EVERY, GPU_LAYERS, Shape
 from .stages import Clock
 from .workloads import Workload, on_gpu
@@ -37,7 +38,7 @@ SUITES = {"core": GPU_CORE, "layers": GPU_LAYERS, "all": GPU_EVERY}
 VERSION = 1
 SAME = ("GPU", "compute capability", "triton", "matmul-grad")  # what other winners may come of
 
-News = Callable[[str, int], None]
+News = Callable[[str], None]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -75,8 +76,8 @@ def planned(command: argparse.Namespace) -> list[Workload]:
 def run(command: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise cli_common.UsageError(f"tune: torch {torch.__version__} finds no CUDA device here")
-    table, problems = Table(writable(command.out or gpu_calls.user_path())), planned(command)
-    with progress(len(problems)) as news, interrupted_by_sigterm() as interrupted:
+    table, problems = Table(writable(command.out or winners.user_path())), planned(command)
+    with running("tune") as news, interrupted_by_sigterm() as interrupted:
         tuner = Tuner(table, news, 60 * command.minutes)
         with tuner.pool:
             tuner.run(problems)
@@ -119,14 +120,13 @@ class Tuner:
                 self.left = len(problems) - done
                 return
             try:
-                self.tune(workload)
+                self.tune(workload, f"problem {done + 1} of {len(problems)}")
             except worker.WorkerFailed as reason:
                 if self._clock.left() <= 0:
                     self.left = len(problems) - done
                     return
                 self.failed += 1
                 say(f"{workload.name}: failed: {reason}")
-            self._news(workload.name, 1)
 
     def ask(self, what: str, workload: Workload, **more: Any) -> worker.Message:
         try:
@@ -137,7 +137,7 @@ class Tuner:
         self._ended += bool(answer.get("ended"))
         return answer
 
-    def tune(self, workload: Workload) -> None:
+    def tune(self, workload: Workload, where: str = "") -> None:
         """A problem: every candidate that is correct, timed; the winner beside `choose`'s default, the first."""
         found = self.ask("problem", workload)
         if "skipped" in found:
@@ -149,7 +149,7 @@ class Tuner:
             self.known += 1
             return
         tiles = found["candidates"]
-        self._news(f"{workload.name}, {len(tiles)} candidates", 0)
+        self._news(f"{where}: {workload.name}, {len(tiles)} candidates")
         with contextlib.suppress(worker.WorkerExited):  # the next process finds what was compiled
             self.ask("compile candidates", workload, tiles=tiles)
         good = [index for index, tile in enumerate(tiles) if self.is_good(workload, tile)]
@@ -243,18 +243,3 @@ def read(path: Path) -> dict[str, Any]:
         raise cli_common.UsageError(f"tune: {path}: {reason.strerror}") from reason
     except (ValueError, KeyError, TypeError) as reason:
         raise cli_common.UsageError(f"tune: {path} is not a table of winners") from reason
-
-
-@contextlib.contextmanager
-def progress(count: int) -> Iterator[News]:
-    """A bar on stderr on a terminal; elsewhere, and where rich is missing, the lines say enough."""
-    console = cli_common.terminal()
-    if console is None:
-        yield lambda doing, done: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("tune", total=count)
-        yield lambda doing, done: bar.update(task, description=doing, advance=done)

@@ -228,3 +228,15 @@ def row_fixture() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(name="result", scope="session")
 def result_fixture() -> Callable[..., dict[str, Any]]:
     return result
+
+
+@pytest.fixture
+def ratio_row() -> Callable[..., dict[str, Any]]:
+    """Without a peak, but where one is given."""
+
+    def make(value: float, dtype: str = "f32", layout: str = "NN", **more: Any) -> dict[str, Any]:
+        found = row(value, more.pop("product", "forward"), dtype, layout, more.pop("n", 64))
+        del found["peak"]
+        return found | more
+
+    return make

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -11,22 +10,10 @@ from typing import Any
 import pytest
 
 from matmul_grad.bench import __main__ as command
-from matmul_grad.bench import results, runner, targets, workloads
+from matmul_grad.bench import results, targets
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["cpu-ratio", "--quick", "--threads=1", "--dtypes=f32", "--rows=step,overhead", "--seconds=0.001"]
-
-
-@pytest.fixture
-def ratio_row(row: Any) -> Any:
-    """Without a peak, but where one is given."""
-
-    def make(value: float, dtype: str = "f32", layout: str = "NN", **more: Any) -> dict[str, Any]:
-        found = row(value, more.pop("product", "forward"), dtype, layout, more.pop("n", 64))
-        del found["peak"]
-        return found | more
-
-    return make
 
 
 @pytest.fixture
@@ -36,67 +23,6 @@ def ratio_result(result: Any) -> Any:
         return found | {"stamp": found["stamp"] | {"time": time, "CPU": "Some CPU, 2 cores"}}
 
     return make
-
-
-def shown(rows: list[Any], committed: list[Any] | None = None) -> dict[tuple[str, int], Any]:
-    found = targets.entries(targets.CPU, rows, committed or [])
-    return {(entry.target.name, int(entry.column)): entry for entry in found}
-
-
-def test_figures_are_what_the_rows_say(ratio_row: Any) -> None:
-    rows = [ratio_row(2.0), ratio_row(8.0, layout="NT"), ratio_row(0.5, "bf16"), ratio_row(3.0, threads=2)]
-    rows += [ratio_row(9.0, n=n, threads=2, peak={"median": peak}) for n, peak in ((1024, 4.0), (2048, 2.0))]
-    rows += [ratio_row(1.5, product="step"), ratio_row(0.9, mode="operator", n=8)]
-    rows += [ratio_row(2.0, n=256, threads=2, ratio={"numpy": {"median": 0.7}})]
-    table = shown(rows)
-    values = {which: entry.figure.value for which, entry in table.items()}
-    assert values == {
-        ("float32 products", 1): pytest.approx(4.0, rel=1e-12),
-        ("float32 products", 2): pytest.approx(243 ** (1 / 3), rel=1e-12),
-        ("bfloat16 products", 1): 0.5,
-        ("float32 step through autograd", 1): pytest.approx(1.5),
-        ("worst product", 1): 0.5,
-        ("worst product", 2): 3.0,
-        ("float32 share of peak", 2): 0.375,
-        ("float32 against OpenBLAS", 2): pytest.approx(0.7),
-        ("float32 call of 8×8", 1): pytest.approx(0.9),
-    }
-    assert table["worst product", 1].figure.note == "forward-bf16-NN-64x64x64-1t"
-    assert table["worst product", 1].short_by == pytest.approx(0.4)
-    assert table["worst product", 2].short_by == 0
-    assert targets.peaks(rows) == {("f32", 2): 3.0}
-
-
-def test_targets_are_those_agreed_on() -> None:
-    assert [(target.name, *target.columns.values()) for target in targets.CPU] == [
-        ("float32 products", 1.15, 1.15), ("float64 products", 1.20, 1.20), ("bfloat16 products", 1.0, 1.0),
-        ("float16 products", 1.0, 1.0), ("float32 step through autograd", 1.10, 1.10), ("worst product", 0.90, 0.85),
-        ("float32 share of peak", 0.92, 0.88), ("float64 share of peak", 0.92, 0.88),
-        ("float32 against OpenBLAS", 1.0, 1.0), ("float64 against OpenBLAS", 1.0, 1.0), ("float32 call of 8×8", 1.0),
-    ]  # fmt: skip
-
-
-def test_plan_is_whole() -> None:
-    one, two = (workloads.cpu_targets(workloads.CPU_PARTS, workloads.CPU_DTYPES, [count]) for count in (1, 2))
-    assert [(w.name.replace("-1t", "-2t")) for w in one[:-1]] == [w.name for w in two]
-    assert one[-1] == workloads.Workload("forward", "f32", "NN", 8, 8, 8, mode="operator")
-    products = [workload for workload in one if workload.product == "forward" and not workload.mode]
-    assert len(products) == len(set(products)) == (6 + 3 * 6) * 3 * 4
-    assert {workload.shape for workload in products} >= {(1, 768, 768), (2048, 768, 3072), (2048, 2048, 2048)}
-    for target in targets.CPU:
-        assert any(map(target.takes, one)), target.name
-    alone = workloads.cpu_targets(["openblas"], workloads.CPU_DTYPES, [1])
-    assert {(w.dtype, w.shape) for w in alone} == set(
-        itertools.product(("f32", "f64"), [(n, n, n) for n in (256, 512, 1024, 2048)])
-    )
-
-
-def test_fall_is_judged_where_the_same_was_compared(ratio_row: Any) -> None:
-    before = [ratio_row(2.0), ratio_row(8.0, layout="NT")]
-    assert not shown([ratio_row(1.81), ratio_row(8.0, layout="NT")], before)["worst product", 1].fell
-    assert shown([ratio_row(1.79), ratio_row(8.0, layout="NT")], before)["worst product", 1].fell
-    assert not shown([ratio_row(1.79), ratio_row(1.0, layout="NT")], before[:1])["worst product", 1].fell
-    assert shown([ratio_row(1.79)], before)["worst product", 1].committed.value == 2.0  # of what was measured again
 
 
 @pytest.fixture
@@ -172,39 +98,3 @@ def test_quick_run_is_kept_where_it_is_asked_to(here: Any, tmp_path: Path, monke
     assert command.main(QUICK) == 0
     assert command.main([*QUICK, "--no-save", "--out", str(tmp_path)]) == 0
     assert list(tmp_path.iterdir()) == []
-
-
-def test_wrong_kernel_is_named_and_not_timed(
-    here: Any, plant: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plant("matmul_grad", lambda a, b: a @ b + 1)
-    assert command.main([*QUICK, "--out", str(tmp_path)]) == 1
-    assert "cpu-ratio: wrong: matmul_grad, step-f32-NN-256x256x256-1t: matmul_grad" in capsys.readouterr().err
-    (kept,) = tmp_path.iterdir()
-    step, call = json.loads(kept.read_text(encoding="utf-8"))["rows"]
-    assert set(step["seconds"]) == {"torch"} and step["ratio"] == {} if "ratio" in step else True
-    assert set(call["seconds"]) == {"torch", "matmul_grad"}  # the operators themselves
-
-
-def test_interrupted_run_keeps_what_it_has_and_goes_on(
-    here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    measure, seen = runner.WorkerPool.measure, []
-
-    def stop(self: Any, workload: Any, seconds: float) -> Any:
-        seen.append(workload.name)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return measure(self, workload, seconds)
-
-    monkeypatch.setattr(runner.WorkerPool, "measure", stop)
-    assert command.main([*QUICK, "--out", str(tmp_path)]) == 130
-    (kept,) = tmp_path.glob("*-unfinished.json")
-    assert json.loads(kept.read_text(encoding="utf-8"))["whole"] is False
-    assert "float32 step" in capsys.readouterr().out
-    assert command.main([*QUICK, "--out", str(tmp_path)]) == 2
-    assert "--resume goes on with it" in capsys.readouterr().err
-    assert command.main([*QUICK, "--out", str(tmp_path), "--resume"]) == 0
-    assert seen == ["step-f32-NN-256x256x256-1t", *["forward-f32-NN-8x8x8-1t-operator"] * 2]
-    (kept,) = tmp_path.iterdir()
-    assert kept.stem.endswith("-quick") and len(json.loads(kept.read_text(encoding="utf-8"))["rows"]) == 2

@@ -20,13 +20,11 @@ from matmul_grad.bench import (
     results,
     sanitizer,
     stages,
-    tables,
-    targets,
     worker,
     workloads,
 )
 from matmul_grad.bench.stages import COMPLETE, FAILED, LATE, MISSING, STAGES, StageContext
-from matmul_grad.bench.workloads import INVARIANT, on_gpu
+from matmul_grad.bench.workloads import on_gpu
 
 TINY = [on_gpu(product, "bf16", (16, 16, 16)) for product in ("forward", "dgrad", "step")]
 SOME = "--steps=ratios,launch,memory"
@@ -73,10 +71,10 @@ def test_some_steps(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     timed = [row for row in found["rows"] if row["step"] == "ratios"]
     assert [workloads.of_row(row) for row in timed] == TINY
     printed = capsys.readouterr()
-    assert "bf16, fp16 forward, geometric mean over all shapes, device time: " in printed.out
+    assert "bf16, fp16 dgrad" in printed.out
     assert printed.out.splitlines()[-1].endswith("-part.md")
     assert "ratios: complete: 3 done" in printed.err
-    assert "| bf16, fp16 dgrad |" in found["page"] and "| 1 of 1 |" in found["page"]
+    assert "| bf16, fp16 dgrad | device | 1.000 |" in found["page"] and "| 1 of 1 |" in found["page"]
 
 
 def test_every_step(run: Run) -> None:
@@ -84,15 +82,6 @@ def test_every_step(run: Run) -> None:
     assert status == 0 and found["whole"] and list(statuses(found)) == [step.name for step in STAGES]
     assert set(statuses(found).values()) == {"complete", "missing"}
     assert all("part" not in name and "unfinished" not in name for name in found["files"])
-
-
-def test_wrong_product_is_status_1(run: Run, plant: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    plant("matmul_grad", lambda a, b: a @ b + 1)
-    status, found = run(SOME)
-    assert status == 1 and statuses(found)["ratios"] == "failed"
-    line = "wrong: matmul_grad, ratios, forward-bf16-NN-16x16x16-cuda: matmul_grad, forward-bf16"
-    assert line in capsys.readouterr().out and "Wrong, failed or suspect" in found["page"]
-    assert "matmul_grad" not in found["rows"][0]["seconds"]
 
 
 def test_step_that_cannot_even_be_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,28 +93,6 @@ def test_step_that_cannot_even_be_run(run: Run, monkeypatch: pytest.MonkeyPatch)
     status, found = run("--steps=launch,memory")
     assert status == 1 and statuses(found) == {"environment": "complete", "launch": "failed", "memory": "complete"}
     assert found["steps"][1]["note"] == "OSError: no memory to fork"
-
-
-def test_interrupted_report_keeps_what_is_there_and_goes_on(
-    run: Run, here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared = itertools.count()
-
-    def interrupt(task: Any) -> None:
-        if "prepare" in task and next(prepared) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(here, "before", interrupt)
-    status, found = run(SOME)
-    assert status == 130 and not found["whole"]
-    assert list(statuses(found).values()) == ["complete", *["interrupted"] * 3]
-    assert [row["product"] for row in found["rows"]] == ["forward"]
-    assert all("-unfinished." in name for name in found["files"])
-    assert cli.main(["gpu-report", "--out", str(tmp_path / "out"), SOME]) == 2
-    status, found = run(SOME, "--resume")
-    assert status == 0 and set(statuses(found).values()) == {"complete"}
-    assert [row["product"] for row in found["rows"] if row["step"] == "ratios"] == ["forward", "dgrad", "step"]
-    assert all("-part." in name for name in found["files"])
 
 
 def test_files_are_there_before_the_end(run: Run, here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,113 +311,3 @@ def test_shares_add_up_to_eight_minutes() -> None:
         assert 0 < limit <= left
         left -= limit
     assert left == pytest.approx(0)
-
-
-@pytest.fixture
-def gpu_row(row: Any) -> Any:
-    """Where this package takes a microsecond on the device."""
-
-    def make(device: float, call: float, dtype: str = "bf16", product: str = "forward", **more: Any) -> Any:
-        against = more.pop("against", "torch")
-        times = {
-            "device seconds": {against: {"median": device * 1e-6}, "matmul_grad": {"median": 1e-6}},
-            "device ratio": {against: {"low": device, "median": device, "high": device}},
-            "ratio": {against: {"low": call, "median": call, "high": call}},
-        }
-        found = row(1.0, product, dtype, n=more.pop("n", 2048))
-        return found | {"step": "ratios", "device": "cuda", "flops": 2_000_000} | times | more
-
-    return make
-
-
-def entry(rows: list[Any], name: str, column: str = "device") -> targets.Entry:
-    (found,) = (e for e in targets.entries(targets.GPU, rows, planned=gpu_report.planned())
-                if name in e.target.name and e.column == column)  # fmt: skip
-    return found
-
-
-def test_each_target_takes_its_own_rows(gpu_row: Any) -> None:
-    made = {
-        "dgrad": gpu_row(1.1, 1.1, product="dgrad"),
-        "wgrad": gpu_row(1.2, 1.2, product="wgrad"),
-        "through autograd": gpu_row(1.3, 1.3, product="step"),
-        "batch-invariant": gpu_row(1.4, 1.4, product="step", mode=INVARIANT),
-        "IEEE": gpu_row(1.5, 1.5, "f32", "wgrad"),
-        "float32 TF32": gpu_row(1.6, 1.6, "f32", precision="tf32"),
-        "3×TF32": gpu_row(1.7, 1.7, "f32", precision="tf32x3"),
-        "bmm": gpu_row(1.8, 1.8, batch=32),
-        "torch.compile": gpu_row(1.9, 1.9, against="torch.compile", step="rivals"),
-        "flag_gems": gpu_row(2.0, 2.0, against="flag_gems", step="rivals"),
-    }
-    rows = [*made.values(), gpu_row(9, 9, "f32", "step")]
-    for name, mine in made.items():
-        found = entry(rows, name)
-        ratio = next(iter(mine["device ratio"].values()))["median"]
-        assert found.figure and (found.figure.value, len(found.figure.workloads)) == (pytest.approx(ratio), 1), name
-    cubes = entry([gpu_row(1.5, 1.5, n=1024), gpu_row(9, 9, n=2048)], "cubes")
-    assert cubes.figure and cubes.figure.value == pytest.approx(1.5)
-    rows = [gpu_row(2.0, 0.5), gpu_row(8.0, 0.5, "f16"), gpu_row(99, 99, product="dgrad")]
-    for column, value, met in (("device", 4.0, targets.MET), ("call", 0.5, targets.SHORT)):
-        found = entry(rows, "forward, geometric mean", column)
-        assert found.figure and found.figure.value == pytest.approx(value) and found.met == met
-    worst = entry([gpu_row(2.0, 0.7), gpu_row(0.8, 0.9, product="wgrad"), gpu_row(0.1, 0.1, batch=2)], "worst")
-    assert worst.figure and (worst.figure.value, worst.figure.note) == (0.8, "wgrad-bf16-NN-2048x2048x2048-cuda")
-
-
-def test_targets_are_those_that_were_set() -> None:
-    assert [tuple(target.columns.values()) for target in targets.GPU][:10] == [
-        (1.00, 1.00), (1.00, 1.00), (1.05, 1.00), (1.05, 1.05), (1.0, 1.0), (0.90, 0.85), (0.95, None),
-        (1.0, None), (None, None), (2.0, None),
-    ]  # fmt: skip
-
-
-def test_targets_are_met_at_the_target(gpu_row: Any) -> None:
-    def met(value: float | None, column: str = "device", name: str = "wgrad") -> str:
-        dtype = "f32" if "TF32" in name else "bf16"
-        more = {"precision": "tf32"} if "TF32" in name else {"product": "wgrad"}
-        return entry([gpu_row(value, value, dtype, **more)] if value else [], name, column).met
-
-    assert (met(1.05), met(1.0499), met(None)) == (targets.MET, targets.SHORT, targets.OPEN)
-    assert met(0.1, name="float32 TF32") == met(None, name="float32 TF32") == ""
-    memory = {"peak bytes": {"matmul_grad": 100, "torch": 100}, "kept bytes": {"matmul_grad": 32 << 20, "torch": 9}}
-    assert targets.memory_met(memory) == targets.MET
-    memory["peak bytes"]["matmul_grad"] += 1
-    assert targets.memory_met(memory) == targets.SHORT
-    assert (targets.host_met(5e-6), targets.host_met(5.1e-6)) == (targets.MET, targets.SHORT)
-
-
-def test_page(gpu_row: Any, result: Any) -> None:
-    quartiles = {"low": 2e-6, "median": 2.5e-6, "high": 3e-6}
-    memory = {"matmul_grad": 3 << 20, "torch": 4 << 20}, {"matmul_grad": 1 << 20, "torch": 0}
-    rows = [
-        gpu_row(1.25, 0.5),
-        {"step": "rivals", "name": "a", "skipped": {"flag_gems": "not installed"}},
-        {"step": "launch", "name": "bf16 8×8", "host seconds": {"torch.mm": quartiles, "matmul_grad.mm": quartiles}},
-        {"step": "native", "name": "bf16 8×8", "host seconds": {"matmul_grad.mm": quartiles}},
-        {"step": "sanitized", "name": "x", "wrong": {"matmul_grad": "off by one"}},
-        gpu_row(1.0, 1.0, product="step", n=9) | {"step": "memory", "peak bytes": memory[0], "kept bytes": memory[1]},
-    ]
-    steps = [{"name": "ratios", "status": "failed", "seconds": 12.3, "note": "2 done; 1 of them failed"}]
-    whole = result(rows, steps=steps)
-    whole["stamp"] |= {"device": "cuda", "GPU": "NVIDIA Fake 9000"}
-    page = tables.report(whole, gpu_report.planned())
-    count = len([w for w in workloads.gpu_targets() if targets.GPU[0].takes(w)])
-    for piece in (
-        "# GPU report: NVIDIA Fake 9000, 2026-01-02\n",
-        "| bf16, fp16 forward, geometric mean over all shapes "
-        f"| 1.250 | 1.00 | met | 0.500 | 1.00 | not met | 1 of {count} |\n",
-        "| bf16, fp16 dgrad | – | 1.00 | not measured | – | 1.00 | not measured | 0 of",
-        "- wrong: matmul_grad, sanitized, x: off by one\n",
-        "## Steps\n\n| step |  |  |  |\n|---|---|---|---|\n| ratios | failed | 12 s | 2 done; 1 of them failed |\n",
-        "| bf16 8×8 | torch.mm | 2.50 | 2.00–3.00 |  |\n| bf16 8×8 | matmul_grad.mm | 2.50 | 2.00–3.00 | met |\n"
-        "| bf16 8×8, native | matmul_grad.mm | 2.50 | 2.00–3.00 | met |\n",
-        "| step bf16 NN 9×9×9 | 3.0 | 1.0 | 4.0 | 0.0 | met |\n",
-        "| cuda | bf16 | forward | NN 2048×2048×2048 |",
-        "## Left out\n\n- flag_gems: not installed (1 comparisons)\n",
-        "## Machine\n\n|  |  |\n|---|---|\n| date | 2026-01-02 |\n",
-    ):
-        assert piece in page, piece
-    assert "Not a whole run" not in page and "Not a whole run" in tables.report(whole | {"whole": False}, {})
-    assert tables.last_words(whole, gpu_report.planned())[0] == (
-        "bf16, fp16 forward, geometric mean over all shapes, device time: 1.250 (target 1.00, met)"
-    )

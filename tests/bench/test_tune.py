@@ -17,6 +17,7 @@ from torch import Tensor
 
 from matmul_grad import cli, machine
 from matmul_grad.bench import gpu_calls, gpu_tasks, results, shapes, tune, worker
+from matmul_grad.kernels.gpu import choose, winners
 from matmul_grad.kernels.gpu.config import Problem, Target, TileConfig
 
 DEFAULT = TileConfig(128, 128, 64, stages=4, warps=8)
@@ -49,9 +50,9 @@ def kernels(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(gpu_calls, "with_config", with_config)
     monkeypatch.setattr(gpu_calls, "describe", describe)
-    monkeypatch.setattr(gpu_calls, "choose", lambda problem, target: DEFAULT)
-    monkeypatch.setattr(gpu_calls, "candidates", lambda problem, target: state["candidates"])
-    monkeypatch.setattr(gpu_calls, "key", lambda p, target: f"{p.m}x{p.n}x{p.k}-{p.a}{p.b}")
+    monkeypatch.setattr(choose, "choose", lambda problem, target: DEFAULT)
+    monkeypatch.setattr(choose, "candidates", lambda problem, target: state["candidates"])
+    monkeypatch.setattr(winners, "key", lambda p, target: f"{p.m}x{p.n}x{p.k}-{p.a}{p.b}")
     monkeypatch.setattr(gpu_tasks, "compile_all", lambda parts, seconds: state["compiled"].append(len(parts)) or {})
     monkeypatch.setattr(gpu, "times_of", times_of)
     return state
@@ -99,7 +100,7 @@ def test_less_than_noise_leaves_the_default(run: Run, kernels: Any, tmp_path: Pa
 
 
 def test_default_that_is_wrong_does_not_win(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_calls, "choose", lambda problem, target: WRONG)
+    monkeypatch.setattr(choose, "choose", lambda problem, target: WRONG)
     assert run() == 0
     measured = table(tmp_path)["provenance"]["measured"]["48x32x16-NN"]
     assert measured["default seconds"] is None and measured["seconds"] == 1e-6
@@ -267,17 +268,17 @@ REAL = """
 import sys
 from pathlib import Path
 from matmul_grad.bench import gpu_calls, gpu_tasks, runner, session, tune, worker
-from matmul_grad.kernels.gpu import winners
+from matmul_grad.kernels.gpu import choose, winners
 from matmul_grad.kernels.gpu.config import TileConfig
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeGpu, Here
 
-every = gpu_calls.candidates
-gpu_calls.candidates = lambda problem, target: every(problem, target)[:3]
+every = choose.candidates
+choose.candidates = lambda problem, target: every(problem, target)[:3]
 gpu_tasks.FIRST_SECONDS = gpu_tasks.FINAL_SECONDS = 0.0
 gpu_tasks.compile_all = lambda parts, seconds: {}
 Here.device, runner.Worker = FakeGpu(), Here
-tuner = tune.Tuner(tune.Table(Path(sys.argv[2])), lambda doing, done: None, 1e9)
+tuner = tune.Tuner(tune.Table(Path(sys.argv[2])), lambda news: None, 1e9)
 problems = [tune.on_gpu(product, "f32", (17, 33, 20)) for product in ("forward", "dgrad", "wgrad")]
 tuner.run(problems)
 table = winners.load(Path(sys.argv[2]))
