@@ -18,7 +18,7 @@ from .options import interrupted_by_sigterm, listed, positive, some_of, threads
 KIND = results.CPU_RATIO
 HELP = "torch and OpenBLAS beside this package on CPU: targets, figures, and the last committed ones"
 THREADS = tuple(range(1, 1 + min(2, os.cpu_count() or 1)))
-SECONDS = 0.5  # a comparison: half an hour in all on two cores of Zen 4
+SECONDS = 0.5  # a comparison, all backends together
 QUICK = 0.05
 
 
