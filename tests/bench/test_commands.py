@@ -178,7 +178,8 @@ def test_interrupted_run_keeps_its_rows_and_goes_on(
     assert run(command, f"--out={tmp_path}", "--resume") == 2
     assert "has another CPU: another " in capsys.readouterr().err and found["path"].read_bytes() == other
     found["path"].write_bytes(before)
-    assert run(command.replace(" --no-pin", "").replace("ratios", "ratios,launch"), f"--out={tmp_path}", "--resume") == 2
+    other_settings = command.replace(" --no-pin", "").replace("ratios", "ratios,launch")
+    assert run(other_settings, f"--out={tmp_path}", "--resume") == 2
     assert "was begun with another " in capsys.readouterr().err
     assert run(command, f"--out={tmp_path}", "--resume") == 0
     whole = written(tmp_path)
