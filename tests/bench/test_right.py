@@ -73,6 +73,35 @@ def test_lost_digits_are_found_on_normal_values(dtype: str, narrow: str) -> None
         )
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16"])
+def test_lost_step_of_k_is_found(dtype: str) -> None:
+    whole = inputs.draw(Workload("forward", dtype, "NN", 64, 64, 4096), "integers")
+    correctness.assert_exact((whole.a.double() @ whole.b.double()).to(whole.a.dtype), whole.a, whole.b, "whole")
+    lost = (whole.a[:, :-1].double() @ whole.b[:-1].double()).to(whole.a.dtype)
+    with pytest.raises(AssertionError, match="lost: on integers"):
+        correctness.assert_exact(lost, whole.a, whole.b, "lost")
+
+
+def test_one_long_chain_is_right_where_torch_adds_many() -> None:
+    a, b, _ = inputs.draw(Workload("forward", "f32", "NN", 1, 64, 18944))
+    chain = torch.zeros(1, 64)
+    for i in range(a.shape[1]):
+        chain += a[:, i : i + 1] * b[i]
+    correctness.assert_close(chain, a, b, "chain")
+
+
+def test_tf32_is_judged_by_its_operands() -> None:
+    a, b, _ = inputs.draw(Workload("forward", "f32", "NN", 64, 64, 1024))
+    short = [(v.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32) for v in (a, b)]
+    rounded = (short[0].double() @ short[1].double()).float()
+    correctness.assert_close(rounded, a, b, "tf32", precision="tf32")
+    with pytest.raises(AssertionError, match="ieee: error "):
+        correctness.assert_close(rounded, a, b, "ieee")
+    lost = (short[0][:, :-1].double() @ short[1][:-1].double()).float()
+    with pytest.raises(AssertionError, match="lost: error "):
+        correctness.assert_close(lost, a, b, "lost", precision="tf32")
+
+
 @pytest.mark.parametrize("longest", [8, 4096, 100_000])
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_sums_of_integers_fit_16_bits(dtype: str, longest: int) -> None:
