@@ -114,6 +114,8 @@ class Child:
 
     def close(self) -> None:
         """Let it end by itself, since a tool around it has a summary to write; then all that is left is killed."""
+        if self._errors.closed:
+            return
         with contextlib.suppress(BrokenPipeError):
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -121,7 +123,9 @@ class Child:
         self.end()
 
     def end(self) -> None:
-        """Kill the process group: a child of the child would keep the GPU."""
+        """Kill the process group: a child of the child would keep the GPU. Once: its number may be another's then."""
+        if self._errors.closed:
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -200,10 +204,7 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
-        if kind is None:
-            self._child.close()
-        else:
-            self._child.end()
+        self._child.close() if kind is None else self._child.end()
 
 
 def serve(answer: Callable[[Message], Message]) -> None:
