@@ -6,16 +6,17 @@ commands, options                     what the command line accepts; exit codes
 workloads, shapes                     what is compared
 runner                                workloads to rows, over pipes to the sessions
 session, worker                       one process for each pool of threads: prepares, checks and times the backends
-backends, calls, inputs, correctness  who multiplies, on which operands, and whether the result is correct
+backends, inputs, correctness         who multiplies, on which operands, and whether the result is correct
 timer, roofline, devices              interleaved timing, peak FLOP/s and bandwidth, what the machine reports
-results, files                        rows on disk, resumed runs, CSV
-stats                                 rows to ratios, means, worst cases and differences, without side effects
-tables, plots, html, readme, run_files   the same as Markdown, PNG and SVG, HTML, and in README.md
+results                               rows on disk, resumed runs, CSV
+stats, targets                        rows to ratios, means and differences; to the figures that have targets
+tables, plots, html, readme           the same as Markdown, PNG and SVG, HTML, and in README.md
 comparison                            `compare`
 
-gpu_*, stages, process and sanitizer are `matmul-grad gpu-report`; tune* is `matmul-grad tune`; cpu_ratio and ratio_*
-are `python -m bench cpu-ratio`; packing and switch_overhead are commands beside it; test_mm.py and conftest.py are
-`make bench`.
+The other commands are faces of it, with workloads, a table and options of their own: cpu_ratio is `python -m bench
+cpu-ratio`; gpu_report and its stages `matmul-grad gpu-report`; tune `matmul-grad tune`. What these two do on a GPU
+besides comparisons is in gpu_tasks, gpu_calls and sanitizer. packing and switch_overhead compare what is no backend,
+with timer alone. test_mm.py and conftest.py are `make bench`.
 """
 
 from matmul_grad.bench.comparison import Comparison, compare

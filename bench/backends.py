@@ -9,22 +9,26 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .. import testing
-from . import baseline
-from .workloads import Workload
+from .. import api, ops, testing
+from .inputs import Operands
+from .workloads import OPERATOR, OURS, STEP, TORCH, Workload
 
 PEAK = "peak"  # stands among the backends, and is none: the most that this machine can multiply
 TORCH_PROCESS = "torch"  # the process of all that runs on torch's pool of threads
 CUBES_COMPILED = (1024, 4096)  # torch.compile takes half a minute to tune itself to one
 
 Call = Callable[[], Any]
+Mm = Callable[[Tensor, Tensor], Tensor]
+
+# Looked up at each call, so that what is timed is what the package does now.
+IMPLEMENTATIONS: Mapping[str, Mm] = {TORCH: lambda a, b: torch.mm(a, b), OURS: lambda a, b: api.mm(a, b)}
 
 
 class Skipped(Exception):
@@ -34,9 +38,13 @@ class Skipped(Exception):
 class Library(Protocol):
     """How a package multiplies."""
 
+    def of(self, workload: Workload) -> Library:
+        """The library for this workload, where what it calls depends on it."""
+        ...
+
     def product(self, x: Tensor, y: Tensor) -> Call: ...
 
-    def step(self, operands: baseline.Operands) -> Call:
+    def step(self, operands: Operands) -> Call:
         """Forward and both gradients, of which it gives all three."""
         ...
 
@@ -49,13 +57,16 @@ class Library(Protocol):
 class OfTorch:
     """A function of tensors that autograd knows."""
 
-    mm: baseline.Mm
+    mm: Mm
+
+    def of(self, workload: Workload) -> Library:
+        return self
 
     def product(self, x: Tensor, y: Tensor) -> Call:
         mm = self.mm
         return lambda: mm(x, y)
 
-    def step(self, operands: baseline.Operands) -> Call:
+    def step(self, operands: Operands) -> Call:
         mm, grad = self.mm, operands.grad
         a, b = (operand.detach().requires_grad_() for operand in operands[:2])
 
@@ -69,13 +80,45 @@ class OfTorch:
         return result.detach()
 
 
+@dataclass(frozen=True)
+class Own(OfTorch):
+    """torch or this package: in every layout, batch, precision and mode."""
+
+    name: str
+
+    def of(self, workload: Workload) -> Library:
+        return OfTorch(mm_of(self.name, workload))
+
+
+def mm_of(name: str, workload: Workload) -> Mm:
+    """The function of torch or of this package that a workload calls.
+
+    >>> mm_of(TORCH, Workload("forward", "f32", "NN", 1, 1, 1, batch=2)) is torch.bmm
+    True
+    """
+    if workload.mode == OPERATOR:
+        ops.native_status()  # which registers them
+        return {TORCH: torch.ops.aten.mm.default, OURS: torch.ops.matmul_grad.mm.default}[name]
+    if workload.batch > 1:
+        batched: dict[str, Mm] = {TORCH: torch.bmm, OURS: api.bmm}
+        return batched[name]
+    if workload.precision != "ieee" and name == OURS:
+        from . import gpu_calls
+
+        return gpu_calls.mm(workload.precision)
+    return IMPLEMENTATIONS[name]
+
+
 class Bare:
     """A package without gradients: its step is the three products, each by itself."""
+
+    def of(self, workload: Workload) -> Library:
+        return self
 
     def product(self, x: Tensor, y: Tensor) -> Call:
         raise NotImplementedError
 
-    def step(self, operands: baseline.Operands) -> Call:
+    def step(self, operands: Operands) -> Call:
         forward, dgrad, wgrad = (self.product(*operands.of(product)) for product in testing.PRODUCTS)
         return lambda: (forward(), dgrad(), wgrad())
 
@@ -119,7 +162,7 @@ class Jax(Bare):
         contract = (((along_left,), (along_right,)), ((), ()))
         return self._call(contract, lambda a, b: self._jax.lax.dot_general(a, b, contract), left, right)
 
-    def step(self, operands: baseline.Operands) -> Call:
+    def step(self, operands: Operands) -> Call:
         def whole(a: Any, b: Any, grad: Any) -> Any:
             c, backward = self._jax.vjp(self._jax.numpy.dot, a, b)
             return c, *backward(grad)
@@ -149,9 +192,10 @@ class Backend:
     devices: tuple[str, ...] = ("cpu",)
     dtypes: tuple[str, ...] = tuple(testing.DTYPES)
     process: str = TORCH_PROCESS
-    products: tuple[str, ...] = (*testing.PRODUCTS, baseline.STEP)
+    products: tuple[str, ...] = (*testing.PRODUCTS, STEP)
     most_threads: int = 1 << 20
-    every_layout: bool = False
+    takes_all: bool = False
+    tunes: bool = False  # itself to each shape, which takes its time
     sizes: tuple[int, ...] = field(default=(), compare=False)  # cubes of these alone
 
     @property
@@ -159,19 +203,20 @@ class Backend:
         return importlib.util.find_spec(self.module.partition(".")[0]) is not None
 
     def takes(self, workload: Workload) -> bool:
-        """Others than torch read every layout only as gradients do: it is torch that ratios are of."""
+        """Others than torch read every layout only as gradients do, and have no batches: ratios are of torch."""
+        plain = (workload.layout, workload.precision, workload.batch, workload.mode) == ("NN", "ieee", 1, "")
         return (
             workload.device in self.devices
             and workload.dtype in self.dtypes
             and workload.product in self.products
             and workload.threads <= self.most_threads
-            and (self.every_layout or workload.layout == "NN")
+            and (self.takes_all or plain)
             and (not self.sizes or (workload.m == workload.n == workload.k and workload.m in self.sizes))
         )
 
 
-def implementation(name: str) -> OfTorch:
-    return OfTorch(baseline.IMPLEMENTATIONS[name])
+def own(name: str) -> Own:
+    return Own(IMPLEMENTATIONS[name], name)
 
 
 def compiled(a: Tensor, b: Tensor) -> Tensor:
@@ -182,8 +227,8 @@ HALF, SINGLE = ("bf16", "f16"), ("f32", "f64")
 BOTH = ("cpu", "cuda")
 ALL = (
     *(
-        Backend(name, name, name, functools.partial(implementation, name), BOTH, every_layout=True)
-        for name in baseline.IMPLEMENTATIONS
+        Backend(name, name, name, functools.partial(own, name), BOTH, takes_all=True)
+        for name in IMPLEMENTATIONS
     ),
     Backend("numpy", "numpy", "numpy", Numpy, dtypes=SINGLE, process="numpy"),
     # The wheels of blis are built without threads.
@@ -207,7 +252,7 @@ ALL = (
     Backend(
         "torch.compile", "torch", "torch",
         lambda: OfTorch(torch.compile(compiled, mode="max-autotune-no-cudagraphs", dynamic=False)), ("cuda",), HALF,
-        products=("forward",), sizes=CUBES_COMPILED,
+        products=("forward",), sizes=CUBES_COMPILED, tunes=True,
     ),
 )  # fmt: skip
 BY_NAME = {backend.name: backend for backend in ALL}
@@ -223,5 +268,18 @@ def chosen(names: Sequence[str], device: str) -> list[Backend]:
     return [
         backend
         for backend in ALL
-        if (backend.name in names or backend.name == baseline.OURS) and device in backend.devices and backend.installed
+        if (backend.name in names or backend.name == OURS) and device in backend.devices and backend.installed
     ]
+
+
+def call_of(library: Library, workload: Workload, each: Operands) -> Call:
+    """The call that is timed."""
+    mine = library.of(workload)
+    return mine.step(each) if workload.product == STEP else mine.product(*each.of(workload.product))
+
+
+def products_of(library: Library, workload: Workload, result: Any) -> dict[str, Tensor]:
+    """The products that a call gave, by name."""
+    if workload.product != STEP:
+        return {workload.product: library.tensor(result)}
+    return {product: library.tensor(each) for product, each in zip(testing.PRODUCTS, result, strict=True)}

@@ -7,7 +7,6 @@ Exit codes: 0 all is right (and nothing below --fail-below), 1 something is not,
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
@@ -27,12 +26,11 @@ from ..cli_common import (
     require_isa,
     run_command,
 )
-from ..console import Console, make_console, progress, table
-from . import backends, baseline, results, runner, stats, tables, workloads
+from ..console import Console, make_console, table
+from . import backends, results, runner, stats, tables, workloads
 from .backends import Backend
-from .gpu_report import terminated_as_interrupted
-from .options import positive, some_of, threads
-from .workloads import PASSES, SUITES, Workload
+from .options import interrupted_by_sigterm, positive, some_of, threads
+from .workloads import OURS, PASSES, SUITES, TORCH, Workload
 
 DTYPES = {"cpu": ("f32", "f64"), "cuda": ("bf16", "f32")}
 SECONDS = {"cpu": 0.6, "cuda": 0.3}  # a comparison, all backends together
@@ -88,35 +86,30 @@ def run(command: argparse.Namespace) -> int:
     left = clock(command)
     selected, planned, settings, larger = prepare(command)
     require("matplotlib")
-    from . import run_files
+    from . import html
 
     stamp = results.stamp(command.device, selected)
-    result = {
-        "schema": results.SCHEMA, "kind": results.KIND, "stamp": stamp, "settings": settings, "whole": False,
-        "protocol": results.PROTOCOL, "planned": len(planned), "larger": larger, "roofs": [], "rows": [],
-    }  # fmt: skip
-    run = results.Record.begin(results.folder(command.out, stamp), result, command.resume)
-    console, begun = make_console(), len(run.result["rows"])
-    interrupted = False
-    with terminated_as_interrupted():
-        try:
-            measure(console, command, selected, planned, run, left)
-        except KeyboardInterrupt:
-            interrupted = True
-    whole = not run.left(planned)
-    if not run.result["rows"]:
+    name = f"{results.BENCH}-{command.device}-{results.slug(stamp)}"
+    place = results.folder(command.out or results.folder(None) / name)
+    result = results.begin(results.BENCH, stamp, settings, len(planned), larger)
+    record = results.Record.begin(place, result, command.resume)
+    console, begun = make_console(), len(record.result["rows"])
+    with interrupted_by_sigterm() as interrupted:
+        runner.measure(record, planned, selected, console, left)
+    todo = len(record.left(planned))
+    if not record.result["rows"]:
         complain(f"bench: {'interrupted' if interrupted else 'the time was up'} before anything was measured")
         return EXIT_INTERRUPTED if interrupted else EXIT_USAGE
-    path = run.finish(whole)
-    run_files.write(run.result, path.parent)
-    conclude(console, run.result)
-    done = len(run.result["rows"])
+    path = record.finish(not todo)
+    html.write_all(record.result, path.parent)
+    conclude(console, record.result)
+    done = len(record.result["rows"])
     console.print(f"{done} of {len(planned)} comparisons measured{f', {done - begun} of them now' if begun else ''}")
     console.print(f"rows: {path}", soft_wrap=True)
     console.print(f"report: {path.with_name('bench.html')}", soft_wrap=True)
-    if not whole:
-        console.print(f"{len(run.left(planned))} comparisons are left: --resume goes on with them")
-    return EXIT_INTERRUPTED if interrupted else verdict(run.result, command.fail_below)
+    if todo:
+        console.print(f"{todo} comparisons are left: --resume goes on with them")
+    return EXIT_INTERRUPTED if interrupted else verdict(record.result, command.fail_below)
 
 
 def prepare(command: argparse.Namespace) -> tuple[list[Backend], list[Workload], dict[str, Any], int]:
@@ -139,38 +132,10 @@ def prepare(command: argparse.Namespace) -> tuple[list[Backend], list[Workload],
         raise UsageError(f"--max-gflop {limit:g}: all of the suite {command.suite} is larger")
     settings = {
         "suite": command.suite, "device": device, "dtypes": list(dtypes), "passes": list(command.passes),
-        "threads": list(counts), "rivals": [backend.name for backend in selected if backend.name != baseline.OURS],
+        "threads": list(counts), "rivals": [backend.name for backend in selected if backend.name != OURS],
         "seconds": command.seconds or SECONDS[device], "max gflop": limit, "pinned": command.pin,
     }  # fmt: skip
     return selected, planned, settings, larger
-
-
-def measure(
-    console: Console,
-    command: argparse.Namespace,
-    selected: list[Backend],
-    planned: list[Workload],
-    run: results.Record,
-    time_left: Callable[[], float],
-) -> None:
-    """Keep a row for each workload that has none, until the time is up."""
-    left, seconds = run.left(planned), run.result["settings"]["seconds"]
-
-    def begun(pool: runner.WorkerPool) -> None:
-        known = {(roof["device"], roof["threads"]) for roof in run.result["roofs"]}
-        if not known:
-            run.result["stamp"] = pool.facts() | run.result["stamp"]  # which a run that goes on is held against
-        if (pool.device, pool.threads) not in known:
-            run.result["roofs"].append(pool.roof())
-
-    rows = runner.rows(left, selected, seconds, command.pin, time_left, begun)
-    weights = [
-        workload.weight(seconds, backends=sum(backend.takes(workload) for backend in selected)) for workload in left
-    ]
-    with contextlib.closing(rows), progress(console, "bench", len(left), sum(weights)) as shown:
-        for workload, weight, row in zip(left, weights, rows):
-            run.keep(row)
-            shown(workload.name, weight)
 
 
 def clock(command: argparse.Namespace) -> Callable[[], float]:
@@ -198,7 +163,7 @@ def verdict(result: dict[str, Any], least: float | None) -> int:
         status = EXIT_MISMATCH
     for group, found in stats.summaries(result["rows"]).items():
         for summary in found:
-            if least is not None and summary.backend == baseline.TORCH and summary.mean.median < least:
+            if least is not None and summary.backend == TORCH and summary.mean.median < least:
                 what = f"{group.product} {group.dtype}, {group.where}"
                 complain(f"bench: {what}: {summary.mean.median:.3f} of torch, below {least:g}")
                 status = EXIT_MISMATCH
@@ -207,7 +172,7 @@ def verdict(result: dict[str, Any], least: float | None) -> int:
 
 def compare(command: argparse.Namespace) -> int:
     """The comparisons that two runs have in common, and what differs by more than its spread."""
-    first, second = results.load(command.first), results.load(command.second)
+    first, second = load(command.first), load(command.second)
     found = stats.changes(first["rows"], second["rows"])
     if not found:
         raise UsageError(f"compare: {command.first} and {command.second} have no comparison in common")
@@ -232,12 +197,18 @@ def compare(command: argparse.Namespace) -> int:
     return EXIT_MISMATCH if low or (least and mean < least) else 0
 
 
+def load(path: Path) -> results.Result:
+    """The comparisons of a run of any command."""
+    result = results.load(path)
+    return result | {"rows": stats.compared(result["rows"])}
+
+
 def report(command: argparse.Namespace) -> int:
     """The files of a run again, and the section of docs/results.md."""
     require("matplotlib")
-    from . import readme, run_files
+    from . import html, readme
 
-    result = results.load(command.file)
+    result = load(command.file)
     if command.readme and result["stamp"]["device"] != "cpu":
         raise UsageError(f"--readme: its section is of a CPU, and {command.file} of a GPU")
     if command.readme and not command.busy:
@@ -245,7 +216,7 @@ def report(command: argparse.Namespace) -> int:
         if busy:
             raise UsageError(f"--readme: other work ran here during {busy[0]}, in all {len(busy)} comparisons")
     place = results.writable(command.out or command.file.parent)
-    run_files.write(result, place)
+    html.write_all(result, place)
     print(f"report: {place / 'bench.html'}")
     if command.readme:
         readme.rewrite(command.readme, readme.block(result, readme.beside(place, command.readme)))

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .. import testing
 from . import correctness, inputs, timer
-from .backends import OfTorch
-from .calls import batch_of, call_of, products_of
+from .backends import OfTorch, call_of, products_of
 from .devices import Cpu, Gpu
 from .stats import Spread
 from .workloads import PASSES, Workload
@@ -61,7 +60,7 @@ def compare(
     rounding    each function is held against float64 first, on integers and on normal values
     errors      ValueError for arguments that cannot be, and where fn_a is fn_b; AssertionError where one is wrong
     determinism the operands are always the same; times are not
-    source      bench/calls.py
+    source      bench/backends.py
 
     Both run in this process, on its threads: two libraries with pools of threads of their own fight for the cores here,
     and `matmul-grad bench` is what keeps them apart. ``product`` is forward, dgrad, wgrad or step; ``seconds`` is for a
@@ -92,19 +91,15 @@ def compare(
 
 def measured(libraries: dict[str, OfTorch], workload: Workload, seconds: float) -> Comparison:
     where: Cpu | Gpu = Cpu() if workload.device == "cpu" else Gpu()
-    whole, normal = (inputs.draw(workload, values, workload.device) for values in ("integers", "normal"))
-    inputs.assert_normal(normal)
+    normal = inputs.draw(workload, "normal", workload.device)
     sets = list(inputs.copies(normal, inputs.copies_past(where.cache_bytes(), workload.held, where.free_bytes())))
     batches, digests = {}, set()
     for name, library in libraries.items():
-        for values, check in ((whole, correctness.assert_exact), (normal, correctness.assert_close)):
-            products = products_of(library, workload, call_of(library, workload, values)())
-            for which, got in products.items():
-                check(got, *values.of(which), f"{name}, {workload.name}, {which}")
-        digests.add(correctness.digest(tuple(products.values())))
+        correctness.assert_correct(library, workload, device=workload.device, name=name)
         calls = [call_of(library, workload, each) for each in sets]
-        batches[name] = batch_of(inputs.alternating(calls), where)
+        digests.add(correctness.digest(tuple(products_of(library, workload, calls[0]()).values())))
+        batches[name] = timer.batch_of(inputs.alternating(calls), where.wait)
     times = timer.time_interleaved(batches, seconds)
-    ratios = [b / a for a, b in zip(times["fn_a"], times["fn_b"], strict=True)]
+    ratios = timer.ratios(times["fn_b"], times["fn_a"])
     a, b, ratio = (Spread(*timer.quartiles(rounds)) for rounds in (times["fn_a"], times["fn_b"], ratios))
     return Comparison(workload.shape, a, b, ratio, len(digests) == 1, len(ratios))

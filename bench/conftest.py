@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from matmul_grad import machine
-from matmul_grad.bench import baseline, timer
+from matmul_grad.bench import timer, workloads
 from matmul_grad.bench.shapes import SETS
 
 
@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         sizes = option("--sizes")
         shapes = [(int(n),) * 3 for n in sizes.split(",")] if sizes else SETS[option("--shapes")]
         limit = option("--max-gflop") * 1e9
-        kept = [shape for shape in shapes if baseline.flops(*shape, "forward") <= limit]
+        kept = [shape for shape in shapes if workloads.flops(*shape, "forward") <= limit]
         metafunc.parametrize("shape", kept, ids=["x".join(map(str, shape)) for shape in kept])
 
 

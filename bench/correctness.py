@@ -6,40 +6,58 @@ What stands beside operands of any size is small: nothing of float64 is ever as 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import reference, testing
-from . import baseline
+from .. import testing
+from .backends import Library, Mm, call_of, products_of
+from .inputs import Operands, assert_normal, draw
+from .workloads import Workload
 
 PIECE = 1 << 22  # elements that are widened to float64 at a time
 # An error is at most this many roundings of ‖row‖·‖column‖: for independent values of mean zero that holds
 # for any length and order of the sum. Zen 4, n = 8-2048: 2.9 at most here, 2.0 in torch.
 ROUNDINGS = 8
+TF32 = 2.0**-11  # what an operand of TF32 is off by, relative to itself
 ROWS, COLUMNS = 8, 64  # of a result on normal values are judged, spread over all of it
 
 
-def assert_correct(
-    mm: baseline.Mm, m: int, n: int, k: int, dtype: torch.dtype, *, seed: int = 0, device: str = "cpu"
-) -> None:
-    """Forward, dgrad and wgrad: every bit on integers, the size of the error on normal operands.
+class IncorrectResult(AssertionError):
+    """A result that is not timed; the message is where it is wrong."""
 
-    The error is not held against torch's here: at n = 256 torch may sum in several lanes, whose error is
-    half of one chain's, and a check must not hang on that. `check` shows both errors.
 
-    >>> assert_correct(torch.mm, 5, 6, 7, torch.float32)
+def assert_correct(library: Library, workload: Workload, *, seed: int = 0, device: str = "cpu", name: str = "") -> None:
+    """All products of a workload: every bit on integers, the size of the error on normal operands.
+
+    The error is not held against another library's: at n = 256 torch may sum in several lanes, whose error is half of
+    one chain's, and a check must not hang on that. `check` shows both errors.
+
+    >>> from matmul_grad.bench.backends import OfTorch
+    >>> assert_correct(OfTorch(torch.mm), Workload("step", "f32", "NN", 5, 6, 7))
     """
-    whole = baseline.draw(m, n, k, dtype, seed=seed, device=device, values="integers")
-    normal = baseline.draw(m, n, k, dtype, seed=seed, device=device)
-    rows = ROWS if dtype == torch.float64 else None  # in float64 the expected values are slow
-    for product in testing.PRODUCTS:
-        what = f"{product} {testing.SHORT[dtype]} {m}x{n}x{k}"
-        x, y = whole.of(product)
-        testing.assert_same_bits(mm(x, y), reference.forward(x, y).to(dtype), f"{what}, integers")
-        x, y = normal.of(product)
-        assert_close(mm(x, y), x, y, what, rows, None)
+    for values in ("integers", "normal"):
+        operands = draw(workload, values, device, seed)
+        if values == "normal":
+            assert_normal(operands)
+        assert_products(library, workload, operands, call_of(library, workload, operands)(), values, name)
+
+
+def assert_products(
+    library: Library, workload: Workload, operands: Operands, result: Any, values: str, name: str = ""
+) -> dict[str, Tensor]:
+    """The products in a result of a call on ``operands``, if all are correct."""
+    found = products_of(library, workload, result)
+    for which, got in found.items():
+        x, y = operands.of(which)
+        what = ", ".join(filter(None, (name, workload.name, which)))
+        if values == "integers":
+            assert_exact(got, x, y, what)
+        else:
+            assert_close(got, x, y, what, precision=workload.precision)
+    return found
 
 
 def assert_exact(result: Tensor, x: Tensor, y: Tensor, what: str) -> None:
@@ -50,9 +68,15 @@ def assert_exact(result: Tensor, x: Tensor, y: Tensor, what: str) -> None:
     >>> x, y = torch.ones(2, 3), torch.ones(3, 4)
     >>> assert_exact(x @ y, x, y, "ones")
     """
-    shape = (len(x), y.shape[1])
-    assert result.shape == shape, f"{what}: shape {tuple(result.shape)}, not {shape}"
-    assert result.dtype == x.dtype, f"{what}: {result.dtype}, not {x.dtype}"
+    shape = (*x.shape[:-1], y.shape[-1])
+    if result.shape != shape:
+        raise IncorrectResult(f"{what}: shape {tuple(result.shape)}, not {shape}")
+    if result.dtype != x.dtype:
+        raise IncorrectResult(f"{what}: {result.dtype}, not {x.dtype}")
+    if x.dim() == 3:
+        for index in range(len(x)):
+            assert_exact(result[index], x[index], y[index], f"{what}, {index} of the batch")
+        return
     generator = torch.Generator().manual_seed(y.shape[1])
     weights = torch.randint(1, 17, (y.shape[1],), generator=generator).double()
     signs = torch.randint(0, 2, (y.shape[1],), generator=generator).double()
@@ -60,7 +84,7 @@ def assert_exact(result: Tensor, x: Tensor, y: Tensor, what: str) -> None:
     wrong = times(result, t) != times(x, times(y, t))
     if wrong.any():
         first, count = int(wrong.nonzero()[0]), int(wrong.sum())
-        raise AssertionError(f"{what}: on integers {count} of {len(x)} rows are wrong, the first is {first}")
+        raise IncorrectResult(f"{what}: on integers {count} of {len(x)} rows are wrong, the first is {first}")
 
 
 def times(x: Tensor, v: Tensor) -> Tensor:
@@ -76,27 +100,44 @@ def times(x: Tensor, v: Tensor) -> Tensor:
 
 
 def assert_close(
-    result: Tensor, x: Tensor, y: Tensor, what: str, most_rows: int | None = ROWS, most_columns: int | None = COLUMNS
+    result: Tensor, x: Tensor, y: Tensor, what: str, rows: int = ROWS, columns: int = COLUMNS, precision: str = "ieee"
 ) -> None:
-    """Up to ``most_rows`` × ``most_columns`` elements, corners among them: each within ROUNDINGS of ‖row‖·‖column‖.
+    """Up to ``rows`` × ``columns`` elements, corners among them: each within ROUNDINGS of ‖row‖·‖column‖.
 
-    None is all of them.
+    Operands of TF32 keep 11 bits: each of the k terms of a sum may be off by as much, in either direction.
 
     >>> x, y = torch.randn(9, 70), torch.randn(70, 80)
     >>> assert_close(x @ y, x, y, "normal")
     """
     if result.numel() == 0:
         return
-    rows, columns = spread(len(x), most_rows or len(x)), spread(y.shape[1], most_columns or y.shape[1])
-    truth, norms = exact(x, y, rows, columns)
-    error = np.abs(result[rows][:, columns].cpu().double().numpy() - truth)
-    limit = ROUNDINGS * torch.finfo(result.dtype).eps / 2 * norms
+    if x.dim() == 3:
+        for index in spread(len(x), rows):
+            assert_close(result[index], x[index], y[index], f"{what}, {index} of the batch", rows, columns, precision)
+        return
+    judged = spread(len(x), rows), spread(y.shape[1], columns)
+    truth, norms = exact(x, y, *judged)
+    error = np.abs(result[judged[0]][:, judged[1]].cpu().double().numpy() - truth)
+    operands = TF32 / x.shape[1] ** 0.5 if precision == "tf32" else 0.0
+    limit = ROUNDINGS * (torch.finfo(result.dtype).eps / 2 + operands) * norms
     if not (error <= limit).all():  # nor where it is NaN
-        i, j = np.unravel_index(np.argmax(np.nan_to_num(error - limit, nan=np.inf)), error.shape)
-        raise AssertionError(
-            f"{what}: error {error[i, j]:.3g} at ({rows[i]}, {columns[j]}) > {ROUNDINGS} roundings of "
+        i, j = map(int, np.unravel_index(np.argmax(np.nan_to_num(error - limit, nan=np.inf)), error.shape))
+        raise IncorrectResult(
+            f"{what}: error {error[i, j]:.3g} at ({judged[0][i]}, {judged[1][j]}) > {ROUNDINGS} roundings of "
             f"‖row‖·‖column‖, {limit[i, j]:.3g}"
         )
+
+
+def assert_rows_alone(mm: Mm, a: Tensor, b: Tensor, what: str) -> None:
+    """Rows have the same bits whatever m is, as the batch-invariant mode promises.
+
+    >>> assert_rows_alone(lambda a, b: a * b[:1], torch.ones(5, 2), torch.ones(2, 2), "ones")
+    """
+    whole = mm(a, b)
+    for rows in sorted({1, min(256, len(a)), max(1, len(a) - 1)}):
+        different = int((mm(a[:rows], b) != whole[:rows]).any(dim=1).sum())
+        if different:
+            raise IncorrectResult(f"{what}: {different} of {rows} rows have other bits than with m = {len(a)}")
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -6,42 +6,35 @@ Exit codes: 0 no figure fell, 1 one fell or a product is wrong, 2 what was asked
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
-from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from ..cli_common import EXIT_INTERRUPTED, EXIT_MISMATCH, UsageError, require_isa
-from ..console import Console, make_console, progress
-from . import ratio_openblas, ratio_results, ratio_stats, ratio_tables, ratio_workloads, results, timer, worker
-from .options import positive, some_of, threads
-from .ratio_workloads import RatioWorkload
+from ..cli_common import EXIT_INTERRUPTED, EXIT_MISMATCH, UsageError, complain, require_isa
+from ..console import Console, make_console, table
+from . import backends, results, runner, stats, tables, targets, workloads
+from .options import interrupted_by_sigterm, listed, positive, some_of, threads
 
-KIND = "cpu-ratio"
+KIND = results.CPU_RATIO
 HELP = "torch and OpenBLAS beside this package on CPU: targets, figures, and the last committed ones"
 THREADS = tuple(range(1, 1 + min(2, os.cpu_count() or 1)))
-SECONDS = 0.5  # a comparison: a quarter of an hour in all on two cores of Zen 4
+SECONDS = 0.5  # a comparison, all backends together
 QUICK = 0.05
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
     option("--threads", type=threads, default=THREADS, metavar="N,N", help=f"default: {listed(THREADS)}")
-    for name, known in (("--dtypes", ratio_workloads.DTYPES), ("--rows", ratio_workloads.PARTS)):
+    for name, known in (("--dtypes", workloads.CPU_DTYPES), ("--rows", workloads.CPU_PARTS)):
         option(name, type=some_of(known), default=known, metavar="X,X", help=f"default: {listed(known)}")
     option("--seconds", type=positive, help=f"a comparison; default: {SECONDS}, {QUICK} with --quick")
     option("--quick", action="store_true", help="few shapes, a minute: to see it run, compared with nothing")
     option("--no-pin", dest="pin", action="store_false", help="let one thread move between cores")
     option("--out", type=Path, help="folder of the rows; default: bench/results, and none with --quick")
     option("--no-save", dest="save", action="store_false", help="keep no rows")
+    option("--resume", action="store_true", help="go on with the unfinished run of the folder")
     option("--shapes", action="store_true", help="print every comparison too")
     option("--from", dest="source", type=Path, metavar="FILE", help="print these rows; measure nothing")
-
-
-def listed(values: Collection[object]) -> str:
-    return ",".join(map(str, values))
 
 
 def run(command: argparse.Namespace) -> int:
@@ -49,120 +42,65 @@ def run(command: argparse.Namespace) -> int:
     if command.source:
         return conclude(console, load(command.source), command.shapes)
     require_isa()
-    sessions = planned(command)
-    folder = output(command)
-    result = begin(command)
-    interrupted = False
-    try:
-        measure(console, command, sessions, result["rows"])
-    except worker.WorkerFailed as reason:
-        print(f"{KIND}: {reason}", file=sys.stderr)
-        return EXIT_MISMATCH
-    except KeyboardInterrupt:
-        print(f"{KIND}: interrupted after {len(result['rows'])} comparisons", file=sys.stderr)
-        interrupted = True
-    everything = not command.quick and (command.threads, command.dtypes, command.rows) == (
-        THREADS, ratio_workloads.DTYPES, ratio_workloads.PARTS,
-    )  # fmt: skip
-    result["whole"] = everything and not interrupted
-    if folder and result["rows"]:
-        # What is not whole never takes the place of what is.
-        endings = {"interrupted": interrupted, "quick": command.quick, "part": not everything}
-        ending = next((ending for ending, holds in endings.items() if holds), "")
-        console.print(f"rows: {ratio_results.save(result, folder, KIND, ending).name}")
-    status = conclude(console, result, command.shapes)
-    return EXIT_INTERRUPTED if interrupted else status
-
-
-class Session(NamedTuple):
-    """The comparisons with one number of threads: those with torch, then those with OpenBLAS."""
-
-    threads: int
-    with_torch: list[RatioWorkload]
-    with_openblas: list[RatioWorkload]
-
-
-def planned(command: argparse.Namespace) -> list[Session]:
-    sessions = []
-    for count in command.threads:
-        jobs = ratio_workloads.jobs(command.rows, command.dtypes, count, command.quick)
-        apart = [workload for workload in jobs if workload.part == "openblas"]
-        sessions.append(Session(count, [workload for workload in jobs if workload not in apart], apart))
-    if not any(session.with_torch or session.with_openblas for session in sessions):
+    planned = workloads.cpu_targets(command.rows, command.dtypes, command.threads, command.quick)
+    if not planned:
         raise UsageError(
             f"--rows {listed(command.rows)} --dtypes {listed(command.dtypes)}: there is nothing to measure"
         )
-    return sessions
+    others = ["torch", "numpy"] if "openblas" in command.rows else ["torch"]
+    selected = backends.chosen(others, "cpu")
+    place = None
+    if command.save and (command.out or not command.quick):
+        place = results.folder(command.out)
+    settings = {
+        "threads": list(command.threads), "dtypes": list(command.dtypes), "rows": list(command.rows),
+        "seconds": command.seconds or (QUICK if command.quick else SECONDS), "quick": command.quick,
+        "pinned": command.pin,
+    }  # fmt: skip
+    result = results.begin(KIND, results.stamp("cpu", selected), settings, len(planned))
+    record = results.Record.begin(place, result, command.resume)
+    with interrupted_by_sigterm() as interrupted:
+        runner.measure(record, planned, selected, console, name=KIND)
+    if interrupted:
+        complain(f"{KIND}: interrupted after {len(record.result['rows'])} comparisons")
+    if record.result["rows"]:
+        path = record.finish(not interrupted, ending(command))
+        if place:
+            console.print(f"rows: {path.name}")
+    status = conclude(console, record.result, command.shapes)
+    return EXIT_INTERRUPTED if interrupted else status
 
 
-def output(command: argparse.Namespace) -> Path | None:
-    """Where the rows go: found out before they are measured."""
-    if not command.save or (command.quick and not command.out):
-        return None
-    return results.writable(command.out or ratio_results.RESULTS)
+def ending(command: argparse.Namespace) -> str:
+    """Of the file's name: what is not everything never takes the place of what is."""
+    everything = THREADS, workloads.CPU_DTYPES, workloads.CPU_PARTS
+    if command.quick:
+        return "quick"
+    return "" if (command.threads, command.dtypes, command.rows) == everything else "part"
 
 
-def begin(command: argparse.Namespace) -> ratio_results.Result:
-    stamp = ratio_results.stamp() | {
-        "threads": listed(command.threads),
-        "seconds a comparison": str(seconds(command)),
-        "OpenBLAS": ratio_openblas.library(),
-    }
-    return {"stamp": stamp, "protocol": timer.PROTOCOL, "quick": command.quick, "rows": []}
-
-
-def seconds(command: argparse.Namespace) -> float:
-    return command.seconds or (QUICK if command.quick else SECONDS)
-
-
-def measure(
-    console: Console, command: argparse.Namespace, sessions: Sequence[Session], rows: list[ratio_stats.Row]
-) -> None:
-    """Append a row for each comparison: what is there when it is interrupted is good."""
-    each = seconds(command)
-    total = sum(workload.weight(each, s.threads) for s in sessions for workload in s.with_torch + s.with_openblas)
-    number = sum(len(s.with_torch) + len(s.with_openblas) for s in sessions)
-    with progress(console, KIND, number, total) as shown:
-        for count, with_torch, with_openblas in sessions:
-            pin = command.pin and count == 1
-            if with_torch:
-                options = [f"--threads={count}", f"--seconds={each}", *["--pin"] * pin]
-                with worker.Worker("matmul_grad.bench.ratio_worker", *options) as torch_worker:
-                    for workload in with_torch:
-                        shown(named(workload, count), 0.0)
-                        rows.append(torch_worker.ask(vars(workload)))
-                        shown(named(workload, count), workload.weight(each, count))
-            if with_openblas:
-                with ratio_openblas.Match(count, each, pin) as match:
-                    for workload in with_openblas:
-                        shown(named(workload, count), 0.0)
-                        rows.append(match.compare(workload))
-                        shown(named(workload, count), workload.weight(each, count))
-
-
-def named(workload: RatioWorkload, count: int) -> str:
-    return f"{workload.case.id}, {ratio_tables.threads(count)}"
-
-
-def load(path: Path) -> ratio_results.Result:
-    """Rows that were saved."""
+def load(path: Path) -> results.Result:
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        for row in result["rows"]:
-            ratio_stats.key(row)
-        return result
-    except OSError as reason:
-        raise UsageError(f"--from {path}: {reason.strerror}") from reason
-    except (ValueError, KeyError, TypeError) as reason:
-        raise UsageError(f"--from {path}: these are not rows of {KIND}") from reason
+        return results.load(path, KIND)
+    except UsageError as reason:
+        raise UsageError(f"--from {reason}") from reason
 
 
-def conclude(console: Console, result: ratio_results.Result, shapes: bool) -> int:
-    """Print the table and what fell; the exit code."""
-    committed = None if result["quick"] else ratio_results.committed(result["stamp"], KIND)
-    entries = ratio_stats.entries(result["rows"], committed["rows"] if committed else ())
-    ratio_tables.show(console, result, entries, committed, shapes)
-    fell = ratio_tables.falls(entries)
-    for line in fell:
-        print(f"{KIND}: fell: {line}", file=sys.stderr)
-    return EXIT_MISMATCH if fell else 0
+def conclude(console: Console, result: dict[str, Any], shapes: bool) -> int:
+    """Print the table, what is wrong and what fell; the exit code."""
+    quick, rows = result["settings"].get("quick"), result["rows"]
+    committed = None if quick else results.committed(result["stamp"], KIND)
+    found = targets.entries(targets.CPU, rows, committed["rows"] if committed else ())
+    if shapes:
+        table(console, tables.PAIRS, tables.pairs(rows), 3)
+    table(console, tables.TARGETS, tables.target_lines(found))
+    for line in tables.cpu_notes(result):
+        console.print(line)
+    if committed:
+        console.print(f"committed: {committed['stamp']['date']} {committed['stamp'].get('commit', '')}".rstrip())
+    elif not quick:
+        console.print("committed: no earlier run of this machine")
+    bad = stats.troubles(rows) + [f"fell: {line}" for line in targets.falls(found)]
+    for line in bad:
+        complain(f"{KIND}: {line}")
+    return EXIT_MISMATCH if bad else 0

@@ -145,6 +145,15 @@ class Gpu:
         if 2 * free < total:
             torch.cuda.empty_cache()
 
+    def is_broken(self) -> bool:
+        """An error of a kernel stays: every later call of the process meets it again."""
+        try:
+            self.wait()
+            self.tidy()
+        except Exception:
+            return True
+        return False
+
     def seconds_a_call(self, call: Call, calls: int = 3) -> float:
         """A first guess, by events."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

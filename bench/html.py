@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from . import plots, tables
+from . import plots, results, tables
 
 CSS = """\
 :root { color-scheme: light; }
@@ -37,6 +38,27 @@ CAPTIONS = {
     "passes": "Bars are geometric means over all shapes; the black line is the worst of them.",
     "overhead": "Shorter is better.",
 }
+
+
+def write_all(result: dict[str, Any], place: Path) -> None:
+    """What is written of a run besides its rows; a picture that there is nothing for any more is taken away."""
+    drawn = plots.draw(result)
+    folder = place / plots.FOLDER
+    folder.mkdir(exist_ok=True)
+    images = {}
+    for name in plots.PICTURES:
+        for kind in ("svg", "png"):
+            path = folder / f"{name}.{kind}"
+            if name not in drawn:
+                path.unlink(missing_ok=True)
+                continue
+            image = plots.saved(drawn[name], kind)
+            path.write_bytes(image)
+            if kind == "png":
+                images[name] = image
+    results.write(place / "bench.csv", results.as_csv(result))
+    results.write(place / "bench.md", tables.page(result))
+    results.write(place / "bench.html", page(result, images))
 
 
 def page(result: dict[str, Any], drawn: Mapping[str, bytes]) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import baseline
 from .workloads import Workload
 
 IN_L1 = 32 << 10  # bytes: operands that fit stay there, since a call of such a product is overhead
@@ -24,7 +23,24 @@ class Unfit(AssertionError):
     """Operands that a time would say nothing of; the message says why."""
 
 
-def draw(workload: Workload, values: str = "normal", device: str = "cpu") -> baseline.Operands:
+class Operands(NamedTuple):
+    """a (m, k), b (k, n) and the gradient (m, n) of their product; or batches of them."""
+
+    a: Tensor
+    b: Tensor
+    grad: Tensor
+
+    def of(self, product: str) -> tuple[Tensor, Tensor]:
+        """The two factors of forward, dgrad or wgrad: transposed by their strides."""
+        views = {
+            "forward": (self.a, self.b),
+            "dgrad": (self.grad, self.b.mT),
+            "wgrad": (self.a.mT, self.grad),
+        }
+        return views[product]
+
+
+def draw(workload: Workload, values: str = "normal", device: str = "cpu", seed: int = 0) -> Operands:
     """A, B and the gradient of C, drawn where they are used: the same in every process, with no memory but their own.
 
     Integers are such that a sum of products is exact in any order, in 16 bits too.
@@ -34,17 +50,18 @@ def draw(workload: Workload, values: str = "normal", device: str = "cpu") -> bas
     >>> draw(Workload("forward", "f32", "NT", 2, 3, 4)).b.stride()
     (1, 4)
     """
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     m, n, k = workload.shape
+    batch = (workload.batch,) if workload.batch > 1 else ()
 
     def one(rows: int, columns: int, order: str = "N") -> Tensor:
-        size = (columns, rows) if order == "T" else (rows, columns)
+        size = (*batch, columns, rows) if order == "T" else (*batch, rows, columns)
         memory = torch.empty(size, dtype=workload.torch_dtype, device=device)
         fill = fill_integers if values == "integers" else fill_normal
         fill(memory, generator, max(m, n, k))
-        return memory.t() if order == "T" else memory
+        return memory.mT if order == "T" else memory
 
-    return baseline.Operands(one(m, k, workload.layout[0]), one(k, n, workload.layout[1]), one(m, n))
+    return Operands(one(m, k, workload.layout[0]), one(k, n, workload.layout[1]), one(m, n))
 
 
 def fill_normal(memory: Tensor, generator: torch.Generator, longest: int) -> None:
@@ -71,7 +88,7 @@ def assert_normal(operands: Sequence[Tensor]) -> None:
     """
     for operand in operands:
         # One element in so many, so that a large operand is looked at from end to end.
-        flat = operand.mT.reshape(-1) if operand.stride(0) == 1 else operand.reshape(-1)
+        flat = operand.mT.reshape(-1) if operand.stride(-2) == 1 else operand.reshape(-1)
         some = flat[:: 1 + flat.numel() // LOOKED_AT].double()
         if some.numel() < FEW:
             continue
@@ -92,11 +109,11 @@ def copies_past(cache: int, held: int, free: int) -> int:
     return max(1, min(-(-2 * cache // held), MOST_COPIES, free // (2 * held)))
 
 
-def copies(operands: baseline.Operands, count: int) -> Iterator[baseline.Operands]:
+def copies(operands: Operands, count: int) -> Iterator[Operands]:
     """The operands, and copies in memory of their own that lie as they do."""
     yield operands
     for _ in range(count - 1):
-        yield baseline.Operands(*(operand.clone() for operand in operands))
+        yield Operands(*(operand.clone() for operand in operands))
 
 
 def alternating(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:

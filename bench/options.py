@@ -1,13 +1,19 @@
-"""Values of options, as the parsers of the bench's commands read them: an error for each that is not one."""
+"""What the bench's commands share: the values of options, with an error for each that is not one, and interruption."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from ..cli_common import terminal
 from . import devices
+
+
+def listed(values: Iterable[object]) -> str:
+    return ",".join(map(str, values))
 
 
 def some_of(known: Sequence[str]) -> Any:
@@ -34,3 +40,47 @@ def positive(text: str) -> float:
         if 0 < float(text) < float("inf"):
             return float(text)
     raise argparse.ArgumentTypeError(f"a number above 0, got {text}")
+
+
+def minutes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 24 * 60:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"a number above 0, got {text}")
+
+
+class Interrupted:
+    """True once the block was interrupted."""
+
+    happened = False
+
+    def __bool__(self) -> bool:
+        return self.happened
+
+
+@contextlib.contextmanager
+def interrupted_by_sigterm() -> Iterator[Interrupted]:
+    """Ctrl-C and SIGTERM end the block, and no more than that: children ended, what follows is done."""
+    interrupted = Interrupted()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield interrupted
+    except KeyboardInterrupt:
+        interrupted.happened = True
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def running(doing: str) -> Iterator[Callable[[str], None]]:
+    """What is running, on stderr: a line that changes on a terminal, nothing elsewhere or where rich is missing."""
+    console = terminal()
+    if console is None:
+        yield lambda news: None
+        return
+    with console.status(doing) as status:
+        yield status.update

@@ -19,9 +19,9 @@ from ..console import Console, make_console, table, track
 from ..kernels.cpu import driver
 from ..kernels.cpu.config import BlockConfig
 from ..kernels.native import direct
-from . import ratio_results, timer
+from . import results, timer
 
-KIND = "cpu-paths"
+KIND = results.CPU_PATHS
 HELP = "reading operands in place against packing them, one thread"
 ROWS = (1, 2, 4, 6, 8, 12, 18, 24, 36, 48, 72, 96, 144, 192)
 WIDE, DEEP = 768, 768
@@ -42,9 +42,7 @@ class Case(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="a comparison; default: 0.3")
-    parser.add_argument(
-        "--out", type=Path, default=ratio_results.RESULTS, help="folder of the rows; default: bench/results"
-    )
+    parser.add_argument("--out", type=Path, help="folder of the rows; default: bench/results")
     parser.add_argument("--no-save", dest="save", action="store_false", help="keep no rows")
 
 
@@ -56,8 +54,8 @@ def run(command: argparse.Namespace) -> int:
         known = [*cases()]
         rows = [compare(case, command.seconds) for case in track(console, KIND, known, len(known))]
     if command.save:
-        result = {"stamp": ratio_results.stamp(), "protocol": timer.PROTOCOL, "rows": rows}
-        console.print(f"rows: {ratio_results.save(result, command.out, KIND).name}")
+        result = results.begin(KIND, results.stamp("cpu", []), {"seconds": command.seconds}, len(rows)) | {"rows": rows}
+        console.print(f"rows: {results.Record(results.folder(command.out), result).finish(True).name}")
     show(console, rows)
     return 0
 

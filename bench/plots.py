@@ -17,10 +17,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from . import baseline, stats
+from . import stats
+from .backends import IMPLEMENTATIONS
 from .inputs import IN_L1
 from .shapes import CUBES, SMALL
-from .workloads import LAYOUTS
+from .workloads import LAYOUTS, STEP, TORCH
 
 TITLES = {
     "throughput": "Throughput of square products",
@@ -214,7 +215,7 @@ def roofline(result: Result) -> Figure | None:
     if not keys:
         return None
     names, (scale, per) = stats.backends(rows), unit(rows)
-    names = [name for name in names if name in baseline.IMPLEMENTATIONS]
+    names = [name for name in names if name in IMPLEMENTATIONS]
     figure, axes = panels(len(keys), 3.0, TITLES["roofline"])
     for axis, (key, some) in zip(axes, keys.items(), strict=True):
         peak = ceiling(some) or 0.0
@@ -242,7 +243,7 @@ def passes(result: Result) -> Figure | None:
         group: summary
         for group, some in stats.summaries(result["rows"]).items()
         for summary in some
-        if summary.backend == baseline.TORCH
+        if summary.backend == TORCH
     }
     if not found:
         return None
@@ -274,7 +275,7 @@ def passes(result: Result) -> Figure | None:
 
 def overhead(result: Result) -> Figure | None:
     """Microseconds of a call whose operands lie in the first cache."""
-    rows = [r for r in result["rows"] if r["product"] in ("forward", baseline.STEP) and r["layout"] == "NN"]
+    rows = [r for r in result["rows"] if r["product"] in ("forward", STEP) and r["layout"] == "NN"]
     rows = [r for r in rows if r.get("seconds") and r.get("copies") == 1 and r["flops"] <= 6 * (IN_L1 / 4) ** 1.5]
     names = stats.backends(rows)
     keys = by_dtype(rows)

@@ -11,12 +11,12 @@ from typing import Any
 
 from ..cli_common import UsageError
 from ..markdown import table
-from . import baseline, plots, stats
+from . import plots, stats
+from .backends import IMPLEMENTATIONS
 from .shapes import CUBES
-from .workloads import PASSES
+from .workloads import CALL, OURS, PASSES, STEP, TORCH
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-CALL = 8  # the size whose time is all overhead
 SHOWN = ("throughput", "ratios")  # of the pictures
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ def block(result: dict[str, Any], shown: Sequence[tuple[str, str]] = ()) -> str:
         (row["product"], row["dtype"], row["n"]): row
         for row in rows
         if row["m"] == row["n"] == row["k"] and row.get("layout", "NN") == "NN"
-        if set(baseline.IMPLEMENTATIONS) <= set(row.get("seconds", {}))
+        if set(IMPLEMENTATIONS) <= set(row.get("seconds", {}))
     }
     parts = [
         f"Measured {stamp['date']} on {stamp['CPU']} ({stamp['instruction set'].split()[0]}), one thread; "
@@ -52,7 +52,7 @@ def cubes(found: dict[tuple[str, str, int], Row]) -> str:
         sizes = sorted(n for n in known if all((product, dtype, n) in found for product in PASSES))
         ratios = {(product, n): ratio(found[product, dtype, n]) for product in PASSES for n in sizes}
         for n in sizes:
-            rates = [f"{rate(found['forward', dtype, n], name):.0f}" for name in baseline.IMPLEMENTATIONS]
+            rates = [f"{rate(found['forward', dtype, n], name):.0f}" for name in IMPLEMENTATIONS]
             lines.append([dtype, str(n), *rates, *(f"{ratios[product, n]:.2f}" for product in PASSES)])
         if sizes:
             means = [statistics.geometric_mean(ratios[product, n] for n in sizes) for product in PASSES]
@@ -81,17 +81,17 @@ def rate(row: Row, name: str) -> float:
 def ratio(row: Row) -> float:
     """Of the medians; of the rounds, where they are known."""
     spread = row["ratio"]
-    return spread[baseline.TORCH]["median"] if isinstance(spread, dict) else spread
+    return spread[TORCH]["median"] if isinstance(spread, dict) else spread
 
 
 def calls(found: dict[tuple[str, str, int], Row]) -> str:
     """What a call costs where there is next to nothing to multiply; nothing, where that was not measured."""
     texts = []
-    for product, words in (("forward", "the product"), (baseline.STEP, "the whole step")):
+    for product, words in (("forward", "the product"), (STEP, "the whole step")):
         if (product, "f32", CALL) not in found:
             return ""
         seconds = found[product, "f32", CALL]["seconds"]
-        ours, theirs = (seconds[name]["median"] * 1e6 for name in (baseline.OURS, baseline.TORCH))
+        ours, theirs = (seconds[name]["median"] * 1e6 for name in (OURS, TORCH))
         texts.append(f"{words} takes {ours:.1f} µs (torch: {theirs:.1f} µs)")
     return f"At {CALL}×{CALL} in f32, where the time is all overhead, {', '.join(texts)}."
 

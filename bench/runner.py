@@ -14,17 +14,18 @@ from dataclasses import asdict
 from time import sleep
 from typing import Any
 
-from . import baseline, timer, worker
-from . import process as processes
+from ..console import Console, progress
+from . import results, timer, worker
 from .backends import PEAK, TORCH_PROCESS, Backend
 from .session import CALL, DEVICE
 from .worker import Worker
-from .workloads import Workload
+from .workloads import OURS, Workload
 
 REST = 0.1  # idle threads of OpenBLAS spin for 2²⁶ cycles before they sleep, GNU's OpenMP less
 TRIES = 3  # of a comparison on one thread, for a moment when nothing else runs
 PEAK_FLOPS = "flops of a call of the peak"
 SILENCE = 600.0  # seconds without an answer: a kernel that never ends
+GPU_SILENCE = 60.0  # the same on a GPU, but for a library that takes its time to tune itself
 GRACE = 5.0  # seconds that a comparison may go on when the time is up
 
 Row = dict[str, Any]
@@ -42,7 +43,6 @@ def environment(threads: int) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": str(threads),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_cpu_multi_thread_eigen={eigen}",
-        **processes.paths(),
     }
 
 
@@ -56,43 +56,60 @@ class WorkerPool:
         threads: int,
         pin: bool,
         left: Left = lambda: float("inf"),
+        more: Mapping[str, str] | None = None,
+        wrapper: Sequence[str] = (),
     ) -> None:
+        """``more`` is for the environment of the processes, ``wrapper`` a command that they run under."""
         self.device, self.threads = device, threads
         self._selected, self._pin, self._left = selected, pin, left
+        self._environment, self._wrapper = environment(threads) | dict(more or {}), wrapper
+        self._silence = SILENCE if device == "cpu" or any(backend.tunes for backend in selected) else GPU_SILENCE
         self._workers: dict[str, Worker] = {}
-        self._stack = contextlib.ExitStack()
-        self._last = ""  # whose turn it was
+        self._last = ""  # the process that was asked last
 
     def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+        for name in list(self._workers):
+            self._workers.pop(name).__exit__(*error)
 
-    def ask(self, process: str, task: worker.Message) -> worker.Message:
+    def ask(self, process: str, task: worker.Message, silence: float | None = None) -> worker.Message:
+        """Its answer; a process that is of no use any more after that is ended."""
         if process not in self._workers:
             options = [f"--process={process}", f"--device={self.device}", f"--threads={self.threads}"]
-            session_worker = Worker(
-                f"{__package__}.session", *options, *["--pin"] * self._pin, environment=environment(self.threads)
-            )
-            self._workers[process] = self._stack.enter_context(session_worker)
+            self._workers[process] = Worker(
+                f"{__package__}.session", *options, *["--pin"] * self._pin,
+                environment=self._environment, wrapper=self._wrapper,
+            )  # fmt: skip
         if self.threads > 1 and process != self._last:
             sleep(REST)
         self._last = process
         try:
-            return self._workers[process].ask(task, min(SILENCE, max(0.0, self._left()) + GRACE))
+            answer = self._workers[process].ask(task, min(silence or self._silence, max(0.0, self._left()) + GRACE))
         except worker.WorkerExited:
             del self._workers[process]
             raise
+        if answer.pop("broken", False):
+            self._workers.pop(process).end()
+            answer["ended"] = True
+        return answer
+
+    def demand(self, process: str, task: worker.Message) -> worker.Message:
+        """An answer that is none of failure."""
+        answer = self.ask(process, task)
+        if "failed" in answer:
+            raise worker.WorkerFailed(answer["failed"])
+        return answer
 
     def roof(self) -> Row:
         """The bandwidth of memory, on this number of threads."""
-        gbs = self.ask(TORCH_PROCESS, {"bandwidth": True})
+        gbs = self.demand(TORCH_PROCESS, {"bandwidth": True})
         return {"device": self.device, "threads": self.threads, "GB/s": gbs}
 
     def facts(self) -> dict[str, str]:
         """What the device says of itself."""
-        return self.ask(TORCH_PROCESS, {"facts": True})["facts"]
+        return self.demand(TORCH_PROCESS, {"facts": True})["facts"]
 
     def measure(self, workload: Workload, seconds: float) -> Row:
         """The row of a workload; ``seconds`` for all backends together, more where they are slow."""
@@ -118,13 +135,17 @@ class WorkerPool:
             if "backends" not in answer:  # it is the workload that it cannot do
                 (kind, why), names = next(iter(answer.items())), [name for name in names if name != PEAK]
                 answer = {"backends": {name: {"wrong" if kind == "unfit" else kind: why} for name in names}}
+            if answer.get("ended"):
+                why = {"skipped": "another backend broke the GPU's context"}
+                found = answer["backends"]
+                answer["backends"] = {n: found[n] if "failed" in found.get(n, {}) else why for n in names if n != PEAK}
             row["copies"] = answer.get("copies", row.get("copies", 0))
             row["beyond"] = max(answer.get("beyond", 0), row.get("beyond", 0))
             for name, found in answer["backends"].items():
                 if not {"wrong", "failed", "skipped"} & set(found):
                     ready[name] = process
                 if name == PEAK:
-                    row[PEAK_FLOPS] = found["flops"]
+                    row |= {PEAK_FLOPS: found["flops"]} if "flops" in found else {}
                     continue
                 for what, value in found.items():
                     row.setdefault(what, {})[name] = value
@@ -152,7 +173,7 @@ class WorkerPool:
         row |= summary(times, clock, row)
 
     def _time_batch(self, name: str, process: str, clock: str, shares: list[float]) -> float:
-        answer = self.ask(process, {"time": name, "clock": clock})
+        answer = self.demand(process, {"time": name, "clock": clock})
         shares.append(answer["share"])
         return float(answer["seconds"])
 
@@ -173,11 +194,9 @@ def summary(times: Mapping[str, list[float]], clock: str, row: Row) -> Row:
         found[PEAK] = timer.summary(rates)
     measured = {name: rounds for name, rounds in times.items() if name != PEAK}
     found[f"{prefix}seconds"] = {name: timer.summary(rounds) for name, rounds in measured.items()}
-    if baseline.OURS in measured:
+    if OURS in measured:
         found[f"{prefix}ratio"] = {
-            name: timer.summary([theirs / ours for theirs, ours in zip(rounds, times[baseline.OURS], strict=True)])
-            for name, rounds in measured.items()
-            if name != baseline.OURS
+            name: timer.summary(timer.ratios(rounds, times[OURS])) for name, rounds in measured.items() if name != OURS
         }
     return found
 
@@ -212,3 +231,32 @@ def groups(planned: Sequence[Workload]) -> dict[tuple[str, int], list[Workload]]
     for workload in planned:
         found.setdefault((workload.device, workload.threads), []).append(workload)
     return found
+
+
+def measure(
+    run: results.Record,
+    planned: Sequence[Workload],
+    selected: Sequence[Backend],
+    console: Console,
+    left: Left = lambda: float("inf"),
+    name: str = results.BENCH,
+) -> None:
+    """Keep a row for each workload that has none, until the time is up; with it the ceilings of the machine."""
+    todo, settings = run.left(planned), run.result["settings"]
+
+    def begun(pool: WorkerPool) -> None:
+        known = {(roof["device"], roof["threads"]) for roof in run.result["roofs"]}
+        if not known:
+            run.result["stamp"] = pool.facts() | run.result["stamp"]  # which a run that goes on is held against
+        if (pool.device, pool.threads) not in known:
+            run.result["roofs"].append(pool.roof())
+
+    found = rows(todo, selected, settings["seconds"], settings["pinned"], left, begun)
+    weights = [
+        workload.weight(settings["seconds"], backends=sum(backend.takes(workload) for backend in selected))
+        for workload in todo
+    ]
+    with contextlib.closing(found), progress(console, name, len(todo), sum(weights)) as shown:
+        for workload, weight, row in zip(todo, weights, found):
+            run.keep(row)
+            shown(workload.name, weight)

@@ -1,17 +1,23 @@
 """The process of some backends: it makes their products ready, checks them, and times them when it is asked.
 
 {"prepare": {workload}, "names": [...]}     → {"copies": n, "backends": {name: {...}}}
-{"time": name, "clock": "call"}         → {"seconds": a call, "share": of a core}
-{"bandwidth": true}                     → GB/s of memory
-{"facts": true}                         → what it runs on
+{"time": name, "clock": "call"}             → {"seconds": a call, "share": of a core}
+{"bandwidth": true}                         → GB/s of memory
+{"facts": true}                             → what it runs on
+{"do": name, ...}                           → what a task of `gpu_tasks` found
+
+Where something cannot be done, the answer has a "skipped", "wrong" or "failed" that names the reason, and "broken"
+where the GPU is of no use to this process any more: whoever asked starts another one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -20,14 +26,15 @@ import torch
 
 import matmul_grad
 
-from . import backends, baseline, correctness, inputs, roofline, timer, worker
-from .backends import PEAK, TORCH_PROCESS, Call, Library
-from .calls import batch_of, call_of, products_of
+from . import backends, correctness, inputs, roofline, timer, worker
+from .backends import PEAK, TORCH_PROCESS, Call, Library, call_of
 from .devices import MOST_CALLS, REPLAY, Cpu, Gpu, cores, status
+from .inputs import Operands
 from .roofline import Device
-from .workloads import Workload
+from .workloads import INVARIANT, OURS, Workload
 
 CALL, DEVICE = "call", "device"
+LOG = 2000  # characters of a traceback that an answer keeps
 
 
 class SelfComparison(AssertionError):
@@ -50,6 +57,7 @@ class BackendSession:
         self._device = device
         self._libraries: dict[str, Library] = {}
         self._ready: dict[str, Prepared] = {}
+        self._mode = contextlib.ExitStack()  # that the workload at hand is measured in
 
     def answer(self, task: worker.Message) -> worker.Message:
         if "prepare" in task:
@@ -60,20 +68,36 @@ class BackendSession:
             return {"seconds": seconds, "share": share()}
         if "bandwidth" in task:
             return roofline.bandwidth(self._device)
+        if "do" in task:
+            return self.do(**task)
         return {"facts": self._device.facts()}
 
+    def do(self, do: str, **arguments: Any) -> worker.Message:
+        from . import gpu_tasks
+
+        def whole() -> worker.Message:
+            self._device.tidy()
+            return gpu_tasks.TASKS[do](self._device, **arguments)
+
+        return self._attempt(whole)
+
     def prepare(self, workload: Workload, names: Sequence[str]) -> worker.Message:
-        """Each backend right, or why it is not, in which case it is not timed."""
+        """Each backend correct, or why it is not, in which case it is not timed."""
         self._ready.clear()
+        self._mode.close()
         self._device.tidy()
         free = self._device.free_bytes()
         if 4 * workload.held > free:
             return {"skipped": f"needs {4 * workload.held / 2**30:.1f} GiB of free memory"}
+        if workload.mode == INVARIANT:
+            self._mode.enter_context(matmul_grad.deterministic(batch_invariant=True))
         whole = inputs.draw(workload, "integers", self._device.device)
         answers: dict[str, Any] = {}
         for name in names:
             if name != PEAK:
-                answers[name] = self._try(name, workload, whole)
+                answers[name] = self._attempt(functools.partial(self._first, name, workload, whole), name)
+                if answers[name].pop("broken", False):
+                    return {"backends": answers, "broken": True}
         beyond = status("VmHWM") - workload.held - workload.given
         del whole
         normal = inputs.draw(workload, "normal", self._device.device)
@@ -87,59 +111,64 @@ class BackendSession:
             if name == PEAK:
                 self._raise_peak(workload, answers)
             elif "first" in answers[name]:
-                answers[name] |= self._attempt(name, lambda name=name: self._make_ready(name, workload, sets))
+                answers[name] |= self._attempt(functools.partial(self._make_ready, name, workload, sets), name)
+                if answers[name].pop("broken", False):
+                    return {"backends": answers, "broken": True}
         beyond = max(beyond, status("VmHWM") - count * workload.held - workload.given)
         return {"copies": count, "backends": answers, "beyond": beyond}
 
-    def _attempt(self, name: str, do: Any) -> dict[str, Any]:
+    def _attempt(self, do: Callable[[], worker.Message], name: str = "") -> worker.Message:
         """What it gives, or in place of that what was wrong; an error takes no other backend with it."""
         try:
-            with matmul_grad.strict() if name == baseline.OURS else nullcontext():
+            with matmul_grad.strict() if name == OURS else contextlib.nullcontext():
                 return do()
         except backends.Skipped as reason:
             return {"skipped": str(reason)}
         except AssertionError as reason:
             return {"wrong": str(reason)}
+        except torch.cuda.OutOfMemoryError:
+            return {"skipped": "out of device memory"}
         except Exception as reason:
-            return {"failed": f"{type(reason).__name__}: {(str(reason).strip() or 'no message').splitlines()[0]}"}
+            found = worker.reason_of(reason)
+            if isinstance(self._device, Gpu):
+                found["log"] = traceback.format_exc()[-LOG:]
+                found |= {"broken": True} if self._device.is_broken() else {}
+            return found
 
-    def _try(self, name: str, workload: Workload, whole: baseline.Operands) -> dict[str, Any]:
+    def _first(self, name: str, workload: Workload, whole: Operands) -> dict[str, Any]:
         """The first call, and every element of it on integers."""
+        if name not in self._libraries:
+            self._libraries[name] = backends.BY_NAME[name].library()
+        library, before, held = self._libraries[name], counted(), self._device.allocated()
+        self._device.wait()
+        start = perf_counter()
+        result = call_of(library, workload, whole)()
+        self._device.wait()
+        first = perf_counter() - start
+        if name != OURS and counted() != before:
+            raise SelfComparison(f"{name} runs on the kernels of matmul_grad: it would be compared with itself")
+        correctness.assert_products(library, workload, whole, result, "integers", name)
+        del result
+        kept = {"kept bytes": max(0, self._device.allocated() - held)} if isinstance(self._device, Gpu) else {}
+        return {"first": timer.rounded(first), **kept}
 
-        def do() -> dict[str, Any]:
-            if name not in self._libraries:
-                self._libraries[name] = backends.BY_NAME[name].library()
-            library, before = self._libraries[name], counted()
-            self._device.wait()
-            start = perf_counter()
-            result = call_of(library, workload, whole)()
-            self._device.wait()
-            first = perf_counter() - start
-            if name != baseline.OURS and counted() != before:
-                raise SelfComparison(f"{name} runs on the kernels of matmul_grad: it would be compared with itself")
-            for which, got in products_of(library, workload, result).items():
-                correctness.assert_exact(got, *whole.of(which), f"{name}, {workload.name}, {which}")
-            return {"first": timer.rounded(first)}
-
-        return self._attempt(name, do)
-
-    def _make_ready(self, name: str, workload: Workload, sets: Sequence[baseline.Operands]) -> dict[str, Any]:
+    def _make_ready(self, name: str, workload: Workload, sets: Sequence[Operands]) -> dict[str, Any]:
         """Judged on the operands that it is timed on."""
         library = self._libraries[name]
         calls = [call_of(library, workload, each) for each in sets]
-        found = products_of(library, workload, calls[0]())
-        for which, got in found.items():
-            correctness.assert_close(got, *sets[0].of(which), f"{name}, {workload.name}, {which}")
-        digest = correctness.digest(tuple(found.values()))
+        found = correctness.assert_products(library, workload, sets[0], calls[0](), "normal", name)
+        if name == OURS and workload.mode == INVARIANT:
+            correctness.assert_rows_alone(matmul_grad.mm, sets[0].a, sets[0].b, f"{name}, {workload.name}")
+        answer: dict[str, Any] = {"bits": correctness.digest(tuple(found.values()))}
         del found
         before = self._device.allocated()
-        most = max(0, self._device.peak(calls[0]) - before)
+        answer["peak bytes"] = max(0, self._device.peak(calls[0]) - before)
         ready = Prepared(calls, inputs.alternating(calls))
-        ready.batches[CALL] = batch_of(ready.call, self._device)
+        ready.batches[CALL] = timer.batch_of(ready.call, self._device.wait)
         if isinstance(self._device, Gpu):
             ready.batches[DEVICE] = self._graph(calls)
         self._ready[name] = ready
-        return {"bits": digest, "peak bytes": most}
+        return answer
 
     def _graph(self, calls: Sequence[Call]) -> timer.Batch:
         """Device time: the calls, over and over, in one CUDA graph that lasts long enough to be timed."""
@@ -153,7 +182,7 @@ class BackendSession:
         found = roofline.peak_flops(workload.dtype, self._device)
         if found is None:
             return
-        batches = {CALL: batch_of(found.call, self._device)}
+        batches = {CALL: timer.batch_of(found.call, self._device.wait)}
         if isinstance(self._device, Gpu):
             batches[DEVICE] = self._graph([found.call])
         self._ready[PEAK] = Prepared([found.call], found.call, batches)
@@ -179,7 +208,8 @@ def main() -> None:
     if command.device != "cpu":
         device = Gpu()
         device.multiply_in_ieee()
-        device.ready()
+        if command.process == TORCH_PROCESS:  # others time nothing
+            device.ready()
     worker.serve(BackendSession(device).answer)
 
 

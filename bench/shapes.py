@@ -46,3 +46,33 @@ QUICK_GPU: tuple[Shape, ...] = (
 )  # fmt: skip
 
 SETS = {"cubes": CUBES, "layers": LAYERS, "deepseek": DEEPSEEK, "odd": ODD, "skinny": SKINNY, "small": SMALL}
+
+# The targets of the CPU: above 2048 a comparison takes minutes, and shows what the size below it shows.
+CPU_TARGETS: tuple[Shape, ...] = (
+    *CUBES[:6], *((m, n, k) for n, k in LAYERS_NK[:3] for m in TOKENS if m <= 2048),
+)  # fmt: skip
+CPU_QUICK: tuple[Shape, ...] = ((64, 64, 64), (256, 256, 256), (1024, 1024, 1024), (1, 768, 768), (32, 768, 768))
+CPU_CUBES: tuple[Shape, ...] = CUBES[2:6]
+
+# The targets of a GPU. A few of each kind first, so that a run that is cut short has seen every kind. The longest sum
+# comes last: it is gigabytes to read, and shows nothing of any layer.
+GPU_CORE: tuple[Shape, ...] = (
+    *((n, n, n) for n in (256, 512, 1024, 2048, 4096, 8192)),
+    (1, 4096, 4096), (8, 4096, 4096), (128, 6144, 4096), (2048, 4096, 4096), (2048, 3072, 768), (4096, 7168, 2048),
+    (128, 2112, 7168), (4097, 4097, 4097), (257, 129, 513), (1, 1024, 1024), (1024, 1, 1024),
+)  # fmt: skip
+GPU_LAYERS: tuple[Shape, ...] = tuple((m, n, k) for n, k in LAYERS_NK for m in (1, 8, 128, 2048))
+GPU_EVERY: tuple[Shape, ...] = tuple(dict.fromkeys((*GPU_CORE, *GPU_LAYERS, *DEEPSEEK, *ODD)))
+GPU_FLOAT32: tuple[Shape, ...] = (
+    (1024, 1024, 1024), (4096, 4096, 4096), (2048, 3072, 768), (128, 4096, 4096), (512, 512, 512), (2048, 2048, 2048),
+    (257, 129, 513), (1, 4096, 4096),
+)  # fmt: skip
+GPU_INVARIANT: tuple[Shape, ...] = (
+    (4096, 4096, 4096), (128, 4096, 4096), (2048, 4096, 4096), (8, 4096, 4096), (1024, 1024, 1024), (2048, 3072, 768),
+)  # fmt: skip
+GPU_RIVALS: tuple[Shape, ...] = ((4096, 4096, 4096), (1024, 1024, 1024), (128, 4096, 4096), (2048, 4096, 4096))
+GPU_MEMORY = (
+    ("bf16", (2048, 4096, 4096)), ("bf16", (8192, 768, 768)), ("bf16", (128, 4096, 14336)), ("bf16", (257, 129, 513)),
+    ("f32", (2048, 3072, 768)),
+)  # fmt: skip
+BATCHED = ((32, (512, 512, 512)), (64, (128, 128, 64)), (16, (2048, 128, 2048)))

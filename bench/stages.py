@@ -1,10 +1,9 @@
-"""The steps of `gpu-report`: each in a process of its own, with a limit of its own; none can take another with it."""
+"""The steps of `gpu-report`, each with a limit of its own: none can take another with it."""
 
 from __future__ import annotations
 
 import collections
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -13,26 +12,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .. import cuda
-from . import gpu_worker, process
-from .gpu_session import Row
+from . import gpu_tasks, results, runner, sanitizer, worker, workloads
+from .backends import IMPLEMENTATIONS, TORCH_PROCESS, Backend
+from .workloads import OURS, Workload
 
 COMPLETE, FAILED, LATE, MISSING, STOPPED = "complete", "failed", "timed out", "missing", "interrupted"
-SILENCE = 60.0  # seconds without a word from a child: a kernel that never ends
-AGAIN = 8  # processes more that a step may take, where tasks break theirs
+SECONDS = 0.3  # a comparison
+AGAIN = 8  # tasks that may end their process before a step gives up
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))  # of pytest: most of a test's time is its kernel's compilation
 OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?:\s|$)")
 TEST = re.compile(r"\S+::\S+")
 SUMMARY = re.compile(r"(ERROR SUMMARY|RACECHECK SUMMARY): (\d+).*")
 FOUND = 99  # the exit code of a sanitizer that found something
 LAST = 200  # lines of pytest that are kept where a test fails
-LOG = 4000  # characters of what it said that are kept
+LOG = 4000  # characters of what it wrote that are kept
 HOMES = ("/usr/local/cuda/bin", "/opt/cuda/bin")  # where the toolkit is when it is not on the path
+BAD = ("wrong", "failed")
 
-Said = Callable[[str], None]
-Keep = Callable[[Row], None]
+Row = dict[str, Any]
 
 
 class Outcome(NamedTuple):
@@ -42,15 +42,39 @@ class Outcome(NamedTuple):
     note: str = ""
 
 
+class Clock:
+    """Seconds until a deadline."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = monotonic() + seconds
+
+    def left(self) -> float:
+        return max(0.0, self._end - monotonic())
+
+
 @dataclass
 class StageContext:
-    """What a step is given: its seconds, whom to give rows and news, how to start a process."""
+    """What a step is given: where its rows go, its seconds, whom to tell what is running."""
 
+    name: str
+    record: results.Record
     seconds: float
-    keep: Keep
-    said: Said
-    run: process.Run = process.run
+    said: Callable[[str], None] = lambda news: None
+    selected: Sequence[Backend] = ()
     checkout: Path | None = None
+    rows: int = 0
+    bad: list[str] = field(default_factory=list)
+
+    def keep(self, row: Row) -> None:
+        self.rows += 1
+        self.bad += [name for kind in BAD for name in row.get(kind, {})]
+        self.record.keep({"step": self.name, **row})
+
+    def conclude(self, status: str = "", reason: str = "", left: int = 0) -> Outcome:
+        """What became of the step, from its rows and its end."""
+        parts = [f"{self.rows} done", f"{len(self.bad)} of them failed" if self.bad else "", reason]
+        parts.append(f"no time for {left} more" if left else "")
+        return Outcome(status or (FAILED if self.bad else COMPLETE), "; ".join(filter(None, parts)))
 
 
 Do = Callable[[StageContext], Outcome]
@@ -64,125 +88,113 @@ class Stage(NamedTuple):
     do: Do
 
 
-@dataclass
-class MessageHandler:
-    """Follows the lines of a child: which task is running, what came out, what was left."""
-
-    given: StageContext
-    step: str
-    index: int = -1
-    of: int = 0
-    running: str = ""
-    rows: int = 0
-    bad: int = 0
-    left: int = 0
-    other: list[str] = field(default_factory=list)
-
-    def __call__(self, line: str) -> None:
-        try:
-            message = json.loads(line)
-        except ValueError:
-            self.other.append(line)
-            return
-        if "begin" in message:
-            self.index, self.of, self.running = message["begin"], message["of"], message["name"]
-            self.given.said(self.running)
-        elif "left" in message:
-            self.left = message["left"]
-        else:
-            self.running = ""
-            self.take(message["row"])
-
-    def take(self, row: Row) -> None:
-        self.rows += 1
-        self.bad += "wrong" in row or "failed" in row
-        self.given.keep({"step": self.step, **row})
-
-
-class Clock:
-    """Seconds until a deadline."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = monotonic() + seconds
-
-    def left(self) -> float:
-        return max(0.0, self._end - monotonic())
-
-
-def tasks_of(name: str, silence: float = SILENCE) -> Do:
-    """A step of `child`."""
-    return lambda given: conclude(*tasks(given, name, silence))
-
-
-def tasks(
-    given: StageContext,
-    name: str,
-    silence: float,
-    wrapper: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    step: str = "",
-) -> tuple[MessageHandler, str, str]:
-    """Run a step of `child`, and again behind a task that breaks its process; ``wrapper`` is a command to run it in,
-    ``step`` what its rows belong to where that is not ``name``.
-
-    What was heard, and if it was stopped or did not end well, as what and why.
-    """
-    listener, clock, start = MessageHandler(given, step or name), Clock(given.seconds), 0
-    for _ in range(1 + AGAIN):
-        left = clock.left()
-        arguments = f"--start={start}", f"--until={process.deadline(left):.1f}"
-        command = [*wrapper, *process.python("-m", gpu_worker.__name__, name, *arguments)]
-        ended = given.run(command, listener, seconds=left, silence=silence, environment=environment or {})
-        if ended.status == 0:
-            return listener, "", ""
-        late = ended.status is None and clock.left() < 1
-        if listener.running and not late:
-            why = {"failed": f"its process ended: {ended.reason}", "log": ended.said}
-            listener.take({"name": listener.running, **why})
-        elif late:
-            return listener, LATE, f"stopped in {listener.running or 'its beginning'}"
-        elif ended.status != gpu_worker.BROKEN:
-            return listener, FAILED, ended.reason
-        listener.running, start = "", listener.index + 1
-        if start == listener.of:
-            return listener, "", ""
-    return listener, FAILED, f"{1 + AGAIN} of its processes ended early"
-
-
-def conclude(listener: MessageHandler, status: str = "", reason: str = "") -> Outcome:
-    """What became of a step, from its rows and its end."""
-    parts = [f"{listener.rows} done", f"{listener.bad} of them failed" if listener.bad else "", reason]
-    parts.append(f"no time for {listener.left} more" if listener.left else "")
-    return Outcome(status or (FAILED if listener.bad else COMPLETE), "; ".join(filter(None, parts)))
-
-
-def sanitizer(tool: str) -> Do:
-    """The small set under a tool of compute-sanitizer."""
+def compared(planned: Callable[[], Sequence[Workload]], rivals: bool = False) -> Do:
+    """The comparisons that have no row yet, until the time is up."""
 
     def do(given: StageContext) -> Outcome:
-        command = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(HOMES))
-        if command is None:
-            return Outcome(MISSING, "compute-sanitizer is not on this machine")
-        with tempfile.TemporaryDirectory() as folder:
-            log = Path(folder, "log")
-            options = [f"--tool={tool}", "--target-processes=application-only", f"--error-exitcode={FOUND}"]
-            if tool == "memcheck":  # libraries ask for functions that are not there, and take no for an answer
-                options.append("--report-api-errors=no")
-            wrapper = command, *options, f"--log-file={log}"
-            caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            listener, status, reason = tasks(given, "sanitized", float("inf"), wrapper, caching, tool)
-            text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-        summaries = [(match[0], int(match[2])) for match in SUMMARY.finditer(text)]
-        row: Row = {"step": tool, "name": tool, "products": listener.rows, "summary": [line for line, _ in summaries]}
-        if any(count for _, count in summaries) or status == FAILED:
-            row |= {"failed": reason or "see log", "log": text[:LOG]}
-        elif not summaries and not status:
-            status, reason = FAILED, "it wrote no summary"
-        given.keep(row)
-        outcome = conclude(listener, FAILED if "failed" in row else status, reason)
-        return outcome._replace(note="; ".join([outcome.note, *(line for line, _ in summaries[-1:])]))
+        todo = given.record.left(planned(), given.name)
+        selected = [backend for backend in given.selected if rivals or backend.name in IMPLEMENTATIONS]
+        left = Clock(given.seconds).left
+        for row in runner.rows(todo, selected, SECONDS, False, left, lambda pool: given.said(todo[0].name)):
+            given.keep(forgiving(row) if rivals else row)
+            given.said(workloads.of_row(row).name)
+            if len(given.bad) > AGAIN and "seconds" not in row:
+                return given.conclude(FAILED, "it gave up")
+        return given.conclude(left=len(todo) - given.rows)
 
     return do
+
+
+def forgiving(row: Row) -> Row:
+    """Another package that is wrong or fails is left out: that is no failure of this one."""
+    found = {kind: dict(row.get(kind, {})) for kind in ("skipped", *BAD)}
+    for kind in BAD:
+        for name in [name for name in found[kind] if name != OURS]:
+            found["skipped"][name] = f"{kind}: {found[kind].pop(name)}"
+    return {name: value for name, value in (row | found).items() if value or name not in found}
+
+
+def asked(
+    given: StageContext,
+    tasks: Mapping[str, worker.Message],
+    process: str = TORCH_PROCESS,
+    environment: Mapping[str, str] | None = None,
+    wrapper: Sequence[str] = (),
+    silence: float = runner.GPU_SILENCE,
+) -> Outcome:
+    """A row for each of the tasks by name; one that ends its process is a failed row, and another process follows."""
+    clock, ended = Clock(given.seconds), 0
+    with runner.WorkerPool((), "cuda", 1, False, clock.left, environment, wrapper) as pool:
+        for done, (name, task) in enumerate(tasks.items()):
+            if clock.left() <= 0:
+                return given.conclude(left=len(tasks) - done)
+            given.said(name)
+            try:
+                answer = pool.ask(process, task, silence)
+            except worker.WorkerExited as reason:
+                if clock.left() < 1:
+                    return given.conclude(LATE, f"stopped in {name}")
+                answer, ended = {"failed": f"its process ended: {reason}", "log": reason.stderr}, ended + 1
+            ended += bool(answer.pop("ended", False))
+            kinds = {kind: {OURS: answer.pop(kind)} for kind in ("skipped", *BAD) if kind in answer}
+            given.keep({"name": name, **answer, **kinds})
+            if ended > AGAIN:
+                return given.conclude(FAILED, f"{ended} of its processes ended early")
+    return given.conclude()
+
+
+def environment(given: StageContext) -> Outcome:
+    """What the GPU reports of itself, at rest and while it multiplies, becomes part of the stamp."""
+    with runner.WorkerPool((), "cuda", 1, False, Clock(given.seconds).left) as pool:
+        try:
+            facts = pool.facts()
+        except worker.WorkerFailed as reason:
+            return Outcome(FAILED, str(reason))
+    given.record.result["stamp"] = facts | given.record.result["stamp"]
+    return Outcome(COMPLETE)
+
+
+def launches(given: StageContext) -> Outcome:
+    """The launch costs; in the step "native" with `mm` registered natively."""
+    tasks = {f"{dtype} {n}×{n}": {"do": "launch", "n": n, "dtype": dtype} for dtype, n in gpu_tasks.LAUNCHES}
+    return asked(given, tasks, environment={cuda.VARIABLE: "1"} if given.name == "native" else None)
+
+
+def compiled(given: StageContext) -> Outcome:
+    """The kernels of the ratios, by several processes, into the cache that Triton keeps."""
+    return asked(given, {"kernels": {"do": "compile", "seconds": given.seconds}}, silence=float("inf"))
+
+
+def small_set() -> dict[str, worker.Message]:
+    return {name: {"do": "sanitized", "name": name} for name in sanitizer.cases()}
+
+
+def sanitized(given: StageContext) -> Outcome:
+    return asked(given, small_set(), process="tasks")
+
+
+def under_tool(given: StageContext) -> Outcome:
+    """The small set under the tool of compute-sanitizer that has the step's name."""
+    command = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(HOMES))
+    if command is None:
+        return Outcome(MISSING, "compute-sanitizer is not on this machine")
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        options = [f"--tool={given.name}", "--target-processes=application-only", f"--error-exitcode={FOUND}"]
+        if given.name == "memcheck":  # libraries ask for functions that are not there, and take no for an answer
+            options.append("--report-api-errors=no")
+        wrapper = command, *options, f"--log-file={log}"
+        caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        outcome = asked(given, small_set(), "tasks", caching, wrapper, silence=float("inf"))
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    summaries = [(match[0], int(match[2])) for match in SUMMARY.finditer(text)]
+    row: Row = {"name": given.name, "products": given.rows, "summary": [line for line, _ in summaries]}
+    if any(count for _, count in summaries):
+        row |= {"failed": {OURS: "see log"}, "log": text[:LOG]}
+    given.keep(row)
+    failed = "failed" in row or (not summaries and outcome.status == COMPLETE)
+    last = summaries[-1][0] if summaries else "it wrote no summary"
+    return Outcome(FAILED if failed else outcome.status, f"{outcome.note}; {last}")
 
 
 def gpu_tests(given: StageContext) -> Outcome:
@@ -193,28 +205,27 @@ def gpu_tests(given: StageContext) -> Outcome:
     if importlib.util.find_spec("pytest") is None:
         return Outcome(MISSING, "pytest is not installed")
     found = sorted(path for path in tests.rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
-    results: dict[str, str] = {}
+    outcomes: dict[str, str] = {}
     last: collections.deque[str] = collections.deque(maxlen=LAST)
 
     def heard(line: str) -> None:
         last.append(line)
         outcome, test = OUTCOME.search(line), TEST.search(line)
         if outcome and test:
-            results[test[0]] = outcome[1]
+            outcomes[test[0]] = outcome[1]
             given.said(test[0])
 
-    environment = {"MATMUL_GRAD_REQUIRE_GPU": "1"}
-    folder = tests.parent
-    ended = given.run(pytest(found), heard, seconds=given.seconds, environment=environment, folder=folder)
-    counts = collections.Counter(results.values())
-    bad = [test for test, outcome in results.items() if outcome in ("FAILED", "ERROR")]
-    row: Row = {"step": "tests", "name": "pytest -m gpu", "counts": {k.lower(): v for k, v in counts.items()}}
+    required = {"MATMUL_GRAD_REQUIRE_GPU": "1"}
+    ended = worker.run(pytest(found), heard, seconds=given.seconds, environment=required, folder=tests.parent)
+    counts = collections.Counter(outcomes.values())
+    bad = [test for test, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
+    row: Row = {"name": "pytest -m gpu", "counts": {k.lower(): v for k, v in counts.items()}}
     note = ", ".join(f"{count} {name.lower()}" for name, count in counts.items()) or "no test ran"
     if ended.status == 0:
         given.keep(row)
         return Outcome(COMPLETE, note)
     reason = f"{len(bad)} of the tests failed" if bad else ended.reason
-    given.keep(row | {"failed": reason, "tests": bad, "log": "\n".join(last)})
+    given.keep(row | {"failed": {OURS: reason}, "tests": bad, "log": "\n".join(last)})
     return Outcome(LATE if ended.status is None and not bad else FAILED, f"{note}; {reason}")
 
 
@@ -225,33 +236,22 @@ def pytest(files: Sequence[Path]) -> list[str]:
         options += ["-c", os.devnull, "--rootdir=.", "--import-mode=importlib"]
     if importlib.util.find_spec("xdist") is not None:
         options += ["-n", str(WORKERS), "-p", "no:benchmark"]  # which has nothing to time here, and warns beside xdist
-    return process.python("-m", "pytest", *options, *map(str, files))
-
-
-def rivals_of(given: StageContext) -> Outcome:
-    """The other packages: one that takes its time to tune itself is no failure of this one."""
-    outcome = tasks_of("rivals", float("inf"))(given)
-    return outcome._replace(status=COMPLETE) if outcome.status == LATE else outcome
-
-
-def natively(given: StageContext) -> Outcome:
-    """The launch costs again, with `mm` registered natively."""
-    return conclude(*tasks(given, "launch", SILENCE, environment={cuda.VARIABLE: "1"}, step="native"))
+    return worker.python("-m", "pytest", *options, *map(str, files))
 
 
 # Shares of eight minutes, in seconds. What a step leaves goes to those behind it.
 STAGES = (
-    Stage("environment", 15, tasks_of("environment")),
+    Stage("environment", 15, environment),
     Stage("tests", 100, gpu_tests),
-    Stage("sanitized", 30, tasks_of("sanitized")),
-    Stage("memcheck", 45, sanitizer("memcheck")),
-    Stage("racecheck", 45, sanitizer("racecheck")),
-    Stage("compile", 40, tasks_of("compile", float("inf"))),
-    Stage("ratios", 145, tasks_of("ratios")),
-    Stage("rivals", 30, rivals_of),
-    Stage("launch", 10, tasks_of("launch")),
-    Stage("native", 10, natively),
-    Stage("memory", 10, tasks_of("memory")),
+    Stage("sanitized", 30, sanitized),
+    Stage("memcheck", 45, under_tool),
+    Stage("racecheck", 45, under_tool),
+    Stage("compile", 40, compiled),
+    Stage("ratios", 145, compared(lambda: workloads.gpu_targets())),
+    Stage("rivals", 30, compared(lambda: workloads.gpu_rivals(), rivals=True)),
+    Stage("launch", 10, launches),
+    Stage("native", 10, launches),
+    Stage("memory", 10, compared(lambda: workloads.gpu_memory())),
 )
 
 

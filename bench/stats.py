@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from . import baseline, timer, workloads
+from . import timer, workloads
+from .workloads import OURS, TORCH
 
 Row = dict[str, Any]
 # Sums of so many float32 or float64 products agree in every bit only where they are added in one order. (MKL and these
@@ -61,7 +62,7 @@ def seconds(row: Row, name: str) -> float | None:
     return None if found is None else float(found["median"])
 
 
-def ratio(row: Row, backend: str = baseline.TORCH) -> Spread | None:
+def ratio(row: Row, backend: str = TORCH) -> Spread | None:
     """A backend's time over ours, by rounds: above 1 this package is faster."""
     found = row.get(f"{clock(row)}ratio", {}).get(backend)
     return None if found is None else Spread(**found)
@@ -86,13 +87,13 @@ def bandwidth(result: dict[str, Any], row: Row) -> float | None:
     return None
 
 
-def share_of_peak(row: Row, name: str = baseline.OURS) -> float | None:
+def share_of_peak(row: Row, name: str = OURS) -> float | None:
     """Of the peak that was measured in the same rounds."""
     found = rate(row, name)
     return None if found is None or "peak" not in row else found / row["peak"]["median"]
 
 
-def share_of_bandwidth(result: dict[str, Any], row: Row, name: str = baseline.OURS) -> float | None:
+def share_of_bandwidth(result: dict[str, Any], row: Row, name: str = OURS) -> float | None:
     """Bytes that have to be moved, over the time, of what memory gives."""
     taken, most = seconds(row, name), bandwidth(result, row)
     return None if taken is None or most is None else row["bytes"] / taken / 1e9 / most
@@ -101,11 +102,19 @@ def share_of_bandwidth(result: dict[str, Any], row: Row, name: str = baseline.OU
 def backends(rows: Iterable[Row]) -> list[str]:
     """All that were timed, ours first."""
     found = dict.fromkeys(name for row in rows for name in row.get("seconds", {}))
-    return [name for name in (baseline.OURS,) if name in found] + [name for name in found if name != baseline.OURS]
+    return [name for name in (OURS,) if name in found] + [name for name in found if name != OURS]
 
 
 def group_of(row: Row) -> Group:
-    return Group(row["device"], row["threads"], row["dtype"], row["product"])
+    precision, batched = row.get("precision", "ieee"), row.get("batch", 1) > 1
+    dtype = row["dtype"] if precision == "ieee" else f"{row['dtype']} {precision}"
+    kind = " ".join(filter(None, (row["product"], "batched" * batched, row.get("mode", ""))))
+    return Group(row["device"], row["threads"], dtype, kind)
+
+
+def compared(rows: Iterable[Row]) -> list[Row]:
+    """Those of workloads: a run of several steps has others too."""
+    return [row for row in rows if "product" in row]
 
 
 def groups(rows: Iterable[Row]) -> dict[Group, list[Row]]:
@@ -141,7 +150,13 @@ def summaries(rows: Sequence[Row]) -> dict[Group, list[Summary]]:
 
 def label(row: Row) -> str:
     """A workload within its group."""
-    return f"{row['layout']} {row['m']}×{row['n']}×{row['k']}"
+    batch = f"{row['batch']} × " if row.get("batch", 1) > 1 else ""
+    return f"{row['layout']} {batch}{row['m']}×{row['n']}×{row['k']}"
+
+
+def name_of(row: Row) -> str:
+    name = row["name"] if "name" in row else workloads.of_row(row).name
+    return f"{row['step']}, {name}" if "step" in row else name
 
 
 def troubles(rows: Sequence[Row]) -> list[str]:
@@ -150,8 +165,9 @@ def troubles(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         for kind in ("wrong", "failed"):
             for name, why in row.get(kind, {}).items():
-                found.append(f"{kind}: {name}, {workloads.of_row(row).name}: {why}")
-    return found + [f"suspect: {name} gives the bits of {baseline.OURS} wherever it was judged" for name in twins(rows)]
+                found.append(f"{kind}: {name}, {name_of(row)}: {why}")
+    disguised = twins(compared(rows))
+    return found + [f"suspect: {name} gives the bits of {OURS} wherever it was judged" for name in disguised]
 
 
 def twins(rows: Iterable[Row]) -> list[str]:
@@ -160,13 +176,13 @@ def twins(rows: Iterable[Row]) -> list[str]:
     others: set[str] = set()
     for row in rows:
         bits, summed = row.get("bits", {}), workloads.of_row(row).summed
-        if row["dtype"] in FLOATS and summed >= LONG_SUM and baseline.OURS in bits:
+        if row["dtype"] in FLOATS and summed >= LONG_SUM and OURS in bits:
             for name, digest in bits.items():
-                if digest == bits[baseline.OURS]:
+                if digest == bits[OURS]:
                     lengths.setdefault(name, set()).add(summed)
                 else:
                     others.add(name)
-    return [n for n, seen in lengths.items() if n != baseline.OURS and n not in others and len(seen) >= LENGTHS]
+    return [n for n, seen in lengths.items() if n != OURS and n not in others and len(seen) >= LENGTHS]
 
 
 def disturbed(rows: Iterable[Row]) -> list[str]:
@@ -225,7 +241,7 @@ def changes(before: Sequence[Row], after: Sequence[Row]) -> list[Change]:
 
 
 def calls_a_second(row: Row) -> Spread | None:
-    found = row.get(f"{clock(row)}seconds", {}).get(baseline.OURS)
+    found = row.get(f"{clock(row)}seconds", {}).get(OURS)
     return None if found is None else Spread(1 / found["high"], 1 / found["median"], 1 / found["low"])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from . import timer
 
 KIND = "switch"
 HELP = "torch's products and training steps with the switch on, over the same with it off"
+T = TypeVar("T")
 SECONDS = 4.0  # of each comparison
 
 
@@ -31,7 +33,7 @@ def run(command: argparse.Namespace) -> int:
     print(f"{'':24}{'off':>12}{'on':>12}{'on / off':>10}")
     for name, call in (small() | (models() if command.models else {})).items():
         times = timer.time_interleaved({"off": flipped(call, False), "on": flipped(call, True)}, command.seconds)
-        ratio = statistics.median(on / off for off, on in zip(times["off"], times["on"], strict=True))
+        ratio = timer.ratio(times["on"], times["off"])
         off, on = (statistics.median(times[side]) * 1e6 for side in ("off", "on"))
         print(f"{name:24}{off:12.2f}{on:12.2f}{ratio:10.3f}")
     return 0
@@ -40,25 +42,15 @@ def run(command: argparse.Namespace) -> int:
 def flipped(call: Callable[[], object], on: bool) -> timer.Batch:
     """A batch with the switch set; a call to get warm, and the flip, are not timed."""
 
-    def switch() -> None:
+    def switched(do: Callable[[], T]) -> T:
         (matmul_grad.enable if on else matmul_grad.disable)()
-
-    switch()
-    try:
-        call()
-        calls = timer.calls_in_batch(call, timer.nothing)
-    finally:
-        matmul_grad.disable()
-
-    def batch() -> float:
-        switch()
         try:
-            call()
-            return timer.batch(call, calls, timer.nothing)
+            return do()
         finally:
             matmul_grad.disable()
 
-    return batch
+    batch = switched(lambda: timer.batch_of(call))
+    return lambda: switched(batch)
 
 
 def small() -> dict[str, Callable[[], object]]:

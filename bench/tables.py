@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..markdown import table
-from . import baseline, stats
+from . import stats, targets
 from .stats import NONE, Change
+from .targets import Entry
+from .workloads import OURS, TORCH
 
 READING = """\
 Every ratio is another's time over this package's, in rounds taken by turns in one run: above 1 this package is faster;
@@ -20,27 +22,38 @@ autograd in torch and here, compiled in JAX, and three bare products in packages
 
 def page(result: dict[str, Any]) -> str:
     """The Markdown of a run."""
-    stamp, rows = result["stamp"], result["rows"]
+    rows = stats.compared(result["rows"])
     summary = [[where, *line] for where, lines in summaries(rows).items() for line in lines]
-    parts = [f"# Bench: {stamp['GPU'] if stamp['device'] != 'cpu' else stamp['CPU']}, {stamp['date']}", *notes(result)]
+    parts = [title("Bench", result["stamp"]), *notes(result)]
     parts += ["## Geometric means and worst cases", verdict(rows), table(["where", *SUMMARY], summary, left=4), READING]
-    parts += ["## Every comparison", table(cell_columns(rows), cell_lines(result), left=4)]
-    skipped = left_out(rows)
+    return "\n\n".join(parts + details(result)) + "\n"
+
+
+def title(kind: str, stamp: Mapping[str, str]) -> str:
+    machine = stamp["CPU"] if stamp.get("device", "cpu") == "cpu" else stamp.get("GPU", "unknown GPU")
+    return f"# {kind}: {machine}, {stamp['date']}"
+
+
+def details(result: dict[str, Any]) -> list[str]:
+    """Every comparison, what was left out, and the machine."""
+    rows, parts = stats.compared(result["rows"]), []
+    if rows:
+        parts += ["## Every comparison", table(cell_columns(rows), cell_lines(result), left=4)]
+    skipped = left_out(result["rows"])
     if skipped:
         parts += ["## Left out", "\n".join(f"- {line}" for line in skipped)]
-    parts += ["## Machine", table(["", ""], machine(result), left=2)]
-    return "\n\n".join(parts) + "\n"
+    return [*parts, "## Machine", table(["", ""], machine(result), left=2)]
 
 
 def notes(result: dict[str, Any]) -> list[str]:
     """What a reader has to know before the figures."""
     rows, found = result["rows"], []
     if not result.get("whole"):
-        found.append(f"**Not a whole run**: {len(rows)} of {result['planned']} comparisons.")
+        found.append(f"**Not a whole run**: {len(stats.compared(rows))} of {result['planned']} comparisons.")
     troubles = stats.troubles(rows)
     if troubles:
         found.append("**Wrong, failed or suspect**\n\n" + "\n".join(f"- {line}" for line in troubles))
-    busy = stats.disturbed(rows)
+    busy = stats.disturbed(stats.compared(rows))
     if busy:
         found.append(f"Other work ran here during {len(busy)} of {len(rows)} comparisons: their times are rough.")
     if result.get("larger"):
@@ -85,21 +98,21 @@ def verdict(rows: Sequence[stats.Row]) -> str:
 
 def cell_columns(rows: Sequence[stats.Row]) -> list[str]:
     names = stats.backends(rows)
-    ratios = [f"ratio to {name}" for name in names if name != baseline.OURS]
+    ratios = [f"ratio to {name}" for name in names if name != OURS]
     rates = [f"GFLOP/s, {name}" for name in names]
     return ["where", "dtype", "pass", "layout, m×n×k", *rates, *ratios, "peak", "bandwidth", "first ms", "peak MiB"]
 
 
 def cell_lines(result: dict[str, Any]) -> list[list[str]]:
-    rows = result["rows"]
+    rows = stats.compared(result["rows"])
     names = stats.backends(rows)
     lines = []
     for row in rows:
         group = stats.group_of(row)
         rates = [say(stats.rate(row, name), "{:.4g}") for name in names]
-        ratios = [say(stats.ratio(row, name), "{}") for name in names if name != baseline.OURS]
+        ratios = [say(stats.ratio(row, name), "{}") for name in names if name != OURS]
         shares = stats.share_of_peak(row), stats.share_of_bandwidth(result, row)
-        first, most = row.get("first", {}).get(baseline.OURS), row.get("peak bytes", {}).get(baseline.OURS)
+        first, most = row.get("first", {}).get(OURS), row.get("peak bytes", {}).get(OURS)
         ours = say(first and first * 1e3, "{:.3g}"), say(most if most is None else most / 2**20, "{:.1f}")
         lines.append(
             [group.where, group.dtype, group.product, stats.label(row), *rates, *ratios]
@@ -108,8 +121,10 @@ def cell_lines(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
-def say(value: Any, form: str) -> str:
-    return NONE if value is None else form.format(value)
+def say(value: Any, form: str | Callable[[Any], str]) -> str:
+    if value is None:
+        return NONE
+    return form.format(value) if isinstance(form, str) else form(value)
 
 
 def left_out(rows: Sequence[stats.Row]) -> list[str]:
@@ -128,6 +143,109 @@ def machine(result: dict[str, Any]) -> list[list[str]]:
         where = f"memory, {roof['threads']} × {roof['device']}"
         lines.append([where, f"{gbs['median']:.4g} GB/s ({gbs['low']:.4g}–{gbs['high']:.4g}, {gbs['how']})"])
     return lines + [[f"setting: {name}", str(value)] for name, value in result["settings"].items()]
+
+
+PAIRS = ["m×n×k", "threads", "against", "its ms", "our ms", "GFLOP/s", "peak", "ratio"]
+
+
+def pairs(rows: Sequence[stats.Row]) -> list[list[str]]:
+    """Every comparison with every backend, in the order of measuring."""
+    lines = []
+    for row in rows:
+        ours, rate, share = stats.seconds(row, OURS), stats.rate(row, OURS), stats.share_of_peak(row)
+        what = " ".join(filter(None, (row["product"], row["dtype"], stats.label(row), row.get("mode", ""))))
+        for name in stats.backends([row]):
+            ratio, theirs = stats.ratio(row, name), stats.seconds(row, name)
+            if ratio and ours and theirs:
+                times = [f"{1e3 * seconds:.4g}" for seconds in (theirs, ours)]
+                figures = [say(rate, "{:.1f}"), say(share, "{:.1%}"), f"{ratio.median:.3f}"]
+                lines.append([what, str(row["threads"]), name, *times, *figures])
+    return lines
+
+
+TARGETS = ["", "threads", "target", "this run", "committed", ""]
+
+
+def target_lines(found: Sequence[Entry]) -> list[list[str]]:
+    """The figures that have targets; on a GPU the clock stands in place of the number of threads, and where time may be
+    up before all is measured the number of comparisons behind each."""
+    lines = []
+    for entry in found:
+        show, figure = entry.target.show, entry.figure
+        numbers = (entry.least, figure and figure.value, entry.committed and entry.committed.value)
+        short = f"short by {show(entry.short_by)}" if entry.short_by else ""
+        if entry.planned and entry.least is not None and figure is None:
+            short = "not measured"
+        name = f"{entry.target.name} {figure.note if figure else ''}".rstrip()
+        lines.append([name, entry.column, *(say(value, show) for value in numbers), short])
+        if entry.planned:
+            lines[-1].append(f"{len(figure.workloads) if figure else 0} of {entry.planned}")
+    return lines
+
+
+def cpu_notes(result: dict[str, Any]) -> list[str]:
+    """What stands below the table of the CPU's targets."""
+    stamp, rows = result["stamp"], result["rows"]
+    peaks = [f"{dtype} × {threads}: {rate:.1f}" for (dtype, threads), rate in targets.peaks(rows).items()]
+    busy = stats.disturbed(rows)
+    some = ", ".join(busy[:3]) + ", …" * (len(busy) > 3)
+    return [
+        *([f"FMA peak in GFLOP/s, dtype × threads: {', '.join(peaks)}"] if peaks else []),
+        f"{stamp['CPU']}, {stamp['instruction set'].split()[0]}; {stamp['versions']}",
+        "Ratios are geometric means of their time over ours: above 1 this package is faster. Their time is",
+        "torch's but for OpenBLAS. The share of peak is a mean over cubes from 1024 on.",
+        f"Measured: {result['protocol']}.",
+        *([f"other work ran here during {len(busy)} of {len(rows)} comparisons: {some}"] if busy else []),
+    ]
+
+
+GPU_READING = """\
+Device time: a CUDA graph of several calls between two events, whose operands go round over more than twice the L2
+cache. Call time: calls from Python one after the other, until the GPU is done. Launch cost: the host's share of a
+call, which never waits for the GPU."""
+
+
+def report(result: dict[str, Any], found: Sequence[Entry]) -> str:
+    """The Markdown of `gpu-report`: figures and targets, what became of each step, then every row."""
+    rows = result["rows"]
+    parts = [title("GPU report", result["stamp"]), *notes(result)]
+    parts += ["## Figures", table([*TARGETS, "comparisons"], target_lines(found)), READING, GPU_READING]
+    steps = [[step["name"], step["status"], f"{step['seconds']:.0f} s", step["note"]] for step in result["steps"]]
+    parts += ["## Steps", table(["step", "", "", ""], steps, left=4)]
+    for head, columns, lines, left in (
+        ("Launch costs", LAUNCHES, launches(rows), 2),
+        ("Memory", MEMORY, memory(rows), 1),
+    ):
+        parts += [f"## {head}", table(columns, lines, left)] if lines else []
+    return "\n\n".join(parts + details(result)) + "\n"
+
+
+LAUNCHES = ["product", "called", "µs of the host", "quartiles", f"≤ {targets.HOST_SECONDS * 1e6:.0f} µs"]
+
+
+def launches(rows: Sequence[stats.Row]) -> list[list[str]]:
+    """The host's microseconds a call; the target is one of this package's public product."""
+    lines = []
+    for row in rows:
+        for name, seconds in row.get("host seconds", {}).items():
+            median, between = seconds["median"], f"{seconds['low'] * 1e6:.2f}–{seconds['high'] * 1e6:.2f}"
+            met = targets.host_met(median) if name == "matmul_grad.mm" else ""
+            product = row["name"] + ", native" * (row["step"] == "native")
+            lines.append([product, name, f"{median * 1e6:.2f}", between, met])
+    return lines
+
+
+MEMORY = ["MiB above the operands", "peak", "kept", "torch's peak", "kept", f"≤ torch's + {targets.WORKSPACE >> 20}"]
+
+
+def memory(rows: Sequence[stats.Row]) -> list[list[str]]:
+    lines = []
+    for row in rows:
+        if row.get("step") == "memory" and {OURS, TORCH} <= set(row.get("peak bytes", {})):
+            parts = [row[what].get(who, 0) for who in (OURS, TORCH) for what in ("peak bytes", "kept bytes")]
+            product = f"{row['product']} {row['dtype']} {stats.label(row)}"
+            lines.append([product, *(f"{count / 2**20:.1f}" for count in parts), targets.memory_met(row)])
+    return lines
 
 
 CHANGES = ["comparison", "first", "second", "second / first", ""]

@@ -14,30 +14,18 @@ import pytest
 import torch
 
 from matmul_grad import strict
-from matmul_grad.bench import backends, baseline, correctness, inputs
-from matmul_grad.bench.calls import call_of, products_of
+from matmul_grad.bench import backends, correctness, inputs
+from matmul_grad.bench.backends import call_of
 from matmul_grad.bench.devices import Cpu
 from matmul_grad.bench.workloads import PASSES, Workload
 
 
-@functools.lru_cache(maxsize=2)
-def drawn(workload: Workload, values: str) -> baseline.Operands:
-    found = inputs.draw(workload, values)
-    if values == "normal":
-        inputs.assert_normal(found)
-    return found
-
-
 @functools.cache
 def checked(name: str, workload: Workload) -> None:
-    library = backends.BY_NAME[name].library()
-    for values, check in (("integers", correctness.assert_exact), ("normal", correctness.assert_close)):
-        whole = drawn(workload, values)
-        for which, got in products_of(library, workload, call_of(library, workload, whole)()).items():
-            check(got, *whole.of(which), f"{name}, {workload.name}, {which}")
+    correctness.assert_correct(backends.BY_NAME[name].library(), workload, name=name)
 
 
-@pytest.mark.parametrize("backend", baseline.IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", backends.IMPLEMENTATIONS)
 @pytest.mark.parametrize("product", PASSES)
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
 def test_mm(benchmark: Any, shape: tuple[int, int, int], dtype: str, product: str, backend: str) -> None:
@@ -47,7 +35,7 @@ def test_mm(benchmark: Any, shape: tuple[int, int, int], dtype: str, product: st
         checked(backend, workload)
         library = backends.BY_NAME[backend].library()
         count = inputs.copies_past(cpu.cache_bytes(), workload.held, cpu.free_bytes())
-        calls = [call_of(library, workload, each) for each in inputs.copies(drawn(workload, "normal"), count)]
+        calls = [call_of(library, workload, each) for each in inputs.copies(inputs.draw(workload), count)]
         benchmark.group = f"{product}-{dtype}-{'x'.join(map(str, shape))}"
         benchmark.extra_info |= {"backend": backend, "flops": workload.flops, "copies": count}
         benchmark(inputs.alternating(calls))

@@ -1,18 +1,18 @@
 """Interleaved timing: backends alternate, so that whatever slows the machine slows all of them.
 
 One round gives every backend one batch of calls, and the order rotates by one from round to round. A batch lasts
-at least a millisecond. What is reported of a backend is the median and the quartiles of its batches, per call;
-what is reported of two is the ratio of medians. Nothing is dropped, and no minimum is taken.
+BATCH at least, after one call that warms the caches, which are another's then. What is reported of a backend is the
+median and the quartiles of its batches, per call; what is reported of two is the median of the ratios of their rounds.
+Nothing is dropped, and no minimum is taken.
 
 `interleaved` times functions of this process; `time_interleaved` times batches, each a function that runs one and
-returns seconds per call, in this process or another. It accepts slow backends: where five rounds would take PATIENCE
+returns seconds per call, in this process or another. Slow backends are accepted: where five rounds would take PATIENCE
 times the seconds asked for, three are enough.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter, process_time
@@ -25,12 +25,12 @@ __all__ = [
     "share_of_core", "summary", "threads", "time_interleaved",
 ]  # fmt: skip
 
-BATCH = 1e-3  # seconds: a thousand times what reading the clock costs
+BATCH = 5e-3  # seconds: thousands of times what reading the clock costs
+LONG = 0.05  # seconds: a call that needs no other before it to be warm
 AT_REST = 0.97  # of a core: with less, others ran there too, and the times are theirs as well
 FEWEST, ENOUGH, MOST = 3, 5, 199  # rounds
 PATIENCE = 6
-SLOW = 0.5  # seconds: a call that needs no second one to be warm
-PROTOCOL = "interleaved rounds of ≥ 1 ms in turning order; medians and quartiles of a call"
+PROTOCOL = "interleaved rounds of ≥ 5 ms in turning order; medians and quartiles of a call"
 
 Batch = Callable[[], float]
 
@@ -59,12 +59,14 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def nothing() -> None:
+    pass
+
+
 def interleaved(
-    functions: Mapping[str, Callable[[], object]],
-    seconds: float = 0.25,
-    wait: Callable[[], object] = lambda: None,
+    functions: Mapping[str, Callable[[], object]], seconds: float = 0.25, wait: Callable[[], object] = nothing
 ) -> dict[str, list[float]]:
-    """Seconds a call, for each backend and round: ``seconds`` in all, but 5 rounds at least and 199 at most.
+    """Seconds a call, for each backend and round, as `time_interleaved`.
 
     ``wait`` is called before the clock is read: torch.cuda.synchronize where calls return early.
 
@@ -72,9 +74,7 @@ def interleaved(
     >>> quartiles(times["nothing"]).median < quartiles(times["something"]).median
     True
     """
-    lengths = {name: calls_in_batch(call, wait) for name, call in functions.items()}
-    batches = {name: functools.partial(batch, call, lengths[name], wait) for name, call in functions.items()}
-    return rounds(batches, lambda done, spent: done >= ENOUGH and spent >= seconds)
+    return time_interleaved({name: batch_of(call, wait) for name, call in functions.items()}, seconds)
 
 
 def share_of_core() -> Callable[[], float]:
@@ -88,13 +88,24 @@ def share_of_core() -> Callable[[], float]:
     return lambda: (process_time() - used) / (perf_counter() - wall)
 
 
-def calls_in_batch(call: Callable[[], object], wait: Callable[[], object]) -> int:
-    """How many calls last a batch, from growing trials that are the warm-up too."""
-    calls = 1
-    batch(call, calls, wait)
-    while (elapsed := batch(call, calls, wait) * calls) < BATCH:
-        calls = max(2 * calls, min(100 * calls, int(calls * BATCH / max(elapsed, 1e-9))))
-    return calls
+def batch_of(call: Callable[[], object], wait: Callable[[], object] = nothing) -> Batch:
+    """Seconds a call over a batch of at least BATCH, whose length is found out here.
+
+    >>> batch_of(lambda: None)() > 0
+    True
+    """
+    call()
+    once = batch(call, 1, wait)
+    while once < BATCH / 5 and (more := batch(call, 16, wait)) < once / 2:
+        once = more  # a first call that is slow says little
+    calls = max(1, round(BATCH / max(once, 1e-8)))
+
+    def run() -> float:
+        if once < LONG:
+            call()
+        return batch(call, calls, wait)
+
+    return run
 
 
 def batch(call: Callable[[], object], calls: int, wait: Callable[[], object]) -> float:
@@ -134,28 +145,21 @@ def rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+def ratios(theirs: list[float], ours: list[float]) -> list[float]:
+    """Their time over ours, round by round: above 1, we are faster.
+
+    The two times of a round lie next to each other, so a ratio of theirs knows nothing of a drift of the machine's.
+    """
+    return [them / us for them, us in zip(theirs, ours, strict=True)]
+
+
 def ratio(theirs: list[float], ours: list[float]) -> float:
-    """Their median over ours: above 1, we are faster.
+    """The median of the rounds' ratios.
 
     >>> ratio([2.0, 3.0, 4.0], [1.0, 1.5, 9.0])
     2.0
     """
-    return quartiles(theirs).median / quartiles(ours).median
-
-
-def nothing() -> None:
-    pass
-
-
-def batch_of(call: Callable[[], object]) -> Batch:
-    """A function that runs one batch and returns seconds per call; the batch's length is found out here.
-
-    >>> batch_of(lambda: None)() > 0
-    True
-    """
-    slow = batch(call, 1, nothing) > SLOW
-    calls = 1 if slow else calls_in_batch(call, nothing)
-    return lambda: batch(call, calls, nothing)
+    return statistics.median(ratios(theirs, ours))
 
 
 def time_interleaved(batches: Mapping[str, Batch], seconds: float) -> dict[str, list[float]]:
@@ -164,18 +168,11 @@ def time_interleaved(batches: Mapping[str, Batch], seconds: float) -> dict[str, 
     >>> time_interleaved({"a": lambda: 1.0, "b": lambda: 2.0}, seconds=0.0)
     {'a': [1.0, 1.0, 1.0], 'b': [2.0, 2.0, 2.0]}
     """
-    return rounds(
-        batches,
-        lambda done, spent: (done >= ENOUGH and spent >= seconds) or (done >= FEWEST and spent >= PATIENCE * seconds),
-    )
-
-
-def rounds(batches: Mapping[str, Batch], is_enough: Callable[[int, float], bool]) -> dict[str, list[float]]:
-    """Rounds until ``is_enough(rounds done, seconds spent)``, MOST at most."""
     times: dict[str, list[float]] = {name: [] for name in batches}
     order, start = list(batches), perf_counter()
     for done in range(MOST):
-        if is_enough(done, perf_counter() - start):
+        spent = perf_counter() - start
+        if (done >= ENOUGH and spent >= seconds) or (done >= FEWEST and spent >= PATIENCE * seconds):
             break
         for name in order:
             times[name].append(batches[name]())

@@ -10,47 +10,47 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import cli_common, testing
-from . import gpu_calls, gpu_workloads, process, tune_worker
-from . import gpu_report as reporting
-from . import gpu_worker as children
-from .options import some_of
-from .shapes import Shape
+from .. import cli_common, machine, testing
+from ..kernels.gpu import tuned_configs
+from . import results, runner, worker
+from .backends import TORCH_PROCESS
+from .options import interrupted_by_sigterm, minutes, running, some_of
+from .shapes import GPU_CORE, GPU_EVERY, GPU_LAYERS, Shape
 from .stages import Clock
-from .tune_results import Table
+from .workloads import Workload, on_gpu
 
 HELP = "time every candidate tile for some problems on this GPU, and keep the winners for later calls"
 MINUTES = 8.0
-SILENCE = 60.0  # seconds without a word: a candidate that never ends, or a compiler
-AGAIN = 20  # processes more, where candidates end theirs
+GAIN = 1.02  # that a winner must have over the default: less is noise, and the default is the simpler answer
+AGAIN = 20  # candidates that may end their process before a run gives up
 NUMBERS = {
     "bf16": ("bf16", "ieee"), "f16": ("f16", "ieee"), "f32": ("f32", "ieee"), "tf32": ("f32", "tf32"),
     "tf32x3": ("f32", "tf32x3"), "f64": ("f64", "ieee"),
 }  # fmt: skip
-SUITES = {"core": gpu_workloads.CORE, "layers": gpu_workloads.LAYERS, "all": gpu_workloads.EVERY}
+SUITES = {"core": GPU_CORE, "layers": GPU_LAYERS, "all": GPU_EVERY}
+VERSION = 1
+SAME = ("GPU", "compute capability", "triton", "matmul-grad")  # what other winners may come of
+
+News = Callable[[str], None]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     option = parser.add_argument
+    known = tuple(NUMBERS)
     option(
-        "--dtype",
-        type=some_of(tuple(NUMBERS)),
-        default=("bf16",),
-        metavar="X,X",
-        help=f"of {','.join(NUMBERS)}; default: bf16",
+        "--dtype", type=some_of(known), default=("bf16",), metavar="X,X", help=f"of {','.join(known)}; default: bf16"
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--shapes", type=shape, nargs="+", metavar="M,N,K", help="each in forward, dgrad and wgrad")
     which.add_argument("--suite", choices=sorted(SUITES), help="default: core")
-    option("--minutes", type=reporting.minutes, default=MINUTES, help=f"at most; default: {MINUTES:.0f}")
+    option("--minutes", type=minutes, default=MINUTES, help=f"at most; default: {MINUTES:.0f}")
     option("--out", type=Path, metavar="FILE", help="the table; default: the one that is read at each call")
 
 
@@ -62,24 +62,27 @@ def shape(text: str) -> Shape:
     raise argparse.ArgumentTypeError(f"three sizes of at least 1, as 128,4096,4096, got {text}")
 
 
-def planned(command: argparse.Namespace) -> list[gpu_workloads.GpuWorkload]:
+def planned(command: argparse.Namespace) -> list[Workload]:
     """The problems: of each shape the forward product and both gradients, in every dtype."""
-    found = []
-    for m, n, k in command.shapes or SUITES[command.suite or "core"]:
-        for dtype, precision in (NUMBERS[name] for name in command.dtype):
-            for product in testing.PRODUCTS:
-                found.append(gpu_workloads.GpuWorkload("products", product, dtype, m, n, k, precision))
+    found = [
+        on_gpu(product, *NUMBERS[name][:1], sizes, precision=NUMBERS[name][1])
+        for sizes in command.shapes or SUITES[command.suite or "core"]
+        for name in command.dtype
+        for product in testing.PRODUCTS
+    ]
     return list(dict.fromkeys(found))
 
 
-def run(command: argparse.Namespace, launcher: process.Run = process.run) -> int:
-    """Everything; ``launcher`` starts the processes."""
+def run(command: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise cli_common.UsageError(f"tune: torch {torch.__version__} finds no CUDA device here")
-    table = Table(writable(command.out or gpu_calls.user_path()))
-    with reporting.terminated_as_interrupted(), progress(len(planned(command))) as news:
-        tuner = Tuner(table, planned(command), launcher, news)
-        tuner.run(60 * command.minutes)
+    table, problems = Table(writable(command.out or tuned_configs.user_path())), planned(command)
+    with running("tune") as news, interrupted_by_sigterm() as interrupted:
+        tuner = Tuner(table, news, 60 * command.minutes)
+        with tuner.pool:
+            tuner.run(problems)
+    if interrupted:
+        return cli_common.EXIT_INTERRUPTED
     print(f"{tuner.found} measured, {tuner.known} known before; written: {table.path}")
     if tuner.left:
         print(f"no time for {tuner.left} more: the same command goes on from here")
@@ -97,98 +100,92 @@ def writable(path: Path) -> Path:
     return path
 
 
-@dataclass
 class Tuner:
-    """Starts children until every problem has its turn, and keeps what they say."""
+    """Asks a process for candidates, tries each, has the correct ones timed, and keeps the winner."""
 
-    table: Table
-    waiting: list[gpu_workloads.GpuWorkload]
-    launcher: process.Run
-    news: Callable[[str, int], None]
-    found: int = 0
-    known: int = 0
-    failed: int = 0
-    left: int = 0
-    tried: dict[str, Any] | None = None
-    at: gpu_workloads.GpuWorkload | None = None
-    bad: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    def __init__(self, table: Table, news: News, seconds: float) -> None:
+        self._table, self._news, self._clock = table, news, Clock(seconds)
+        self.pool = runner.WorkerPool((), "cuda", 1, False, self._clock.left)
+        self.found = self.known = self.failed = self.left = self._ended = 0
 
-    def run(self, seconds: float) -> None:
-        clock = Clock(seconds)
-        for _ in range(1 + AGAIN):
-            if not self.waiting:
-                return
-            self.left, self.tried, self.at = 0, None, None
-            ended = self.child(clock.left())
-            if ended.status == 0 or clock.left() < 1:
-                break
-            self.blame(ended)
-        self.left = len(self.waiting)
-
-    def child(self, seconds: float) -> process.ExitStatus:
-        plan = {"jobs": [asdict(workload) for workload in self.waiting], "known": self.table.keys, "bad": self.bad}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "plan.json")
-            path.write_text(json.dumps(plan), encoding="utf-8")
-            command = process.python("-m", tune_worker.__name__, str(path), f"--until={process.deadline(seconds):.1f}")
-            return self.launcher(command, self.heard, seconds=seconds, silence=SILENCE)
-
-    def blame(self, ended: process.ExitStatus) -> None:
-        """The candidate that was tried when the process ended is not tried again; without one, its problem is not."""
-        if self.at is None:  # between two problems there is nothing that can fail, but at the first
-            raise cli_common.UsageError(f"tune: no measurement can be begun: {ended.reason}")
-        if self.tried is None:
-            self.row({"name": self.at.name, "failed": ended.reason})
-        elif self.tried not in self.bad.setdefault(self.at.name, []):
-            self.bad[self.at.name].append(self.tried)
-            if ended.status != children.BROKEN:  # then it said so itself
-                self.say(f"{self.at.name}: dropped {short(self.tried)}: its process ended: {ended.reason}")
-
-    def heard(self, line: str) -> None:
+    def run(self, problems: Sequence[Workload]) -> None:
+        """The problems in order, until the time is up."""
         try:
-            message = json.loads(line)
-        except ValueError:
+            facts = self.pool.facts()
+        except worker.WorkerFailed as reason:
+            raise cli_common.UsageError(f"tune: no measurement can be begun: {reason}") from reason
+        self._table.begin(facts | {name: machine.version(name) for name in ("triton", "matmul-grad")} | results.now())
+        for done, workload in enumerate(problems):
+            if self._clock.left() <= 0 or self._ended > AGAIN:
+                self.left = len(problems) - done
+                return
+            try:
+                self.tune(workload, f"problem {done + 1} of {len(problems)}")
+            except worker.WorkerFailed as reason:
+                if self._clock.left() <= 0:
+                    self.left = len(problems) - done
+                    return
+                self.failed += 1
+                say(f"{workload.name}: failed: {reason}")
+
+    def ask(self, what: str, workload: Workload, **more: Any) -> worker.Message:
+        try:
+            answer = self.pool.ask(TORCH_PROCESS, {"do": what, "workload": asdict(workload), **more})
+        except worker.WorkerExited:
+            self._ended += 1
+            raise
+        self._ended += bool(answer.get("ended"))
+        return answer
+
+    def tune(self, workload: Workload, where: str = "") -> None:
+        """A problem: every candidate that is correct, timed; the winner beside `choose`'s default, the first."""
+        found = self.ask("problem", workload)
+        if "skipped" in found:
+            say(f"{workload.name}: skipped: {found['skipped']}")
             return
-        if "facts" in message:
-            self.table.begin(message["facts"])
-        elif "begin" in message:
-            self.at, self.tried = self.waiting_for(message["name"]), None
-        elif "candidates" in message and self.at:
-            self.news(f"{self.at.name}, {message['candidates']} candidates", 0)
-        elif "try" in message:
-            self.tried = message["try"]
-        elif "dropped" in message:
-            self.say(f"{self.at.name if self.at else ''}: dropped {short(message['dropped'])}: {message['why']}")
-        elif "known" in message:
+        if "candidates" not in found:
+            raise worker.WorkerFailed(found["failed"])
+        if found["key"] in self._table.keys:
             self.known += 1
-            self.finish(message["known"])
-        elif "row" in message:
-            self.row(message["row"])
+            return
+        tiles = found["candidates"]
+        self._news(f"{where}: {workload.name}, {len(tiles)} candidates")
+        with contextlib.suppress(worker.WorkerExited):  # the next process finds what was compiled
+            self.ask("compile candidates", workload, tiles=tiles)
+        good = [index for index, tile in enumerate(tiles) if self.is_good(workload, tile)]
+        if not good:
+            raise worker.WorkerFailed(f"none of {len(tiles)} candidates is right")
+        answer = self.ask("candidates timed", workload, tiles=[tiles[index] for index in good])
+        if "timed" not in answer:
+            raise worker.WorkerFailed(answer.get("failed") or answer.get("skipped"))
+        seconds = {good[index]: taken for index, taken in answer["timed"]}
+        best = min(seconds, key=lambda index: seconds[index])
+        winner = 0 if 0 in seconds and seconds[0] <= GAIN * seconds[best] else best
+        row = {"name": workload.name, "kernel": found["kernels"][winner], "seconds": seconds[winner]}
+        row |= {"default": tiles[0], "default seconds": seconds.get(0)}
+        row |= {"candidates": len(tiles), "timed": len(good), **results.now()}
+        self._table.put(found["key"], tiles[winner], row)
+        self.found += 1
+        gain = f", {seconds[0] / seconds[winner]:.3f} × the default" if 0 in seconds else ""
+        say(f"{workload.name}: {row['kernel']}, {seconds[winner] * 1e6:.2f} µs{gain}")
 
-    def row(self, row: dict[str, Any]) -> None:
-        """A problem's end."""
-        if "winner" in row:
-            self.found += 1
-            self.table.put(row)
-            gain = f", {row['default seconds'] / row['seconds']:.3f} × the default" if row["default seconds"] else ""
-            self.say(f"{row['name']}: {row['kernel']}, {row['seconds'] * 1e6:.2f} µs{gain}")
-        else:
-            self.failed += "failed" in row
-            self.say(
-                f"{row['name']}: {'failed' if 'failed' in row else 'skipped'}: {row.get('failed') or row['skipped']}"
-            )
-        self.finish(row["name"])
+    def is_good(self, workload: Workload, tile: dict[str, Any]) -> bool:
+        """Whether a candidate compiles, runs and is correct; one that ends the process is dropped as any other."""
+        if self._ended > AGAIN or self._clock.left() <= 0:
+            raise worker.WorkerFailed("too many of its candidates ended their process, or the time was up")
+        try:
+            answer = self.ask("candidate", workload, tile=tile)
+        except worker.WorkerExited as reason:
+            answer = {"failed": f"its process ended: {reason}"}
+        why = answer.get("failed") or answer.get("skipped")
+        why = f"wrong, {answer['wrong']}" if "wrong" in answer else why
+        if why:
+            say(f"{workload.name}: dropped {short(tile)}: {why}")
+        return not why
 
-    def finish(self, name: str) -> None:
-        self.waiting.remove(self.waiting_for(name))
-        self.at = self.tried = None
-        self.news(name, 1)
 
-    def waiting_for(self, name: str) -> gpu_workloads.GpuWorkload:
-        return next(workload for workload in self.waiting if workload.name == name)
-
-    def say(self, line: str) -> None:
-        print(line, file=sys.stderr)
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def short(fields: dict[str, Any]) -> str:
@@ -200,16 +197,49 @@ def short(fields: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
-@contextlib.contextmanager
-def progress(count: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr on a terminal; elsewhere, and where rich is missing, the lines say enough."""
-    console = cli_common.terminal()
-    if console is None:
-        yield lambda doing, done: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+class Table:
+    """The file of winners: `choose` reads ``winners``, people read ``provenance``.
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("tune", total=count)
-        yield lambda doing, done: bar.update(task, description=doing, advance=done)
+    {"version": 1, "provenance": {facts, "measured": {key: times}}, "winners": {key: the config's fields}}
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._whole: dict[str, Any] = {"version": VERSION, "provenance": {"measured": {}}, "winners": {}}
+        if path.exists():
+            self._whole = read(path)
+
+    @property
+    def keys(self) -> list[str]:
+        """The problems that are measured: they are not measured again."""
+        return list(self._whole["winners"])
+
+    def begin(self, facts: dict[str, str]) -> None:
+        """On this GPU, with these versions; UsageError where the file's winners were found on others."""
+        before = self._whole["provenance"]
+        for name in SAME:
+            if self.keys and before.get(name) != facts.get(name):
+                found_on = f"winners of {name} {before.get(name)}, and this is {facts.get(name)}"
+                raise cli_common.UsageError(f"tune: {self.path} holds {found_on}: remove it, or name another")
+        self._whole["provenance"] = before | facts
+
+    def put(self, key: str, winner: dict[str, Any], row: dict[str, Any]) -> None:
+        """A problem's winner, on disk when this returns."""
+        self._whole["winners"][key] = winner
+        self._whole["provenance"]["measured"][key] = row
+        results.write(self.path, json.dumps(self._whole, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        if whole["version"] != VERSION:
+            raise cli_common.UsageError(f"tune: {path} is of version {whole['version']}, this reads {VERSION}")
+        for key, fields in whole["winners"].items():
+            dict(fields)
+            whole["provenance"]["measured"][key]
+        return whole
+    except OSError as reason:
+        raise cli_common.UsageError(f"tune: {path}: {reason.strerror}") from reason
+    except (ValueError, KeyError, TypeError) as reason:
+        raise cli_common.UsageError(f"tune: {path} is not a table of winners") from reason

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import testing
-from . import baseline
-from .shapes import QUICK, QUICK_GPU, SETS, Shape
+from . import shapes as lists
+from .shapes import SETS, Shape
 
-PASSES = (*testing.PRODUCTS, baseline.STEP)
+TORCH, OURS = "torch", "matmul_grad"
+STEP = "step"  # forward and both gradients through autograd
+PASSES = (*testing.PRODUCTS, STEP)
 LAYOUTS = ("NN", "NT", "TN")
 SUITES = ("quick", *(name for name in SETS if name != "deepseek"), "all")
+OPERATOR, INVARIANT = "operator", "invariant"  # modes: the registered operators themselves; the batch-invariant mode
 # Operations a second of the slower of two backends on one thread of Zen 4: to weigh what is left to do.
 PACE = {"f32": 60e9, "f64": 30e9, "bf16": 100e9, "f16": 6e9}
+CALL = 8  # the size whose time is all overhead
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One comparison. ``layout`` says how A and B lie in memory; the gradient of C lies by rows."""
+    """One comparison.
+
+    layout: how A and B lie in memory; the gradient of C lies by rows. precision: of this package's float32 on a GPU,
+    "ieee", "tf32" or "tf32x3"; that of others is "ieee". batch: of as many products at once. mode: "" is the public
+    functions.
+    """
 
     product: str
     dtype: str
@@ -32,11 +41,16 @@ class Workload:
     k: int
     threads: int = 1
     device: str = "cpu"
+    precision: str = "ieee"
+    batch: int = 1
+    mode: str = ""
 
     @property
     def name(self) -> str:
+        precision = self.precision if self.precision != "ieee" else ""
+        size = f"{self.batch}x" * (self.batch > 1) + f"{self.m}x{self.n}x{self.k}"
         where = f"{self.threads}t" if self.device == "cpu" else self.device
-        return f"{self.product}-{self.dtype}-{self.layout}-{self.m}x{self.n}x{self.k}-{where}"
+        return "-".join(filter(None, (self.product, self.dtype, precision, self.layout, size, where, self.mode)))
 
     @property
     def shape(self) -> Shape:
@@ -48,7 +62,7 @@ class Workload:
 
     @property
     def flops(self) -> int:
-        return baseline.flops(*self.shape, self.product)
+        return self.batch * flops(*self.shape, self.product)
 
     @property
     def summed(self) -> int:
@@ -60,25 +74,34 @@ class Workload:
     def held(self) -> int:
         """Bytes of A, B and the gradient."""
         m, n, k = self.shape
-        return (m * k + k * n + m * n) * self.torch_dtype.itemsize
+        return self.batch * (m * k + k * n + m * n) * self.torch_dtype.itemsize
 
     @property
     def given(self) -> int:
         """Bytes of the results."""
         m, n, k = self.shape
         sizes = {"forward": m * n, "dgrad": m * k, "wgrad": k * n}
-        return sizes.get(self.product, sum(sizes.values())) * self.torch_dtype.itemsize
+        return self.batch * sizes.get(self.product, sum(sizes.values())) * self.torch_dtype.itemsize
 
     @property
     def moved(self) -> int:
         """Bytes that have to be read or written: each factor and each result once, for each of the products."""
-        return self.held * (3 if self.product == baseline.STEP else 1)
+        return self.held * (3 if self.product == STEP else 1)
 
     def weight(self, seconds: float, rounds: int = 6, backends: int = 3) -> float:
         """About how many seconds the comparison takes where ``seconds`` are asked for."""
         if self.device != "cpu":
             return seconds + 1.0
         return seconds + 0.3 + rounds * backends * self.flops / PACE[self.dtype] / self.threads
+
+
+def flops(m: int, n: int, k: int, product: str) -> int:
+    """Floating-point operations: a multiplication and an addition for each of m·n·k, thrice for a step.
+
+    >>> flops(2, 3, 4, "wgrad"), flops(2, 3, 4, STEP)
+    (48, 144)
+    """
+    return 2 * m * n * k * (3 if product == STEP else 1)
 
 
 def of_row(row: dict[str, Any]) -> Workload:
@@ -96,7 +119,7 @@ def shapes(suite: str, device: str) -> tuple[Shape, ...]:
     >>> shapes("small", "cpu")[:3]
     ((1, 1, 1), (2, 2, 2), (4, 4, 4))
     """
-    quick = QUICK if device == "cpu" else QUICK_GPU
+    quick = lists.QUICK if device == "cpu" else lists.QUICK_GPU
     if suite == "quick":
         return quick
     sets = SETS.values() if suite == "all" else [SETS[suite]]
@@ -123,3 +146,78 @@ def plan(
     ]
     kept = [workload for workload in every if workload.flops <= max_gflop * 1e9]
     return kept, len(every) - len(kept)
+
+
+CPU_PARTS = ("products", "step", "openblas", "overhead")
+CPU_DTYPES = ("f32", "f64", "bf16", "f16")
+
+
+def cpu_targets(
+    parts: Collection[str], dtypes: Collection[str], threads: Sequence[int], quick: bool = False
+) -> list[Workload]:
+    """What the targets of the CPU are made of: products, training steps, cubes beside OpenBLAS, the cost of a call."""
+    products = [
+        Workload("forward", dtype, layout, *shape)
+        for shape, dtype, layout in itertools.product(
+            lists.CPU_QUICK if quick else lists.CPU_TARGETS, CPU_DTYPES, LAYOUTS
+        )
+        if not quick or dtype != "f16" or flops(*shape, "forward") < 1e9
+    ]
+    cubes = lists.CPU_CUBES[: 2 if quick else None]
+    of_part = {
+        "products": products,
+        "step": [Workload(STEP, "f32", "NN", *cube) for cube in (cubes[:1] if quick else cubes)],
+        "openblas": [Workload("forward", dtype, "NN", *cube) for cube in cubes for dtype in ("f32", "f64")],
+        "overhead": [Workload("forward", "f32", "NN", CALL, CALL, CALL, mode=OPERATOR)],
+    }
+    chosen = [workload for part in CPU_PARTS if part in parts for workload in of_part[part]]
+    return [
+        replaced
+        for count in threads
+        for replaced in dict.fromkeys(Workload(**vars(workload) | {"threads": count}) for workload in chosen)
+        if replaced.dtype in dtypes and (count == 1 or replaced.mode != OPERATOR)
+    ]
+
+
+def gpu_targets() -> list[Workload]:
+    """What the targets of a GPU are made of, in order: when the time is up, what is left out is what matters least.
+
+    First bfloat16 on the shapes that matter most, then some of every other kind, then the rest.
+    """
+    rest = [shape for shape in lists.GPU_EVERY if shape not in lists.GPU_CORE]
+    ordered = [
+        *gpu_products(lists.GPU_CORE, "bf16"),
+        *gpu_float32(lists.GPU_FLOAT32[:4]),
+        *(on_gpu(STEP, "bf16", shape, mode=INVARIANT) for shape in lists.GPU_INVARIANT),
+        *(on_gpu(p, "bf16", shape, batch=b) for (b, shape), p in itertools.product(lists.BATCHED, testing.PRODUCTS)),
+        *gpu_products(lists.GPU_CORE, "f16"),
+        *gpu_float32(lists.GPU_FLOAT32[4:]),
+        *gpu_products(rest, "bf16"),
+        *gpu_products(rest, "f16"),
+    ]
+    return list(dict.fromkeys(ordered))
+
+
+def on_gpu(product: str, dtype: str, shape: Shape, precision: str = "ieee", batch: int = 1, mode: str = "") -> Workload:
+    return Workload(product, dtype, "NN", *shape, device="cuda", precision=precision, batch=batch, mode=mode)
+
+
+def gpu_products(shapes: Sequence[Shape], dtype: str) -> Iterator[Workload]:
+    return (on_gpu(product, dtype, shape) for shape, product in itertools.product(shapes, PASSES))
+
+
+def gpu_float32(shapes: Sequence[Shape]) -> Iterator[Workload]:
+    """A step follows torch's setting, which has no name for 3×TF32 and would be torch's TF32 too."""
+    for shape, precision in itertools.product(shapes, ("ieee", "tf32", "tf32x3")):
+        for product in PASSES if precision == "ieee" else testing.PRODUCTS:
+            yield on_gpu(product, "f32", shape, precision)
+
+
+def gpu_rivals() -> list[Workload]:
+    """The products on which every other package is timed too, which would take too long on all."""
+    return [on_gpu("forward", "bf16", shape) for shape in lists.GPU_RIVALS]
+
+
+def gpu_memory() -> list[Workload]:
+    """The steps whose memory is measured."""
+    return [on_gpu(STEP, dtype, shape) for dtype, shape in lists.GPU_MEMORY]

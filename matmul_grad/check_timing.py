@@ -8,7 +8,8 @@ import itertools
 import torch
 
 from . import testing
-from .bench import baseline, correctness, timer
+from .bench import backends, correctness, inputs, timer
+from .bench.workloads import OURS, TORCH, Workload
 from .check_products import disagreement
 from .console import Console, table, track
 
@@ -25,14 +26,17 @@ def run(console: Console, device: str, seed: int) -> list[str]:
     rows: list[list[str]] = []
     kinds = list(itertools.product(DTYPES[device], SIZES[device]))
     for dtype, n in track(console, "timing", kinds, len(kinds)):
-        ours, kind = baseline.IMPLEMENTATIONS[baseline.OURS], testing.DTYPES[dtype]
-        right = functools.partial(correctness.assert_correct, ours, n, n, n, kind, seed=seed, device=device)
+        ours = backends.OfTorch(backends.IMPLEMENTATIONS[OURS])
+        step = Workload("step", dtype, "NN", n, n, n, device=device)
+        right = functools.partial(correctness.assert_correct, ours, step, seed=seed, device=device)
         found_here = disagreement(f"timing {dtype} {n}", right)
         found += found_here
         if not found_here:
             rows += time_products(n, dtype, device, seed)
     table(console, COLUMNS, rows)
-    console.print(f"{timer.PROTOCOL};\nratio = torch's median / ours: above 1, this package is faster")
+    console.print(
+        f"{timer.PROTOCOL};\nratio = torch's time / ours, the median over the rounds: above 1, this package is faster"
+    )
     if torch.get_num_threads() == 1 and device == "cpu" and share() < timer.AT_REST:
         console.print(f"other work ran here too: this had {share():.0%} of a core, so these times are rough")
     return found
@@ -41,13 +45,17 @@ def run(console: Console, device: str, seed: int) -> list[str]:
 def time_products(n: int, dtype: str, device: str, seed: int) -> list[list[str]]:
     """A row for each product at one size."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    operands = baseline.draw(n, n, n, testing.DTYPES[dtype], seed=seed, device=device)
+    operands = inputs.draw(Workload("step", dtype, "NN", n, n, n), device=device, seed=seed)
     rows = []
     for product in testing.PRODUCTS:
-        work = {name: baseline.work(mm, product, operands) for name, mm in baseline.IMPLEMENTATIONS.items()}
+        workload = Workload(product, dtype, "NN", n, n, n, device=device)
+        work = {
+            name: backends.call_of(backends.OfTorch(mm), workload, operands)
+            for name, mm in backends.IMPLEMENTATIONS.items()
+        }
         times = timer.interleaved(work, SECONDS, wait)
-        theirs, ours = times[baseline.TORCH], times[baseline.OURS]
-        rate = baseline.flops(n, n, n, product) / timer.quartiles(ours).median / 1e9
+        theirs, ours = times[TORCH], times[OURS]
+        rate = workload.flops / timer.quartiles(ours).median / 1e9
         figures = f"{rate:.0f}", f"{timer.ratio(theirs, ours):.2f}"
         rows.append([f"{product}-{dtype}-{n}", *cells(theirs), *cells(ours), *figures])
     return rows

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import matmul_grad
-from matmul_grad.bench import baseline, correctness, packing, switch_overhead, timer
+from matmul_grad.bench import packing, switch_overhead, timer
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,46 +68,6 @@ def test_suite_stamps_its_json(saved: dict[str, Any]) -> None:
     assert stamp["matmul_grad"]["threads"].startswith("1 of")
     assert f"torch {torch.__version__}" in stamp["matmul_grad"]["versions"]
     assert {"CPU", "instruction set", "caches", "CPU kernels", "operator"} < set(stamp["matmul_grad"])
-
-
-def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    c = torch.mm(a, b)
-    return c + torch.finfo(c.dtype).eps * c.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_bit_counts_before_timing(dtype: torch.dtype) -> None:
-    correctness.assert_correct(torch.mm, 9, 8, 7, dtype)
-    with pytest.raises(AssertionError, match=r"forward .* elements differ"):
-        correctness.assert_correct(wrong, 9, 8, 7, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_large_errors_count_before_timing(dtype: torch.dtype) -> None:
-    x, y = baseline.draw(64, 64, 64, dtype).of("dgrad")
-    correctness.assert_close(torch.mm(x, y), x, y, "torch")
-    narrow = torch.float32 if dtype == torch.float64 else torch.bfloat16
-    rounded = torch.mm(x.to(narrow).to(dtype), y)
-    with pytest.raises(AssertionError, match="roundings"):
-        correctness.assert_close(rounded, x, y, "rounded")
-
-
-def test_rivals_time_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-    now = 0.0
-    monkeypatch.setattr(timer, "perf_counter", lambda: now)
-
-    def rival(name: str) -> Any:
-        def call() -> None:
-            nonlocal now
-            now += 2 * timer.BATCH
-            calls.append(name)
-
-        return call
-
-    times = timer.interleaved({"x": rival("x"), "y": rival("y")}, seconds=0)
-    assert [len(rounds) for rounds in times.values()] == [5, 5]
-    assert "".join(calls) == "xxyy" + "xyyx" * 2 + "xy"  # two trials of each, then the rounds
 
 
 def test_threads_are_put_back() -> None:

@@ -1,4 +1,7 @@
-"""The bench in its processes: each library in one of its own, and what one of them does to the others, or does not."""
+"""The bench in its processes: each library in one of its own, and what one of them does to the others, or does not.
+
+Whatever a process does, it is gone in time, with all that it started.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from limits import scaled
 
-from matmul_grad.bench import backends, commands, results, runner, stats
+from matmul_grad.bench import backends, commands, results, runner, stats, worker
 from matmul_grad.bench.shapes import SETS
 from matmul_grad.bench.workloads import Workload
 
@@ -52,7 +58,7 @@ backends.Numpy.product = dies
     selected = backends.chosen(["torch", "numpy"], "cpu")
     with runner.WorkerPool(selected, "cpu", 1, pin=True) as pool:
         dead, alive = (pool.measure(Workload("forward", "f32", "NN", n, 8, 8), 0.01) for n in (7, 8))
-    assert "ended with status -11" in dead["failed"]["numpy"] and set(dead["seconds"]) == {"torch", "matmul_grad"}
+    assert "killed by SIGSEGV" in dead["failed"]["numpy"] and set(dead["seconds"]) == {"torch", "matmul_grad"}
     assert "failed" not in alive and set(alive["seconds"]) == {"torch", "matmul_grad", "numpy"}
 
 
@@ -65,6 +71,91 @@ def test_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     start = time.monotonic()
     rows = list(runner.rows(planned, backends.chosen([], "cpu"), 0.01, False, lambda: next(left)))
     assert rows == [] and time.monotonic() - start < 60
+
+
+def run(text: str, heard: list[str], seconds: float = 300.0, **more: Any) -> worker.ExitStatus:
+    return worker.run([sys.executable, "-c", text], heard.append, seconds=scaled(seconds), **more)
+
+
+def test_lines_of_a_command_arrive_and_the_end_of_its_stderr_is_kept(tmp_path: Path) -> None:
+    heard: list[str] = []
+    text = "import os, sys; print(os.environ['MARK']); print(os.getcwd(), flush=True); sys.exit('why')"
+    ended = run(text, heard, environment={"MARK": "x"}, folder=tmp_path)
+    assert heard == ["x", str(tmp_path)]
+    assert ended == worker.ExitStatus(1, "why\n") and ended.reason == "status 1: why"
+    assert run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", []).reason == "killed by SIGSEGV"
+
+
+def test_child_finds_this_package(tmp_path: Path) -> None:
+    heard: list[str] = []
+    assert run("import matmul_grad; print(matmul_grad.__file__)", heard, folder=tmp_path).status == 0
+    assert heard == [sys.modules["matmul_grad"].__file__]
+
+
+def gone(pid: int) -> bool:
+    end = time.monotonic() + scaled(60)
+    while time.monotonic() < end:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+GRANDCHILD = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(10_000)"])
+print(child.pid, flush=True)
+time.sleep(10_000)
+"""
+
+
+def test_command_that_does_not_end_is_ended_with_all_that_it_started() -> None:
+    heard: list[str] = []
+    for limit in (1.5, 10, 60, 300):  # the child has to come as far as its one line
+        ended = worker.run([sys.executable, "-c", GRANDCHILD], heard.append, seconds=limit)
+        assert ended.status is None and ended.reason == "its time was up"
+        if heard:
+            break
+    assert gone(int(heard[0]))
+
+
+def test_what_the_listener_raises_ends_the_command() -> None:
+    heard: list[str] = []
+
+    def refuse(line: str) -> None:
+        heard.append(line)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.run([sys.executable, "-c", GRANDCHILD], refuse, seconds=scaled(300))
+    assert gone(int(heard[0]))
+
+
+def test_worker_that_fails_says_why_and_goes_on() -> None:
+    with runner.WorkerPool((), "cpu", 1, pin=False) as pool:
+        assert pool.ask("torch", {"time": "nothing", "clock": "call"}) == {"failed": "KeyError: 'nothing'"}
+        assert "last cache" in pool.facts()
+    with (
+        worker.Worker("matmul_grad.bench.nowhere") as child,
+        pytest.raises(worker.WorkerExited, match=r"status 1: .*No module named matmul_grad\.bench\.nowhere"),
+    ):
+        child.ask({})
+
+
+def test_wrapper_runs_the_worker_and_may_print() -> None:
+    code = "import subprocess, sys; print('noise', flush=True); sys.exit(subprocess.call(sys.argv[1:]))"
+    with runner.WorkerPool((), "cpu", 1, pin=False, wrapper=(sys.executable, "-c", code)) as pool:
+        assert "last cache" in pool.facts()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="1 test is of what a process does without a GPU")
+def test_process_without_a_gpu_names_the_reason() -> None:
+    with runner.WorkerPool((), "cuda", 1, pin=False) as pool, pytest.raises(worker.WorkerExited, match="status 1: "):
+        pool.facts()
 
 
 @pytest.mark.skipif(not backends.BY_NAME["jax"].installed, reason="jax is not installed")
@@ -89,7 +180,7 @@ def test_interrupt_from_a_terminal(tmp_path: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background workload ignores it
     )  # fmt: skip
-    unfinished, end = tmp_path / results.UNFINISHED, time.monotonic() + 100
+    unfinished, end = tmp_path / "bench-unfinished.json", time.monotonic() + 100
     while not unfinished.exists() and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from matmul_grad.bench import backends, baseline, correctness, inputs
-from matmul_grad.bench.calls import call_of, products_of
+from matmul_grad.bench import backends, correctness, inputs, workloads
 from matmul_grad.bench.workloads import PASSES, Workload
 
 SHAPES = ((1, 1, 1), (1, 37, 300), (300, 1, 37), (37, 300, 1), (65, 67, 71))
-
-
-def judged(library: Any, workload: Workload) -> None:
-    for values, check in (("integers", correctness.assert_exact), ("normal", correctness.assert_close)):
-        whole = inputs.draw(workload, values)
-        for which, got in products_of(library, workload, call_of(library, workload, whole)()).items():
-            check(got, *whole.of(which), f"{workload.name} {which}")
 
 
 # Without jax, which is in test_processes: it dislikes forks.
@@ -38,7 +29,7 @@ def test_every_contender_is_right(name: str, dtype: str) -> None:
         workload = Workload(product, dtype, layout, *shape)
         if backend.takes(workload):
             try:
-                judged(library, workload)
+                correctness.assert_correct(library, workload)
             except backends.Skipped as reason:
                 assert name == "blis" and dtype == "f64", reason
 
@@ -80,6 +71,35 @@ def test_lost_digits_are_found_on_normal_values(dtype: str, narrow: str) -> None
         correctness.assert_close(
             torch.mm(normal.a.to(kind).to(normal.a.dtype), normal.b), normal.a, normal.b, "rounded"
         )
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16"])
+def test_lost_step_of_k_is_found(dtype: str) -> None:
+    whole = inputs.draw(Workload("forward", dtype, "NN", 64, 64, 4096), "integers")
+    correctness.assert_exact((whole.a.double() @ whole.b.double()).to(whole.a.dtype), whole.a, whole.b, "whole")
+    lost = (whole.a[:, :-1].double() @ whole.b[:-1].double()).to(whole.a.dtype)
+    with pytest.raises(AssertionError, match="lost: on integers"):
+        correctness.assert_exact(lost, whole.a, whole.b, "lost")
+
+
+def test_one_long_chain_is_right_where_torch_adds_many() -> None:
+    a, b, _ = inputs.draw(Workload("forward", "f32", "NN", 1, 64, 18944))
+    chain = torch.zeros(1, 64)
+    for i in range(a.shape[1]):
+        chain += a[:, i : i + 1] * b[i]
+    correctness.assert_close(chain, a, b, "chain")
+
+
+def test_tf32_is_judged_by_its_operands() -> None:
+    a, b, _ = inputs.draw(Workload("forward", "f32", "NN", 64, 64, 1024))
+    short = [(v.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32) for v in (a, b)]
+    rounded = (short[0].double() @ short[1].double()).float()
+    correctness.assert_close(rounded, a, b, "tf32", precision="tf32")
+    with pytest.raises(AssertionError, match="ieee: error "):
+        correctness.assert_close(rounded, a, b, "ieee")
+    lost = (short[0][:, :-1].double() @ short[1][:-1].double()).float()
+    with pytest.raises(AssertionError, match="lost: error "):
+        correctness.assert_close(lost, a, b, "lost", precision="tf32")
 
 
 @pytest.mark.parametrize("longest", [8, 4096, 100_000])
@@ -140,7 +160,7 @@ def test_copies_lie_as_the_first_and_go_round() -> None:
 
 
 def test_step_of_a_bare_package_is_its_three_products() -> None:
-    workload = Workload(baseline.STEP, "f32", "NN", 5, 6, 7)
+    workload = Workload(workloads.STEP, "f32", "NN", 5, 6, 7)
     whole = inputs.draw(workload, "integers")
     results = backends.Numpy().step(whole)()
     assert [result.shape for result in results] == [(5, 6), (5, 7), (7, 6)]

@@ -14,7 +14,7 @@ import torch
 
 import matmul_grad
 from matmul_grad import api
-from matmul_grad.bench import backends, baseline, commands, devices, inputs, results, runner, stats, workloads
+from matmul_grad.bench import backends, commands, devices, inputs, results, runner, stats, workloads
 from matmul_grad.bench.workloads import Workload
 
 Bench = Callable[..., tuple[int, Any]]
@@ -197,42 +197,9 @@ def stopped_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner.WorkerPool, "measure", stop)
 
 
-def test_interrupted_run_keeps_its_rows_and_goes_on(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with monkeypatch.context() as patch:
-        stopped_after(4, patch)
-        status, written = bench(TINY, "--dtype=f32")
-    assert status == 130 and not written["whole"] and len(written["rows"]) == 4
-    assert [path.name for path in (tmp_path / "out").glob("*.json")] == ["bench-unfinished.json"]
-    assert "8 comparisons are left: --resume goes on with them" in capsys.readouterr().out
-    assert bench(TINY, "--dtype=f32")[0] == 2  # it would be written over
-    assert "--resume goes on with it" in capsys.readouterr().err
-    assert bench(TINY, "--dtype=f64", "--resume")[0] == 2
-    assert "was begun with another dtypes" in capsys.readouterr().err
-    status, whole = bench(TINY, "--dtype=f32", "--resume")
-    assert status == 0 and whole["whole"] and whole["rows"][:4] == written["rows"] and len(whole["rows"]) == 12
-    assert "12 of 12 comparisons measured, 8 of them now" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out").glob("*.json")] == ["bench.json"]
-
-
 def test_interrupt_before_the_first_row(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped_after(0, monkeypatch)
     assert bench(TINY, "--dtype=f32") == (130, None)
-
-
-def test_unfinished_run_of_another_machine_is_not_gone_on_with(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with monkeypatch.context() as patch:
-        stopped_after(2, patch)
-        bench(TINY, "--dtype=f32")
-    path = tmp_path / "out" / results.UNFINISHED
-    path.write_text(path.read_text(encoding="utf-8").replace('"CPU": "', '"CPU": "another '), encoding="utf-8")
-    before = path.read_bytes()
-    assert bench(TINY, "--dtype=f32", "--resume")[0] == 2
-    assert "has another CPU: another " in capsys.readouterr().err
-    assert path.read_bytes() == before
 
 
 def test_minutes_hold_the_report_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,25 +223,6 @@ def test_time_that_is_up_ends_the_run_between_two_comparisons(bench: Bench, monk
     assert status == 0 and not written["whole"] and 0 < len(written["rows"]) < 12
 
 
-def test_folder_that_goes_away_loses_nothing(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write, written = results.files.write, []
-
-    def full(path: Path, text: str) -> Path:
-        if len(written) == 3:
-            raise OSError(28, "No space left on device")
-        written.append(path)
-        return write(path, text)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(results.files, "write", full)
-        assert bench(TINY, "--dtype=f32")[0] == 2
-    assert "No space left on device; --resume goes on with what is there" in capsys.readouterr().err
-    assert len(json.loads((tmp_path / "out" / results.UNFINISHED).read_text(encoding="utf-8"))["rows"]) == 3
-    assert bench(TINY, "--dtype=f32", "--resume")[0] == 0
-
-
 def test_what_does_not_fit_into_memory_is_left_out(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -287,54 +235,6 @@ def test_what_does_not_fit_into_memory_is_left_out(
     assert "needs 0.0 GiB of free memory (3 comparisons)" in (tmp_path / "out" / "bench.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        ("--suite big", "argument --suite: invalid choice: 'big'"),
-        ("--device cuda", "finds no CUDA device here"),
-        ("--device tpu", "argument --device: invalid choice: 'tpu'"),
-        ("--dtype f8", "--dtype: some of f32,f64,f16,bf16, got f8"),
-        ("--threads 0", "--threads: numbers from 1 to"),
-        ("--threads 1,x", "--threads: numbers from 1 to"),
-        ("--pass backward", "--pass: some of forward,dgrad,wgrad,step, got backward"),
-        ("--rivals mkl", "--rivals: some of none,torch,"),
-        ("--rivals flag_gems", "it does not run on cpu"),
-        ("--seconds nan", "--seconds: a number above 0, got nan"),
-        ("--minutes 0", "--minutes: a number above 0, got 0"),
-        ("--max-gflop 1e-9", "all of the suite quick is larger"),
-        ("--out pyproject.toml", "--out pyproject.toml: File exists"),
-        ("--fast", "unrecognized arguments: --fast"),
-        ("compare a.json", "the following arguments are required: B.json"),
-        ("compare nowhere.json nowhere.json", "nowhere.json: No such file"),
-        ("compare pyproject.toml pyproject.toml", "pyproject.toml: broken JSON: "),
-        ("report nowhere.json", "nowhere.json: No such file"),
-    ],
-)
-def test_unusable_arguments_get_one_line(
-    arguments: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
-    try:
-        status = commands.main(arguments.split(), "bench")
-    except SystemExit as ended:
-        status = int(ended.code or 0)
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    assert status == 2 and why in line and captured.out == ""
-
-
-def test_missing_rival_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    assert commands.main(["--rivals=blis"], "bench") == 2
-    assert capsys.readouterr().err == "bench: --rivals blis: blis is missing: pip install blis\n"
-
-
-def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(results.os, "access", lambda path, mode: False)  # root may write everywhere
-    assert commands.main([f"--out={tmp_path}"], "bench") == 2
-    assert capsys.readouterr().err == f"bench: --out {tmp_path}: cannot be written\n"
-
-
 def test_summary_is_what_the_rows_say(row: Any) -> None:
     rows = [row(2.0), row(8.0, layout="NT"), row(0.5, n=128), row(3.0, "dgrad")]
     found = stats.summaries(rows)
@@ -342,7 +242,7 @@ def test_summary_is_what_the_rows_say(row: Any) -> None:
     assert (forward.mean.median, forward.worst, forward.worst_cell) == (2.0, 0.5, "NN 128×128×128")
     assert stats.share_of_peak(rows[0]) == pytest.approx(0.5)
     assert stats.rate(rows[0], "torch") == pytest.approx(0.5)
-    assert baseline.OURS not in {s.backend for some in found.values() for s in some}
+    assert workloads.OURS not in {s.backend for some in found.values() for s in some}
 
 
 def test_twins_are_those_whose_long_sums_agree_everywhere(row: Any) -> None:

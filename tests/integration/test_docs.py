@@ -95,7 +95,7 @@ def test_results_come_from_kept_rows() -> None:
     """The section between the markers is what the bench writes from a file of bench/results."""
     page = RESULTS.read_text(encoding="utf-8")
     shown = page.split(readme.BEGIN)[1].split(readme.END)[0].strip()
-    kept = (ROOT / "bench" / "results").glob(f"*/{results.WHOLE}")
+    kept = (ROOT / "bench" / "results").glob(f"*/{results.BENCH}.json")
     written = [
         readme.block(json.loads(path.read_text(encoding="utf-8")), readme.beside(path.parent, RESULTS)) for path in kept
     ]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from matmul_grad import cli, testing
 from matmul_grad.bench import backends, correctness, inputs
-from matmul_grad.bench.calls import call_of, products_of
+from matmul_grad.bench.backends import call_of, products_of
 from matmul_grad.bench.workloads import Workload
 from matmul_grad.kernels.cpu import config, driver, host
 from matmul_grad.kernels.native import direct

@@ -117,7 +117,7 @@ def test_wrong_result_is_not_timed(capsys: pytest.CaptureFixture[str], monkeypat
     printed = capsys.readouterr().out
     assert "forward-f32-32 " not in printed
     assert "forward-f32-48 " in printed
-    assert "DISAGREES: timing f32 32: forward f32 32x32x32, integers" in last_line(printed)
+    assert "DISAGREES: timing f32 32: step-f32-NN-32x32x32-1t, forward: on integers 32 of 32 rows" in last_line(printed)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,313 @@
+"""`matmul-grad gpu-report` from its options to its files, on the GPU that is none: no step takes another with it."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matmul_grad import cli
+from matmul_grad.bench import (
+    backends,
+    gpu_report,
+    gpu_tasks,
+    results,
+    sanitizer,
+    stages,
+    worker,
+    workloads,
+)
+from matmul_grad.bench.stages import COMPLETE, FAILED, LATE, MISSING, STAGES, StageContext
+from matmul_grad.bench.workloads import on_gpu
+
+TINY = [on_gpu(product, "bf16", (16, 16, 16)) for product in ("forward", "dgrad", "step")]
+SOME = "--steps=ratios,launch,memory"
+Run = Callable[..., tuple[int, Any]]
+
+
+@pytest.fixture
+def run(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command with these options, in a folder of its own: its exit code and what it wrote."""
+    monkeypatch.setattr(workloads, "gpu_targets", lambda: TINY)
+    monkeypatch.setattr(workloads, "gpu_rivals", lambda: TINY[:1])
+    monkeypatch.setattr(workloads, "gpu_memory", lambda: TINY[2:])
+    monkeypatch.setattr(gpu_tasks, "LAUNCHES", (("f32", 8),))
+    monkeypatch.setattr(sanitizer, "cases", lambda: {"a": lambda gpu: None, "b": lambda gpu: None})
+    monkeypatch.setattr(gpu_tasks, "compile_all", lambda parts, seconds: {"products": len(parts)})
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+
+    def act(*options: str) -> tuple[int, Any]:
+        status = cli.main(["gpu-report", "--out", str(tmp_path / "out"), *options])
+        return status, written(tmp_path)
+
+    return act
+
+
+def written(folder: Path) -> Any:
+    (path,) = (folder / "out").glob("*.json")
+    return json.loads(path.read_text(encoding="utf-8")) | {
+        "files": sorted(path.name for path in (folder / "out").iterdir()),
+        "page": path.with_suffix(".md").read_text(encoding="utf-8"),
+    }
+
+
+def statuses(found: Any) -> dict[str, str]:
+    return {step["name"]: step["status"] for step in found["steps"]}
+
+
+def test_some_steps(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = run(SOME)
+    assert status == 0
+    stem = f"{found['stamp']['date']}-gpu-report-nvidia-fake-9000-sm-90-part"
+    assert found["files"] == [f"{stem}.json", f"{stem}.md"]
+    assert statuses(found) == dict.fromkeys(("environment", "ratios", "launch", "memory"), "complete")
+    assert (found["schema"], found["whole"], found["stamp"]["driver_version"]) == (1, False, "1.2")
+    timed = [row for row in found["rows"] if row["step"] == "ratios"]
+    assert [workloads.of_row(row) for row in timed] == TINY
+    printed = capsys.readouterr()
+    assert "bf16, fp16 dgrad" in printed.out
+    assert printed.out.splitlines()[-1].endswith("-part.md")
+    assert "ratios: complete: 3 done" in printed.err
+    assert "| bf16, fp16 dgrad | device | 1.000 |" in found["page"] and "| 1 of 1 |" in found["page"]
+
+
+def test_every_step(run: Run) -> None:
+    status, found = run()
+    assert status == 0 and found["whole"] and list(statuses(found)) == [step.name for step in STAGES]
+    assert set(statuses(found).values()) == {"complete", "missing"}
+    assert all("part" not in name and "unfinished" not in name for name in found["files"])
+
+
+def test_step_that_cannot_even_be_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(given: Any) -> Any:
+        raise OSError("no memory to fork")
+
+    replaced = tuple(step._replace(do=broken) if step.name == "launch" else step for step in STAGES)
+    monkeypatch.setattr(gpu_report, "STAGES", replaced)
+    status, found = run("--steps=launch,memory")
+    assert status == 1 and statuses(found) == {"environment": "complete", "launch": "failed", "memory": "complete"}
+    assert found["steps"][1]["note"] == "OSError: no memory to fork"
+
+
+def test_files_are_there_before_the_end(run: Run, here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each step, and while rows come in: what ends this without a word loses one comparison."""
+    seen: list[int] = []
+
+    def look(task: Any) -> None:
+        if "prepare" in task:
+            found = written(tmp_path)
+            seen.append(len(found["rows"]))
+            assert all("unfinished" in name for name in found["files"]) and "# GPU report" in found["page"]
+
+    monkeypatch.setattr(here, "before", look)
+    assert run(SOME)[0] == 0
+    assert seen == [0, 1, 2, 4]
+
+
+def given(name: str, gpu: Any, seconds: float = 60.0, **more: Any) -> tuple[StageContext, list[Any]]:
+    record = results.Record(None, results.begin("gpu-report", {"date": "2026-01-02", "device": "cuda"}, {}, 0))
+    selected = backends.chosen(["torch"], "cuda")
+    return StageContext(name, record, seconds, selected=selected, **more), record.result["rows"]
+
+
+def dies_at(here: Any, monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """The processes that are given these tasks end."""
+    count = itertools.count()
+
+    def die(task: Any) -> None:
+        if next(count) in numbers:
+            raise worker.WorkerExited("killed by SIGSEGV", "Boom\n")
+
+    monkeypatch.setattr(here, "before", die)
+
+
+TASKS = {name: {"do": "x", "name": name} for name in "abc"}
+
+
+def test_a_task_that_ends_its_process_is_passed_over(gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_tasks.TASKS, "x", lambda gpu, name: {"got": name})
+    dies_at(here, monkeypatch, 1)
+    context, rows = given("launch", gpu)
+    assert stages.asked(context, TASKS) == (FAILED, "3 done; 1 of them failed")
+    assert [(row["name"], row.get("got")) for row in rows] == [("a", "a"), ("b", None), ("c", "c")]
+    assert rows[1]["failed"] == {"matmul_grad": "its process ended: killed by SIGSEGV"} and rows[1]["log"] == "Boom\n"
+    assert len(here.begun) == 2
+
+
+def test_not_more_processes_than_that(gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dies_at(here, monkeypatch, *range(99))
+    context, rows = given("launch", gpu)
+    status, note = stages.asked(context, {str(i): {"do": "x"} for i in range(99)})
+    assert status == FAILED and "9 of its processes ended early" in note and len(rows) == 9
+
+
+def test_a_comparison_that_ends_its_process_is_a_failed_row(
+    gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dies_at(here, monkeypatch, 0)
+    context, rows = given("ratios", gpu)
+    outcome = stages.compared(lambda: TINY[:2])(context)
+    assert outcome.status == FAILED and "seconds" in rows[1]
+    assert set(rows[0]["failed"]) == {"torch", "matmul_grad"} and len(here.begun) == 2
+
+
+def test_step_whose_time_is_up_keeps_its_rows(gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu_tasks.TASKS, "x", lambda gpu, name: {"got": name})
+    context, rows = given("launch", gpu)
+    left = iter([60.0, 60.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(stages.Clock, "left", lambda self: next(left))
+    assert stages.asked(context, TASKS) == (COMPLETE, "1 done; no time for 2 more") and len(rows) == 1
+    dies_at(here, monkeypatch, 0)
+    left = iter([60.0, 0.0, 0.0])
+    context, rows = given("launch", gpu)
+    assert stages.asked(context, TASKS) == (LATE, "0 done; stopped in a") and rows == []
+    context, rows = given("ratios", gpu, seconds=-10.0)
+    monkeypatch.undo()
+    assert stages.compared(lambda: TINY)(context) == (COMPLETE, "0 done; no time for 3 more")
+
+
+def test_native_launches_are_asked_for_in_the_environment(gpu: Any, here: Any) -> None:
+    for name in ("launch", "native"):
+        assert stages.launches(given(name, gpu)[0]).status == COMPLETE
+    assert [environment.get("MATMUL_GRAD_NATIVE_CUDA") for _, environment, _ in here.begun] == [None, "1"]
+
+
+def test_another_package_that_is_wrong_is_left_out(gpu: Any, plant: Any) -> None:
+    plant("torch", lambda a, b: a @ b + 1)
+    context, (row,) = given("rivals", gpu), [None]
+    outcome = stages.compared(lambda: TINY[:1], rivals=True)(context[0])
+    (row,) = context[1]
+    assert outcome.status == COMPLETE and row["skipped"]["torch"].startswith("wrong: ") and "wrong" not in row
+
+
+def sanitized(gpu: Any, log: str, monkeypatch: pytest.MonkeyPatch, here: Any) -> tuple[Any, list[Any]]:
+    def leave(task: Any) -> None:
+        (option,) = (part for part in here.begun[-1][2] if part.startswith("--log-file="))
+        if log:
+            Path(option.partition("=")[2]).write_text(log, encoding="utf-8")
+
+    monkeypatch.setattr(here, "before", leave)
+    monkeypatch.setattr(sanitizer, "cases", lambda: {"a": lambda gpu: None})
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: "/bin/compute-sanitizer")
+    context, rows = given("memcheck", gpu)
+    return stages.under_tool(context), rows
+
+
+def test_sanitizer_that_finds_nothing(gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+    outcome, rows = sanitized(gpu, log, monkeypatch, here)
+    assert outcome == (COMPLETE, "1 done; ERROR SUMMARY: 0 errors")
+    assert rows[0]["step"] == "memcheck" and rows[-1]["summary"] == ["ERROR SUMMARY: 0 errors"]
+    ((arguments, environment, wrapper),) = here.begun
+    assert wrapper[:2] == ("/bin/compute-sanitizer", "--tool=memcheck") and "--error-exitcode=99" in wrapper
+    assert environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" and "--process=tasks" in arguments
+
+
+@pytest.mark.parametrize(
+    "summary", ["ERROR SUMMARY: 2 errors", "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", ""]
+)
+def test_sanitizer_that_finds_something_or_ends_without_a_summary(
+    summary: str, gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = f"========= Invalid __global__ read of size 16 bytes\n========= {summary}\n" if summary else ""
+    outcome, rows = sanitized(gpu, log, monkeypatch, here)
+    assert outcome.status == FAILED and (summary or "it wrote no summary") in outcome.note
+    assert ("failed" in rows[-1] and "Invalid __global__ read" in rows[-1]["log"]) == bool(summary)
+
+
+def test_no_sanitizer(gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    context, rows = given("racecheck", gpu)
+    assert stages.under_tool(context) == (MISSING, "compute-sanitizer is not on this machine")
+    assert rows == [] and here.begun == []
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_cpu.py").write_text("import nowhere\n", encoding="utf-8")
+    (tmp_path / "tests" / "test_gpu.py").write_text("pytestmark = pytest.mark.gpu\n", encoding="utf-8")
+    return tmp_path
+
+
+PLAIN = "tests/test_gpu.py::test_x[a-1] PASSED   [ 33%]", "tests/test_gpu.py::test_y SKIPPED (no) [ 66%]"
+XDIST = ("[gw1] [ 99%] FAILED tests/test_gpu.py::test_z ",)
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "outcome"),
+    [
+        (PLAIN, 0, (COMPLETE, "1 passed, 1 skipped")),
+        (PLAIN + XDIST, 1, (FAILED, "1 passed, 1 skipped, 1 failed; 1 of the tests failed")),
+        (PLAIN, None, (LATE, "1 passed, 1 skipped; its time was up")),
+    ],
+)
+def test_tests_are_counted(
+    lines: tuple[str, ...], status: Any, outcome: Any, gpu: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+
+    def run(command: list[str], heard: Any, **more: Any) -> worker.ExitStatus:
+        ran.append((command[-1], more["environment"]))
+        for line in ("=== test session starts", *lines):
+            heard(line)
+        return worker.ExitStatus(status, "")
+
+    monkeypatch.setattr(worker, "run", run)
+    context, (row,) = given("tests", gpu, checkout=checkout), [None]
+    assert stages.gpu_tests(context[0]) == outcome
+    (row,) = context[1]
+    assert row["counts"]["passed"] == 1
+    assert row.get("tests", []) == (["tests/test_gpu.py::test_z"] if status == 1 else [])
+    assert ran == [(str(checkout / "tests" / "test_gpu.py"), {"MATMUL_GRAD_REQUIRE_GPU": "1"})]
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in names else found(name, *rest))
+
+
+def test_nothing_to_test_with(gpu: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stages.gpu_tests(given("tests", gpu)[0]) == (MISSING, "no tests at hand: this is not a checkout")
+    hide(monkeypatch, "pytest")
+    assert stages.gpu_tests(given("tests", gpu, checkout=checkout)[0]) == (MISSING, "pytest is not installed")
+
+
+REAL = """
+import pytest
+pytestmark = pytest.mark.gpu
+def test_good(): pass
+@pytest.mark.parametrize("x", ["a b", "c"])
+def test_bad(x): assert x == "c"
+"""
+
+
+@pytest.mark.parametrize("missing", [(), ("xdist",), ("pytest_timeout", "xdist")], ids=str)
+def test_pytest_itself_is_understood(
+    missing: tuple[str, ...], gpu: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, *missing)
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID", "PYTEST_ADDOPTS"):
+        monkeypatch.delenv(name, raising=False)
+    (checkout / "tests" / "test_gpu.py").write_text(REAL, encoding="utf-8")
+    shutil.copy(Path(__file__).parents[2] / "pyproject.toml", checkout)
+    context, rows = given("tests", gpu, seconds=600.0, checkout=checkout)
+    outcome = stages.gpu_tests(context)
+    assert outcome.status == FAILED and rows[0]["counts"] == {"passed": 2, "failed": 1}, outcome
+    assert len(rows[0]["tests"]) == 1 and "test_bad[a" in rows[0]["tests"][0]
+
+
+def test_shares_add_up_to_eight_minutes() -> None:
+    assert sum(step.share for step in STAGES) == 480
+    left = 100.0
+    for step in STAGES:
+        limit = stages.limit(step, left)
+        assert 0 < limit <= left
+        left -= limit
+    assert left == pytest.approx(0)
