@@ -57,7 +57,6 @@ TILES = {
 # The H100 tiles of public tables (DeepGEMM's, Triton's tutorials), of 16-bit operands alone.
 TMA_TILES = (
     TileConfig(128, 256, 64, stages=4, warps=8, path="tma", subtiles=2),
-    TileConfig(128, 256, 64, stages=3, warps=8, path="tma", subtiles=2),
     TileConfig(256, 128, 64, stages=3, warps=8, path="tma", subtiles=2),
     TileConfig(128, 128, 64, stages=4, warps=8, path="tma", subtiles=2),
     TileConfig(64, 256, 64, stages=4, warps=4, path="tma", subtiles=2),

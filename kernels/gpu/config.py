@@ -19,7 +19,7 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 ALIGNMENT = 16
 
 # Room for the barriers that the compiler puts beside the operand tiles.
-BARRIER_BYTES = 1024
+BARRIER_BYTES = 2048
 
 # More accumulators than this leave no registers for operands and addresses (255 is the hardware's limit); before
 # sm_90 the operands of the matrix instruction are in registers too.

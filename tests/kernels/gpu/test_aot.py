@@ -122,7 +122,7 @@ def cases_of(
 
 
 def products() -> Iterator[Case]:
-    """Every tile, in alternating layouts; the largest 16-bit ones in all four, with k split, batched, and in float16."""
+    """Every tile, in alternating layouts; the largest 16-bit ones in all four, with split k, batches, float16."""
     index = itertools.count()
     for arch, (dtype, precision), aligned in itertools.product(ARCHES, NUMBERS, (True, False)):
         layouts = DENSE if aligned else (*DENSE, "SS")
