@@ -41,7 +41,7 @@ TRITON = tuple(int(part) for part in aot.triton.__version__.split(".")[:2])
 NUMBERS = (("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"), ("float32", "ieee"), ("float64", "ieee"))
 DENSE = ("NN", "NT", "TN", "TT")
 N = 4096  # divides by all that alignment asks for
-PARTS = 4
+SPLITS = 4
 
 # The matrix unit of each architecture; there is none for IEEE float32, and the oldest serves float64.
 INSTRUCTIONS = {
@@ -66,7 +66,7 @@ SOURCES = {
     "column": Strides(1, 0),
     "none": None,
 }
-"""What a sum may add: N x N elements, one row or one column of them, nothing."""
+"""The sources of an epilogue: N x N elements, one row or one column of them, nothing."""
 
 REGISTERS = Path(__file__).with_name("registers.json")
 """What each kernel took when the table was written: {Triton's version: {kernel@sm_xx: registers a thread}}."""
@@ -93,7 +93,7 @@ class Case(NamedTuple):
         return f"{self.name}{grad}{source}{rows}{batch}{loads}@sm_{self.arch}"
 
 
-def lie(letter: str, batch: int = 1) -> Strides:
+def strides_of(letter: str, batch: int = 1) -> Strides:
     """N x N elements: rows together, columns together, or neither."""
     row, col = {"N": (N, 1), "T": (1, N), "S": (2 * N, 2)}[letter]
     return Strides(row, col, N * N if batch > 1 else 0)
@@ -104,13 +104,13 @@ def problem_of(dtype: str, precision: str, letters: str, aligned: bool = True, b
     return Problem(N, N, N, dtype, letters[0], letters[1], precision, aligned, tma, batch)
 
 
-def of_products(
+def cases_of(
     arch: int, problem: Problem, tile: TileConfig, source: str = "", slow: bool = False, store_tma: bool = True
 ) -> list[Case]:
     target = aot.target_of(arch)
     if not is_valid(tile, problem, target):
         return []
-    strides = lie(problem.a, problem.batch), lie(problem.b, problem.batch), lie("N", problem.batch)
+    strides = strides_of(problem.a, problem.batch), strides_of(problem.b, problem.batch), strides_of("N", problem.batch)
     if not problem.aligned:  # what does not divide by 16 takes narrow loads
         strides = tuple(
             Strides(*(x + 1 if x > 1 else x for x in matrix[:2]), matrix.batch)
@@ -122,65 +122,65 @@ def of_products(
 
 
 def products() -> Iterator[Case]:
-    """Every tile, the layouts in turn; the largest 16-bit tiles in all four, with k cut, batched, and in float16."""
-    turn = itertools.count()
+    """Every tile, in alternating layouts; the largest 16-bit ones in all, with k split, batched, and in float16."""
+    index = itertools.count()
     for arch, (dtype, precision), aligned in itertools.product(ARCHES, NUMBERS, (True, False)):
         layouts = DENSE if aligned else (*DENSE, "SS")
         half = dtype == "bfloat16" and aligned
         kind_of = kind(problem_of(dtype, precision, "NN", aligned))
         for position, tile in enumerate([*(TMA_TILES if half else ()), *TILES[kind_of, aligned]]):
             every = half and (position == 0 or tile == TILES[kind_of, aligned][0])
-            for letters in DENSE if every else [layouts[next(turn) % len(layouts)]]:
-                yield from of_products(arch, problem_of(dtype, precision, letters, aligned), tile)
+            for letters in DENSE if every else [layouts[next(index) % len(layouts)]]:
+                yield from cases_of(arch, problem_of(dtype, precision, letters, aligned), tile)
             if aligned and (every or position == 0):
-                yield from of_products(arch, problem_of(dtype, precision, "NT"), replace(tile, split_k=PARTS))
-                yield from of_products(arch, problem_of(dtype, precision, "NN", batch=8), tile)
+                yield from cases_of(arch, problem_of(dtype, precision, "NT"), replace(tile, split_k=SPLITS))
+                yield from cases_of(arch, problem_of(dtype, precision, "NN", batch=8), tile)
             if every:
-                yield from of_products(arch, problem_of("float16", "ieee", "NT"), tile)
+                yield from cases_of(arch, problem_of("float16", "ieee", "NT"), tile)
 
 
-def sums() -> Iterator[Case]:
-    """Every tile of the copy engine with a matrix to add, which costs most registers, and the first with all else.
+def epilogues() -> Iterator[Case]:
+    """Every TMA tile with a matrix to add, which costs most registers, and the first with all else.
 
     Of the others the first of a kind; the rest are slow.
     """
     for arch, tile in itertools.product((90, 100), TMA_TILES):
         problem = problem_of("bfloat16", "ieee", "NT")
-        yield from of_products(arch, problem, tile, "matrix")
-        yield from of_products(arch, problem, tile, "matrix", arch == 90, store_tma=False)
-        yield from of_products(arch, problem, tile, "row", True, store_tma=False)
+        yield from cases_of(arch, problem, tile, "matrix")
+        yield from cases_of(arch, problem, tile, "matrix", arch == 90, store_tma=False)
+        yield from cases_of(arch, problem, tile, "row", True, store_tma=False)
         for source in SOURCES if tile == TMA_TILES[0] else ():
             if source != "matrix":
-                yield from of_products(arch, problem, tile, source, slow=arch != 90)
+                yield from cases_of(arch, problem, tile, source, slow=arch != 90)
     for arch, (dtype, precision), aligned in itertools.product(ARCHES, NUMBERS, (True, False)):
         kind_of = kind(problem_of(dtype, precision, "NN", aligned))
         for position, tile in enumerate(TILES[kind_of, aligned]):
             slow = position > 0 or not aligned
-            yield from of_products(arch, problem_of(dtype, precision, "NN", aligned), tile, "matrix", slow)
-            yield from of_products(arch, problem_of(dtype, precision, "NT", aligned), tile, "row", True)
-        cut = replace(TILES[kind_of, True][-1], split_k=PARTS)
+            yield from cases_of(arch, problem_of(dtype, precision, "NN", aligned), tile, "matrix", slow)
+            yield from cases_of(arch, problem_of(dtype, precision, "NT", aligned), tile, "row", True)
+        split = replace(TILES[kind_of, True][-1], split_k=SPLITS)
         if aligned:
-            yield from of_products(arch, problem_of(dtype, precision, "NN"), cut, "matrix", arch != 90)[1:]
+            yield from cases_of(arch, problem_of(dtype, precision, "NN"), split, "matrix", arch != 90)[1:]
     for arch, (letter, tile), dtype in itertools.product(ARCHES, VECTOR_TILES.items(), ("bfloat16", "float64")):
         problem = replace(problem_of(dtype, "ieee", letter + "N"), n=1)
-        yield from of_products(arch, problem, tile, "matrix", letter != "N" or arch != 90)
+        yield from cases_of(arch, problem, tile, "matrix", letter != "N" or arch != 90)
 
 
 def scaled() -> Iterator[Case]:
-    """8-bit operands of every tile; the first also with k cut."""
+    """8-bit operands of every tile; the first also with k split."""
     for arch, (position, tile) in itertools.product((90, 100), enumerate((*FP8_TMA_TILES, *TILES["fp8", True]))):
         problem = replace(problem_of("float8_e4m3fn", "ieee", "NT"), tma=True, result="bfloat16")
-        yield from of_products(arch, problem, tile)
+        yield from cases_of(arch, problem, tile)
         if position == 1:
-            yield from of_products(arch, problem, replace(tile, split_k=PARTS))
-            yield from of_products(arch, replace(problem, dtype="float8_e5m2"), tile)
+            yield from cases_of(arch, problem, replace(tile, split_k=SPLITS))
+            yield from cases_of(arch, replace(problem, dtype="float8_e5m2"), tile)
 
 
 def vectors() -> Iterator[Case]:
     dtypes = [dtype for dtype, item in ITEM_BYTES.items() if item > 1]
     for arch, (letter, tile), dtype in itertools.product(ARCHES, VECTOR_TILES.items(), dtypes):
         problem = replace(problem_of(dtype, "ieee", letter + "N"), n=1)
-        yield from of_products(arch, problem, tile)
+        yield from cases_of(arch, problem, tile)
 
 
 def backwards() -> Iterator[Case]:
@@ -188,25 +188,26 @@ def backwards() -> Iterator[Case]:
     index = itertools.count()
     for arch, tile in itertools.product((90, 100), TMA_TILES):
         target, problem = aot.target_of(arch), problem_of("bfloat16", "ieee", "NN")
-        lies = [
+        valid = [
             letters
             for letters in map("".join, itertools.product("NT", repeat=3))
             if is_valid_backward(tile, replace(problem, a=letters[0], b=letters[1]), letters[2], target)
         ]
-        for letters in dict.fromkeys(lies[next(index) % len(lies)] for _ in range(2)) if lies else ():
-            strides = lie(letters[0]), lie(letters[1]), lie(letters[2])
+        two = [valid[next(index) % len(valid)] for _ in range(2)] if valid else []
+        for letters in dict.fromkeys(two):
+            strides = strides_of(letters[0]), strides_of(letters[1]), strides_of(letters[2])
             of_layout = replace(problem, a=letters[0], b=letters[1])
             yield Case(arch, of_layout, tile, backward_plan(of_layout, tile, target, strides))
 
 
-CASES = {str(case): case for case in (*products(), *scaled(), *vectors(), *backwards(), *sums())}
+CASES = {str(case): case for case in (*products(), *scaled(), *vectors(), *backwards(), *epilogues())}
 
 
 def compiled(case: Case) -> aot.CompiledReport:
     short = SHORT_NAMES[case.problem.dtype]
-    sums = "fp64" if case.problem.dtype == "float64" else "fp32"
+    acc = "fp64" if case.problem.dtype == "float64" else "fp32"
     types = dict.fromkeys(("a", "b", "c", "source", "grad", "da", "db"), short)
-    types |= dict.fromkeys(("work", "scale_a", "scale_b"), sums)
+    types |= dict.fromkeys(("work", "scale_a", "scale_b"), acc)
     if case.problem.result:
         types["c"] = SHORT_NAMES[case.problem.result]
     return aot.compile_for(case.plan, types, case.arch)
@@ -226,8 +227,8 @@ def test_kernel_compiles_to_the_expected_instruction_at_the_known_cost(name: str
     if not case.name.startswith("reduce"):
         assert report.shared <= shared_bytes(tile, problem, target), report
         unit = kind(problem).removesuffix("x3")
-        wanted = r"fma\.rn\.f(32|64)(x2)?" if tile.path == "vector" else INSTRUCTIONS[arch, unit]
-        assert re.fullmatch(wanted, report.instruction), report
+        expected = r"fma\.rn\.f(32|64)(x2)?" if tile.path == "vector" else INSTRUCTIONS[arch, unit]
+        assert re.fullmatch(expected, report.instruction), report
     if tile.path == "pointers" and not case.name.startswith("reduce") and not problem.result and not case.source:
         assert report.load_bytes == (16 if problem.aligned else ITEM_BYTES[problem.dtype]), report
     if tile.path == "tma" and tile.split_k == 1 and not problem.result and not case.source:
@@ -265,7 +266,7 @@ def test_registers_json_lists_exactly_these_kernels() -> None:
 def test_tile_that_is_too_large_is_reported_to_spill() -> None:
     """The reading of spills is not blind: 128 x 256 accumulators do not fit four warps."""
     problem, tile = problem_of("bfloat16", "ieee", "NT"), TileConfig(128, 256, 32, stages=2, warps=4)
-    target, strides = aot.target_of(80), (lie("N"), lie("T"), lie("N"))
+    target, strides = aot.target_of(80), (strides_of("N"), strides_of("T"), strides_of("N"))
     (plan,) = plans(problem, tile, target, strides)
     assert compiled(Case(80, problem, tile, plan)).spills > 0
     assert kernel_name(problem, tile) == plan.constants["NAME"]
@@ -274,9 +275,9 @@ def test_tile_that_is_too_large_is_reported_to_spill() -> None:
 @pytest.mark.parametrize(("dtype", "bits", "rounds"), [("bfloat16", 32, True), ("float64", 64, False)])
 def test_epilogue_is_one_multiply_add_and_float64_keeps_its_scalars(dtype: str, bits: int, rounds: bool) -> None:
     problem, target = problem_of(dtype, "ieee", "NN"), aot.target_of(80)
-    strides, types = (lie("N"),) * 3, dict.fromkeys(("a", "b", "c", "source"), SHORT_NAMES[dtype])
+    strides, types = (strides_of("N"),) * 3, dict.fromkeys(("a", "b", "c", "source"), SHORT_NAMES[dtype])
     found = []
-    for epilogue in (None, Epilogue(source=lie("N"))):
+    for epilogue in (None, Epilogue(source=strides_of("N"))):
         (plan,) = plans(problem, TILES[kind(problem), True][-1], target, strides, epilogue=epilogue)
         source = aot.source(plan, types, True)
         kernel = aot.triton.compile(source, target=aot.GPUTarget("cuda", 80, 32), options=plan.options)

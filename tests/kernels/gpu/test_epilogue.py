@@ -34,7 +34,7 @@ SCALES = ((1, 1), (-0.5, 2), (3, -1))  # beta and alpha: exact for integers
 
 @contextlib.contextmanager
 def launched(times: int) -> Iterator[None]:
-    """Every product takes so many launches, and nothing of torch's touches the result."""
+    """Every call takes so many launches, and no function of torch changes the result."""
     from matmul_grad.kernels.gpu import launch
 
     def run(runners: tuple, tensors: dict[str, Any], on: Tensor) -> None:
@@ -72,30 +72,30 @@ def operands(m: int, n: int, k: int, dtype: str, layouts: str, batch: int = 0) -
 
 
 def check_epilogue(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int = 80, batch: int = 0) -> None:
-    """Exact sums of everything that expands to the result: into new memory, into canaries, into what is added."""
+    """Exact for every source that expands to the result: into new memory, into canaries, into the source."""
     from matmul_grad.kernels.gpu import launch
 
     a, b = operands(*sizes, dtype, layouts, batch)
     exact = (a.long() @ b.long()).double()
-    ways = itertools.cycle(SCALES)
-    cases = [(source, *next(ways)) for source in sources(tuple(exact.shape), a.dtype)]
+    scales = itertools.cycle(SCALES)
+    cases = [(source, *next(scales)) for source in sources(tuple(exact.shape), a.dtype)]
     wants = [(alpha * exact + beta * source.double()).to(a.dtype) for source, beta, alpha in cases]
-    lies = "N" if config is not None and config.path == "tma" else "NTS"
-    turns = itertools.cycle(("new", "out", "own", "contiguous") if not batch else ("new", "contiguous"))
+    out_layouts = "N" if config is not None and config.path == "tma" else "NTS"
+    targets = itertools.cycle(("new", "out", "own", "contiguous") if not batch else ("new", "contiguous"))
     with at_arch(arch), launched(1 if config is None or config.split_k == 1 else 2):
-        for (source, beta, alpha), want, layout, turn in zip(cases, wants, itertools.cycle(lies), turns):
-            if turn == "new":
+        for (source, beta, alpha), want, layout, target in zip(cases, wants, itertools.cycle(out_layouts), targets):
+            if target == "new":
                 got = launch.addmm(a, b, launch.Epilogue(alpha, beta, source), config=config)
                 assert got.is_contiguous() and got.dtype == a.dtype
             else:
                 values = source.expand(want.shape)
-                got = embed(values, layout) if turn == "own" else values.clone(memory_format=torch.contiguous_format)
-                if turn == "out":
+                got = embed(values, layout) if target == "own" else values.clone(memory_format=torch.contiguous_format)
+                if target == "out":
                     got = embed(torch.full_like(want, float("nan")), layout)
-                added = source if turn == "out" else got
+                added = source if target == "out" else got
                 assert launch.addmm(a, b, launch.Epilogue(alpha, beta, added), got, config=config) is got
             assert_same_bits(got, want)
-            if turn in ("out", "own"):
+            if target in ("out", "own"):
                 assert got._base is not None
                 got.fill_(float("nan"))
                 assert bool(got._base.isnan().all()), "written outside of out"
@@ -113,7 +113,7 @@ def check_vector(m: int, n: int, dtype: str, parts: int) -> None:
 
 
 def check_one_rounding(dtype: str, config: Any) -> None:
-    """A product that the dtype does not hold, and what makes it a sum that it holds."""
+    """A product that the dtype cannot represent, and a source with which the result can be."""
     from matmul_grad.kernels.gpu import launch
 
     odd = 2 ** {"fp16": 11, "bf16": 8}[dtype] + 1  # exact neither in the dtype nor, halved, in the one place less
@@ -126,7 +126,7 @@ def check_one_rounding(dtype: str, config: Any) -> None:
 
 
 def check_scales(dtype: str, config: Any) -> None:
-    """alpha and beta keep what the sums hold: all of float64, or what float32 does; and each value reuses the plan."""
+    """alpha and beta keep the precision of the accumulator, float64 or float32; every value reuses the launch."""
     from matmul_grad.kernels.gpu import launch
 
     kind = torch.float64 if dtype == "fp64" else torch.float32
@@ -137,24 +137,24 @@ def check_scales(dtype: str, config: Any) -> None:
         for value in values if dtype == "fp64" else values[:5]:
             scale = torch.tensor(value, dtype=kind)
             launch.addmm(a, b, launch.Epilogue(1, value, source), config=config)
-            plans = len(launch._launches)
+            kept = len(launch._launches)
             got = launch.addmm(torch.zeros_like(a), b, launch.Epilogue(1, value, source), config=config)
             want = (scale * source.to(kind)).to(a.dtype)
             assert torch.equal(got.nan_to_num(7), want.nan_to_num(7)), value
-            assert len(launch._launches) == plans, "a plan for each beta"
+            assert len(launch._launches) == kept, "a launch for each beta"
             launch.addmm(a, b, launch.Epilogue(7, 0, source), config=config)
-            plans = len(launch._launches)
+            kept = len(launch._launches)
             got = launch.addmm(a, b, launch.Epilogue(value, 0, source), config=config)
             want = (scale * (a.long() @ b.long()).to(kind)).to(a.dtype)
             assert torch.equal(got.nan_to_num(7), want.nan_to_num(7)), value
-            assert len(launch._launches) == plans, "a plan for each alpha"
+            assert len(launch._launches) == kept, "a launch for each alpha"
         nan = launch.addmm(a, b, launch.Epilogue(1, float("nan"), source), config=config)
         assert bool(nan.isnan().all())
         assert_same_bits(launch.addmm(a, b, launch.Epilogue(-0.0, 0, source), config=config), torch.zeros_like(nan))
 
 
 def check_wide() -> None:
-    """64-bit offsets inside a block, which a vector's input alone can ask for, give the same bits."""
+    """64-bit offsets inside a block, which the source of a vector alone can need, give the same bits."""
     from matmul_grad.kernels.gpu import launch, plan
     from matmul_grad.kernels.gpu.arguments import Strides
     from matmul_grad.kernels.gpu.choose import VECTOR_TILES
@@ -172,7 +172,7 @@ def check_wide() -> None:
 
 
 def check_invariant() -> None:
-    """In batch-invariant mode a row of a sum has the same bits for any m, and k is not cut."""
+    """In batch-invariant mode a row has the same bits for any m, and k is not split."""
     from matmul_grad.kernels.gpu import launch, settings
 
     generator = torch.Generator().manual_seed(8)
@@ -185,7 +185,7 @@ def check_invariant() -> None:
 
 
 def check_empty() -> None:
-    """Without an input alpha still counts; without anything to multiply the sum is beta * input, in place too."""
+    """Without a source alpha still applies; with nothing to multiply the result is beta * source, in place too."""
     from matmul_grad.kernels.gpu import launch
 
     assert_same_bits(launch.addmm(torch.ones(2, 3), torch.ones(3, 4), launch.Epilogue(2)), torch.full((2, 4), 6.0))
@@ -200,7 +200,7 @@ def check_empty() -> None:
 
 
 def check_refusals() -> None:
-    """What cannot be added is a ValueError that says so, and leaves out as it was."""
+    """A source that cannot be added raises ValueError and leaves out unchanged."""
     from matmul_grad.kernels.gpu import launch
 
     x, y, out = torch.ones(2, 3), torch.ones(3, 4), torch.full((2, 4), 7.0)

@@ -127,7 +127,7 @@ def check_empty(m: int, n: int, k: int, dtype: str) -> None:
 
 
 def check_refusals() -> None:
-    """What cannot be multiplied is a ValueError that says so, and leaves out as it was."""
+    """Operands that cannot be multiplied raise ValueError and leave out unchanged."""
     from matmul_grad.kernels.gpu import launch
     from matmul_grad.kernels.gpu.config import TileConfig
 

@@ -25,7 +25,7 @@ from gpu_cases import (
 
 
 def check_tma(m: int, n: int, k: int, dtype: str, layouts: str, config: Any) -> None:
-    """The copy engine's path: exact, whether C can be stored through it or not, and only where the rule allows."""
+    """The TMA path: exact, whether C can be stored through TMA or not, and only where operands fit it."""
     from matmul_grad.kernels.gpu import launch
 
     a, b = integers(m, k, DTYPES[dtype], 1), integers(k, n, DTYPES[dtype], 2)
@@ -44,11 +44,11 @@ def check_tma(m: int, n: int, k: int, dtype: str, layouts: str, config: Any) -> 
 
 
 def check_split(dtype: str, layouts: str, path: str) -> None:
-    """k cut in parts: exact where sums are, and the parts are added in order, whatever m and n are."""
+    """k split: exact for integers, and the partial results are added in order, whatever m and n are."""
     from matmul_grad.kernels.gpu import launch
 
     config = {"tma": tma, "pointers": pointers}[path](3)
-    check = check_tma if path == "tma" else check_cut
+    check = check_tma if path == "tma" else check_split_pointers
     check(72, 40, 232, dtype, layouts, config)
     a, b = torch.randn(64, 232).to(DTYPES[dtype]), torch.randn(232, 72).to(DTYPES[dtype])
     with at_arch(90), rows_alike():
@@ -60,7 +60,7 @@ def check_split(dtype: str, layouts: str, path: str) -> None:
     assert_same_bits(whole, (parts[0] + parts[1] + parts[2]).to(a.dtype))
 
 
-def check_cut(m: int, n: int, k: int, dtype: str, layouts: str, config: Any) -> None:
+def check_split_pointers(m: int, n: int, k: int, dtype: str, layouts: str, config: Any) -> None:
     with at_arch(90):
         check_exact(m, n, k, dtype, layouts, lambda: config)
 

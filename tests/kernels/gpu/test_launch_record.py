@@ -119,7 +119,7 @@ def test_split_product_has_a_record_of_each_kernel() -> None:
 
 
 def test_plan_with_an_epilogue_has_no_record() -> None:
-    """Its scales are numbers of a call, and a record is of products alone."""
+    """alpha and beta change from call to call, and a record holds constants alone."""
     problem = Problem(256, 512, 1024, "bfloat16", "N", "N", "ieee", True, False)
     target, strides = aot.target_of(80), (Strides(1024, 1), Strides(512, 1), Strides(512, 1))
     tile = candidates(problem, target)[0]

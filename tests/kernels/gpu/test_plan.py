@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +12,11 @@ import aot
 import pytest
 import torch
 import triton
+from scripts import ROOT
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import create_function_from_signature
 
-from matmul_grad.kernels.gpu import plan as module
 from matmul_grad.kernels.gpu.arguments import PointerArg, ScalarArg, Strides
 from matmul_grad.kernels.gpu.backward import backward_tma
 from matmul_grad.kernels.gpu.config import Problem, TileConfig
@@ -28,12 +28,23 @@ from matmul_grad.kernels.gpu.tma import gemm_tma
 from matmul_grad.kernels.gpu.vector import matvec
 
 KERNELS = (gemm, gemm_tma, matvec, reduce, backward_tma)
-FOLDER = Path(str(module.__file__)).parent
+FOLDER = ROOT / "kernels" / "gpu"
 TARGET = GPUTarget("cuda", 80, 32)
 
 compiles = pytest.mark.skipif(
     not isinstance(gemm, triton.JITFunction), reason="TRITON_INTERPRET is set for the whole session"
 )
+
+
+def test_every_module_is_imported_by_the_package() -> None:
+    """A wheel holds every file of kernels/gpu: what only tests use is not among them."""
+    paths = [path for name in ("kernels/gpu", "matmul_grad", "bench") for path in (ROOT / name).rglob("*.py")]
+    modules = sorted(path for path in FOLDER.glob("*.py") if path.stem != "__init__")
+    assert len(modules) > 10
+    for module in modules:
+        name = module.stem
+        imported = re.compile(rf"from [\w.]*\.{name} import |from [\w.]*(gpu|\.) import (.*\b)?{name}\b")
+        assert any(imported.search(path.read_text("utf-8")) for path in paths if path != module), name
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
