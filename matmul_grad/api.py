@@ -31,7 +31,7 @@ def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out
     shapes      input (m, k), mat2 (k, n) → (m, n); every size ≥ 0
     strides     any, read as they are; the result is contiguous
     dtypes      float16, bfloat16, float32, float64 on CPU and CUDA; the rest is torch.mm
-    aliasing    the result is new memory, or ``out``; an ``out`` that shares memory is left to torch.mm
+    aliasing    the result is new memory, or ``out``, which may overlap an operand; one that repeats elements is torch's
     rounding    accumulated in float32 (float64 for float64); 16-bit results are rounded once, at the store
     errors      torch.mm's: RuntimeError for ranks, shapes, dtypes and devices, TypeError for what is no tensor
     determinism on CPU the same bits for any m, n, strides and number of threads

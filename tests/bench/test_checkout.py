@@ -16,7 +16,7 @@ import torch
 import matmul_grad
 from matmul_grad.bench import packing, switch_overhead, timer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def suite(*options: str) -> str:
