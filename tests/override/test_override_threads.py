@@ -93,7 +93,7 @@ def test_state_after_an_interrupt_is_reported_by_info() -> None:
             return matmul_grad.info()["accelerated"] != before
 
         def pester():
-            time.sleep(0.02)
+            ready.wait()  # until interrupts are caught
             for _ in range(5):
                 time.sleep(random.random() / 300)
                 before = hits
@@ -103,10 +103,11 @@ def test_state_after_an_interrupt_is_reported_by_info() -> None:
 
         end = time.monotonic() + 900
         while hits < 100 and time.monotonic() < end:
-            pesterer = threading.Thread(target=pester)
+            pesterer, ready = threading.Thread(target=pester), threading.Event()
             pesterer.start()
             while True:
                 try:
+                    ready.set()
                     while pesterer.is_alive():
                         with matmul_grad.enabled():
                             pass
