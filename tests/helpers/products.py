@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import matmul_grad
-from matmul_grad.testing import DTYPES, assert_same_bits, integers
+from matmul_grad.testing import assert_same_bits, integers
 
 DOUBLE = torch.float64
-EVERY = [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
 SCALES: list[dict[str, Any]] = [{}, {"beta": 2}, {"alpha": -1}, {"beta": 0.5, "alpha": 2}, {"beta": 0, "alpha": 0.5}]
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import EVERY
 from outcomes import outcome
-from products import DOUBLE, EVERY, PRODUCTS, SCALES, assert_exact, batch_of, exact, operands, pair_of
+from products import DOUBLE, PRODUCTS, SCALES, assert_exact, batch_of, exact, operands, pair_of
 from torch import Tensor
 
 import matmul_grad

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from dtypes import EVERY
 from outcomes import outcome
-from products import EVERY, PRODUCTS, SCALES, assert_exact, operands, pair_of
+from products import PRODUCTS, SCALES, assert_exact, operands, pair_of
 from torch import Tensor
 
 import matmul_grad

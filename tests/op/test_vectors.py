@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import EVERY
 from outcomes import outcome
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import matmul_grad
-from matmul_grad.testing import DTYPES, STRIDINGS, assert_same_bits, integers, lay_out, normal
+from matmul_grad.testing import STRIDINGS, assert_same_bits, integers, lay_out, normal
 
 DOUBLE = torch.float64
-EVERY = [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
 NAMES = ("mv", "addmv", "dot", "vdot")
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import EVERY
 from torch import Tensor
 
 import matmul_grad
-from matmul_grad.testing import DTYPES, STRIDINGS, assert_same_bits, assert_within_budget, integers, lay_out, normal
+from matmul_grad.testing import STRIDINGS, assert_same_bits, assert_within_budget, integers, lay_out, normal
 
-EVERY = [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
 SHAPES = ((1, 1, 1), (1, 64, 5), (5, 1, 9), (7, 65, 9), (13, 33, 17), (2, 257, 3), (64, 64, 64), (3, 5, 1031))
 BATCHES = ((1, 7, 5, 3), (4, 6, 9, 8), (3, 1, 70, 40), (2, 33, 1, 20), (9, 8, 8, 8))
 SCALES: list[dict[str, Any]] = [{}, {"beta": 2}, {"alpha": -1}, {"beta": 0.5, "alpha": 2}, {"beta": 0, "alpha": 0.5}]
