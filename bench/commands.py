@@ -38,6 +38,7 @@ MAX_GFLOP = {"cpu": 40.0, "cuda": 1e5}
 MINUTES = 5.0  # of the quick suite on a GPU
 REPORT, REPORT_SHARE = 25.0, 0.2  # seconds, and the most of --minutes, that drawing and writing may take
 VERBS = ("run", "compare", "report")
+RIVALS = f"none, or some of {', '.join(backends.NAMES)}; default: those installed"
 
 
 def main(arguments: Sequence[str], program: str) -> int:
@@ -56,7 +57,7 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     option("--dtype", type=some_of(tuple(testing.DTYPES)), metavar="X,X", help="default: f32,f64; bf16,f32 on a GPU")
     option("--threads", type=threads, default=(1,), metavar="N,N", help="default: 1")
     option("--pass", dest="passes", type=some_of(PASSES), default=PASSES, metavar="X,X", help="default: all four")
-    option("--rivals", type=some_of(("none", *backends.NAMES)), metavar="X,X", help="default: those installed")
+    option("--rivals", type=some_of(("none", *backends.NAMES)), metavar="X,X", help=RIVALS)
     option("--out", type=Path, metavar="DIR", help="default: a folder of bench/results, or of this one")
     option("--seconds", type=positive, help="a comparison; default: 0.6, 0.3 on a GPU")
     option("--minutes", type=positive, help="stop then; default: 5 for the quick suite on a GPU, else never")

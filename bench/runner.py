@@ -179,7 +179,7 @@ class WorkerPool:
 
 
 def summary(times: Mapping[str, list[float]], clock: str, row: Row) -> Row:
-    """Quartiles of each contender's time, of its ratio to ours by rounds, and of the peak.
+    """Quartiles of each backend's time, of its ratio to ours by rounds, and of the peak.
 
     The two times of a round lie next to each other, so a ratio of theirs knows nothing of a drift of the machine's.
 
