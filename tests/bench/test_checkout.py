@@ -83,7 +83,9 @@ def test_paths_compares_packing_with_reading_in_place(
 ) -> None:
     monkeypatch.setattr(packing, "limited", lambda block, field, limit: block)  # nothing else to compile
     monkeypatch.setattr(packing, "cases", lambda: [packing.Case("direct_rows", "float32", "NT", 13, 70, 40, 3)])
+    cores = getattr(os, "sched_getaffinity", id)(0)
     assert packing.run(argparse.Namespace(seconds=0.01, save=False, out=None)) == 0
+    assert getattr(os, "sched_getaffinity", id)(0) == cores
     printed = capsys.readouterr().out
     assert "direct_rows ≤ 16" in printed and "float32 NT 13×70×40" in printed
 
