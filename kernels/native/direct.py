@@ -10,10 +10,12 @@ import torch
 from ..cpu import driver
 from ..cpu.config import BlockConfig
 from ..cpu.gemm_args import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, GEMM_ARGS, S_BS, S_CS, S_RS, SOURCE, Epilogue
-from .torch_layout import const_data_ptr, has_thread_pool
+from .torch_layout import address, const_data_ptr, has_thread_pool
 
 CALL = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)
 PLAIN = Epilogue()
+# A driver that is loaded before it has torch's threads computes on one.
+driver.parallel_for.value = address("torch_parallel_for")
 
 
 def supports(dtype: torch.dtype) -> bool:

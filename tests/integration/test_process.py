@@ -114,6 +114,28 @@ def test_kernels_run_on_torchs_thread_pool(threads: int) -> None:
     assert counts == [threads - 1, threads - 1]
 
 
+@linux
+def test_a_driver_that_is_called_directly_first_has_torchs_threads() -> None:
+    code = """
+from matmul_grad.kernels.cpu import driver
+from matmul_grad.kernels.native import direct
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+torch.set_num_threads(1)
+a, b = normal(700, 700, torch.float32, 1), normal(700, 700, torch.float32, 2)
+direct.multiply(driver.config("float32"), a[:6], b, torch.empty(6, 700))
+matmul_grad.mm(a, b)
+torch.set_num_threads(2)
+limit = time.monotonic() + 60
+while tasks() > 1 and time.monotonic() < limit:  # the threads that loaded the kernels are about to end
+    time.sleep(0.01)
+before = tasks()
+matmul_grad.mm(a, b)
+print(tasks() - before)
+"""
+    assert assert_computes(code).split() == ["1"]
+
+
 def thread_seconds() -> dict[str, int]:
     """Processor time of each thread of this process, in clock ticks."""
     ticks = {}
