@@ -5,11 +5,13 @@ python docs/tools/results_table.py    writes both anew
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from matmul_grad.bench import results, stats
+from matmul_grad.bench.results import Result
+from matmul_grad.bench.stats import Row
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -24,41 +26,46 @@ HEAD = (
 MISSING = "–"
 MIB = 1 << 20
 
-Result = dict[str, Any]
-Row = dict[str, Any]
-
 
 def newest(pattern: str) -> dict[str, Result]:
     """The newest complete run of each instruction set."""
     found: dict[str, Result] = {}
     for path in RESULTS.glob(pattern):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = results.load(path)
         isa = result["stamp"]["instruction set"].split()[0]
-        if result["whole"] and (isa not in found or when(result) > when(found[isa])):
+        if result["whole"] and (isa not in found or moment(result) > moment(found[isa])):
             found[isa] = result
     return found
 
 
-def when(result: Result) -> tuple[str, str]:
-    return result["stamp"]["date"], result["stamp"]["time"]
+def moment(result: Result) -> tuple[str, str]:
+    return results.moment(result["stamp"])
 
 
 def products(result: Result, dtype: str, threads: int) -> list[Row]:
-    """Products of a run that were timed beside torch."""
-    wanted = ("products", dtype, threads)
-    return [row for row in result["rows"] if (row["part"], row["dtype"], row["threads"]) == wanted]
+    """Products of a run that were timed beside torch; not what a call of the operator costs."""
+    rows = [
+        row for row in result["rows"] if (row["product"], row["dtype"], row["threads"]) == ("forward", dtype, threads)
+    ]
+    return [row for row in rows if stats.ratio(row) and not row.get("mode")]
+
+
+def ratio(row: Row) -> float:
+    """Torch's time over the time of this package."""
+    found = stats.ratio(row)
+    assert found is not None
+    return found.median
 
 
 def mean(rows: Sequence[Row]) -> str:
-    """Geometric, of torch's time over the time of this package."""
-    return f"{statistics.geometric_mean(row['ratio'] for row in rows):.2f}" if rows else MISSING
+    return f"{statistics.geometric_mean(map(ratio, rows)):.2f}" if rows else MISSING
 
 
 def worst(rows: Sequence[Row]) -> str:
     if not rows:
         return MISSING
-    row = min(rows, key=lambda row: row["ratio"])
-    return f"{row['ratio']:.2f} at {row['layout']} {row['m']}×{row['n']}×{row['k']}"
+    row = min(rows, key=ratio)
+    return f"{ratio(row):.2f} at {row['layout']} {row['m']}×{row['n']}×{row['k']}"
 
 
 def memory(result: Result | None, dtype: str) -> str:

@@ -51,7 +51,7 @@ class Work:
         handler = getattr(module, "CompilationCallbackHandler", None)
         start = getattr(handler, "run_start_callbacks", None)
         if start is not None and not hasattr(start, "__wrapped__"):
-            handler.run_start_callbacks = self._counting(start)  # type: ignore[union-attr]
+            handler.run_start_callbacks = self._counting(start)  # type: ignore[union-attr]  # not None: it has a start
 
     def _counting(self, start: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(start)

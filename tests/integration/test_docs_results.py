@@ -2,9 +2,13 @@
 
 import json
 from types import ModuleType
+from typing import Any
 
 import pytest
 from scripts import ROOT, load
+
+from matmul_grad.bench import results
+from matmul_grad.bench.workloads import OPERATOR, Workload
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -25,10 +29,19 @@ def test_readme_has_a_row_for_each_dtype_and_instruction_set(results_table: Modu
     assert "| bfloat16 | AVX2 |" in results_table.table()
 
 
-def run_of(date: str, ratio: float, whole: bool = True) -> dict:
+def run_of(date: str, ratio: float, whole: bool = True) -> dict[str, Any]:
+    """A run of `cpu-ratio`: two products, and what a call costs, which is no product of the table."""
     stamp = {"date": date, "time": "12:00:00", "CPU": "Some CPU, 2 cores", "instruction set": "avx2 of avx2, generic"}
-    row = {"part": "products", "dtype": "f32", "layout": "NT", "m": 1, "n": 2, "k": 3, "threads": 1, "ratio": ratio}
-    return {"stamp": stamp, "whole": whole, "rows": [row, row | {"ratio": 4 * ratio, "m": 7}]}
+    result = results.begin(results.CPU_RATIO, stamp | {"device": "cpu"}, {}, 3)
+    for workload, value in (
+        (Workload("forward", "f32", "NT", 1, 2, 3), ratio),
+        (Workload("forward", "f32", "NT", 7, 2, 3), 4 * ratio),
+        (Workload("forward", "f32", "NN", 8, 8, 8, mode=OPERATOR), 0.1),
+    ):
+        facts = {"flops": workload.flops, "bytes": workload.moved}
+        ratios = {"torch": dict.fromkeys(("low", "median", "high"), value)}
+        result["rows"].append(vars(workload) | facts | {"ratio": ratios})
+    return result | {"whole": whole}
 
 
 def test_the_newest_whole_run_is_shown(results_table: ModuleType, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
