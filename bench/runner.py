@@ -26,6 +26,7 @@ TRIES = 3  # of a comparison on one thread, for a moment when nothing else runs
 PEAK_FLOPS = "flops of a call of the peak"
 SILENCE = 600.0  # seconds without an answer: a kernel that never ends
 GPU_SILENCE = 60.0  # the same on a GPU, but for a library that takes its time to tune itself
+KINDS = ("skipped", "wrong", "failed")  # of an answer that is a reason
 GRACE = 5.0  # seconds that a comparison may go on when the time is up
 
 Row = dict[str, Any]
@@ -66,6 +67,7 @@ class WorkerPool:
         self._silence = SILENCE if device == "cpu" or any(backend.tunes for backend in selected) else GPU_SILENCE
         self._workers: dict[str, Worker] = {}
         self._last = ""  # the process that was asked last
+        self._timed = ""  # the backend that was timed last
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -98,8 +100,9 @@ class WorkerPool:
     def demand(self, process: str, task: worker.Message) -> worker.Message:
         """An answer that is none of failure."""
         answer = self.ask(process, task)
-        if "failed" in answer:
-            raise worker.WorkerFailed(answer["failed"])
+        for kind in KINDS:
+            if kind in answer:
+                raise worker.WorkerFailed(answer[kind])
         return answer
 
     def roof(self) -> Row:
@@ -117,7 +120,8 @@ class WorkerPool:
         ready = self._prepare(workload, row)
         clocks = (DEVICE, CALL) if self.device != "cpu" else (CALL,)
         for clock in clocks if ready else ():
-            self._time(ready, clock, seconds / len(clocks), row)
+            if not self._time(ready, clock, seconds / len(clocks), row):
+                break
         row.pop(PEAK_FLOPS, None)
         return row
 
@@ -134,7 +138,7 @@ class WorkerPool:
                 answer = {"failed": str(reason)}
             if "backends" not in answer:  # it is the workload that it cannot do
                 (kind, why), names = next(iter(answer.items())), [name for name in names if name != PEAK]
-                answer = {"backends": {name: {"wrong" if kind == "unfit" else kind: why} for name in names}}
+                answer = {"backends": {name: {kind: why} for name in names}}
             if answer.get("ended"):
                 why = {"skipped": "another backend broke the GPU's context"}
                 found = answer["backends"]
@@ -142,7 +146,7 @@ class WorkerPool:
             row["copies"] = answer.get("copies", row.get("copies", 0))
             row["beyond"] = max(answer.get("beyond", 0), row.get("beyond", 0))
             for name, found in answer["backends"].items():
-                if not {"wrong", "failed", "skipped"} & set(found):
+                if not set(KINDS) & set(found):
                     ready[name] = process
                 if name == PEAK:
                     row |= {PEAK_FLOPS: found["flops"]} if "flops" in found else {}
@@ -151,8 +155,9 @@ class WorkerPool:
                     row.setdefault(what, {})[name] = value
         return ready
 
-    def _time(self, ready: Mapping[str, str], clock: str, seconds: float, row: Row) -> None:
-        """In turns until a moment when nothing else ran, TRIES times at most; the last try counts."""
+    def _time(self, ready: Mapping[str, str], clock: str, seconds: float, row: Row) -> bool:
+        """In turns until a moment when nothing else ran, TRIES times at most; the last try counts. False where a
+        backend failed, which the row then names."""
         for _ in range(TRIES):
             shares: list[float] = []
             batches = {
@@ -162,8 +167,8 @@ class WorkerPool:
             try:
                 times = timer.time_interleaved(batches, seconds)
             except worker.WorkerFailed as reason:
-                row.setdefault("failed", {})[self._last] = str(reason)
-                return
+                row.setdefault("failed", {})[self._timed] = str(reason)
+                return False
             had = statistics.mean(shares)
             if had >= timer.AT_REST or self.threads > 1 or self.device != "cpu":
                 break
@@ -171,8 +176,10 @@ class WorkerPool:
                 break  # too long to be tried again
         row |= {"rounds": len(next(iter(times.values()))), "share of core": round(had, 3)}
         row |= summary(times, clock, row)
+        return True
 
     def _time_batch(self, name: str, process: str, clock: str, shares: list[float]) -> float:
+        self._timed = name
         answer = self.demand(process, {"time": name, "clock": clock})
         shares.append(answer["share"])
         return float(answer["seconds"])

@@ -60,6 +60,9 @@ class BackendSession:
         self._mode = contextlib.ExitStack()  # that the workload at hand is measured in
 
     def answer(self, task: worker.Message) -> worker.Message:
+        return self._attempt(functools.partial(self._do, task))
+
+    def _do(self, task: worker.Message) -> worker.Message:
         if "prepare" in task:
             return self.prepare(Workload(**task["prepare"]), task["names"])
         if "time" in task:
@@ -69,17 +72,14 @@ class BackendSession:
         if "bandwidth" in task:
             return roofline.bandwidth(self._device)
         if "do" in task:
-            return self.do(**task)
+            return self._do_task(**task)
         return {"facts": self._device.facts()}
 
-    def do(self, do: str, **arguments: Any) -> worker.Message:
+    def _do_task(self, do: str, **arguments: Any) -> worker.Message:
         from . import gpu_tasks
 
-        def whole() -> worker.Message:
-            self._device.tidy()
-            return gpu_tasks.TASKS[do](self._device, **arguments)
-
-        return self._attempt(whole)
+        self._device.tidy()
+        return gpu_tasks.TASKS[do](self._device, **arguments)
 
     def prepare(self, workload: Workload, names: Sequence[str]) -> worker.Message:
         """Each backend correct, or why it is not, in which case it is not timed."""
@@ -101,10 +101,7 @@ class BackendSession:
         beyond = status("VmHWM") - workload.held - workload.given
         del whole
         normal = inputs.draw(workload, "normal", self._device.device)
-        try:
-            inputs.assert_normal(normal)
-        except inputs.Unfit as reason:
-            return {"unfit": str(reason)}
+        inputs.assert_normal(normal)
         count = inputs.copies_past(self._device.cache_bytes(), workload.held, free)
         sets = list(inputs.copies(normal, count))
         for name in names:
