@@ -90,15 +90,18 @@ def is_bad(result: dict[str, Any]) -> bool:
 
 
 def walk(record: results.Record, command: argparse.Namespace, selected: Sequence[backends.Backend], shown: Say) -> None:
-    """Every step that is not complete, within its limit."""
+    """Every step that is not complete, within its limit. Its comparisons go on; its other rows are made again."""
     clock = stages.Clock(60 * command.minutes)
     complete = {step["name"] for step in record.result["steps"] if step["status"] == stages.COMPLETE}
     for step in command.steps:
         if step.name in complete:
             continue
         record.result["steps"] = [known for known in record.result["steps"] if known["name"] != step.name]
+        record.result["rows"] = [
+            row for row in record.result["rows"] if row.get("step") != step.name or "product" in row
+        ]
         shown(step.name)
-        seconds, start = stages.limit(step, clock.left(), command.steps), monotonic()
+        seconds, start = stages.limit(step, max(0.0, clock.left()), command.steps), monotonic()
         said = functools.partial(tell, shown, step.name)
         given = StageContext(step.name, record, seconds, said, selected, results.checkout())
         try:
