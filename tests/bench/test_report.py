@@ -378,3 +378,9 @@ def test_summary_fits_a_phone(written: Path) -> None:
     narrow = text.split("@media (max-width: 40rem)")[1].split("</style>")[0]
     assert "white-space: normal; overflow-wrap: anywhere" in narrow
     assert text.count('<table class="summary">') == 1
+
+
+def test_pictures_hold_a_product_in_one_precision(row: Any) -> None:
+    rows = [row(), row(precision="tf32"), row(batch=3), row(mode="invariant")]
+    assert list(plots.by_dtype(rows).values()) == [rows[:1], rows[1:2]]
+    assert [key[-1] for key in plots.by_dtype(rows)] == ["f32", "f32 tf32"]
