@@ -92,6 +92,14 @@ def test_child_finds_this_package(tmp_path: Path) -> None:
     assert heard == [sys.modules["matmul_grad"].__file__]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system pins no process to a core")
+def test_cpu_ratio_has_no_more_threads_than_cores() -> None:
+    heard: list[str] = []
+    text = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    text += "from matmul_grad.bench import cpu_ratio; print(cpu_ratio.THREADS)"
+    assert run(text, heard).status == 0 and heard == ["(1,)"]
+
+
 def gone(pid: int) -> bool:
     end = time.monotonic() + scaled(60)
     while time.monotonic() < end:
