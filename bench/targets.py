@@ -164,8 +164,8 @@ def entries(
     committed: Sequence[Row] = (),
     planned: Mapping[str, Sequence[Workload]] | None = None,
 ) -> list[Entry]:
-    """The table. Of the committed rows those count whose like was measured now. Without ``planned``, the comparisons
-    of each step, figures are left out where nothing of them was measured."""
+    """The table. Of the committed rows those count whose like was measured now. ``planned`` are the comparisons
+    of each step; figures that nothing was planned for are left out where nothing of them was measured."""
     rows = stats.compared(rows)
     known = {workloads.of_row(row) for row in rows}
     like = [row for row in committed if workloads.of_row(row) in known]
@@ -175,7 +175,7 @@ def entries(
         count = sum(map(target.takes, planned.get(target.step or "", ()))) if planned else 0
         for column in columns_of(target, rows):
             entry = Entry(target, column, figure(target, mine, column), figure(target, like, column), count)
-            if entry.figure or planned:
+            if entry.figure or count:
                 found.append(entry)
     return found
 

@@ -85,6 +85,21 @@ def test_every_step(run: Run) -> None:
     assert all("part" not in name and "unfinished" not in name for name in found["files"])
 
 
+def test_run_that_leaves_comparisons_out_is_not_whole(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = {"step": float("inf")}
+    monkeypatch.setattr(workloads.Workload, "weight", lambda self, *_, **more: weight.get(self.product, 0.0))
+    status, found = run()
+    assert status == 0 and not found["whole"] and found["planned"] == 5
+    assert "**Not a whole run**: 3 of 5 comparisons." in found["page"]
+    assert all("unfinished" not in name for name in found["files"])
+
+
+def test_planned_is_what_the_steps_compare(run: Run) -> None:
+    _, found = run("--steps=ratios,memory")
+    assert found["planned"] == len(found["rows"]) == 4
+    assert "against quack" not in found["page"] and "| bf16, fp16 dgrad |" in found["page"]
+
+
 def test_step_that_cannot_even_be_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(given: Any) -> Any:
         raise OSError("no memory to fork")
