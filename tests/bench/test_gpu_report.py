@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import scaled
 
 from matmul_grad import cli
 from matmul_grad.bench import (
@@ -362,7 +363,7 @@ def test_pytest_itself_is_understood(
         monkeypatch.delenv(name, raising=False)
     (checkout / "tests" / "test_gpu.py").write_text(REAL, encoding="utf-8")
     shutil.copy(Path(__file__).parents[2] / "pyproject.toml", checkout)
-    context, rows = given("tests", gpu, seconds=600.0, checkout=checkout)
+    context, rows = given("tests", gpu, seconds=scaled(600.0), checkout=checkout)
     outcome = stages.gpu_tests(context)
     assert outcome.status == FAILED and rows[0]["counts"] == {"passed": 2, "failed": 1}, outcome
     assert len(rows[0]["tests"]) == 1 and "test_bad[a" in rows[0]["tests"][0]

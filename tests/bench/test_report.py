@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import scaled
 
 from matmul_grad import check_timing, console
 from matmul_grad.bench import commands, html, plots, readme, results, stats, tables
@@ -180,7 +181,7 @@ def browse(page: Path, profile: Path) -> Any:
         f"--disable-component-update --disable-sync --enable-logging=stderr --window-size={PHONE},900 "
         f"--user-data-dir={profile} --virtual-time-budget=5000 --dump-dom"
     ).split()
-    return subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
+    return subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=scaled(120))
 
 
 def page_with_markers(folder: Path) -> Path:
