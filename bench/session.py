@@ -18,7 +18,6 @@ import functools
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -28,7 +27,7 @@ import matmul_grad
 
 from . import backends, correctness, inputs, roofline, timer, worker
 from .backends import PEAK, TORCH_PROCESS, Call, Library, call_of
-from .devices import MOST_CALLS, REPLAY, Cpu, Gpu, cores, status
+from .devices import Cpu, Gpu, cores, status
 from .inputs import Operands
 from .roofline import Device
 from .workloads import INVARIANT, OURS, Workload
@@ -41,22 +40,13 @@ class SelfComparison(AssertionError):
     """A backend that does not do by itself what its name says."""
 
 
-@dataclass
-class Prepared:
-    """A backend with its calls for the workload at hand, one for each copy of the operands."""
-
-    calls: list[Call]
-    call: Call
-    batches: dict[str, timer.Batch] = field(default_factory=dict)
-
-
 class BackendSession:
     """Answers the runner's tasks with the libraries of this process."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._libraries: dict[str, Library] = {}
-        self._ready: dict[str, Prepared] = {}
+        self._ready: dict[str, dict[str, timer.Batch]] = {}  # backend → clock → batch, of the workload at hand
         self._mode = contextlib.ExitStack()  # that the workload at hand is measured in
 
     def answer(self, task: worker.Message) -> worker.Message:
@@ -67,7 +57,7 @@ class BackendSession:
             return self.prepare(Workload(**task["prepare"]), task["names"])
         if "time" in task:
             share = timer.share_of_core()
-            seconds = self._ready[task["time"]].batches[task["clock"]]()
+            seconds = self._ready[task["time"]][task["clock"]]()
             return {"seconds": seconds, "share": share()}
         if "bandwidth" in task:
             return roofline.bandwidth(self._device)
@@ -160,29 +150,21 @@ class BackendSession:
         del found
         before = self._device.allocated()
         answer["peak bytes"] = max(0, self._device.peak(calls[0]) - before)
-        ready = Prepared(calls, inputs.alternating(calls))
-        ready.batches[CALL] = timer.batch_of(ready.call, self._device.wait)
-        if isinstance(self._device, Gpu):
-            ready.batches[DEVICE] = self._graph(calls)
-        self._ready[name] = ready
+        self._ready[name] = self._batches(calls)
         return answer
 
-    def _graph(self, calls: Sequence[Call]) -> timer.Batch:
-        """Device time: the calls, over and over, in one CUDA graph that lasts long enough to be timed."""
-        assert isinstance(self._device, Gpu)
-        some = list(calls[:MOST_CALLS])
-        once = self._device.seconds_a_call(some[0])
-        rounds = max(1, min(MOST_CALLS, int(REPLAY / max(once, 1e-9))) // len(some))
-        return self._device.graph(rounds * some)
+    def _batches(self, calls: Sequence[Call]) -> dict[str, timer.Batch]:
+        """By clock; the calls are one for each copy of the operands."""
+        batches = {CALL: timer.batch_of(inputs.alternating(calls), self._device.wait)}
+        if isinstance(self._device, Gpu):
+            batches[DEVICE] = self._device.looped(calls)
+        return batches
 
     def _raise_peak(self, workload: Workload, answers: dict[str, Any]) -> None:
         found = roofline.peak_flops(workload.dtype, self._device)
         if found is None:
             return
-        batches = {CALL: timer.batch_of(found.call, self._device.wait)}
-        if isinstance(self._device, Gpu):
-            batches[DEVICE] = self._graph([found.call])
-        self._ready[PEAK] = Prepared([found.call], found.call, batches)
+        self._ready[PEAK] = self._batches([found.call])
         answers[PEAK] = {"flops": found.flops}
 
 
