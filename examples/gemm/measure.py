@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -84,9 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="of the square matrices")
     parser.add_argument("--seconds", type=float, default=20, help="a size; default: 20")
     options = parser.parse_args(arguments)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    text = table(options.sizes, options.seconds)
+    with timer.on_one_core():
+        text = table(options.sizes, options.seconds)
     print(text)
     if options.write:
         PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")
