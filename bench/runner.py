@@ -225,12 +225,17 @@ def rows(
         with WorkerPool(selected, device, threads, pin, left) as pool:
             begun(pool)
             for workload in some:
-                if workload.weight(seconds, backends=sum(backend.takes(workload) for backend in selected)) > left():
+                if weight(workload, selected, seconds) > left():
                     return
                 row = pool.measure(workload, seconds)
                 if left() <= -GRACE:
                     return
                 yield row
+
+
+def weight(workload: Workload, selected: Sequence[Backend], seconds: float) -> float:
+    """About how many seconds the comparison takes."""
+    return workload.weight(seconds, backends=sum(backend.takes(workload) for backend in selected))
 
 
 def groups(planned: Sequence[Workload]) -> dict[tuple[str, int], list[Workload]]:
@@ -259,11 +264,8 @@ def measure(
             run.result["roofs"].append(pool.roof())
 
     found = rows(todo, selected, settings["seconds"], settings["pinned"], left, begun)
-    weights = [
-        workload.weight(settings["seconds"], backends=sum(backend.takes(workload) for backend in selected))
-        for workload in todo
-    ]
+    weights = [weight(workload, selected, settings["seconds"]) for workload in todo]
     with contextlib.closing(found), progress(console, name, len(todo), sum(weights)) as shown:
-        for workload, weight, row in zip(todo, weights, found):
+        for workload, expected, row in zip(todo, weights, found):
             run.keep(row)
-            shown(workload.name, weight)
+            shown(workload.name, expected)
