@@ -13,8 +13,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import torch
-
 from .. import cli_common
 from ..console import make_console, table
 from . import backends, results, stages, stats, tables, targets, workloads
@@ -59,8 +57,7 @@ def figures(result: dict[str, Any]) -> list[targets.Entry]:
 
 
 def run(command: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        raise cli_common.UsageError(f"gpu-report: torch {torch.__version__} finds no CUDA device here")
+    cli_common.require_cuda("gpu-report")
     place, selected = results.folder(command.out), backends.chosen(backends.NAMES, "cuda")
     steps = [step.name for step in command.steps]
     settings = {"steps": steps, "seconds": stages.SECONDS, "pinned": False}

@@ -17,7 +17,7 @@ from typing import Any
 from ..console import Console, progress
 from . import results, timer, worker
 from .backends import PEAK, TORCH_PROCESS, Backend
-from .session import CALL, DEVICE
+from .timer import CALL_CLOCK, DEVICE_CLOCK
 from .worker import Worker
 from .workloads import OURS, Workload
 
@@ -118,7 +118,7 @@ class WorkerPool:
         """The row of a workload; ``seconds`` for all backends together, more where they are slow."""
         row: Row = {**asdict(workload), "flops": workload.flops, "bytes": workload.moved}
         ready = self._prepare(workload, row)
-        clocks = (DEVICE, CALL) if self.device != "cpu" else (CALL,)
+        clocks = (DEVICE_CLOCK, CALL_CLOCK) if self.device != "cpu" else (CALL_CLOCK,)
         for clock in clocks if ready else ():
             if not self._time(ready, clock, seconds / len(clocks), row):
                 break
@@ -194,7 +194,7 @@ def summary(times: Mapping[str, list[float]], clock: str, row: Row) -> Row:
     >>> found["seconds"]["torch"]["median"], found["ratio"]["torch"]
     (3.0, {'low': 1.25, 'median': 1.5, 'high': 1.75})
     """
-    prefix = "" if clock == CALL else f"{clock} "
+    prefix = "" if clock == CALL_CLOCK else f"{clock} "
     found: Row = {}
     if PEAK in times and PEAK not in row:
         rates = [row[PEAK_FLOPS] / seconds / 1e9 for seconds in times[PEAK]]

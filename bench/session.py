@@ -30,9 +30,9 @@ from .backends import PEAK, TORCH_PROCESS, Call, Library, call_of
 from .devices import Cpu, Gpu, cores, status
 from .inputs import Operands
 from .roofline import Device
+from .timer import CALL_CLOCK, DEVICE_CLOCK
 from .workloads import INVARIANT, OURS, Workload
 
-CALL, DEVICE = "call", "device"
 LOG = 2000  # characters of a traceback that an answer keeps
 
 
@@ -155,9 +155,9 @@ class BackendSession:
 
     def _batches(self, calls: Sequence[Call]) -> dict[str, timer.Batch]:
         """By clock; the calls are one for each copy of the operands."""
-        batches = {CALL: timer.batch_of(inputs.alternating(calls), self._device.wait)}
+        batches = {CALL_CLOCK: timer.batch_of(inputs.alternating(calls), self._device.wait)}
         if isinstance(self._device, Gpu):
-            batches[DEVICE] = self._device.looped(calls)
+            batches[DEVICE_CLOCK] = self._device.looped(calls)
         return batches
 
     def _raise_peak(self, workload: Workload, answers: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ LONG = 0.05  # seconds: a call that needs no other before it to be warm
 AT_REST = 0.97  # of a core: with less, others ran there too, and the times are theirs as well
 FEWEST, ENOUGH, MOST = 3, 5, 199  # rounds
 PATIENCE = 6
+CALL_CLOCK, DEVICE_CLOCK = "call", "device"  # until a call has returned and is done; of a GPU alone
 PROTOCOL = "interleaved rounds of ≥ 5 ms in turning order; medians and quartiles of a call"
 
 Batch = Callable[[], float]

@@ -23,6 +23,11 @@ OPERATOR, INVARIANT = "operator", "invariant"  # modes: the registered operators
 # Operations a second of the slower of two backends on one thread of Zen 4: to weigh what is left to do.
 PACE = {"f32": 60e9, "f64": 30e9, "bf16": 100e9, "f16": 6e9}
 SCALAR_PACE = 2e9  # of torch in 16 bits without AVX-512, measured on AVX2: 1.3e9 to 3e9
+# On a GPU, by name: a dtype, and the precision of its products.
+NUMBERS = {
+    "bf16": ("bf16", "ieee"), "f16": ("f16", "ieee"), "f32": ("f32", "ieee"), "tf32": ("f32", "tf32"),
+    "tf32x3": ("f32", "tf32x3"), "f64": ("f64", "ieee"),
+}  # fmt: skip
 CALL = 8  # the size whose time is all overhead
 
 
