@@ -10,7 +10,7 @@ backends, inputs, correctness         who multiplies, on which operands, and whe
 timer, roofline, devices              interleaved timing, peak FLOP/s and bandwidth, what the machine reports
 results                               rows on disk, resumed runs, CSV
 stats, targets                        rows to ratios, means and differences; to the figures that have targets
-tables, plots, html, readme           the same as Markdown, PNG and SVG, HTML, and in README.md
+tables, plots, html, readme           the same as Markdown, PNG and SVG, HTML, and in docs/results.md
 comparison                            `compare`
 
 The other commands are faces of it, with workloads, a table and options of their own: cpu_ratio is `python -m bench

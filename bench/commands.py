@@ -12,8 +12,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import torch
-
 from .. import testing
 from ..cli_common import (
     EXIT_INTERRUPTED,
@@ -23,6 +21,7 @@ from ..cli_common import (
     UsageError,
     complain,
     require,
+    require_cuda,
     require_isa,
     run_command,
 )
@@ -117,8 +116,8 @@ def prepare(command: argparse.Namespace) -> tuple[list[Backend], list[Workload],
     """Who takes part in what; the settings are what a run that goes on must have in common with its beginning."""
     require_isa()
     device = command.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
+    if device == "cuda":
+        require_cuda("--device cuda")
     for name in command.rivals or ():
         backend = backends.BY_NAME.get(name)
         if backend and device not in backend.devices:

@@ -6,18 +6,17 @@ Exit codes: 0 no figure fell, 1 one fell or a product is wrong, 2 what was asked
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 from ..cli_common import EXIT_INTERRUPTED, EXIT_MISMATCH, UsageError, complain, require_isa
 from ..console import Console, make_console, table
-from . import backends, results, runner, stats, tables, targets, workloads
+from . import backends, devices, results, runner, stats, tables, targets, workloads
 from .options import interrupted_by_sigterm, listed, positive, some_of, threads
 
 KIND = results.CPU_RATIO
 HELP = "torch and OpenBLAS beside this package on CPU: targets, figures, and the last committed ones"
-THREADS = tuple(range(1, 1 + min(2, os.cpu_count() or 1)))
+THREADS = tuple(range(1, 1 + min(2, len(devices.cores()))))
 SECONDS = 0.5  # a comparison, all backends together
 QUICK = 0.05
 

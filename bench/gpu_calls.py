@@ -1,6 +1,6 @@
 """This package's launcher, which `gpu-report` and `tune` use beside the public functions.
 
-It imports Triton, so it is imported when a product is made, not before.
+The launcher imports Triton, so each function imports it when it is called, not before.
 """
 
 from __future__ import annotations

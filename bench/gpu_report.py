@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
-
-import torch
 
 from .. import cli_common
 from ..console import make_console, table
@@ -23,6 +21,7 @@ from .stages import STAGES, Stage, StageContext
 
 HELP = "tests, sanitizer and times of the GPU kernels, in --minutes; written as JSON and Markdown"
 MINUTES = 8.0
+EVERY = tuple(step.name for step in STAGES)
 
 Say = Callable[[str], None]
 
@@ -47,22 +46,24 @@ def some(text: str) -> tuple[Stage, ...]:
     raise argparse.ArgumentTypeError(f"some of {names(STAGES)}, got {text}")
 
 
-def planned() -> dict[str, list[workloads.Workload]]:
-    """The comparisons of the steps that targets are set for."""
-    return {"ratios": workloads.gpu_targets(), "rivals": workloads.gpu_rivals()}
+def planned(steps: Collection[str]) -> dict[str, list[workloads.Workload]]:
+    """The comparisons of those of the steps that compare."""
+    every = {"ratios": workloads.gpu_targets, "rivals": workloads.gpu_rivals, "memory": workloads.gpu_memory}
+    return {step: of_step() for step, of_step in every.items() if step in steps}
 
 
 def figures(result: dict[str, Any]) -> list[targets.Entry]:
-    return targets.entries(targets.GPU, result["rows"], planned=planned())
+    return targets.entries(targets.GPU, result["rows"], planned=planned(result["settings"].get("steps", EVERY)))
 
 
 def run(command: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        raise cli_common.UsageError(f"gpu-report: torch {torch.__version__} finds no CUDA device here")
+    cli_common.require_cuda("gpu-report")
     place, selected = results.folder(command.out), backends.chosen(backends.NAMES, "cuda")
-    settings = {"steps": [step.name for step in command.steps], "seconds": stages.SECONDS, "pinned": False}
+    steps = [step.name for step in command.steps]
+    settings = {"steps": steps, "seconds": stages.SECONDS, "pinned": False}
+    compared = planned(steps)
     result = results.begin(
-        results.GPU_REPORT, results.stamp("cuda", selected), settings, sum(map(len, planned().values()))
+        results.GPU_REPORT, results.stamp("cuda", selected), settings, sum(map(len, compared.values()))
     )
     record = results.Record.begin(place, result | {"steps": []}, command.resume)
     with running("gpu-report") as shown, interrupted_by_sigterm() as interrupted:
@@ -72,7 +73,8 @@ def run(command: argparse.Namespace) -> int:
         for step in command.steps:
             if step.name not in done:
                 ended(record, step, stages.Outcome(stages.STOPPED), 0.0)
-    path = finish(record, not interrupted, "" if command.steps == STAGES else "part")
+    left = sum(len(record.left(some, step)) for step, some in compared.items())
+    path = finish(record, not interrupted, "" if command.steps == STAGES else "part", left)
     measured = [entry for entry in figures(record.result) if entry.figure]
     table(make_console(), [*tables.TARGETS, "comparisons"], tables.target_lines(measured))
     for line in stats.troubles(record.result["rows"]):
@@ -90,15 +92,18 @@ def is_bad(result: dict[str, Any]) -> bool:
 
 
 def walk(record: results.Record, command: argparse.Namespace, selected: Sequence[backends.Backend], shown: Say) -> None:
-    """Every step that is not complete, within its limit."""
+    """Every step that is not complete, within its limit. Its comparisons go on; its other rows are made again."""
     clock = stages.Clock(60 * command.minutes)
     complete = {step["name"] for step in record.result["steps"] if step["status"] == stages.COMPLETE}
     for step in command.steps:
         if step.name in complete:
             continue
         record.result["steps"] = [known for known in record.result["steps"] if known["name"] != step.name]
+        record.result["rows"] = [
+            row for row in record.result["rows"] if row.get("step") != step.name or "product" in row
+        ]
         shown(step.name)
-        seconds, start = stages.limit(step, clock.left(), command.steps), monotonic()
+        seconds, start = stages.limit(step, max(0.0, clock.left()), command.steps), monotonic()
         said = functools.partial(tell, shown, step.name)
         given = StageContext(step.name, record, seconds, said, selected, results.checkout())
         try:
@@ -119,11 +124,11 @@ def ended(record: results.Record, step: Stage, outcome: stages.Outcome, seconds:
     results.write(record.path(results.UNFINISHED, ".md"), tables.report(record.result, figures(record.result)))
 
 
-def finish(record: results.Record, whole: bool, ending: str) -> Path:
+def finish(record: results.Record, ended: bool, ending: str, left: int) -> Path:
     """The last write, under the name that stays."""
-    path = record.finish(whole, ending).with_suffix(".md")
+    path = record.finish(ended, ending, left).with_suffix(".md")
     results.write(path, tables.report(record.result, figures(record.result)))
-    if whole:
+    if ended:
         record.path(results.UNFINISHED, ".md").unlink(missing_ok=True)
     return path
 

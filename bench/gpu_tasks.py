@@ -26,7 +26,7 @@ from ..kernels.native import launch_table
 from . import backends, correctness, gpu_calls, inputs, sanitizer, timer, workloads
 from .backends import OfTorch, Skipped, call_of
 from .correctness import IncorrectResult
-from .devices import MOST_CALLS, REPLAY, Gpu
+from .devices import MOST_CALLS, Gpu
 from .inputs import Operands
 from .workloads import OURS, Workload, on_gpu
 
@@ -133,8 +133,7 @@ def candidates_timed(gpu: Gpu, workload: Row, tiles: Sequence[Row]) -> Row:
     for index, tile in enumerate(tiles):
         library = with_config(wanted, TileConfig(**tile))
         calls = [call_of(library, wanted, each) for each in sets]
-        rounds = max(1, min(MOST_CALLS, int(REPLAY / max(gpu.seconds_a_call(calls[0]), 1e-9))) // len(calls))
-        batches[index] = gpu.graph(rounds * calls)
+        batches[index] = gpu.looped(calls)
     first = medians(batches, FIRST_SECONDS * len(tiles))
     finalists = dict.fromkeys([*sorted(first, key=lambda index: first[index])[:FINALISTS], 0])
     final = medians({index: batches[index] for index in finalists}, FINAL_SECONDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -35,18 +36,15 @@ def threads(text: str) -> tuple[int, ...]:
     raise argparse.ArgumentTypeError(f"numbers from 1 to {most}, the cores of this process, got {text}")
 
 
-def positive(text: str) -> float:
+def positive(text: str, most: float = sys.float_info.max) -> float:
     with contextlib.suppress(ValueError):
-        if 0 < float(text) < float("inf"):
+        if 0 < float(text) <= most:
             return float(text)
     raise argparse.ArgumentTypeError(f"a number above 0, got {text}")
 
 
 def minutes(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 24 * 60:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"a number above 0, got {text}")
+    return positive(text, most=24 * 60)
 
 
 class Interrupted:

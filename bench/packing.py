@@ -6,9 +6,7 @@ Each product is run by two compiled configurations, timed interleaved: one reads
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,23 +45,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-save", dest="save", action="store_false", help="keep no rows")
 
 
-@contextlib.contextmanager
-def on_one_core() -> Iterator[None]:
-    """A block in which this thread stays on one core, where the system can hold it there."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def run(command: argparse.Namespace) -> int:
     console = make_console()
-    with timer.threads(1), on_one_core():
+    with timer.threads(1), timer.on_one_core():
         known = [*cases()]
         rows = [compare(case, command.seconds) for case in track(console, KIND, known, len(known))]
     if command.save:

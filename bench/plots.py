@@ -77,9 +77,11 @@ def panels(count: int, height: float, title: str) -> tuple[Figure, list[Axes]]:
 
 
 def by_dtype(rows: Sequence[stats.Row]) -> dict[Key, list[stats.Row]]:
+    """Plain products only: batches and modes have no place among the shapes."""
     found: dict[Key, list[stats.Row]] = {}
     for row in rows:
-        found.setdefault((row["device"], row["threads"], row["dtype"]), []).append(row)
+        if row.get("batch", 1) == 1 and not row.get("mode"):
+            found.setdefault((row["device"], row["threads"], stats.group_of(row).dtype), []).append(row)
     return found
 
 

@@ -1,5 +1,5 @@
-"""README.md's section on speed, from the rows of a run. No figure of README.md is typed: all that stands between its
-markers is this module's."""
+"""The section on speed of docs/results.md, from the rows of a run. No figure of it is typed: all that stands between
+its markers is this module's."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..cli_common import UsageError
-from ..markdown import table
+from ..markdown import between, markers, table
 from . import plots, stats
 from .backends import IMPLEMENTATIONS
 from .shapes import CUBES
 from .workloads import CALL, OURS, PASSES, STEP, TORCH
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+NAME = "bench"  # of the section
+BEGIN, END = markers(NAME)
 SHOWN = ("throughput", "ratios")  # of the pictures
 
 Row = dict[str, Any]
@@ -52,7 +53,7 @@ def cubes(found: dict[tuple[str, str, int], Row]) -> str:
         sizes = sorted(n for n in known if all((product, dtype, n) in found for product in PASSES))
         ratios = {(product, n): ratio(found[product, dtype, n]) for product in PASSES for n in sizes}
         for n in sizes:
-            rates = [f"{rate(found['forward', dtype, n], name):.0f}" for name in IMPLEMENTATIONS]
+            rates = [f"{stats.rate(found['forward', dtype, n], name):.0f}" for name in IMPLEMENTATIONS]
             lines.append([dtype, str(n), *rates, *(f"{ratios[product, n]:.2f}" for product in PASSES)])
         if sizes:
             means = [statistics.geometric_mean(ratios[product, n] for n in sizes) for product in PASSES]
@@ -62,9 +63,7 @@ def cubes(found: dict[tuple[str, str, int], Row]) -> str:
 
 
 def against_all(rows: Sequence[Row]) -> str:
-    """Every shape of the run, against everyone that was timed; nothing for rows without the spread of a ratio."""
-    if not rows or not isinstance(rows[0].get("ratio", {}), dict):
-        return ""
+    """Every shape of the run, against everyone that was timed."""
     lines = [
         [group.where, group.dtype, group.product, s.backend, f"{s.mean.median:.2f}", f"{s.worst:.2f}", s.worst_cell]
         for group, found in stats.summaries(rows).items()
@@ -74,14 +73,9 @@ def against_all(rows: Sequence[Row]) -> str:
     return f"All shapes of the run:\n\n{table(head, lines, left=4)}" if lines else ""
 
 
-def rate(row: Row, name: str) -> float:
-    return row["flops"] / row["seconds"][name]["median"] / 1e9
-
-
 def ratio(row: Row) -> float:
-    """Of the medians; of the rounds, where they are known."""
-    spread = row["ratio"]
-    return spread[TORCH]["median"] if isinstance(spread, dict) else spread
+    """The median of torch's time over ours."""
+    return float(row["ratio"][TORCH]["median"])
 
 
 def calls(found: dict[tuple[str, str, int], Row]) -> str:
@@ -108,7 +102,7 @@ def rewrite(page: Path, text: str) -> None:
         whole = page.read_text(encoding="utf-8")
     except OSError as reason:
         raise UsageError(f"{page}: {reason.strerror}") from reason
-    if whole.count(BEGIN) != 1 or whole.count(END) != 1:
-        raise UsageError(f"{page} must hold {BEGIN} and {END} once each")
-    before, rest = whole.split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    try:
+        page.write_text(between(whole, NAME, text), encoding="utf-8")
+    except ValueError as reason:
+        raise UsageError(f"{page} must hold {BEGIN} and {END} once each") from reason

@@ -164,11 +164,12 @@ class Record:
         except OSError as reason:
             raise UsageError(f"{self.place}: {reason.strerror}; --resume goes on with what is there") from reason
 
-    def finish(self, whole: bool, ending: str = "") -> Path:
-        """Where the rows are now: one that is not whole stays unfinished; ``ending`` marks a part."""
-        self.result["whole"] = whole and not ending
-        path = self.write(ending if whole else UNFINISHED)
-        if whole and self.place:
+    def finish(self, ended: bool, ending: str = "", left: int = 0) -> Path:
+        """Where the rows are now: a run that has not ended stays unfinished; ``ending`` marks a part, and one that
+        ended with comparisons ``left`` is not whole."""
+        self.result["whole"] = ended and not ending and not left
+        path = self.write(ending if ended else UNFINISHED)
+        if ended and self.place:
             self.path(UNFINISHED).unlink(missing_ok=True)
         return path
 

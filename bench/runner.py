@@ -17,7 +17,7 @@ from typing import Any
 from ..console import Console, progress
 from . import results, timer, worker
 from .backends import PEAK, TORCH_PROCESS, Backend
-from .session import CALL, DEVICE
+from .timer import CALL_CLOCK, DEVICE_CLOCK
 from .worker import Worker
 from .workloads import OURS, Workload
 
@@ -26,6 +26,7 @@ TRIES = 3  # of a comparison on one thread, for a moment when nothing else runs
 PEAK_FLOPS = "flops of a call of the peak"
 SILENCE = 600.0  # seconds without an answer: a kernel that never ends
 GPU_SILENCE = 60.0  # the same on a GPU, but for a library that takes its time to tune itself
+KINDS = ("skipped", "wrong", "failed")  # of an answer that is a reason
 GRACE = 5.0  # seconds that a comparison may go on when the time is up
 
 Row = dict[str, Any]
@@ -66,6 +67,7 @@ class WorkerPool:
         self._silence = SILENCE if device == "cpu" or any(backend.tunes for backend in selected) else GPU_SILENCE
         self._workers: dict[str, Worker] = {}
         self._last = ""  # the process that was asked last
+        self._timed = ""  # the backend that was timed last
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -98,8 +100,9 @@ class WorkerPool:
     def demand(self, process: str, task: worker.Message) -> worker.Message:
         """An answer that is none of failure."""
         answer = self.ask(process, task)
-        if "failed" in answer:
-            raise worker.WorkerFailed(answer["failed"])
+        for kind in KINDS:
+            if kind in answer:
+                raise worker.WorkerFailed(answer[kind])
         return answer
 
     def roof(self) -> Row:
@@ -115,9 +118,10 @@ class WorkerPool:
         """The row of a workload; ``seconds`` for all backends together, more where they are slow."""
         row: Row = {**asdict(workload), "flops": workload.flops, "bytes": workload.moved}
         ready = self._prepare(workload, row)
-        clocks = (DEVICE, CALL) if self.device != "cpu" else (CALL,)
+        clocks = (DEVICE_CLOCK, CALL_CLOCK) if self.device != "cpu" else (CALL_CLOCK,)
         for clock in clocks if ready else ():
-            self._time(ready, clock, seconds / len(clocks), row)
+            if not self._time(ready, clock, seconds / len(clocks), row):
+                break
         row.pop(PEAK_FLOPS, None)
         return row
 
@@ -134,7 +138,7 @@ class WorkerPool:
                 answer = {"failed": str(reason)}
             if "backends" not in answer:  # it is the workload that it cannot do
                 (kind, why), names = next(iter(answer.items())), [name for name in names if name != PEAK]
-                answer = {"backends": {name: {"wrong" if kind == "unfit" else kind: why} for name in names}}
+                answer = {"backends": {name: {kind: why} for name in names}}
             if answer.get("ended"):
                 why = {"skipped": "another backend broke the GPU's context"}
                 found = answer["backends"]
@@ -142,7 +146,7 @@ class WorkerPool:
             row["copies"] = answer.get("copies", row.get("copies", 0))
             row["beyond"] = max(answer.get("beyond", 0), row.get("beyond", 0))
             for name, found in answer["backends"].items():
-                if not {"wrong", "failed", "skipped"} & set(found):
+                if not set(KINDS) & set(found):
                     ready[name] = process
                 if name == PEAK:
                     row |= {PEAK_FLOPS: found["flops"]} if "flops" in found else {}
@@ -151,8 +155,9 @@ class WorkerPool:
                     row.setdefault(what, {})[name] = value
         return ready
 
-    def _time(self, ready: Mapping[str, str], clock: str, seconds: float, row: Row) -> None:
-        """In turns until a moment when nothing else ran, TRIES times at most; the last try counts."""
+    def _time(self, ready: Mapping[str, str], clock: str, seconds: float, row: Row) -> bool:
+        """In turns until a moment when nothing else ran, TRIES times at most; the last try counts. False where a
+        backend failed, which the row then names."""
         for _ in range(TRIES):
             shares: list[float] = []
             batches = {
@@ -162,8 +167,8 @@ class WorkerPool:
             try:
                 times = timer.time_interleaved(batches, seconds)
             except worker.WorkerFailed as reason:
-                row.setdefault("failed", {})[self._last] = str(reason)
-                return
+                row.setdefault("failed", {})[self._timed] = str(reason)
+                return False
             had = statistics.mean(shares)
             if had >= timer.AT_REST or self.threads > 1 or self.device != "cpu":
                 break
@@ -171,8 +176,10 @@ class WorkerPool:
                 break  # too long to be tried again
         row |= {"rounds": len(next(iter(times.values()))), "share of core": round(had, 3)}
         row |= summary(times, clock, row)
+        return True
 
     def _time_batch(self, name: str, process: str, clock: str, shares: list[float]) -> float:
+        self._timed = name
         answer = self.demand(process, {"time": name, "clock": clock})
         shares.append(answer["share"])
         return float(answer["seconds"])
@@ -187,7 +194,7 @@ def summary(times: Mapping[str, list[float]], clock: str, row: Row) -> Row:
     >>> found["seconds"]["torch"]["median"], found["ratio"]["torch"]
     (3.0, {'low': 1.25, 'median': 1.5, 'high': 1.75})
     """
-    prefix = "" if clock == CALL else f"{clock} "
+    prefix = "" if clock == CALL_CLOCK else f"{clock} "
     found: Row = {}
     if PEAK in times and PEAK not in row:
         rates = [row[PEAK_FLOPS] / seconds / 1e9 for seconds in times[PEAK]]
@@ -218,12 +225,17 @@ def rows(
         with WorkerPool(selected, device, threads, pin, left) as pool:
             begun(pool)
             for workload in some:
-                if workload.weight(seconds, backends=sum(backend.takes(workload) for backend in selected)) > left():
+                if weight(workload, selected, seconds) > left():
                     return
                 row = pool.measure(workload, seconds)
                 if left() <= -GRACE:
                     return
                 yield row
+
+
+def weight(workload: Workload, selected: Sequence[Backend], seconds: float) -> float:
+    """About how many seconds the comparison takes."""
+    return workload.weight(seconds, backends=sum(backend.takes(workload) for backend in selected))
 
 
 def groups(planned: Sequence[Workload]) -> dict[tuple[str, int], list[Workload]]:
@@ -252,11 +264,8 @@ def measure(
             run.result["roofs"].append(pool.roof())
 
     found = rows(todo, selected, settings["seconds"], settings["pinned"], left, begun)
-    weights = [
-        workload.weight(settings["seconds"], backends=sum(backend.takes(workload) for backend in selected))
-        for workload in todo
-    ]
+    weights = [weight(workload, selected, settings["seconds"]) for workload in todo]
     with contextlib.closing(found), progress(console, name, len(todo), sum(weights)) as shown:
-        for workload, weight, row in zip(todo, weights, found):
+        for workload, expected, row in zip(todo, weights, found):
             run.keep(row)
-            shown(workload.name, weight)
+            shown(workload.name, expected)

@@ -14,11 +14,8 @@ import matmul_grad
 
 from . import backends, correctness, gpu_calls, inputs
 from .devices import Gpu
-from .workloads import OURS, Workload, on_gpu
+from .workloads import NUMBERS, OURS, Workload, on_gpu
 
-NUMBERS = (
-    ("bf16", "ieee"), ("f16", "ieee"), ("f32", "ieee"), ("f32", "tf32"), ("f32", "tf32x3"), ("f64", "ieee"),
-)  # fmt: skip
 # What 16-byte copies can take and what they cannot, a row, a column, few rows, a long sum with few tiles.
 SHAPES = ((128, 256, 192), (65, 67, 131), (1, 160, 96), (96, 1, 160), (8, 128, 256), (16, 32, 4096))
 BACKWARD = "mm_backward"
@@ -29,7 +26,7 @@ def cases() -> dict[str, Callable[[Gpu], None]]:
     ordered = [("NN", shape) for shape in SHAPES] + [(letters, SHAPES[0]) for letters in ("NT", "TN", "TT")]
     planned = [
         Workload("forward", dtype, layout, *shape, device="cuda", precision=precision)
-        for (layout, shape), (dtype, precision) in itertools.product(ordered, NUMBERS)
+        for (layout, shape), (dtype, precision) in itertools.product(ordered, NUMBERS.values())
     ]
     batched = [on_gpu("forward", dtype, (65, 80, 64), batch=6) for dtype in ("bf16", "f32")]
     backward = [on_gpu("step", dtype, (192, 128, 160)) for dtype in ("bf16", "f32")]

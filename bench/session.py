@@ -18,7 +18,6 @@ import functools
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -28,26 +27,17 @@ import matmul_grad
 
 from . import backends, correctness, inputs, roofline, timer, worker
 from .backends import PEAK, TORCH_PROCESS, Call, Library, call_of
-from .devices import MOST_CALLS, REPLAY, Cpu, Gpu, cores, status
+from .devices import Cpu, Gpu, cores, status
 from .inputs import Operands
 from .roofline import Device
+from .timer import CALL_CLOCK, DEVICE_CLOCK
 from .workloads import INVARIANT, OURS, Workload
 
-CALL, DEVICE = "call", "device"
 LOG = 2000  # characters of a traceback that an answer keeps
 
 
 class SelfComparison(AssertionError):
     """A backend that does not do by itself what its name says."""
-
-
-@dataclass
-class Prepared:
-    """A backend with its calls for the workload at hand, one for each copy of the operands."""
-
-    calls: list[Call]
-    call: Call
-    batches: dict[str, timer.Batch] = field(default_factory=dict)
 
 
 class BackendSession:
@@ -56,30 +46,30 @@ class BackendSession:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._libraries: dict[str, Library] = {}
-        self._ready: dict[str, Prepared] = {}
+        self._ready: dict[str, dict[str, timer.Batch]] = {}  # backend → clock → batch, of the workload at hand
         self._mode = contextlib.ExitStack()  # that the workload at hand is measured in
 
     def answer(self, task: worker.Message) -> worker.Message:
+        return self._attempt(functools.partial(self._do, task))
+
+    def _do(self, task: worker.Message) -> worker.Message:
         if "prepare" in task:
             return self.prepare(Workload(**task["prepare"]), task["names"])
         if "time" in task:
             share = timer.share_of_core()
-            seconds = self._ready[task["time"]].batches[task["clock"]]()
+            seconds = self._ready[task["time"]][task["clock"]]()
             return {"seconds": seconds, "share": share()}
         if "bandwidth" in task:
             return roofline.bandwidth(self._device)
         if "do" in task:
-            return self.do(**task)
+            return self._do_task(**task)
         return {"facts": self._device.facts()}
 
-    def do(self, do: str, **arguments: Any) -> worker.Message:
+    def _do_task(self, do: str, **arguments: Any) -> worker.Message:
         from . import gpu_tasks
 
-        def whole() -> worker.Message:
-            self._device.tidy()
-            return gpu_tasks.TASKS[do](self._device, **arguments)
-
-        return self._attempt(whole)
+        self._device.tidy()
+        return gpu_tasks.TASKS[do](self._device, **arguments)
 
     def prepare(self, workload: Workload, names: Sequence[str]) -> worker.Message:
         """Each backend correct, or why it is not, in which case it is not timed."""
@@ -101,10 +91,7 @@ class BackendSession:
         beyond = status("VmHWM") - workload.held - workload.given
         del whole
         normal = inputs.draw(workload, "normal", self._device.device)
-        try:
-            inputs.assert_normal(normal)
-        except inputs.Unfit as reason:
-            return {"unfit": str(reason)}
+        inputs.assert_normal(normal)
         count = inputs.copies_past(self._device.cache_bytes(), workload.held, free)
         sets = list(inputs.copies(normal, count))
         for name in names:
@@ -163,29 +150,21 @@ class BackendSession:
         del found
         before = self._device.allocated()
         answer["peak bytes"] = max(0, self._device.peak(calls[0]) - before)
-        ready = Prepared(calls, inputs.alternating(calls))
-        ready.batches[CALL] = timer.batch_of(ready.call, self._device.wait)
-        if isinstance(self._device, Gpu):
-            ready.batches[DEVICE] = self._graph(calls)
-        self._ready[name] = ready
+        self._ready[name] = self._batches(calls)
         return answer
 
-    def _graph(self, calls: Sequence[Call]) -> timer.Batch:
-        """Device time: the calls, over and over, in one CUDA graph that lasts long enough to be timed."""
-        assert isinstance(self._device, Gpu)
-        some = list(calls[:MOST_CALLS])
-        once = self._device.seconds_a_call(some[0])
-        rounds = max(1, min(MOST_CALLS, int(REPLAY / max(once, 1e-9))) // len(some))
-        return self._device.graph(rounds * some)
+    def _batches(self, calls: Sequence[Call]) -> dict[str, timer.Batch]:
+        """By clock; the calls are one for each copy of the operands."""
+        batches = {CALL_CLOCK: timer.batch_of(inputs.alternating(calls), self._device.wait)}
+        if isinstance(self._device, Gpu):
+            batches[DEVICE_CLOCK] = self._device.looped(calls)
+        return batches
 
     def _raise_peak(self, workload: Workload, answers: dict[str, Any]) -> None:
         found = roofline.peak_flops(workload.dtype, self._device)
         if found is None:
             return
-        batches = {CALL: timer.batch_of(found.call, self._device.wait)}
-        if isinstance(self._device, Gpu):
-            batches[DEVICE] = self._graph([found.call])
-        self._ready[PEAK] = Prepared([found.call], found.call, batches)
+        self._ready[PEAK] = self._batches([found.call])
         answers[PEAK] = {"flops": found.flops}
 
 

@@ -21,7 +21,7 @@ from .workloads import OURS, Workload
 
 COMPLETE, FAILED, LATE, MISSING, STOPPED = "complete", "failed", "timed out", "missing", "interrupted"
 SECONDS = 0.3  # a comparison
-AGAIN = 8  # tasks that may end their process before a step gives up
+AGAIN = 8  # comparisons that may fail one after the other, or tasks that end their process, before a step gives up
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))  # of pytest: most of a test's time is its kernel's compilation
 OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?:\s|$)")
 TEST = re.compile(r"\S+::\S+")
@@ -43,13 +43,13 @@ class Outcome(NamedTuple):
 
 
 class Clock:
-    """Seconds until a deadline."""
+    """Seconds until a deadline, less than none behind it."""
 
     def __init__(self, seconds: float) -> None:
         self._end = monotonic() + seconds
 
     def left(self) -> float:
-        return max(0.0, self._end - monotonic())
+        return self._end - monotonic()
 
 
 @dataclass
@@ -94,11 +94,13 @@ def compared(planned: Callable[[], Sequence[Workload]], rivals: bool = False) ->
     def do(given: StageContext) -> Outcome:
         todo = given.record.left(planned(), given.name)
         selected = [backend for backend in given.selected if rivals or backend.name in IMPLEMENTATIONS]
-        left = Clock(given.seconds).left
+        left, failed = Clock(given.seconds).left, 0
         for row in runner.rows(todo, selected, SECONDS, False, left, lambda pool: given.said(todo[0].name)):
-            given.keep(forgiving(row) if rivals else row)
+            row = forgiving(row) if rivals else row
+            given.keep(row)
             given.said(workloads.of_row(row).name)
-            if len(given.bad) > AGAIN and "seconds" not in row:
+            failed = failed + 1 if "failed" in row and "seconds" not in row else 0
+            if failed > AGAIN:
                 return given.conclude(FAILED, "it gave up")
         return given.conclude(left=len(todo) - given.rows)
 

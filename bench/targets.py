@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 from . import backends, stats, workloads
 from .shapes import CPU_CUBES
 from .stats import Row
-from .workloads import CALL, INVARIANT, OPERATOR, OURS, STEP, TORCH, Workload
+from .timer import CALL_CLOCK, DEVICE_CLOCK
+from .workloads import CALL, CPU_DTYPES, INVARIANT, OPERATOR, OURS, STEP, TORCH, Workload
 
 FALL = 0.10  # of a figure, below the committed one: more than two runs of the same sources differ by
 WORKSPACE = 32 << 20  # bytes beside torch's that a step may take on a GPU
 HOST_SECONDS = 5e-6  # of a call on a GPU, at most
 MET, SHORT = "met", "not met"
-NAMES = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float16"}
 MEAN, WORST, PEAK_SHARE = "mean", "worst", "share of peak"
-DEVICE, CLOCK = "device", "call"
 Columns = Mapping[str, float | None]
 
 
@@ -98,7 +97,7 @@ CPU = (
     cpu("bfloat16 products", ["bf16"], 1.00, 1.00),
     cpu("float16 products", ["f16"], 1.00, 1.00),
     cpu("float32 step through autograd", ["f32"], 1.10, 1.10, where={"product": STEP}),
-    cpu("worst product", list(NAMES), 0.90, 0.85, WORST),
+    cpu("worst product", CPU_DTYPES, 0.90, 0.85, WORST),
     cpu("float32 share of peak", ["f32"], 0.92, 0.88, PEAK_SHARE, cubes=(1024, float("inf"))),
     cpu("float64 share of peak", ["f64"], 0.92, 0.88, PEAK_SHARE, cubes=(1024, float("inf"))),
     cpu("float32 against OpenBLAS", ["f32"], 1.00, 1.00, **OPENBLAS),
@@ -113,7 +112,7 @@ RIVALS = [backend.name for backend in backends.ALL if backend.devices == ("cuda"
 
 
 def gpu(name: str, where: Mapping[str, Any], device: float | None, call: float | None, **more: Any) -> Target:
-    return Target(name, where, {DEVICE: device, CLOCK: call}, **{"step": "ratios", **more})
+    return Target(name, where, {DEVICE_CLOCK: device, CALL_CLOCK: call}, **{"step": "ratios", **more})
 
 
 GPU = (
@@ -136,7 +135,7 @@ def ratio(row: Row, target: Target, column: str) -> float | None:
     """What a row adds to a figure."""
     if target.how == PEAK_SHARE:
         return stats.share_of_peak(row)
-    found = row.get("device ratio" if column == DEVICE else "ratio", {}).get(target.backend)
+    found = row.get("device ratio" if column == DEVICE_CLOCK else "ratio", {}).get(target.backend)
     return None if found is None else float(found["median"])
 
 
@@ -146,7 +145,7 @@ def figure(target: Target, rows: Iterable[Row], column: str) -> Figure | None:
     for row in rows:
         workload = workloads.of_row(row)
         value = ratio(row, target, column) if target.takes(workload) else None
-        if value is not None and column in (str(workload.threads), DEVICE, CLOCK):
+        if value is not None and column in (str(workload.threads), DEVICE_CLOCK, CALL_CLOCK):
             mine.append((value, workload))
     if not mine:
         return None
@@ -164,8 +163,8 @@ def entries(
     committed: Sequence[Row] = (),
     planned: Mapping[str, Sequence[Workload]] | None = None,
 ) -> list[Entry]:
-    """The table. Of the committed rows those count whose like was measured now. Without ``planned``, the comparisons
-    of each step, figures are left out where nothing of them was measured."""
+    """The table. Of the committed rows those count whose like was measured now. ``planned`` are the comparisons
+    of each step; figures that nothing was planned for are left out where nothing of them was measured."""
     rows = stats.compared(rows)
     known = {workloads.of_row(row) for row in rows}
     like = [row for row in committed if workloads.of_row(row) in known]
@@ -175,14 +174,14 @@ def entries(
         count = sum(map(target.takes, planned.get(target.step or "", ()))) if planned else 0
         for column in columns_of(target, rows):
             entry = Entry(target, column, figure(target, mine, column), figure(target, like, column), count)
-            if entry.figure or planned:
+            if entry.figure or count:
                 found.append(entry)
     return found
 
 
 def columns_of(target: Target, rows: Sequence[Row]) -> list[str]:
     """The clocks, or every number of threads that was measured, with a target or without."""
-    if DEVICE in target.columns:
+    if DEVICE_CLOCK in target.columns:
         return list(target.columns)
     return [str(count) for count in sorted({row["threads"] for row in rows})]
 

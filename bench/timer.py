@@ -13,6 +13,7 @@ times the seconds asked for, three are enough.
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from time import perf_counter, process_time
@@ -21,8 +22,8 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
-    "AT_REST", "PROTOCOL", "Batch", "Quartiles", "batch_of", "interleaved", "quartiles", "ratio", "rounded",
-    "share_of_core", "summary", "threads", "time_interleaved",
+    "AT_REST", "PROTOCOL", "Batch", "Quartiles", "batch_of", "interleaved", "on_one_core", "quartiles", "ratio",
+    "rounded", "share_of_core", "summary", "threads", "time_interleaved",
 ]  # fmt: skip
 
 BATCH = 5e-3  # seconds: thousands of times what reading the clock costs
@@ -30,6 +31,7 @@ LONG = 0.05  # seconds: a call that needs no other before it to be warm
 AT_REST = 0.97  # of a core: with less, others ran there too, and the times are theirs as well
 FEWEST, ENOUGH, MOST = 3, 5, 199  # rounds
 PATIENCE = 6
+CALL_CLOCK, DEVICE_CLOCK = "call", "device"  # until a call has returned and is done; of a GPU alone
 PROTOCOL = "interleaved rounds of ≥ 5 ms in turning order; medians and quartiles of a call"
 
 Batch = Callable[[], float]
@@ -57,6 +59,20 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """A block in which this thread stays on one core, where the system can hold it there."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def nothing() -> None:

@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import cli_common, machine, testing
 from ..kernels.gpu import tuned_configs
 from . import results, runner, worker
@@ -24,18 +22,13 @@ from .backends import TORCH_PROCESS
 from .options import interrupted_by_sigterm, minutes, running, some_of
 from .shapes import GPU_CORE, GPU_EVERY, GPU_LAYERS, Shape
 from .stages import Clock
-from .workloads import Workload, on_gpu
+from .workloads import NUMBERS, Workload, on_gpu
 
 HELP = "time every candidate tile for some problems on this GPU, and keep the winners for later calls"
 MINUTES = 8.0
 GAIN = 1.02  # that a winner must have over the default: less is noise, and the default is the simpler answer
 AGAIN = 20  # candidates that may end their process before a run gives up
-NUMBERS = {
-    "bf16": ("bf16", "ieee"), "f16": ("f16", "ieee"), "f32": ("f32", "ieee"), "tf32": ("f32", "tf32"),
-    "tf32x3": ("f32", "tf32x3"), "f64": ("f64", "ieee"),
-}  # fmt: skip
 SUITES = {"core": GPU_CORE, "layers": GPU_LAYERS, "all": GPU_EVERY}
-VERSION = 1
 SAME = ("GPU", "compute capability", "triton", "matmul-grad")  # what other winners may come of
 
 News = Callable[[str], None]
@@ -74,8 +67,7 @@ def planned(command: argparse.Namespace) -> list[Workload]:
 
 
 def run(command: argparse.Namespace) -> int:
-    if not torch.cuda.is_available():
-        raise cli_common.UsageError(f"tune: torch {torch.__version__} finds no CUDA device here")
+    cli_common.require_cuda("tune")
     table, problems = Table(writable(command.out or tuned_configs.user_path())), planned(command)
     with running("tune") as news, interrupted_by_sigterm() as interrupted:
         tuner = Tuner(table, news, 60 * command.minutes)
@@ -205,7 +197,7 @@ class Table:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._whole: dict[str, Any] = {"version": VERSION, "provenance": {"measured": {}}, "winners": {}}
+        self._whole: dict[str, Any] = {"version": tuned_configs.VERSION, "provenance": {"measured": {}}, "winners": {}}
         if path.exists():
             self._whole = read(path)
 
@@ -233,8 +225,9 @@ class Table:
 def read(path: Path) -> dict[str, Any]:
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
-        if whole["version"] != VERSION:
-            raise cli_common.UsageError(f"tune: {path} is of version {whole['version']}, this reads {VERSION}")
+        if whole["version"] != tuned_configs.VERSION:
+            known = tuned_configs.VERSION
+            raise cli_common.UsageError(f"tune: {path} is of version {whole['version']}, this reads {known}")
         for key, fields in whole["winners"].items():
             dict(fields)
             whole["provenance"]["measured"][key]

@@ -1,4 +1,4 @@
-"""Child processes: the one place that starts, feeds, limits and ends them.
+"""Child processes with a time limit: started, fed and ended, with all that they started.
 
 A `Worker` waits on its pipe, does the task in one line of JSON, and answers with another. Between its tasks it is
 blocked in a read: it takes no time from the process that is timed meanwhile. `run` follows a command that only prints.

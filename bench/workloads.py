@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .. import testing
+from ..kernels.cpu import host
 from . import shapes as lists
 from .shapes import SETS, Shape
 
@@ -21,6 +22,12 @@ SUITES = ("quick", *(name for name in SETS if name != "deepseek"), "all")
 OPERATOR, INVARIANT = "operator", "invariant"  # modes: the registered operators themselves; the batch-invariant mode
 # Operations a second of the slower of two backends on one thread of Zen 4: to weigh what is left to do.
 PACE = {"f32": 60e9, "f64": 30e9, "bf16": 100e9, "f16": 6e9}
+SCALAR_PACE = 2e9  # of torch in 16 bits without AVX-512, measured on AVX2: 1.3e9 to 3e9
+# On a GPU, by name: a dtype, and the precision of its products.
+NUMBERS = {
+    "bf16": ("bf16", "ieee"), "f16": ("f16", "ieee"), "f32": ("f32", "ieee"), "tf32": ("f32", "tf32"),
+    "tf32x3": ("f32", "tf32x3"), "f64": ("f64", "ieee"),
+}  # fmt: skip
 CALL = 8  # the size whose time is all overhead
 
 
@@ -92,7 +99,20 @@ class Workload:
         """About how many seconds the comparison takes where ``seconds`` are asked for."""
         if self.device != "cpu":
             return seconds + 1.0
-        return seconds + 0.3 + rounds * backends * self.flops / PACE[self.dtype] / self.threads
+        return seconds + 0.3 + rounds * backends * self.flops / pace(self.dtype, host.host_features()) / self.threads
+
+
+def pace(dtype: str, features: Mapping[str, bool]) -> float:
+    """PACE on a CPU that has these ``features``, by LLVM's names; bf16 that it cannot multiply is as slow as f16.
+
+    >>> pace("bf16", {"avx512f": True, "avx512bf16": True}), pace("bf16", {"avx2": True})
+    (100000000000.0, 2000000000.0)
+    """
+    if dtype not in ("bf16", "f16"):
+        return PACE[dtype]
+    if not features.get("avx512f"):
+        return SCALAR_PACE
+    return PACE[dtype if features.get("avx512bf16") else "f16"]
 
 
 def flops(m: int, n: int, k: int, product: str) -> int:

@@ -10,12 +10,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from . import __version__, machine
 from .bench import gpu_report
 from .bench import tune as tuning
-from .cli_common import EXIT_MISMATCH, UsageError, complain, require, require_isa, run_command, thread_count
+from .cli_common import EXIT_MISMATCH, complain, require, require_cuda, require_isa, run_command, thread_count
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,8 +62,8 @@ def seed(text: str) -> int:
 def check(command: argparse.Namespace) -> int:
     if command.train:
         require(sklearn="scikit-learn")
-    if command.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
+    if command.device == "cuda":
+        require_cuda("--device cuda")
     require_isa()
     from .check import Options, run
     from .console import make_console

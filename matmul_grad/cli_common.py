@@ -99,6 +99,14 @@ def require_isa() -> None:
         raise UsageError(str(reason)) from reason
 
 
+def require_cuda(what: str) -> None:
+    """UsageError where torch finds no GPU, which ``what`` needs."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(f"{what}: torch {torch.__version__} finds no CUDA device here")
+
+
 def require(*modules: str, **packages: str) -> None:
     """UsageError where one of the modules is not installed; ``packages`` are modules whose package has another name.
 

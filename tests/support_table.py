@@ -22,7 +22,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "support.json"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
 
 PLATFORM = ("torch", "triton", "python", "system", "isa")
 OUTCOMES = ("passed", "failed", "skipped")
@@ -92,8 +91,9 @@ def table(entries: list[Entry]) -> str:
 
 def with_table(page: str, entries: list[Entry]) -> str:
     """``page`` with the table between the markers."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(entries)}\n{END}{rest.split(END)[1]}"
+    from matmul_grad.markdown import between
+
+    return between(page, "support", table(entries))
 
 
 def load() -> list[Entry]:

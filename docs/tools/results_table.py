@@ -12,6 +12,7 @@ from pathlib import Path
 from matmul_grad.bench import results, stats
 from matmul_grad.bench.results import Result
 from matmul_grad.bench.stats import Row
+from matmul_grad.markdown import between
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -106,13 +107,6 @@ def headline() -> str:
         f"**{mean(two)} times** as fast on two (geometric means of {len(one)} shapes and layouts, {torch},\n"
         f"{stamp['CPU']} with {ISAS[isa]}, {stamp['date']})."
     )
-
-
-def between(page: str, name: str, text: str) -> str:
-    """``page`` with ``text`` between the markers of ``name``."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, rest = page.split(begin)
-    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def written(page: str) -> str:

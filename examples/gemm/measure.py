@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,11 +22,12 @@ import step6_microkernel
 import torch
 
 import matmul_grad
-from matmul_grad import machine
+from matmul_grad import machine, markdown
 from matmul_grad.bench import timer
 
 PAGE = Path(__file__).parents[2] / "docs" / "microkernel.md"
-BEGIN, END = "<!-- steps:begin -->", "<!-- steps:end -->"
+NAME = "steps"  # of the part of the page
+BEGIN, END = markdown.markers(NAME)
 STEPS = {
     "1 three loops": step1_three_loops,
     "2 loop order": step2_loop_order,
@@ -63,9 +63,8 @@ def table(sizes: Sequence[int], seconds: float) -> str:
     with timer.threads(1):
         columns = [rates(n, seconds) for n in sizes]
     facts = machine.describe()
-    rows = [["GFLOP/s, float32", *(f"n = {n}" for n in sizes)], ["---", *["--:"] * len(sizes)]]
-    rows += [[name, *(f"{column[name]:.1f}" for column in columns)] for name in columns[0]]
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [[name, *(f"{column[name]:.1f}" for column in columns)] for name in columns[0]]
+    lines = markdown.table(["GFLOP/s, float32", *(f"n = {n}" for n in sizes)], rows)
     when = datetime.date.today().isoformat()
     return (
         f"Measured {when} on {facts['CPU']} ({facts['instruction set'].split()[0]}), one thread;\n"
@@ -75,8 +74,7 @@ def table(sizes: Sequence[int], seconds: float) -> str:
 
 def with_table(page: str, text: str) -> str:
     """``page`` with ``text`` between the markers."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+    return markdown.between(page, NAME, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,9 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="of the square matrices")
     parser.add_argument("--seconds", type=float, default=20, help="a size; default: 20")
     options = parser.parse_args(arguments)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    text = table(options.sizes, options.seconds)
+    with timer.on_one_core():
+        text = table(options.sizes, options.seconds)
     print(text)
     if options.write:
         PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), text), encoding="utf-8")

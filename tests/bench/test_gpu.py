@@ -26,6 +26,7 @@ from matmul_grad.bench import (
     shapes,
     targets,
     timer,
+    worker,
     workloads,
 )
 from matmul_grad.bench.shapes import SETS
@@ -136,6 +137,44 @@ def test_error_that_breaks_the_context_ends_the_process(
     gpu.broken = False
     monkeypatch.setattr(session.BackendSession, "_make_ready", ready)
     assert "failed" not in measure(on_gpu("dgrad", "f32", (16, 16, 16))) and len(here.begun) == 2
+
+
+@pytest.mark.parametrize("clock", ["device", "call"])
+def test_failure_while_timed_is_the_backends(
+    clock: str, measure: Any, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(task: Any) -> None:
+        if (task.get("time"), task.get("clock")) == ("matmul_grad", clock):
+            raise worker.WorkerExited("killed by SIGSEGV")
+
+    monkeypatch.setattr(here, "before", die)
+    row = measure(on_gpu("forward", "f32", (16, 16, 16)))
+    assert row["failed"] == {"matmul_grad": "killed by SIGSEGV"} and "seconds" not in row
+    assert ("device seconds" in row) == (clock == "call")
+
+
+@pytest.mark.parametrize(
+    "task", [{"bandwidth": True}, {"facts": True}, {"time": "torch", "clock": "call"}, {}], ids=str
+)
+def test_whatever_breaks_the_context_is_answered_as_broken(
+    task: Any, gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = {"prepare": asdict(on_gpu("forward", "f32", (8, 8, 8))), "names": ["torch"]}
+    backend_session = session.BackendSession(gpu)
+    backend_session.answer(prepare)
+    monkeypatch.setattr(session.roofline, "bandwidth", lambda device: device.wait())
+    monkeypatch.setattr(gpu, "facts", gpu.wait)
+    gpu.broken = True
+    found = backend_session.answer(task or prepare)
+    assert found["broken"] and "illegal memory access" in found["failed"]
+
+
+@pytest.mark.parametrize("kind", ["wrong", "skipped", "failed"])
+def test_answer_that_is_demanded_is_none_of_failure(kind: str, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with runner.WorkerPool((), "cuda", 1, False) as pool:
+        monkeypatch.setattr(pool, "ask", lambda process, task: {kind: "out of device memory"})
+        with pytest.raises(worker.WorkerFailed, match="out of device memory"):
+            pool.roof()
 
 
 @pytest.mark.parametrize("product", ["forward", "dgrad", "wgrad"])

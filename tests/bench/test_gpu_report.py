@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import scaled
 
 from matmul_grad import cli
 from matmul_grad.bench import (
@@ -18,6 +19,7 @@ from matmul_grad.bench import (
     gpu_report,
     gpu_tasks,
     results,
+    runner,
     sanitizer,
     stages,
     worker,
@@ -82,6 +84,21 @@ def test_every_step(run: Run) -> None:
     assert status == 0 and found["whole"] and list(statuses(found)) == [step.name for step in STAGES]
     assert set(statuses(found).values()) == {"complete", "missing"}
     assert all("part" not in name and "unfinished" not in name for name in found["files"])
+
+
+def test_run_that_leaves_comparisons_out_is_not_whole(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = {"step": float("inf")}
+    monkeypatch.setattr(workloads.Workload, "weight", lambda self, *_, **more: weight.get(self.product, 0.0))
+    status, found = run()
+    assert status == 0 and not found["whole"] and found["planned"] == 5
+    assert "**Not a whole run**: 3 of 5 comparisons." in found["page"]
+    assert all("unfinished" not in name for name in found["files"])
+
+
+def test_planned_is_what_the_steps_compare(run: Run) -> None:
+    _, found = run("--steps=ratios,memory")
+    assert found["planned"] == len(found["rows"]) == 4
+    assert "against quack" not in found["page"] and "| bf16, fp16 dgrad |" in found["page"]
 
 
 def test_step_that_cannot_even_be_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +187,55 @@ def test_step_whose_time_is_up_keeps_its_rows(gpu: Any, here: Any, monkeypatch: 
     context, rows = given("ratios", gpu, seconds=-10.0)
     monkeypatch.undo()
     assert stages.compared(lambda: TINY)(context) == (COMPLETE, "0 done; no time for 3 more")
+
+
+def test_comparison_cut_off_by_the_end_of_its_step_has_no_row(
+    gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(stages, "monotonic", lambda: now[0])
+
+    def cut_off(task: Any) -> None:
+        now[0] += 60.0 + runner.GRACE
+        raise worker.WorkerExited("its time was up")
+
+    monkeypatch.setattr(here, "before", cut_off)
+    context, rows = given("ratios", gpu, seconds=60.0)
+    assert stages.compared(lambda: TINY)(context) == (COMPLETE, "0 done; no time for 3 more") and rows == []
+
+
+def test_step_gives_up_after_comparisons_in_a_row_that_failed(
+    gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = [on_gpu("forward", "bf16", (8, 8, n)) for n in range(8, 8 + 3 * stages.AGAIN)]
+    dies_at(here, monkeypatch, *range(99))
+    context, rows = given("ratios", gpu)
+    outcome = stages.compared(lambda: planned)(context)
+    assert outcome.status == FAILED and "it gave up" in outcome.note and len(rows) == stages.AGAIN + 1
+
+    def die(task: Any) -> None:  # at every other workload
+        if task.get("prepare", {}).get("k", 1) % 2 == 0:
+            raise worker.WorkerExited("killed by SIGSEGV")
+
+    monkeypatch.setattr(here, "before", die)
+    context, rows = given("ratios", gpu)
+    assert "it gave up" not in stages.compared(lambda: planned)(context).note and len(rows) == len(planned)
+
+
+def test_resumed_step_has_its_tasks_once(run: Run, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_tasks, "LAUNCHES", (("f32", 8), ("f32", 16)))
+
+    def stop(task: Any) -> None:
+        if task.get("n") == 16:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(here, "before", stop)
+    assert run("--steps=ratios,launch")[0] == 130
+    monkeypatch.setattr(here, "before", lambda task: None)
+    status, found = run("--steps=ratios,launch", "--resume")
+    assert status == 0
+    assert [row["name"] for row in found["rows"] if row["step"] == "launch"] == ["f32 8×8", "f32 16×16"]
+    assert [workloads.of_row(row) for row in found["rows"] if row["step"] == "ratios"] == TINY
 
 
 def test_native_launches_are_asked_for_in_the_environment(gpu: Any, here: Any) -> None:
@@ -297,7 +363,7 @@ def test_pytest_itself_is_understood(
         monkeypatch.delenv(name, raising=False)
     (checkout / "tests" / "test_gpu.py").write_text(REAL, encoding="utf-8")
     shutil.copy(Path(__file__).parents[2] / "pyproject.toml", checkout)
-    context, rows = given("tests", gpu, seconds=600.0, checkout=checkout)
+    context, rows = given("tests", gpu, seconds=scaled(600.0), checkout=checkout)
     outcome = stages.gpu_tests(context)
     assert outcome.status == FAILED and rows[0]["counts"] == {"passed": 2, "failed": 1}, outcome
     assert len(rows[0]["tests"]) == 1 and "test_bad[a" in rows[0]["tests"][0]

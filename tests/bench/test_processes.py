@@ -68,9 +68,8 @@ def test_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(runner, "GRACE", 12.0)
     left = itertools.chain([1.0], itertools.repeat(-100.0))
     planned = [Workload("forward", "f32", "NN", 8, 8, 8)]
-    start = time.monotonic()
     rows = list(runner.rows(planned, backends.chosen([], "cpu"), 0.01, False, lambda: next(left)))
-    assert rows == [] and time.monotonic() - start < 60
+    assert rows == []
 
 
 def run(text: str, heard: list[str], seconds: float = 300.0, **more: Any) -> worker.ExitStatus:
@@ -90,6 +89,14 @@ def test_child_finds_this_package(tmp_path: Path) -> None:
     heard: list[str] = []
     assert run("import matmul_grad; print(matmul_grad.__file__)", heard, folder=tmp_path).status == 0
     assert heard == [sys.modules["matmul_grad"].__file__]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system pins no process to a core")
+def test_cpu_ratio_has_no_more_threads_than_cores() -> None:
+    heard: list[str] = []
+    text = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    text += "from matmul_grad.bench import cpu_ratio; print(cpu_ratio.THREADS)"
+    assert run(text, heard).status == 0 and heard == ["(1,)"]
 
 
 def gone(pid: int) -> bool:
@@ -116,7 +123,7 @@ time.sleep(10_000)
 def test_command_that_does_not_end_is_ended_with_all_that_it_started() -> None:
     heard: list[str] = []
     for limit in (1.5, 10, 60, 300):  # the child has to come as far as its one line
-        ended = worker.run([sys.executable, "-c", GRANDCHILD], heard.append, seconds=limit)
+        ended = worker.run([sys.executable, "-c", GRANDCHILD], heard.append, seconds=scaled(limit))
         assert ended.status is None and ended.reason == "its time was up"
         if heard:
             break
@@ -180,11 +187,11 @@ def test_interrupt_from_a_terminal(tmp_path: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background workload ignores it
     )  # fmt: skip
-    unfinished, end = tmp_path / "bench-unfinished.json", time.monotonic() + 100
+    unfinished, end = tmp_path / "bench-unfinished.json", time.monotonic() + scaled(100)
     while not unfinished.exists() and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    said, errors = process.communicate(timeout=100)
+    said, errors = process.communicate(timeout=scaled(100))
     assert process.returncode == 130, errors
     assert "--resume goes on with them" in said and "Traceback" not in errors
     written = json.loads(unfinished.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import scaled
 
 from matmul_grad import check_timing, console
 from matmul_grad.bench import commands, html, plots, readme, results, stats, tables
@@ -180,7 +181,7 @@ def browse(page: Path, profile: Path) -> Any:
         f"--disable-component-update --disable-sync --enable-logging=stderr --window-size={PHONE},900 "
         f"--user-data-dir={profile} --virtual-time-budget=5000 --dump-dom"
     ).split()
-    return subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
+    return subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=scaled(120))
 
 
 def page_with_markers(folder: Path) -> Path:
@@ -378,3 +379,9 @@ def test_summary_fits_a_phone(written: Path) -> None:
     narrow = text.split("@media (max-width: 40rem)")[1].split("</style>")[0]
     assert "white-space: normal; overflow-wrap: anywhere" in narrow
     assert text.count('<table class="summary">') == 1
+
+
+def test_pictures_hold_a_product_in_one_precision(row: Any) -> None:
+    rows = [row(), row(precision="tf32"), row(batch=3), row(mode="invariant")]
+    assert list(plots.by_dtype(rows).values()) == [rows[:1], rows[1:2]]
+    assert [key[-1] for key in plots.by_dtype(rows)] == ["f32", "f32 tf32"]

@@ -90,7 +90,7 @@ def gpu_row(row: Any) -> Any:
 
 
 def entry(rows: list[Any], name: str, column: str = "device") -> targets.Entry:
-    entries = gpu_report.figures({"rows": rows})
+    entries = gpu_report.figures({"rows": rows, "settings": {}})
     (found,) = (entry for entry in entries if name in entry.target.name and entry.column == column)
     return found
 
@@ -173,3 +173,16 @@ def test_page(gpu_row: Any, result: Any) -> None:
     ):
         assert piece in page, piece
     assert "Not a whole run" not in page and "Not a whole run" in tables.report(whole | {"whole": False}, [])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "features", "pace"),
+    [
+        ("f32", (), 60e9), ("bf16", (), 2e9), ("f16", (), 2e9), ("bf16", ("avx512f",), 6e9),
+        ("f16", ("avx512f",), 6e9), ("bf16", ("avx512f", "avx512bf16"), 100e9),
+    ],
+)  # fmt: skip
+def test_time_of_sixteen_bits_depends_on_the_instruction_set(
+    dtype: str, features: tuple[str, ...], pace: float
+) -> None:
+    assert workloads.pace(dtype, dict.fromkeys(features, True)) == pace
