@@ -12,7 +12,7 @@ from torch import Tensor
 from . import fallback, strict_mode
 from .fallback import alike, unsafe_view
 from .ops import DTYPES
-from .out_variants import copy_to, is_left_to_torch, non_default
+from .out_variants import copy_to, is_left_to_torch, non_default, repeats_an_element
 from .scalars import real_scales
 
 _mm = torch.ops.matmul_grad.mm.default
@@ -178,6 +178,9 @@ def _run_with_out(function: Any, operands: tuple[Tensor, ...], scales: dict[str,
     """A vector in new memory and then in ``out``."""
     torch_impl = getattr(torch, function.__name__)
     if is_left_to_torch(operands, out) or out.dtype != operands[0].dtype or out.device != operands[0].device:
+        return torch_impl(*operands, **non_default(scales), out=out)
+    if repeats_an_element(out):
+        strict_mode.note_fallback(*operands[-2:])
         return torch_impl(*operands, **non_default(scales), out=out)
     with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=
         return copy_to(function(*operands, **scales), out)
