@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from . import fallback, strict_mode
 from .fallback import alike, unsafe_view
-from .ops import DTYPES
+from .ops import DTYPES, are_too_large
 from .out_variants import copy_to, is_left_to_torch, non_default, repeats_an_element
 from .scalars import real_scales
 
@@ -73,7 +72,7 @@ def addmv(
         return _run_with_out(addmv, (input, mat, vec), {"beta": beta, "alpha": alpha}, out)
     if not _is_left_to_torch((2, 1), mat, vec, input):
         scales = real_scales(mat, beta, alpha)
-        if scales is not None and any(torch.finfo(mat.dtype).max < abs(x) < math.inf for x in scales):
+        if scales is not None and are_too_large(mat.dtype, *scales, is_vector=True):
             return torch.addmv(input, mat, vec, beta=beta, alpha=alpha)  # which takes none that the dtype cannot hold
         if scales is not None:
             column = input.unsqueeze(1) if input.dim() else input
