@@ -59,13 +59,12 @@ class CudaOverride:
 def make_kernel(overload: str, torch_impl: Any) -> Callable[..., Tensor]:
     """The kernel for one of OVERLOADS; ``torch_impl`` is PyTorch's kernel."""
     op, in_place = op_of(overload), overload.endswith("_")
-    rank = max(op.kind, MATRICES)
 
     def kernel(keys: Any, *operands: Tensor, beta: Any = 1, alpha: Any = 1, out: Tensor | None = None) -> Tensor:
         place = operands[0] if in_place else out
         *inputs, mat1, mat2 = operands if op.kind >= MATRICES else as_matrices(op.kind, operands)
         target = as_column(place) if op.kind == MATVEC and place is not None else place
-        outcome = outcome_of(rank, inputs, mat1, mat2, beta, alpha, target)
+        outcome = outcome_of(op.kind, inputs, mat1, mat2, beta, alpha, target)
         if outcome == RUN:
             count(op.name, "accelerated", mat1)
             result = compute(mat1, mat2, inputs[0] if inputs else None, beta, alpha, target)
@@ -94,17 +93,23 @@ def as_column(vector: Tensor) -> Tensor:
 
 
 def outcome_of(
-    rank: int, inputs: list[Tensor], mat1: Tensor, mat2: Tensor, beta: Any, alpha: Any, target: Tensor | None
+    kind: int, inputs: list[Tensor], mat1: Tensor, mat2: Tensor, beta: Any, alpha: Any, target: Tensor | None
 ) -> int:
     """RUN, FALLBACK or UNSUPPORTED."""
-    if not mat1.dim() == mat2.dim() == rank or mat1.shape[-1] != mat2.shape[-2] or mat1.shape[:-2] != mat2.shape[:-2]:
+    if (
+        not mat1.dim() == mat2.dim() == max(kind, MATRICES)
+        or mat1.shape[-1] != mat2.shape[-2]
+        or mat1.shape[:-2] != mat2.shape[:-2]
+    ):
         return FALLBACK
     shape = (*mat1.shape[:-1], mat2.shape[-1])
     if target is not None and (target.shape != shape or target.dtype != mat1.dtype or target.device != mat1.device):
         return FALLBACK
     if not accelerated(mat1, mat2) or not are_scales(beta, alpha):
         return UNSUPPORTED
-    if not all(can_be_added(x, mat1, mat2) for x in inputs) or not has_work(mat1, mat2, beta, alpha):
+    if not all(can_be_added(x, mat1, mat2) for x in inputs):
+        return FALLBACK
+    if not has_work(mat1, mat2, beta, alpha, is_vector=kind == MATVEC):
         return FALLBACK
     return RUN if target is None or can_write(target, (*inputs, mat1, mat2)) else UNSUPPORTED
 

@@ -53,14 +53,14 @@ def forward_only(self: Tensor, mat2: Tensor) -> Tensor:
 
 def addition_forward_only(input: Tensor, self: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
     """As ``forward_only``."""
-    with torch._C._AutoDispatchBelowAutograd():
+    with _below_autograd():
         return addition(input, self, mat2, beta, alpha)
 
 
 @contextlib.contextmanager
 def outer_levels_record() -> Iterator[None]:
     """A Function's forward and jvp run with recording off; the functorch levels around its own still record."""
-    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+    with _below_autograd(), torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         yield
 
 

@@ -94,7 +94,7 @@ def prove(key: Sequence[int], a: Tensor, b: Tensor, result: Tensor) -> None:
 
 
 def key_of(a: Tensor, b: Tensor) -> list[int]:
-    """As ``cuda_abi.put_key`` has it."""
+    """As ``cuda_entries.put_key`` has it."""
     settings = _code(a.dtype), a.get_device() & 0xFFFFFFFF, table.words[table.MODE]
     aligned = (tensor.data_ptr() % table.ALIGNMENT for tensor in (a, b))
     return [*settings, a.shape[0], b.shape[1], a.shape[1], *a.stride(), *b.stride(), *aligned]
@@ -104,9 +104,9 @@ def _code(dtype: torch.dtype) -> int:
     return DTYPE_CODES[str(dtype).removeprefix("torch.")]
 
 
-def encoded(key: Sequence[int], records: Sequence, work: int, sums: torch.dtype) -> list[int] | None:
+def encoded(key: Sequence[int], records: Sequence, work: int, work_dtype: torch.dtype) -> list[int] | None:
     """The words of a record, as launch_table.py lays them out; None where its parameters are more than fit."""
-    words = [*key, work, _code(sums), len(records)]
+    words = [*key, work, _code(work_dtype), len(records)]
     for record in records:
         parameters = [_parameter(x) for x in record.parameters]
         descriptors = sum(x[table.KIND] == table.DESCRIPTOR for x in parameters)

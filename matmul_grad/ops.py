@@ -43,7 +43,7 @@ SCHEMAS = {op.name: op.schema for op in OWN if op.schema is not None}
 # Keys that modes and transforms put in front of an operator without tensors; none of them is to see ``_raise``.
 ABOVE_ALL = ("Python", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "Functionalize")
 NESTED = ("NestedTensorCPU", "NestedTensorCUDA")
-LARGEST = torch.finfo(torch.float32).max  # torch refuses a larger alpha or beta, unless the product is in float64
+_LARGEST = {dtype: torch.finfo(dtype).max for dtype in DTYPES}
 
 
 def native_status() -> str:
@@ -115,10 +115,16 @@ def can_be_added(input: Tensor, self: Tensor, mat2: Tensor) -> bool:
     )
 
 
-def has_work(self: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1) -> bool:
+def are_too_large(dtype: torch.dtype, beta: float, alpha: float, is_vector: bool = False) -> bool:
+    """Whether torch refuses one of them: what float32 cannot hold, or for a vector the dtype; infinity it takes."""
+    largest = _LARGEST[dtype if is_vector or dtype == torch.float64 else torch.float32]
+    return largest < abs(beta) < inf or largest < abs(alpha) < inf
+
+
+def has_work(self: Tensor, mat2: Tensor, beta: float = 1, alpha: float = 1, is_vector: bool = False) -> bool:
     """Whether there is anything to multiply, and the scales are numbers that torch takes; else its kernel is called."""
     sizes = self.numel() and mat2.numel() and alpha
-    return bool(sizes) and (self.dtype == torch.float64 or not any(LARGEST < abs(x) < inf for x in (beta, alpha)))
+    return bool(sizes) and not are_too_large(self.dtype, beta, alpha, is_vector)
 
 
 def are_scales(*scales: Any) -> bool:

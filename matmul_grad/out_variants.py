@@ -74,7 +74,7 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
     overlaps_source = scales.get("beta") != 0 and _overlaps_source(out, inputs)
     if overlaps_source and _are_dense(out, inputs[0].expand(out.shape)):
         pass  # torch's error
-    elif overlaps_source or _overlaps_any(out, mat1, mat2):
+    elif not repeats_an_element(out) and (overlaps_source or _overlaps_any(out, mat1, mat2)):
         require_storage(out)
         return copy_to(compute(mat1, mat2, input, **scales), out)
     elif _is_non_overlapping(out):
@@ -141,6 +141,13 @@ def _overlaps_source(out: Tensor, inputs: list[Tensor]) -> bool:
 def _are_dense(*tensors: Tensor) -> bool:
     """Whether torch detects that two tensors overlap: only where their elements fill the memory they span."""
     return all(torch.ops.aten.is_non_overlapping_and_dense(x) for x in tensors)
+
+
+def repeats_an_element(x: Tensor) -> bool:
+    """Whether nothing can be copied to it: torch's own products may still take it."""
+    if x.layout != torch.strided:
+        return False
+    return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))
 
 
 def _is_non_overlapping(x: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from . import fallback, strict_mode
 from .fallback import alike, unsafe_view
-from .ops import DTYPES
-from .out_variants import copy_to, is_left_to_torch, non_default
+from .ops import DTYPES, are_too_large
+from .out_variants import copy_to, is_left_to_torch, non_default, repeats_an_element
 from .scalars import real_scales
 
 _mm = torch.ops.matmul_grad.mm.default
@@ -73,7 +72,7 @@ def addmv(
         return _run_with_out(addmv, (input, mat, vec), {"beta": beta, "alpha": alpha}, out)
     if not _is_left_to_torch((2, 1), mat, vec, input):
         scales = real_scales(mat, beta, alpha)
-        if scales is not None and any(torch.finfo(mat.dtype).max < abs(x) < math.inf for x in scales):
+        if scales is not None and are_too_large(mat.dtype, *scales, is_vector=True):
             return torch.addmv(input, mat, vec, beta=beta, alpha=alpha)  # which takes none that the dtype cannot hold
         if scales is not None:
             column = input.unsqueeze(1) if input.dim() else input
@@ -178,6 +177,9 @@ def _run_with_out(function: Any, operands: tuple[Tensor, ...], scales: dict[str,
     """A vector in new memory and then in ``out``."""
     torch_impl = getattr(torch, function.__name__)
     if is_left_to_torch(operands, out) or out.dtype != operands[0].dtype or out.device != operands[0].device:
+        return torch_impl(*operands, **non_default(scales), out=out)
+    if repeats_an_element(out):
+        strict_mode.note_fallback(*operands[-2:])
         return torch_impl(*operands, **non_default(scales), out=out)
     with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=
         return copy_to(function(*operands, **scales), out)

@@ -1,4 +1,4 @@
-"""Step 6: the microkernel. A tile of C stays in vector registers for all of k.
+"""Step 6: the microkernel. A tile of C stays in vector registers for a block of KC steps of k.
 
 It reads panels: MR rows of A and NR columns of B, packed in the order of use and padded with zeros, so that a tile has
 one size. Numba has no vector types, so the innermost loop is LLVM IR: 6 rows of 2 vectors of 8 float32 are 12

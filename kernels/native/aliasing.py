@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..cpu.gemm_args import C_BS, C_CS, C_RS, S_BS, S_CS, S_RS, SOURCE, C
 from ..cpu.memory import get, jit
 from .torch_c_api import DATA, DIM, STORAGE_OFFSET, locate, reach, size, stride
 
@@ -26,6 +27,37 @@ def is_non_overlapping(info):
         if size(info, dim) > 1 and step <= covered:
             return False
     return True
+
+
+@jit
+def is_dense(info):
+    """Whether the elements fill the memory that they span, each once."""
+    count = 1
+    for dim in range(get(info, DIM)):
+        count *= size(info, dim)
+    return reach(info) + 1 == count and is_non_overlapping(info)
+
+
+@jit
+def are_dense(result, addend):
+    """Whether both are, the addend as it is expanded to the result."""
+    return is_dense(result) and is_dense(addend) and reach(result) == reach(addend)
+
+
+@jit
+def repeats_an_element(info):
+    """Whether a dimension of several elements has one address, so that nothing can be copied there."""
+    for dim in range(get(info, DIM)):  # noqa: SIM110  # Numba compiles no generator
+        if size(info, dim) > 1 and stride(info, dim) == 0:
+            return True
+    return False
+
+
+@jit
+def is_result(args):
+    """Whether the addend is the result itself, element for element."""
+    same = get(args, SOURCE) == get(args, C) and get(args, S_RS) == get(args, C_RS)
+    return same and get(args, S_CS) == get(args, C_CS) and get(args, S_BS) == get(args, C_BS)
 
 
 @jit

@@ -35,7 +35,7 @@ from ..cpu.gemm_args import (
     N,
 )
 from ..cpu.memory import INT64, call_address, get, jit, number_of, put, stack_words
-from .aliasing import is_non_overlapping, overlap, share_storage
+from .aliasing import are_dense, is_non_overlapping, is_result, overlap, repeats_an_element, share_storage
 from .op_table import BATCHES, MATRICES, MATVEC
 from .state import DTYPE_CODES, INTERRUPTED, NOT_ACCELERATED
 from .torch_c_api import (
@@ -212,13 +212,6 @@ def allocate(args, dtype, kind):
 
 
 @jit
-def is_result(args):
-    """Whether the addend is the result itself, element for element."""
-    same = get(args, SOURCE) == get(args, C) and get(args, S_RS) == get(args, C_RS)
-    return same and get(args, S_CS) == get(args, C_CS) and get(args, S_BS) == get(args, C_BS)
-
-
-@jit
 def scales_outcome(args, dtype, kind):
     """The outcome for these beta and alpha."""
     beta, alpha = get(args, BETA), get(args, ALPHA)
@@ -328,13 +321,16 @@ def locate_operands(a, b, source, infos, args, kind):
 
 @jit
 def choose_target(infos, args):
-    """OUT, or NEW where that would overwrite an operand; -1 where PyTorch's kernel takes the call.
+    """OUT, or NEW where that would overwrite what is read; -1 where PyTorch's kernel takes the call.
 
-    That is where the result overlaps an addend of other strides, or its elements overlap each other.
+    That is where elements of the result overlap each other, and where PyTorch has an error: it overlaps an addend, and
+    both are dense.
     """
-    info, item = infos + INFO_OUT, item_size(dtype_of(infos + INFO_A))
-    if get(args, SOURCE) != 0 and not is_result(args) and overlap(info, infos + INFO_SOURCE, item):
+    info, source, item = infos + INFO_OUT, infos + INFO_SOURCE, item_size(dtype_of(infos + INFO_A))
+    if repeats_an_element(info):
         return -1
+    if get(args, SOURCE) != 0 and not is_result(args) and overlap(info, source, item):
+        return -1 if are_dense(info, source) else NEW
     if overlap(info, infos + INFO_A, item) or overlap(info, infos + INFO_B, item):
         return NEW
     return OUT if is_non_overlapping(info) else -1

@@ -1,4 +1,4 @@
-"""The table of records that ``cuda_abi.py`` reads: where its words are, and how it is filled. Imports nothing heavy.
+"""The table of records that ``cuda_entries.py`` reads: where its words are, how it is filled. Imports nothing heavy.
 
 A key's twelve words are dtype, device, mode, m, n, k, the strides of a and of b, and the alignments of a and of b.
 """

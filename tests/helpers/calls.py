@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-OPERATORS = torch.ops.matmul_grad
 LINEAR = nn.functional.linear
 
 

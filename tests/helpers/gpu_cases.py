@@ -79,8 +79,10 @@ def at_arch(arch: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "INTERPRETER", Target(arch, 3, 227 << 10))
         launch.clear_cache()
-        yield
-    launch.clear_cache()
+        try:
+            yield
+        finally:
+            launch.clear_cache()
 
 
 @contextlib.contextmanager
@@ -120,8 +122,10 @@ def check_exact(m: int, n: int, k: int, dtype: str, layouts: str, config: Any = 
 def interpreted(program: str) -> Iterator[CaseProcess]:
     """A process under Triton's interpreter for the cases of a file; one that ends is followed by another."""
     process = CaseProcess.interpreted(program)
-    yield process
-    process.close()
+    try:
+        yield process
+    finally:
+        process.close()
 
 
 def serve_cases(cases: Mapping[str, Callable[[], None]]) -> None:

@@ -16,7 +16,6 @@ from matmul_grad.testing import STRIDINGS, assert_same_bits, assert_within_budge
 
 SHAPES = ((1, 1, 1), (1, 64, 5), (5, 1, 9), (7, 65, 9), (13, 33, 17), (3, 5, 1031))
 BATCHES = ((1, 7, 5, 3), (4, 6, 9, 8), (3, 1, 70, 40), (2, 33, 1, 20))
-LAYERED = "source", "product"  # of the operands of a sum
 
 
 # --- values --------------------------------------------------------------------------------------------------

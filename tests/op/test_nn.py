@@ -14,9 +14,6 @@ import matmul_grad
 from matmul_grad.layers import MARK
 from matmul_grad.testing import assert_same_bits
 
-compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
-
-
 # --- the module ----------------------------------------------------------------------------------------------
 
 

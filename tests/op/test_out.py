@@ -1,5 +1,6 @@
 """``out=``: storages that are shared, freed, too small or growing, and operands that are the result."""
 
+import contextlib
 import itertools
 import warnings
 from collections.abc import Callable
@@ -96,6 +97,25 @@ def test_out_that_repeats_an_element_of_an_operand() -> None:
         assert operands[0].equal(before)
 
 
+@pytest.mark.parametrize("entry", ["function", "switch"])
+@pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm", "mv", "addmv"])
+def test_out_that_repeats_an_element_and_overlaps_a_matrix(name: str, entry: str) -> None:
+    """torch takes some of these calls and refuses the others."""
+
+    def call(function: Callable[..., Tensor]) -> tuple[Any, list[float]]:
+        operands = [x.clone() for x in square("addmm" if name == "addmv" else "mm" if name == "mv" else name)]
+        if name in ("mv", "addmv"):
+            operands = [x if index == len(operands) - 2 else x[0] for index, x in enumerate(operands)]
+        matrix = operands[-2]
+        out = matrix[..., 0] if name in ("mv", "addmv") else matrix
+        found = outcome(function, *operands, out=out[..., :1].expand(out.shape))
+        return found.tolist() if isinstance(found, Tensor) else found, matrix.tolist()
+
+    expected = call(getattr(torch, name))
+    with matmul_grad.enabled() if entry == "switch" else contextlib.nullcontext():
+        assert call(getattr(torch if entry == "switch" else matmul_grad, name)) == expected
+
+
 @pytest.mark.parametrize("name", ["addmm", "baddbmm"])
 def test_out_overlaps_what_is_added(name: str) -> None:
     """torch refuses where both are dense, and elsewhere reads what it has written."""
@@ -116,6 +136,25 @@ def test_out_overlaps_what_is_added(name: str) -> None:
         with matmul_grad.strict():
             getattr(matmul_grad, name)(*operands, out=out)
         assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("name", ["addmm", "baddbmm"])
+def test_out_overlaps_what_is_added_under_the_switch(name: str) -> None:
+    """torch's kernel would read what it has written where they are not dense."""
+    operands = square(name)
+    expected = getattr(torch, name)(*[x.clone() for x in operands])
+    count = expected.numel()
+    sparse = torch.zeros(2 * count + 9)
+    operands[0] = sparse[: 2 * count : 2].view_as(expected)
+    for out in (sparse[1 : 1 + count].view_as(expected), sparse[2 : 2 + 2 * count : 2].view_as(expected)):
+        operands[0].copy_(square(name)[0])
+        with matmul_grad.enabled(), matmul_grad.strict():
+            getattr(torch, name)(*operands, out=out)
+        assert_same_bits(out, expected)
+    dense = torch.cat([square(name)[0].flatten(), torch.zeros(9)])
+    operands[0] = dense[:count].view_as(expected)
+    with matmul_grad.enabled(), pytest.raises(RuntimeError, match="single memory location"):
+        getattr(torch, name)(*operands, out=dense[3 : 3 + count].view_as(expected))
 
 
 @pytest.mark.parametrize("name", ["addmm", "baddbmm"])

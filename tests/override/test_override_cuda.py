@@ -248,3 +248,19 @@ def test_calls_of_both_devices_are_counted_together(switched: CudaOverride) -> N
     with matmul_grad.enabled():
         a @ a
     assert now() - before == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("scale", [1e5, 1e39, float("inf")])
+@pytest.mark.parametrize("name", ["beta", "alpha"])
+def test_scales_of_a_vector_that_the_dtype_cannot_hold(
+    switched: CudaOverride, dtype: torch.dtype, scale: float, name: str
+) -> None:
+    """torch refuses them; infinity it takes."""
+    found = operands("addmv", dtype)
+    actual = outcome(torch.addmv, *found, **{name: scale})
+    switched.uninstall()
+    expected = outcome(torch.addmv, *found, **{name: scale})
+    assert isinstance(actual, Tensor) == isinstance(expected, Tensor)
+    if not isinstance(actual, Tensor):
+        assert actual == expected

@@ -132,7 +132,6 @@ for name in [name for name in sys.modules if name.startswith("__editable__")]:
     del sys.modules[name]
 """
 USE = """
-import functools
 import importlib.util, json, sys
 import torch, matmul_grad
 a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)

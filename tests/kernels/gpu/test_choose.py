@@ -42,7 +42,6 @@ DTYPE_NAMES = {
     "tf32x3": ("float32", "tf32x3"),
     "fp64": ("float64", "ieee"),
 }
-LAYOUTS = ("NN", "NT", "TN", "TT", "SS", "NS")
 
 CUBES = [(n, n, n) for n in (64, 128, 256, 512, 1024, 2048, 4096)]
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)

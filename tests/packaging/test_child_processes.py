@@ -1,0 +1,35 @@
+"""Child processes of tests: each call has the answer of its own, and a failure tells what was printed."""
+
+import select
+from typing import Any
+
+import pytest
+from processes import assert_runs, linux, run
+
+
+@linux
+def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert run("").returncode == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(select, "select", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("import sys; sys.exit(3)")
+    assert run("import sys; sys.exit(4)").returncode == 4
+
+
+@linux
+def test_the_code_starts_with_the_names_of_a_program() -> None:
+    done = run("print([name for name in globals() if not name.startswith('__')])")
+    assert done.stdout == "[]\n"
+
+
+def test_a_notice_of_compiling_is_no_error() -> None:
+    assert assert_runs("print('compiling CPU kernels', file=sys.stderr)") == ""
+
+
+def test_what_was_printed_is_reported() -> None:
+    with pytest.raises(AssertionError, match="something else"):
+        assert_runs("print('something else', file=sys.stderr)")
