@@ -23,7 +23,8 @@ from . import results, timer
 KIND = results.CPU_PATHS
 HELP = "reading operands in place against packing them, one thread"
 ROWS = (1, 2, 4, 6, 8, 12, 18, 24, 36, 48, 72, 96, 144, 192)
-WIDE, DEEP = 768, 768
+WIDE, DEEP = 784, 768  # rows of B are no multiple of config.ALIASED bytes apart
+ALIASED_WIDE = 1024
 ALWAYS = 1 << 20
 
 
@@ -62,6 +63,7 @@ def cases() -> Iterator[Case]:
         block = driver.config(dtype)
         for m in ROWS:
             yield Case("direct_rows", dtype, "NN", m, WIDE, DEEP, -(-m // block.mr))
+            yield Case("aliased_rows", dtype, "NN", m, ALIASED_WIDE, DEEP, -(-m // block.mr))
         for panels in (1, 2, 3, 4, 6):
             yield Case("direct_panels", dtype, "TN", WIDE, panels * block.nr, DEEP, panels)
     for dtype in ("float32", "float64", "bfloat16", "float16"):

@@ -40,7 +40,12 @@ PAD = 16  # elements that keep the packed rows of A off one common cache set
 # used too rarely to repay a copy. `python -m bench cpu-paths` measures both ways around them. B by columns is read in
 # place by one row tile alone: where there are more, the first one leaves it packed for the others.
 DIRECT_ROWS = 16  # row tiles of C that share an element of B, where its columns lie together
+ALIASED_ROWS = 2  # the same where rows of B lie a multiple of ALIASED bytes apart: a panel of them has few cache sets
+ALIASED = 2 << 10  # half of a way of L1
 DIRECT_PANELS = 2  # column panels of C that share an element of A
+# One row of C reads B in the order of memory where a row of B has so many bytes (Zen 3, from memory: 0.9 of the speed
+# of register tiles at 2048, 1.1 to 1.4 at 3072, 1.5 to 1.8 at 12288), and always where elements are converted.
+SEQUENTIAL_BYTES = 2560
 TRANSPOSED_C_VECTORS = 0.75  # C is computed as its transpose where that has at most so many times the vectors
 
 # Multiply-adds of one more thread that repay waking it (about 2 µs, Zen 4).
@@ -79,6 +84,8 @@ class BlockConfig:
     chunk: int = CHUNK
     partial_lanes: int = PARTIAL_BYTES // 4
     direct_rows: int = DIRECT_ROWS
+    aliased_rows: int = ALIASED_ROWS
+    sequential_bytes: int = SEQUENTIAL_BYTES
     transposed_rows: int = 6
     direct_panels: int = DIRECT_PANELS
 

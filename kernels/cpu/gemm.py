@@ -23,6 +23,7 @@ from .memory import fetch_increment, get, jit, put, symbol
 from .microkernel import microkernel_ir, transposed_ir
 from .operand import operand_of
 from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE, make_pack_rows, make_pack_steps
+from .row import row_ir
 from .schedule import (
     BLOCKS,
     CHAIN,
@@ -80,6 +81,7 @@ def make_kernels(config: BlockConfig) -> dict[str, str | tuple[Callable, types.T
         f"{config.name}_pack_steps": (make_pack_steps(operand), PACK_STEPS_SIGNATURE),
         f"{config.name}_pack_rows": (make_pack_rows(operand), PACK_ROWS_SIGNATURE),
         microkernel: microkernel_ir(microkernel, operand.vector, tile_sizes(config.mr), tile_sizes(config.vectors)),
+        f"{config.name}_row": row_ir(f"{config.name}_row", operand),
         transposed: transposed_ir(transposed, operand, tile_sizes(config.mr)),
     }
 

@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 from numba.core import types
 
-from .config import PAD, BlockConfig, round_up, tile_sizes
+from .config import ALIASED, PAD, BlockConfig, round_up, tile_sizes
 from .gemm_args import A_CS, A_RS, B_CS, B_RS, C_RS, A, B, C, K, M, N
 from .memory import get, jit
 from .microkernel import ARGUMENTS, TRANSPOSED_ARGUMENTS, WIDE, tiles
 from .operand import operand_of
 from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE
+from .row import make_multiply_row
 from .schedule import BY_COLUMNS, BY_ROWS, CHAIN, PACKED, ceil_div, largest, plan_k, smallest
 
 
@@ -58,6 +59,7 @@ def make_multiply(config: BlockConfig) -> Callable:
     )  # fmt: skip
     lanes, a_room, is_vectors = config.lanes, config.a_bytes // config.lane_bytes, not operand_of(config).converts
     choose_b_access, loops_2_to_1 = make_choose_b_access(config), make_loops_2_to_1(config)
+    multiply_row, size, sequential_bytes = make_multiply_row(config), operand_of(config).size, config.sequential_bytes
 
     @jit
     def loops_5_to_3(args, work, first_column, columns, b_access):
@@ -75,6 +77,9 @@ def make_multiply(config: BlockConfig) -> Callable:
 
     def multiply(args, work):
         n = get(args, N)
+        if get(args, M) == 1 and get(args, B_CS) == 1 and (n * size >= sequential_bytes or not is_vectors):
+            multiply_row(args, work)
+            return
         whole = n // nr * nr
         b_access = choose_b_access(args)
         if b_access == PACKED:
@@ -90,13 +95,14 @@ def make_multiply(config: BlockConfig) -> Callable:
 
 def make_choose_b_access(config: BlockConfig) -> Callable:
     """``choose_b_access(args)``: how whole panels of B are read."""
-    is_vectors, direct_rows = not operand_of(config).converts, config.direct_rows * config.mr
+    is_vectors, size = not operand_of(config).converts, operand_of(config).size
+    direct_rows, aliased_rows = config.direct_rows * config.mr, config.aliased_rows * config.mr
     transposed_rows = config.transposed_rows
 
     @jit
     def choose_b_access(args):
         m, b_rs, b_cs = get(args, M), get(args, B_RS), get(args, B_CS)
-        if b_cs == 1 and is_vectors and m <= direct_rows:
+        if b_cs == 1 and is_vectors and m <= (direct_rows if b_rs * size % ALIASED != 0 else aliased_rows):
             return BY_ROWS
         if b_rs == 1 and m <= transposed_rows:
             return BY_COLUMNS
@@ -138,6 +144,10 @@ def make_locate_a(config: BlockConfig) -> Callable:
             return ARows(source, a_rs // k_per_lane, a_cs), False
         if a_rs == 1 and a_cs != 1:
             rows = min(mc_max, get(args, M) - ic)
+            if k_per_lane == 1:
+                deep = ceil_div(kc, lanes) * lanes
+                pack_steps(work, deep, deep + PAD, source, rows, a_rs, a_cs, kc)
+                return ARows(work, deep + PAD, 1), False
             wide = ceil_div(rows, lanes) * lanes
             pack_steps(work, wide, wide + PAD, source, kc, a_cs, a_rs, rows)
             return ARows(work, 1, wide + PAD), False
@@ -167,6 +177,7 @@ def make_loops_2_to_1(config: BlockConfig) -> Callable:
             b, b_ks, b_copy = source, b_rs, 0
             if b_access == BY_COLUMNS:
                 b_ks = b_cs
+                columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
             elif b_access == BY_ROWS:
                 columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
             elif ic == 0 and columns == nr and m >= mr and (b_rs == 1 or (b_cs == 1 and is_vectors)):

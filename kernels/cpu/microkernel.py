@@ -13,6 +13,10 @@ from .operand import Operand
 from .simd import I64, Vector, repeat
 
 UNROLL = 4  # k-steps an iteration: enough to hide the loop's own instructions, few enough for the op cache
+# One row of C waits for the latency of its multiply-adds, so two groups of columns alternate: of so many lanes, since
+# wider ones are limited by their shuffles, and where the columns read side by side do not share one set of L1.
+PAIRED_LANES = 8
+L1_WAYS, L1_WAY = 8, 4 << 10
 WIDE = 4  # a tile of one row has so many times the vectors, to read B in place in longer pieces
 
 
@@ -152,25 +156,25 @@ def _tile(builder, vector, size, arguments):
 
     def one_chain(p: ir.Value, pointers: list[ir.Value]) -> list[ir.Value]:
         acc = [[vector.zero()] * nv for _ in range(mr)]
-        pointers, acc = _k_loop(builder, strides, _chain_length(builder, p, kc, chain), pointers, acc)
-        adds = _adds(builder, p, first)
+        pointers, acc = _k_loop(builder, strides, chain_length(builder, p, kc, chain), pointers, acc)
+        adds = adds_to_c(builder, p, first)
         with builder.if_else(full, likely=True) as (whole, edge):
             with whole:
-                _store_full(builder, vector, acc, c_rows, adds)
+                store_full(builder, vector, acc, c_rows, adds)
             with edge:
-                _store_edge(builder, vector, acc, c_rows, adds, cols)
+                store_edge(builder, vector, acc, c_rows, adds, cols)
         return pointers
 
     pointers = [vector.at(builder, address) for address in ((a, b, b_copy) if copies else (a, b))]
     repeat(builder, I64(0), kc, chain, pointers, one_chain)
 
 
-def _chain_length(builder: ir.IRBuilder, p: ir.Value, kc: ir.Value, chain: ir.Value) -> ir.Value:
+def chain_length(builder: ir.IRBuilder, p: ir.Value, kc: ir.Value, chain: ir.Value) -> ir.Value:
     left = builder.sub(kc, p)
     return builder.select(builder.icmp_signed("<", left, chain), left, chain)
 
 
-def _adds(builder: ir.IRBuilder, p: ir.Value, first: ir.Value) -> ir.Value:
+def adds_to_c(builder: ir.IRBuilder, p: ir.Value, first: ir.Value) -> ir.Value:
     """Whether the chain from p on is added to C: all but the first of the first panel are."""
     return builder.or_(builder.icmp_signed("!=", p, I64(0)), builder.icmp_signed("==", first, I64(0)))
 
@@ -212,56 +216,111 @@ def _k_step(builder, strides, nv, pointers, acc):
     return [vector.at(builder, a, strides.a_ks), vector.at(builder, b, strides.b_ks), *copies, *acc]
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Of a transposing tile: its rows, the groups of lanes columns that alternate, and what its loops do not change."""
+
+    operand: Operand
+    mr: int
+    groups: int
+    copies: bool
+    row_offsets: list[ir.Value]
+    a_ks: ir.Value
+    column_bytes: ir.Value
+    width: ir.Value
+    tail: ir.Value
+
+    def rows_of(self, group: int) -> slice:
+        """The accumulators of one group."""
+        return slice(group * self.mr, (group + 1) * self.mr)
+
+    def at_group(self, builder: ir.IRBuilder, address: ir.Value, group: int) -> ir.Value:
+        return builder.add(address, builder.mul(self.column_bytes, I64(group * self.operand.vector.lanes)))
+
+
 def _transposed(builder, operand, mr, copies, arguments):
     columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy = arguments
     vector, k_per_lane, lanes = operand.vector, operand.k_per_lane, operand.vector.lanes
-    row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
-    tail_strides = _Strides(vector, row_offsets, a_ks, I64(lanes))
     tail = builder.alloca(vector.type, lanes)
-    depth = builder.sdiv(builder.add(kc, I64(k_per_lane - 1)), I64(k_per_lane))
     column_bytes = builder.mul(b_cs, I64(operand.size))
+    depth = builder.sdiv(builder.add(kc, I64(k_per_lane - 1)), I64(k_per_lane))
+    row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
 
-    def k_block(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
-        a_now, b_now, *more = state
-        copy, acc = more[:copies], more[copies:]
-        for step in vector.transpose(builder, _read_columns(builder, operand, b_now, column_bytes)):
+    def column_groups(groups: int) -> Callable:
+        tile = _Columns(operand, mr, groups, copies, row_offsets, a_ks, column_bytes, columns, tail)
+
+        def body(j: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            starts = [builder.add(j, I64(g * lanes)) for g in range(groups)]
+            offsets = [builder.add(start, builder.mul(c_rs, I64(i))) for start in starts for i in range(mr)]
+            c_rows = [vector.at(builder, c, offset) for offset in offsets]
+
+            def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+                # Of whole pairs alone: the last may be half of one, and what follows it is not of this column.
+                pairs = chain_length(builder, p, builder.sdiv(kc, I64(k_per_lane)), chain)
+                whole = builder.and_(pairs, I64(-lanes))
+                start = [*state, *[vector.zero()] * mr * groups]
+                _, state = repeat(builder, I64(0), whole, lanes, start, lambda _, state: _k_block(builder, tile, state))
+                rest = builder.sub(chain_length(builder, p, depth, chain), whole)
+                left = builder.sub(kc, builder.mul(builder.add(p, whole), I64(k_per_lane)))
+                a_next, acc = _k_rest(builder, tile, rest, left, state)
+                store_full(builder, vector, acc, c_rows, adds_to_c(builder, p, first))
+                return [a_next, *state[1 : 2 + copies]]
+
+            b_group = builder.add(b, builder.mul(j, column_bytes))
+            copy = [vector.at(builder, b_copy, j)] if copies else []
+            repeat(builder, I64(0), depth, chain, [vector.at(builder, a), b_group, *copy], one_chain)
+            return []
+
+        return body
+
+    j = I64(0)
+    if mr == 1 and lanes <= PAIRED_LANES:
+        end = builder.sub(columns, I64(2 * lanes - 1))
+        if 2 * lanes > L1_WAYS:
+            aligned = builder.icmp_signed("==", builder.and_(column_bytes, I64(L1_WAY - 1)), I64(0))
+            end = builder.select(aligned, I64(0), end)
+        j, _ = repeat(builder, j, end, 2 * lanes, [], column_groups(2))
+    repeat(builder, j, columns, lanes, [], column_groups(1))
+
+
+def _k_block(builder, tile, state):
+    """The state (a, b, where b is copied to if it is, accumulators) after a block of lanes steps of k."""
+    vector, operand = tile.operand.vector, tile.operand
+    a, b, *more = state
+    copy, acc = more[: tile.copies], more[tile.copies :]
+    for group in range(tile.groups):
+        if group:  # both blocks at once would not fit into the registers
+            builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+        a_step, rows = a, tile.rows_of(group)
+        columns = _read_columns(builder, operand, tile.at_group(builder, b, group), tile.column_bytes)
+        for step in vector.transpose(builder, columns):
             for place in copy:
                 vector.store(builder, step, place)
-            copy = [vector.at(builder, place, columns) for place in copy]
-            for i in range(mr):
-                x = vector.broadcast(builder, vector.at(builder, a_now, row_offsets[i]))
-                acc[i] = vector.fma(builder, x, step, acc[i])
-            a_now = vector.at(builder, a_now, a_ks)
-        return [a_now, builder.add(b_now, I64(lanes * k_per_lane * operand.size)), *copy, *acc]
+            copy = [vector.at(builder, place, tile.width) for place in copy]
+            x = [vector.broadcast(builder, vector.at(builder, a_step, offset)) for offset in tile.row_offsets]
+            acc[rows] = [vector.fma(builder, x_i, step, total) for x_i, total in zip(x, acc[rows], strict=True)]
+            a_step = vector.at(builder, a_step, tile.a_ks)
+    return [a_step, builder.add(b, I64(vector.lanes * operand.k_per_lane * operand.size)), *copy, *acc]
 
-    def column_group(j: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
-        c_rows = [vector.at(builder, c, builder.add(j, builder.mul(c_rs, I64(i)))) for i in range(mr)]
 
-        def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
-            length = _chain_length(builder, p, depth, chain)
-            # Of whole pairs alone: the last may be half of one, and what follows it is not of this column.
-            whole = builder.and_(_chain_length(builder, p, builder.sdiv(kc, I64(k_per_lane)), chain), I64(-lanes))
-            rest = builder.sub(length, whole)
-            start = [*state, *[vector.zero()] * mr]
-            _, (a_rest, b_rest, *more) = repeat(builder, I64(0), whole, lanes, start, k_block)
-            copy, acc = more[:copies], more[copies:]
-            with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
-                left = builder.sub(kc, builder.mul(builder.add(p, whole), I64(k_per_lane)))
-                steps = vector.transpose(builder, _read_columns(builder, operand, b_rest, column_bytes, left))
-                for step, value in enumerate(steps):
-                    vector.store(builder, value, vector.at(builder, tail, step * lanes))
-                    for place in copy:
-                        vector.store(builder, value, vector.at(builder, place, builder.mul(columns, I64(step))))
-            (a_next, _), acc = _k_loop(builder, tail_strides, rest, [a_rest, tail], [[x] for x in acc])
-            _store_full(builder, vector, acc, c_rows, _adds(builder, p, first))
-            return [a_next, b_rest, *copy]
-
-        b_group = builder.add(b, builder.mul(j, column_bytes))
-        copy = [vector.at(builder, b_copy, j)] if copies else []
-        repeat(builder, I64(0), depth, chain, [vector.at(builder, a), b_group, *copy], one_chain)
-        return []
-
-    repeat(builder, I64(0), columns, lanes, [], column_group)
+def _k_rest(builder, tile, rest, left, state):
+    """a behind the last ``rest`` steps of a chain, fewer than lanes, and the rows of sums; B has ``left`` elements."""
+    vector = tile.operand.vector
+    a, b, *more = state
+    copy, acc = more[: tile.copies], more[tile.copies :]
+    strides = _Strides(vector, tile.row_offsets, tile.a_ks, I64(vector.lanes))
+    a_next, totals = a, []
+    for group in range(tile.groups):
+        with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
+            columns = _read_columns(builder, tile.operand, tile.at_group(builder, b, group), tile.column_bytes, left)
+            for step, value in enumerate(vector.transpose(builder, columns)):
+                vector.store(builder, value, vector.at(builder, tile.tail, step * vector.lanes))
+                for place in copy:
+                    vector.store(builder, value, vector.at(builder, place, builder.mul(tile.width, I64(step))))
+        mine = [[total] for total in acc[tile.rows_of(group)]]
+        (a_next, _), mine = _k_loop(builder, strides, rest, [a, tile.tail], mine)
+        totals += mine
+    return a_next, totals
 
 
 def _read_columns(builder, operand, address, stride, count=None):
@@ -275,7 +334,7 @@ def _read_columns(builder, operand, address, stride, count=None):
     return vectors
 
 
-def _store_full(builder, vector, acc, c_rows, adds):
+def store_full(builder, vector, acc, c_rows, adds):
     with builder.if_else(adds) as (add, store):
         with add:
             for row, pointer in zip(acc, c_rows):
@@ -288,7 +347,7 @@ def _store_full(builder, vector, acc, c_rows, adds):
                     vector.store(builder, value, vector.at(builder, pointer, v * vector.lanes))
 
 
-def _store_edge(builder, vector, acc, c_rows, adds, cols):
+def store_edge(builder, vector, acc, c_rows, adds, cols):
     masks = [vector.mask(builder, cols, v * vector.lanes) for v in range(len(acc[0]))]
     for row, pointer in zip(acc, c_rows, strict=True):
         for v, value in enumerate(row):

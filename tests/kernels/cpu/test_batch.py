@@ -6,45 +6,21 @@ Exact integers between NaN, as in test_gemm.py, which tries the plain product.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import itertools
 import struct
 
+import blocks
 import pytest
 import torch
 from torch import Tensor
 
 from matmul_grad import testing
-from matmul_grad.kernels.cpu import driver, host
-from matmul_grad.kernels.cpu.config import BlockConfig, choose, prefer_transposed_c, threads_per_product
+from matmul_grad.kernels.cpu import driver
+from matmul_grad.kernels.cpu.config import BlockConfig, prefer_transposed_c, threads_per_product
 from matmul_grad.kernels.cpu.gemm_args import GEMM_ARGS
+from matmul_grad.kernels.native import direct  # noqa: F401  # gives the driver torch's threads
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-def small(block: BlockConfig) -> BlockConfig:
-    """The same tile in blocks of a few tiles, so that every loop runs more than once on small matrices."""
-    return dataclasses.replace(
-        block,
-        mc=2 * block.mr,
-        kc=block.chain,
-        nc=2 * block.nr,
-        chunk=2 * block.chain,
-        partial_lanes=3 * block.mr * block.nr,
-    )
-
-
-def blocks() -> list[BlockConfig]:
-    chosen = []
-    for isa in host.host_isas():
-        cpu = host.cpu(isa)
-        chosen += [choose(dtype, cpu) for dtype in DTYPES if dtype != "float16" or cpu.has_fp16_convert]
-    return [*chosen, small(driver.config("float32")), small(driver.config("bfloat16"))]
-
-
-every_block = pytest.mark.parametrize(
-    "block", [pytest.param(block, id=f"{block.name}-{block.mc}x{block.kc}x{block.nc}") for block in blocks()]
-)
+every_block = pytest.mark.parametrize("block", blocks.parameters())
 
 
 def bits(number: float) -> int:

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import mmap
 
+import blocks
 import pytest
 import torch
 from torch import Tensor
@@ -21,33 +22,9 @@ from matmul_grad.kernels.cpu.gemm_args import Epilogue
 from matmul_grad.kernels.native import direct
 
 PAGE = mmap.PAGESIZE
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-
-
-def small(block: BlockConfig) -> BlockConfig:
-    """The same tile in blocks of a few tiles, so that every loop runs more than once on small matrices."""
-    return dataclasses.replace(
-        block,
-        mc=2 * block.mr,
-        kc=block.chain,
-        nc=2 * block.nr,
-        chunk=2 * block.chain,
-        partial_lanes=3 * block.mr * block.nr,
-    )
-
-
-def blocks() -> list[BlockConfig]:
-    """Every dtype on every instruction set here, of the 16-bit ones only what differs, and two in small blocks."""
-    chosen = []
-    for isa in host.host_isas():
-        cpu = host.cpu(isa)
-        chosen += [choose(dtype, cpu) for dtype in DTYPES if dtype != "float16" or cpu.has_fp16_convert]
-    chosen.append(choose("bfloat16", dataclasses.replace(host.cpu(), bf16_dot=False)))
-    return [*chosen, small(driver.config("float32")), small(driver.config("bfloat16"))]
-
-
-BLOCKS = [pytest.param(block, id=f"{block.name}-{block.mc}x{block.kc}x{block.nc}") for block in blocks()]
-every_block = pytest.mark.parametrize("block", BLOCKS)
+# Of the 16-bit ones only what differs.
+WITHOUT_DOT = choose("bfloat16", dataclasses.replace(host.cpu(), bf16_dot=False))
+every_block = pytest.mark.parametrize("block", blocks.parameters(WITHOUT_DOT))
 
 
 def dtype_of(block: BlockConfig) -> torch.dtype:
@@ -68,6 +45,10 @@ def shapes(block: BlockConfig) -> list[tuple[int, int, int]]:
         (mr - 1, 2 * nr, 2 * block.lanes - 1),  # the last pair along k is a half
         (2 * mr + 1, 2 * nr, 4 * block.lanes - 1),
         (1, 9 * nr + 2, 26),  # wide rows
+        (1, 700, 29),  # B in the order of memory: one chain, with steps that remain
+        (1, 4200, 2 * block.chain + 9),  # more columns than there is room for sums, more chains than one
+        (1, 4 * nr, 3 * block.lanes - 1),  # groups of columns alternate
+        (3 * mr + 1, 2 * nr + 1, 3 * block.lanes + 1),  # rows of A are packed from columns
         (5 * block.lanes, 3, 40),  # C computed as its transpose
         (7, 5, 4 * block.chain + 6),  # in small blocks: chunks of k
     ]
@@ -180,6 +161,9 @@ def test_no_access_beyond_operands(block: BlockConfig, layout: str, at_end: bool
         (1, nr + 5, 31),
         (4 * mr + 3, 2 * nr, 2 * lanes),
         (1, 4 * nr, 9),
+        (1, 701, 3),
+        (1, 2 * nr + lanes, 2 * lanes + 1),
+        (mr + 1, 3 * nr, lanes + 1),
         (3 * lanes, 2, 18),
         (mr, nr, 2 * lanes),
         (mr - 1, nr, 2 * lanes - 1),

@@ -1,0 +1,184 @@
+"""One row of C where the columns of B are adjacent: B is read in the order in which it lies in memory.
+
+    for b in k by a chain
+      for p in the chain by STEPS       so many rows of B side by side, from their first column to their last
+        for j in n by vectors             sums[j] = fma(a[p], B[p, j], sums[j]), which stay in L1
+      C += sums
+
+A tile of the microkernel would hold a few vectors of C in registers and read pieces of rows of B that are pages apart,
+which no prefetcher follows. Elements of 16 bits are converted as they are loaded, so that B is not packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba.core import types
+
+from .config import BlockConfig, round_up
+from .gemm_args import A_CS, A_RS, B_RS, A, B, C, K, N
+from .memory import get, jit
+from .microkernel import adds_to_c, chain_length, store_edge, store_full
+from .operand import Operand, operand_of
+from .pack import PACK_ROWS_SIGNATURE
+from .schedule import CHAIN, ceil_div
+from .simd import I64, repeat
+
+STEPS = 8  # steps of k (or pairs) at a time: a load and a store of the sums for so many multiply-adds
+VECTORS = 4  # of C at a time: enough to hide the latency of multiply-adds
+SUMS_BYTES = 16 << 10  # half of an L1
+
+
+class RowArguments(NamedTuple):
+    """What ``row_ir`` is called with."""
+
+    k: ir.Value
+    a: ir.Value
+    b: ir.Value
+    b_rs: ir.Value
+    c: ir.Value
+    columns: ir.Value
+    first: ir.Value
+    chain: ir.Value
+    sums: ir.Value
+
+
+ROW_SIGNATURE = types.void(*[types.int64] * len(RowArguments._fields))
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """A few steps of k: their elements of A, splat, and their rows of B.
+
+    has_high: whether the second step of each pair exists. begins, ends: whether they are the first and the last steps
+    of a chain. adds: whether the chain is added to C, and not stored there.
+    """
+
+    x: list[ir.Value]
+    rows: list[ir.Value]
+    has_high: list[ir.Value]
+    begins: ir.Value
+    ends: ir.Value
+    adds: ir.Value
+
+
+def row_ir(name: str, operand: Operand) -> str:
+    """IR of ``void name(k, a, b, b_rs, c, columns, first, chain, sums)``, all int64.
+
+    C[j] (+)= Σ_p a[p]·B[p, j] for j < columns, in the chains of ``microkernel_ir``, and so with the same bits. a and C
+    hold lanes, B elements of ``operand``; k, b_rs and columns count elements, ``chain`` lanes. ``sums`` is room for
+    ``columns`` lanes, in whole vectors.
+    """
+    module = ir.Module(name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * len(RowArguments._fields)), name)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    arguments = RowArguments(*function.args)
+    per_lane = I64(operand.k_per_lane)
+    depth = builder.sdiv(builder.add(arguments.k, builder.sub(per_lane, I64(1))), per_lane)
+
+    def one_chain(p: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        length = chain_length(builder, p, depth, arguments.chain)
+        adds = adds_to_c(builder, p, arguments.first)
+
+        def some_steps(count: int) -> Callable:
+            def body(q: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                begins = builder.icmp_signed("==", q, I64(0))
+                ends = builder.icmp_signed("==", builder.add(q, I64(count)), length)
+                at = [builder.add(builder.add(p, q), I64(step)) for step in range(count)]
+                _add_steps(builder, operand, arguments, _locate(builder, operand, arguments, at, (begins, ends, adds)))
+                return []
+
+            return body
+
+        q, _ = repeat(builder, I64(0), builder.and_(length, I64(-STEPS)), STEPS, [], some_steps(STEPS))
+        repeat(builder, q, length, 1, [], some_steps(1))
+        return []
+
+    repeat(builder, I64(0), depth, arguments.chain, [], one_chain)
+    builder.ret_void()
+    return str(module)
+
+
+def _locate(builder, operand, arguments, at, conditions):
+    vector = operand.vector
+    k = [builder.mul(step, I64(operand.k_per_lane)) for step in at]
+    row_bytes = builder.mul(arguments.b_rs, I64(operand.size))
+    x = [vector.broadcast(builder, vector.at(builder, arguments.a, step)) for step in at]
+    rows = [builder.add(arguments.b, builder.mul(step, row_bytes)) for step in k]
+    has_high = [builder.icmp_signed("<", builder.add(step, I64(1)), arguments.k) for step in k]
+    return _Steps(x, rows, has_high, *conditions)
+
+
+def _add_steps(builder, operand, arguments, steps):
+    """All columns: VECTORS at a time, then one, then what is less than one."""
+    lanes, columns = operand.vector.lanes, arguments.columns
+    whole = builder.and_(columns, I64(-lanes))
+
+    def vectors(count: int) -> Callable:
+        def body(j: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            _add_to_vectors(builder, operand, arguments, steps, [builder.add(j, I64(v * lanes)) for v in range(count)])
+            return []
+
+        return body
+
+    many = VECTORS * lanes
+    j, _ = repeat(builder, I64(0), builder.and_(columns, I64(-many)), many, [], vectors(VECTORS))
+    repeat(builder, j, whole, lanes, [], vectors(1))
+    with builder.if_then(builder.icmp_signed("<", whole, columns)):
+        _add_to_vectors(builder, operand, arguments, steps, [whole], builder.sub(columns, whole))
+
+
+def _add_to_vectors(builder, operand, arguments, steps, at, count=None):
+    """The vectors that begin ``at`` these columns; of the last column on, ``count`` lanes exist."""
+    vector = operand.vector
+    places = [vector.at(builder, arguments.sums, j) for j in at]
+    acc = [builder.select(steps.begins, vector.zero(), vector.load(builder, place)) for place in places]
+    row_bytes = builder.mul(arguments.b_rs, I64(operand.size))
+    for x, row, has_high in zip(steps.x, steps.rows, steps.has_high, strict=True):
+        for v, j in enumerate(at):
+            source = builder.add(row, builder.mul(j, I64(operand.size)))
+            if operand.k_per_lane == 1:
+                value = operand.read(builder, source, count)
+            else:
+                value = operand.interleave(builder, source, builder.add(source, row_bytes), count, has_high)
+            acc[v] = vector.fma(builder, x, value, acc[v])
+    with builder.if_else(steps.ends) as (end, more):
+        with end:
+            c = [vector.at(builder, arguments.c, at[0])]
+            if count is None:
+                store_full(builder, vector, [acc], c, steps.adds)
+            else:
+                store_edge(builder, vector, [acc], c, steps.adds, count)
+        with more:
+            for place, value in zip(places, acc, strict=True):
+                vector.store(builder, value, place)
+
+
+def make_multiply_row(config: BlockConfig) -> Callable:
+    """``multiply_row(args, work)``: C = A·B for one row of A, on this thread, for at most a chunk of k."""
+    operand, kc_max, lane_bytes = operand_of(config), config.kc, config.lane_bytes
+    size, converts, k_per_lane = operand.size, operand.converts, operand.k_per_lane
+    b_work = round_up(config.a_bytes, 64)
+    columns_max = min(SUMS_BYTES, config.b_bytes) // lane_bytes // config.lanes * config.lanes
+    pack_rows = types.ExternalFunction(f"{config.name}_pack_rows", PACK_ROWS_SIGNATURE)
+    row = types.ExternalFunction(f"{config.name}_row", ROW_SIGNATURE)
+
+    @jit
+    def multiply_row(args, work):
+        n, k, a_cs, b_rs = get(args, N), get(args, K), get(args, A_CS), get(args, B_RS)
+        in_place = a_cs == 1 and (not converts or (k_per_lane == 2 and k % 2 == 0))
+        step = k if in_place else kc_max
+        for block in range(ceil_div(k, step)):
+            pc = block * step
+            kc, a = min(step, k - pc), get(args, A) + pc * a_cs * size
+            if not in_place:
+                pack_rows(work, 1, 0, a, kc, a_cs, get(args, A_RS))
+                a = work
+            for j in range(0, n, columns_max):
+                b, c = get(args, B) + (pc * b_rs + j) * size, get(args, C) + j * lane_bytes
+                row(kc, a, b, b_rs, c, min(columns_max, n - j), pc == 0, get(args, CHAIN), work + b_work)
+
+    return multiply_row
