@@ -72,7 +72,7 @@ def addmv(
         return _run_with_out(addmv, (input, mat, vec), {"beta": beta, "alpha": alpha}, out)
     if not _is_left_to_torch((2, 1), mat, vec, input):
         scales = real_scales(mat, beta, alpha)
-        if scales is not None and are_too_large(mat.dtype, *scales, is_vector=True):
+        if scales is not None and are_too_large(mat.dtype, scales[0], scales[1], is_vector=True):
             return torch.addmv(input, mat, vec, beta=beta, alpha=alpha)  # which takes none that the dtype cannot hold
         if scales is not None:
             column = input.unsqueeze(1) if input.dim() else input

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import ACCELERATED
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -28,7 +29,7 @@ NAMES = (
     "mm", "addmm", "bmm", "baddbmm", "matmul", "mv", "einsum", "tensordot", "inner", "linalg.multi_dot",
     "nn.functional.linear", "nn.functional.bilinear", "nn.functional.scaled_dot_product_attention",
 )  # fmt: skip
-OURS = ("mm", "addmm", "bmm", "baddbmm"), (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OURS = ("mm", "addmm", "bmm", "baddbmm"), tuple(ACCELERATED.values())
 OPERATORS = [op for op in op_db if op.name in NAMES]
 FUNCTIONS = {
     **{name: getattr(matmul_grad, name) for name in ("mm", "addmm", "bmm", "baddbmm", "matmul")},

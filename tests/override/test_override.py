@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dtypes import ACCELERATED
 from processes import assert_runs
 from switch import registrations, runs_on_ours
 
@@ -135,7 +136,7 @@ def test_calls_are_counted_by_operator_and_dtype() -> None:
     torch.mm(a, a)
     assert matmul_grad.info() == before, "nothing is counted while it is off"
     with matmul_grad.enabled():
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64):
+        for dtype in (*ACCELERATED.values(), torch.int64):
             for _ in range(3):
                 torch.addmm(a.to(dtype), a.to(dtype), a.to(dtype))
         with pytest.raises(RuntimeError):
@@ -147,7 +148,9 @@ def test_calls_are_counted_by_operator_and_dtype() -> None:
         old, new = before[outcome].get("addmm", {}), after[outcome]["addmm"]
         return {dtype: calls - old.get(dtype, 0) for dtype, calls in new.items() if calls != old.get(dtype, 0)}
 
-    assert grown("accelerated") == dict.fromkeys(("float32", "float64", "bfloat16", "float16"), 3)
+    assert grown("accelerated") == dict.fromkeys(
+        (str(dtype).removeprefix("torch.") for dtype in ACCELERATED.values()), 3
+    )
     assert grown("handed_over") == {"int64": 3}
     assert after["accelerated"].get("mm") == before["accelerated"].get("mm")
 

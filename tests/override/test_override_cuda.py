@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import EVERY
 from outcomes import outcome
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from matmul_grad.aten_override_cuda import CudaOverride
 from matmul_grad.kernels.native import override_probe
 from matmul_grad.kernels.native.op_table import OVERLOADS
 from matmul_grad.kernels.native.register import Unavailable
-from matmul_grad.testing import DTYPES, assert_same_bits, integers
+from matmul_grad.testing import assert_same_bits, integers
 
 DUMPS = tuple(f"aten::{name}" for name in OVERLOADS)
 
@@ -71,7 +72,7 @@ def forms(operator: str) -> Iterator[Callable[..., Tensor]]:
         yield lambda source, *x, **scales: getattr(source.clone(), f"{operator}_")(*x, **scales)
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", EVERY)
 @pytest.mark.parametrize("operator", ["mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "vdot"])
 def test_products(operator: str, dtype: torch.dtype) -> None:
     scales: list[dict[str, Any]] = [{}, {"beta": 2, "alpha": -1}, {"beta": 0, "alpha": 0.5}]
@@ -250,7 +251,7 @@ def test_calls_of_both_devices_are_counted_together(switched: CudaOverride) -> N
     assert now() - before == 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype", EVERY)
 @pytest.mark.parametrize("scale", [1e5, 1e39, float("inf")])
 @pytest.mark.parametrize("name", ["beta", "alpha"])
 def test_scales_of_a_vector_that_the_dtype_cannot_hold(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import EVERY
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -121,7 +122,7 @@ def test_forward_mode_alone() -> None:
     assert_close(on_and_off(tangent, "mm"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("dtype", [case for case in EVERY if case.values[0].itemsize == 2])
 def test_autocast_follows_aten(dtype: torch.dtype) -> None:
     def step() -> Any:
         torch.manual_seed(0)

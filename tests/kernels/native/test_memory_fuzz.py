@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from case_process import CaseProcess, assert_no_complaint
+from dtypes import ACCELERATED
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from limits import scaled
@@ -95,7 +96,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "route": route,
         "entry": name,
         "into": into,
-        "dtype": draw(st.sampled_from(("float32", "float64", "bfloat16", "float16"))),
+        "dtype": draw(st.sampled_from([str(dtype).removeprefix("torch.") for dtype in ACCELERATED.values()])),
         "beta": draw(st.sampled_from((1, 0, 2, -1, 0.5))),
         "alpha": draw(st.sampled_from((1, 0, 2, -1, 0.5))),
         "gradient": draw(st.sampled_from(gradients)),
