@@ -6,9 +6,11 @@ tests/integration/test_docs_names.py resolves all files and names of these pages
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,8 @@ from matmul_grad import cli, testing
 from matmul_grad.bench import backends, correctness, inputs
 from matmul_grad.bench.backends import call_of, products_of
 from matmul_grad.bench.workloads import Workload
-from matmul_grad.kernels.cpu import config, driver, host
-from matmul_grad.kernels.native import direct
+from matmul_grad.kernels.cpu import config, driver, gemm_args, host, schedule
+from matmul_grad.kernels.native import call, direct, own_entries
 
 HOWTO = ROOT / "docs" / "howto"
 ADDITIONS = sorted(HOWTO.glob("add-*.md"))
@@ -61,6 +63,24 @@ def test_an_instruction_set_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
         direct.multiply(block, a, b, out, 1)
         testing.assert_same_bits(out, testing.exact_product(a, b), f"{layout} {m}x{n}x{k}")
     assert driver.config("float32").isa == best.isa
+
+
+def words_not_set_by(*sources: Any) -> set[str]:
+    """The arguments of the driver that no line of ``sources`` sets."""
+    numbers = {name: value for name, value in vars(gemm_args).items() if isinstance(value, int) and name.isupper()}
+    words = {name for name in numbers if name not in ("GEMM_ARGS", "ONE")}
+    assert sorted(numbers[name] for name in words) == list(range(gemm_args.GEMM_ARGS))
+    return words - set(re.findall(r"put\(args, (\w+),", "".join(inspect.getsource(source) for source in sources)))
+
+
+def test_every_argument_of_the_driver_is_set() -> None:
+    """The words are memory of the stack, which nobody clears: one that is not set is whatever was there.
+
+    Left out are those that nothing reads without a source, or of one product that is no batch.
+    """
+    assert words_not_set_by(call) == {"BETA"}
+    gradient = own_entries.set_gradient.py_func, schedule.set_dense_c.py_func
+    assert words_not_set_by(*gradient) == {"BETA", "A_BS", "B_BS", "C_BS", "S_RS", "S_CS", "S_BS"}
 
 
 class Einsum(backends.Bare):
