@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import api, ops, testing
 from .inputs import Operands
-from .workloads import OPERATOR, OURS, STEP, TORCH, Workload
+from .workloads import CAST, OPERATOR, OURS, STEP, TORCH, Workload
 
 PEAK = "peak"  # stands among the backends, and is none: the most that this machine can multiply
 TORCH_PROCESS = "torch"  # the process of all that runs on torch's pool of threads
@@ -197,6 +197,7 @@ class Backend:
     takes_all: bool = False
     tunes: bool = False  # itself to each shape, which takes its time
     sizes: tuple[int, ...] = field(default=(), compare=False)  # cubes of these alone
+    leaves_out: Callable[[Workload], bool] = field(default=lambda workload: False, compare=False)
 
     @property
     def installed(self) -> bool:
@@ -212,11 +213,17 @@ class Backend:
             and workload.threads <= self.most_threads
             and (self.takes_all or plain)
             and (not self.sizes or (workload.m == workload.n == workload.k and workload.m in self.sizes))
+            and not self.leaves_out(workload)
         )
 
 
 def own(name: str) -> Own:
     return Own(IMPLEMENTATIONS[name], name)
+
+
+def cast(a: Tensor, b: Tensor) -> Tensor:
+    """What a user writes where torch.mm is slow in 16 bits."""
+    return torch.mm(a.float(), b.float()).to(a.dtype)
 
 
 def compiled(a: Tensor, b: Tensor) -> Tensor:
@@ -226,10 +233,12 @@ def compiled(a: Tensor, b: Tensor) -> Tensor:
 HALF, SINGLE = ("bf16", "f16"), ("f32", "f64")
 BOTH = ("cpu", "cuda")
 ALL = (
-    *(
-        Backend(name, name, name, functools.partial(own, name), BOTH, takes_all=True)
-        for name in IMPLEMENTATIONS
+    Backend(
+        TORCH, TORCH, TORCH, functools.partial(own, TORCH), BOTH, takes_all=True,
+        leaves_out=lambda workload: workload.takes_torch_long,
     ),
+    Backend(OURS, OURS, OURS, functools.partial(own, OURS), BOTH, takes_all=True),
+    Backend(CAST, TORCH, TORCH, lambda: OfTorch(cast), dtypes=HALF, takes_all=True),
     Backend("numpy", "numpy", "numpy", Numpy, dtypes=SINGLE, process="numpy"),
     # The wheels of blis are built without threads.
     Backend("blis", "blis", "blis", Blis, dtypes=SINGLE, process="blis", most_threads=1),

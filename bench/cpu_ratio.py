@@ -46,7 +46,7 @@ def run(command: argparse.Namespace) -> int:
         raise UsageError(
             f"--rows {listed(command.rows)} --dtypes {listed(command.dtypes)}: there is nothing to measure"
         )
-    others = ["torch", "numpy"] if "openblas" in command.rows else ["torch"]
+    others = [workloads.TORCH, workloads.CAST, *(["numpy"] if "openblas" in command.rows else [])]
     selected = backends.chosen(others, "cpu")
     place = None
     if command.save and (command.out or not command.quick):

@@ -14,7 +14,7 @@ from . import backends, stats, workloads
 from .shapes import CPU_CUBES
 from .stats import Row
 from .timer import CALL_CLOCK, DEVICE_CLOCK
-from .workloads import CALL, CPU_DTYPES, INVARIANT, OPERATOR, OURS, STEP, TORCH, Workload
+from .workloads import CALL, CAST, CPU_DTYPES, INVARIANT, OPERATOR, OURS, STEP, TORCH, Workload
 
 FALL = 0.10  # of a figure, below the committed one: more than two runs of the same sources differ by
 WORKSPACE = 32 << 20  # bytes beside torch's that a step may take on a GPU
@@ -96,6 +96,8 @@ CPU = (
     cpu("float64 products", ["f64"], 1.20, 1.20),
     cpu("bfloat16 products", ["bf16"], 1.00, 1.00),
     cpu("float16 products", ["f16"], 1.00, 1.00),
+    cpu("bfloat16 against casting to float32", ["bf16"], 1.10, 1.10, backend=CAST),
+    cpu("float16 against casting to float32", ["f16"], 1.10, 1.10, backend=CAST),
     cpu("float32 step through autograd", ["f32"], 1.10, 1.10, where={"product": STEP}),
     cpu("worst product", CPU_DTYPES, 0.90, 0.85, WORST),
     cpu("float32 share of peak", ["f32"], 0.92, 0.88, PEAK_SHARE, cubes=(1024, float("inf"))),

@@ -15,6 +15,7 @@ from . import shapes as lists
 from .shapes import SETS, Shape
 
 TORCH, OURS = "torch", "matmul_grad"
+CAST = "torch in float32"  # 16-bit operands are cast to float32, multiplied by torch, and the result cast back
 STEP = "step"  # forward and both gradients through autograd
 PASSES = (*testing.PRODUCTS, STEP)
 LAYOUTS = ("NN", "NT", "TN")
@@ -70,6 +71,12 @@ class Workload:
     @property
     def flops(self) -> int:
         return self.batch * flops(*self.shape, self.product)
+
+    @property
+    def takes_torch_long(self) -> bool:
+        """Whether torch's 16-bit loop, on a CPU that does not multiply 16 bits, would take a second or more."""
+        slow = self.device == "cpu" and pace(self.dtype, host.host_features()) == SCALAR_PACE
+        return slow and self.flops >= SCALAR_PACE
 
     @property
     def summed(self) -> int:

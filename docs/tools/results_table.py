@@ -12,6 +12,7 @@ from pathlib import Path
 from matmul_grad.bench import results, stats
 from matmul_grad.bench.results import Result
 from matmul_grad.bench.stats import Row
+from matmul_grad.bench.workloads import CAST
 from matmul_grad.markdown import between
 
 ROOT = Path(__file__).parents[2]
@@ -48,12 +49,12 @@ def products(result: Result, dtype: str, threads: int) -> list[Row]:
     rows = [
         row for row in result["rows"] if (row["product"], row["dtype"], row["threads"]) == ("forward", dtype, threads)
     ]
-    return [row for row in rows if stats.ratio(row) and not row.get("mode")]
+    return [row for row in rows if not row.get("mode") and (stats.ratio(row, CAST) or stats.ratio(row))]
 
 
 def ratio(row: Row) -> float:
-    """Torch's time over the time of this package."""
-    found = stats.ratio(row)
+    """The time of torch, with a cast to float32 and back where that was timed, over the time of this package."""
+    found = stats.ratio(row, CAST) or stats.ratio(row)
     assert found is not None
     return found.median
 
