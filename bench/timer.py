@@ -63,7 +63,11 @@ def threads(count: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_one_core() -> Iterator[None]:
-    """A block in which this thread stays on one core, where the system can hold it there."""
+    """A block in which this thread stays on one core, where the system can hold it there.
+
+    >>> with on_one_core():
+    ...     seconds = batch_of(nothing)()
+    """
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

@@ -1,10 +1,12 @@
 """Child processes of tests: each call has the answer of its own, and a failure tells what was printed."""
 
+import os
 import select
+from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import assert_runs, linux, run
+from processes import Server, assert_runs, linux, run
 
 
 @linux
@@ -12,12 +14,13 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.Mo
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    assert run("").returncode == 0
+    server, environment = Server(()), dict(os.environ)
+    assert server.run("", (), environment, Path.cwd())[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(select, "select", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run("import sys; sys.exit(3)")
-    assert run("import sys; sys.exit(4)").returncode == 4
+            server.run("import sys; sys.exit(3)", (), environment, Path.cwd())
+    assert not server.is_usable(environment), "the next call would read the answer to this one"
 
 
 @linux
