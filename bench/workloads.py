@@ -106,7 +106,8 @@ class Workload:
         """About how many seconds the comparison takes where ``seconds`` are asked for."""
         if self.device != "cpu":
             return seconds + 1.0
-        return seconds + 0.3 + rounds * backends * self.flops / pace(self.dtype, host.host_features()) / self.threads
+        slowest = PACE["f32"] if self.takes_torch_long else pace(self.dtype, host.host_features())
+        return seconds + 0.3 + rounds * backends * self.flops / slowest / self.threads
 
 
 def pace(dtype: str, features: Mapping[str, bool]) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from matmul_grad.bench import results, stats
 from matmul_grad.bench.results import Result
 from matmul_grad.bench.stats import Row
-from matmul_grad.bench.workloads import CAST
+from matmul_grad.bench.workloads import CAST, OURS, TORCH
 from matmul_grad.markdown import between
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +22,8 @@ DTYPES = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float1
 ISAS = {"avx512": "AVX-512", "avx2": "AVX2"}
 THREADS = (1, 2)
 HEAD = (
-    "dtype", "instruction set", "1 thread: mean", "worst", "2 threads: mean", "worst", "memory of a call", "machine",
-    "date",
+    "dtype", "instruction set", "against", "1 thread: mean", "worst", "2 threads: mean", "worst", "memory of a call",
+    "machine", "date",
 )  # fmt: skip
 MISSING = "–"
 MIB = 1 << 20
@@ -59,6 +59,13 @@ def ratio(row: Row) -> float:
     return found.median
 
 
+def against(rows: Sequence[Row]) -> str:
+    """What the ratios are to: 16-bit products are cast to float32 and back where that was timed."""
+    if not rows:
+        return MISSING
+    return "cast to float32, `mm`, cast back" if stats.ratio(rows[0], CAST) else "`torch.mm`"
+
+
 def mean(rows: Sequence[Row]) -> str:
     return f"{statistics.geometric_mean(map(ratio, rows)):.2f}" if rows else MISSING
 
@@ -71,19 +78,21 @@ def worst(rows: Sequence[Row]) -> str:
 
 
 def memory(result: Result | None, dtype: str) -> str:
-    """The most that a call takes above what was there before, beside the most that torch takes."""
-    rows = [row for row in result["rows"] if row["dtype"] == dtype] if result else []
+    """The most that a call takes above what was there before, beside the most that torch, or casting, takes."""
+    rows = [row["peak bytes"] for row in result["rows"] if row["dtype"] == dtype] if result else []
+    rival, name = (CAST, "casting") if any(CAST in peaks for peaks in rows) else (TORCH, "torch")
+    rows = [peaks for peaks in rows if {OURS, rival} <= set(peaks)]
     if not rows:
         return MISSING
-    ours, torch = (max(row["peak bytes"][name] for row in rows) / MIB for name in ("matmul_grad", "torch"))
-    return f"{ours:.1f} MiB (torch {torch:.1f})"
+    ours, theirs = (max(peaks[backend] for peaks in rows) / MIB for backend in (OURS, rival))
+    return f"{ours:.1f} MiB ({name} {theirs:.1f})"
 
 
 def line(dtype: str, isa: str, ratios: Result | None, bench: Result | None) -> list[str]:
     """One row of the table."""
-    cells = [DTYPES[dtype], ISAS[isa]]
-    for threads in THREADS:
-        rows = products(ratios, dtype, threads) if ratios else []
+    measured = [products(ratios, dtype, threads) if ratios else [] for threads in THREADS]
+    cells = [DTYPES[dtype], ISAS[isa], against(measured[0])]
+    for rows in measured:
         cells += [mean(rows), worst(rows)]
     stamps = [result["stamp"] for result in (ratios, bench) if result]
     machines, dates = ({stamp[key]: None for stamp in stamps} for key in ("CPU", "date"))

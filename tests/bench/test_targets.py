@@ -201,3 +201,4 @@ def test_torch_is_left_out_where_its_loop_takes_seconds(monkeypatch: pytest.Monk
     everywhere = {name: [True, True] for name in rivals}
     assert takes({"avx512f": True, "avx512bf16": True}) == everywhere
     assert takes({"avx2": True}) == everywhere | {workloads.TORCH: [True, False]}
+    assert shapes[1].weight(0.5) < 2 < shapes[0].weight(0.5), "what is left out takes no time"

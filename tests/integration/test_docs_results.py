@@ -50,10 +50,22 @@ def test_the_newest_whole_run_is_shown(results_table: ModuleType, tmp_path, monk
     for index, run in enumerate(runs):
         (tmp_path / f"{index}-cpu-ratio-some.json").write_text(json.dumps(run), encoding="utf-8")
     lines = results_table.table().splitlines()
-    row = "| float32 | AVX2 | 1.50 | 0.75 at NT 1×2×3 | – | – | – | Some CPU, 2 cores | 2026-01-03 |"
+    row = "| float32 | AVX2 | `torch.mm` | 1.50 | 0.75 at NT 1×2×3 | – | – | – | Some CPU, 2 cores | 2026-01-03 |"
     assert row in lines
-    assert "| float64 | AVX2 | – | – | – | – | – | Some CPU, 2 cores | 2026-01-03 |" in lines
-    assert "| float32 | AVX-512 | – | – | – | – | – | not measured yet | – |" in lines
+    assert "| float64 | AVX2 | – | – | – | – | – | – | Some CPU, 2 cores | 2026-01-03 |" in lines
+    assert "| float32 | AVX-512 | – | – | – | – | – | – | not measured yet | – |" in lines
+
+
+def test_16_bits_are_held_against_casting_where_it_was_timed(
+    results_table: ModuleType, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results_table, "RESULTS", tmp_path)
+    run = run_of("2026-01-02", 8.0)
+    for row in run["rows"]:
+        row["dtype"] = "bf16"
+        row["ratio"]["torch in float32"] = dict.fromkeys(("low", "median", "high"), 1.25)
+    (tmp_path / "0-cpu-ratio-some.json").write_text(json.dumps(run), encoding="utf-8")
+    assert "| bfloat16 | AVX2 | cast to float32, `mm`, cast back | 1.25 | 1.25 at" in results_table.table()
 
 
 def test_diagrams_are_what_their_script_draws() -> None:
