@@ -144,7 +144,7 @@ def _are_dense(*tensors: Tensor) -> bool:
 
 
 def repeats_an_element(x: Tensor) -> bool:
-    """Whether nothing can be copied to it: torch's own products may still take it."""
+    """Whether nothing can be copied to it; some products of torch take it all the same."""
     if x.layout != torch.strided:
         return False
     return any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True))

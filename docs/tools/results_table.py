@@ -80,11 +80,11 @@ def worst(rows: Sequence[Row]) -> str:
 def memory(result: Result | None, dtype: str) -> str:
     """The most that a call takes above what was there before, beside the most that torch, or casting, takes."""
     rows = [row["peak bytes"] for row in result["rows"] if row["dtype"] == dtype] if result else []
-    rival, name = (CAST, "casting") if any(CAST in peaks for peaks in rows) else (TORCH, "torch")
-    rows = [peaks for peaks in rows if {OURS, rival} <= set(peaks)]
+    other, name = (CAST, "casting") if any(CAST in peaks for peaks in rows) else (TORCH, "torch")
+    rows = [peaks for peaks in rows if {OURS, other} <= set(peaks)]
     if not rows:
         return MISSING
-    ours, theirs = (max(peaks[backend] for peaks in rows) / MIB for backend in (OURS, rival))
+    ours, theirs = (max(peaks[backend] for peaks in rows) / MIB for backend in (OURS, other))
     return f"{ours:.1f} MiB ({name} {theirs:.1f})"
 
 

@@ -192,13 +192,13 @@ def test_time_of_sixteen_bits_depends_on_the_instruction_set(
 
 def test_torch_is_left_out_where_its_loop_takes_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [workloads.Workload("forward", "bf16", "NN", n, n, n) for n in (512, 1024)]
-    rivals = {name: backends.BY_NAME[name] for name in (workloads.TORCH, workloads.CAST, workloads.OURS)}
+    timed = {name: backends.BY_NAME[name] for name in (workloads.TORCH, workloads.CAST, workloads.OURS)}
 
     def takes(features: dict[str, bool]) -> dict[str, list[bool]]:
         monkeypatch.setattr(workloads.host, "host_features", lambda: features)
-        return {name: [backend.takes(workload) for workload in shapes] for name, backend in rivals.items()}
+        return {name: [backend.takes(workload) for workload in shapes] for name, backend in timed.items()}
 
-    everywhere = {name: [True, True] for name in rivals}
+    everywhere = {name: [True, True] for name in timed}
     assert takes({"avx512f": True, "avx512bf16": True}) == everywhere
     assert takes({"avx2": True}) == everywhere | {workloads.TORCH: [True, False]}
     assert shapes[1].weight(0.5) < 2 < shapes[0].weight(0.5), "what is left out takes no time"

@@ -169,7 +169,10 @@ def test_generates_the_same_tokens_as_torch(name: str, sampling: dict[str, objec
     def generated(model: nn.Module) -> list[list[int]]:
         prompt = tokens(2, 5)
         settings = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **sampling}
-        return model.eval().generate(prompt, attention_mask=torch.ones_like(prompt), **settings).tolist()  # type: ignore[operator]
+        # A module's attributes are typed as Tensor | Module.
+        generate = model.eval().generate
+        mask = torch.ones_like(prompt)
+        return generate(prompt, attention_mask=mask, **settings).tolist()  # type: ignore[operator]  # see above
 
     theirs = generated(made(name, torch.float32))
     assert {len(row) for row in theirs} == {5 + 12}

@@ -115,7 +115,7 @@ def test_kernels_run_on_torchs_thread_pool(threads: int) -> None:
 
 
 @linux
-def test_a_driver_that_is_called_directly_first_has_torchs_threads() -> None:
+def test_a_driver_that_is_called_directly_first_has_the_threads_of_torch() -> None:
     code = """
 from matmul_grad.kernels.cpu import driver
 from matmul_grad.kernels.native import direct

@@ -1,4 +1,4 @@
-"""Child processes of tests: each call has the answer of its own, and a failure tells what was printed."""
+"""Child processes of tests: no call gets the answer to another, and a failure tells what was printed."""
 
 import os
 import select
