@@ -34,6 +34,7 @@ PARTIAL_BYTES = 5 << 19  # a thread's buffer for sums that are not stored to C y
 SPLIT_BYTES = 8 << 20  # the partial results of a product whose chunks of k are shared among threads
 WORKSPACE_SLOTS = 16  # sets of buffers that are kept: calls at a time that need no allocation
 PARTIAL_COLUMNS = 2048  # columns of C at a time whose 16-bit sums are kept: wide enough to repay packing A
+L1_WAYS, L1_WAY = 8, 4 << 10  # of 32 KiB; a larger L1 has more ways
 PAD = 16  # elements that keep the packed rows of A off one common cache set
 
 # A with its steps of k together is read in place, always. Up to these limits the other layouts are too: each element is
@@ -41,7 +42,7 @@ PAD = 16  # elements that keep the packed rows of A off one common cache set
 # place by one row tile alone: where there are more, the first one leaves it packed for the others.
 DIRECT_ROWS = 16  # row tiles of C that share an element of B, where its columns lie together
 ALIASED_ROWS = 2  # the same where rows of B lie a multiple of ALIASED bytes apart: a panel of them has few cache sets
-ALIASED = 2 << 10  # half of a way of L1
+ALIASED = L1_WAY // 2
 DIRECT_PANELS = 2  # column panels of C that share an element of A
 # One row of C reads B in the order of memory where a row of B has so many bytes (Zen 3, from memory: 0.9 of the speed
 # of register tiles at 2048, 1.1 to 1.4 at 3072, 1.5 to 1.8 at 12288), and always where elements are converted.

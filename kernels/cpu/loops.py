@@ -22,7 +22,7 @@ from .gemm_args import A_CS, A_RS, B_CS, B_RS, C_RS, A, B, C, K, M, N
 from .memory import get, jit
 from .microkernel import ARGUMENTS, TRANSPOSED_ARGUMENTS, WIDE, tiles
 from .operand import operand_of
-from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE
+from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE, make_lanes_along_k
 from .row import make_multiply_row
 from .schedule import BY_COLUMNS, BY_ROWS, CHAIN, PACKED, ceil_div, largest, plan_k, smallest
 
@@ -111,20 +111,6 @@ def make_choose_b_access(config: BlockConfig) -> Callable:
     return choose_b_access
 
 
-def make_lanes_along_k(config: BlockConfig) -> Callable:
-    """``lanes_along_k(k, stride, k_stride)``: whether adjacent steps of k are in memory what they are in lanes."""
-    operand = operand_of(config)
-    converts, k_per_lane = operand.converts, operand.k_per_lane
-
-    @jit
-    def lanes_along_k(k, stride, k_stride):
-        if not converts:
-            return True
-        return k_per_lane == 2 and k_stride == 1 and k % 2 == 0 and stride % 2 == 0
-
-    return lanes_along_k
-
-
 def make_locate_a(config: BlockConfig) -> Callable:
     """``locate_a(args, whole_k, panels, start, work)`` → ``ARows``, and whether they have yet to be packed.
 
@@ -133,7 +119,7 @@ def make_locate_a(config: BlockConfig) -> Callable:
     """
     operand, lanes, mc_max = operand_of(config), config.lanes, config.mc
     size, k_per_lane, direct_panels = operand.size, operand.k_per_lane, config.direct_panels
-    lanes_along_k = make_lanes_along_k(config)
+    lanes_along_k = make_lanes_along_k(operand)
     pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
 
     @jit
@@ -174,11 +160,8 @@ def make_loops_2_to_1(config: BlockConfig) -> Callable:
             columns = min(nr, nc - j)
             source = get(args, B) + (pc * b_rs + (first_column + j) * b_cs) * size
             target = work + b_work + (j * depth * lane_bytes if m > mc_max else 0)
-            b, b_ks, b_copy = source, b_rs, 0
-            if b_access == BY_COLUMNS:
-                b_ks = b_cs
-                columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
-            elif b_access == BY_ROWS:
+            b, b_ks, b_copy = source, b_cs if b_access == BY_COLUMNS else b_rs, 0
+            if b_access != PACKED:
                 columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
             elif ic == 0 and columns == nr and m >= mr and (b_rs == 1 or (b_cs == 1 and is_vectors)):
                 b_copy = target

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
+from .config import L1_WAY, L1_WAYS
 from .operand import Operand
 from .simd import I64, Vector, repeat
 
@@ -16,7 +17,6 @@ UNROLL = 4  # k-steps an iteration: enough to hide the loop's own instructions, 
 # One row of C waits for the latency of its multiply-adds, so two groups of columns alternate: of so many lanes, since
 # wider ones are limited by their shuffles, and where the columns read side by side do not share one set of L1.
 PAIRED_LANES = 8
-L1_WAYS, L1_WAY = 8, 4 << 10
 WIDE = 4  # a tile of one row has so many times the vectors, to read B in place in longer pieces
 
 

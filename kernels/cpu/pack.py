@@ -102,6 +102,19 @@ def make_pack_rows(operand: Operand) -> Callable:
     return pack_rows
 
 
+def make_lanes_along_k(operand: Operand) -> Callable:
+    """``lanes_along_k(k, stride, k_stride)``: whether adjacent steps of k are in memory what they are in lanes."""
+    converts, k_per_lane = operand.converts, operand.k_per_lane
+
+    @jit
+    def lanes_along_k(k, stride, k_stride):
+        if not converts:
+            return True
+        return k_per_lane == 2 and k_stride == 1 and k % 2 == 0 and stride % 2 == 0
+
+    return lanes_along_k
+
+
 def _define(arguments: int, emit: Callable) -> tuple[types.Type, Callable]:
     def codegen(context, builder, signature, args):
         emit(builder, *args)

@@ -18,18 +18,18 @@ from typing import NamedTuple
 from llvmlite import ir
 from numba.core import types
 
-from .config import BlockConfig, round_up
+from .config import L1_WAY, L1_WAYS, BlockConfig, round_up
 from .gemm_args import A_CS, A_RS, B_RS, A, B, C, K, N
 from .memory import get, jit
 from .microkernel import adds_to_c, chain_length, store_edge, store_full
 from .operand import Operand, operand_of
-from .pack import PACK_ROWS_SIGNATURE
+from .pack import PACK_ROWS_SIGNATURE, make_lanes_along_k
 from .schedule import CHAIN, ceil_div
 from .simd import I64, repeat
 
 STEPS = 8  # steps of k (or pairs) at a time: a load and a store of the sums for so many multiply-adds
 VECTORS = 4  # of C at a time: enough to hide the latency of multiply-adds
-SUMS_BYTES = 16 << 10  # half of an L1
+SUMS_BYTES = L1_WAYS * L1_WAY // 2
 
 
 class RowArguments(NamedTuple):
@@ -160,7 +160,7 @@ def _add_to_vectors(builder, operand, arguments, steps, at, count=None):
 def make_multiply_row(config: BlockConfig) -> Callable:
     """``multiply_row(args, work)``: C = A·B for one row of A, on this thread, for at most a chunk of k."""
     operand, kc_max, lane_bytes = operand_of(config), config.kc, config.lane_bytes
-    size, converts, k_per_lane = operand.size, operand.converts, operand.k_per_lane
+    size, lanes_along_k = operand.size, make_lanes_along_k(operand)
     b_work = round_up(config.a_bytes, 64)
     columns_max = min(SUMS_BYTES, config.b_bytes) // lane_bytes // config.lanes * config.lanes
     pack_rows = types.ExternalFunction(f"{config.name}_pack_rows", PACK_ROWS_SIGNATURE)
@@ -169,7 +169,7 @@ def make_multiply_row(config: BlockConfig) -> Callable:
     @jit
     def multiply_row(args, work):
         n, k, a_cs, b_rs = get(args, N), get(args, K), get(args, A_CS), get(args, B_RS)
-        in_place = a_cs == 1 and (not converts or (k_per_lane == 2 and k % 2 == 0))
+        in_place = a_cs == 1 and lanes_along_k(k, 0, a_cs)
         step = k if in_place else kc_max
         for block in range(ceil_div(k, step)):
             pc = block * step
