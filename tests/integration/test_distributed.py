@@ -18,9 +18,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import limits
 import pytest
 import torch
 import torch.distributed as dist
+from limits import scaled
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -32,7 +34,7 @@ import matmul_grad
 from matmul_grad import sharding
 from matmul_grad.testing import assert_model_within_budget, assert_same_bits, integers, normal
 
-LIMIT = 240  # seconds for all cases of one backend
+LIMIT = 240  # seconds on the reference machine for all cases of one backend
 R, S0, S1, S2 = Replicate(), Shard(0), Shard(1), Shard(2)
 
 # --- operators: integers, so every sharding has the same bits -----------------------------------------------
@@ -287,7 +289,7 @@ def main(backend: str, folder: Path) -> None:
     rank, device = int(os.environ["RANK"]), "cuda" if backend == "nccl" else "cpu"
     if device == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=scaled(60)))
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     raised = {}
     for name, case in CASES.items():
@@ -305,11 +307,12 @@ def main(backend: str, folder: Path) -> None:
 
 
 def torchrun(processes: int, *command: str | Path) -> str:
-    """The script in so many processes of this machine; what they printed."""
+    """The script in so many processes of this machine, which find the tests' helpers; what they printed."""
+    paths = filter(None, (str(Path(limits.__file__).parent), os.environ.get("PYTHONPATH")))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*launch, *map(str, command)], capture_output=True, text=True, timeout=LIMIT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [*launch, *map(str, command)], capture_output=True, text=True, timeout=scaled(LIMIT),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr[-6000:]}"
     return done.stdout
