@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,16 @@ def has_new(seen: dict[str, set[Any]], test: str, found: Iterable[Any]) -> bool:
     known, before = seen.setdefault(test, set()), len(seen[test])
     known.update(found)
     return len(known) > before
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing that torch.compile kept is there before the test, nor after it."""
+    import torch  # not above: the process that starts the workers does without
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

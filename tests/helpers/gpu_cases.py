@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from case_process import CaseProcess, serve
+from case_process import serve
 from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -116,16 +116,6 @@ def check_exact(m: int, n: int, k: int, dtype: str, layouts: str, config: Any = 
         assert_same_bits(out, want)
         out.fill_(float("nan"))
         assert bool(buffer.isnan().all()), "written outside of out"
-
-
-@contextlib.contextmanager
-def interpreted(program: str) -> Iterator[CaseProcess]:
-    """A process under Triton's interpreter for the cases of a file; one that ends is followed by another."""
-    process = CaseProcess.interpreted(program)
-    try:
-        yield process
-    finally:
-        process.close()
 
 
 def serve_cases(cases: Mapping[str, Callable[[], None]]) -> None:

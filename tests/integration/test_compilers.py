@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -95,13 +95,6 @@ def test_aotinductor_ignores_the_override(tmp_path: Path) -> None:
     with matmul_grad.enabled():
         torch.testing.assert_close(compiled(x), net(x))
     assert accelerated() - before == 3, "those of the network itself, none of the compiled one"
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -224,13 +224,6 @@ def test_lstm_and_bilinear() -> None:
 # --- compilers ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def mlp() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(

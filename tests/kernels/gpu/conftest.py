@@ -1,7 +1,4 @@
-"""Fixtures of the GPU kernels' tests.
-
-Cases of Triton's interpreter can take a second each: their grids run pairwise, dtype with layout and so on.
-"""
+"""Fixtures of the GPU kernels' tests."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from case_process import CaseProcess
 
 
 @pytest.fixture
@@ -32,7 +30,9 @@ def matmul_setting() -> Iterator[Any]:
     setting.fp32_precision = before
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_itemcollected(item: pytest.Item) -> None:
-    if getattr(item, "originalname", "") == "test_interpreted":
-        item.add_marker(pytest.mark.pairwise)
+@pytest.fixture(scope="module")
+def interpreter(request: pytest.FixtureRequest) -> Iterator[CaseProcess]:
+    """A process under Triton's interpreter for the cases of this file; one that ends is followed by another."""
+    process = CaseProcess.interpreted(str(request.path))
+    yield process
+    process.close()

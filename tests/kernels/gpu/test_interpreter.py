@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from gpu_cases import (
     at_arch,
     check_exact,
     integers,
-    interpreted,
     rows_alike,
     serve_cases,
     tile,
@@ -212,12 +211,7 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[CaseProcess]:
-    with interpreted(__file__) as process:
-        yield process
-
-
+@pytest.mark.pairwise
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted(case: str, interpreter: CaseProcess) -> None:
     assert_no_complaint(interpreter.complaint(case))
