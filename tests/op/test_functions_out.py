@@ -1,31 +1,16 @@
 """``out=`` of bmm, addmm, baddbmm and matmul: every layout, resized and refused as torch does."""
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 from dtypes import EVERY
 from outcomes import outcome
-from products import PRODUCTS, SCALES, assert_exact, operands, pair_of
+from products import PRODUCTS, SCALES, assert_exact, operands, pair_of, places
 from torch import Tensor
 
 import matmul_grad
 from matmul_grad.testing import assert_same_bits
-
-
-def places(shape: torch.Size, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, where to write, the buffer of NaN around it) for each layout of a result."""
-    *batch, m, n = shape
-    front = [size + 2 for size in batch]
-    inner = tuple(slice(1, 1 + size) for size in batch)
-    for name, size, part in (
-        ("rows", (m + 2, n + 3), lambda whole: whole[(*inner, slice(1, m + 1), slice(2, n + 2))]),
-        ("columns", (n + 2, m + 3), lambda whole: whole[(*inner, slice(1, n + 1), slice(2, m + 2))].mT),
-        ("sliced", (2 * m + 1, 3 * n + 1), lambda whole: whole[(*inner, slice(1, None, 2), slice(1, None, 3))]),
-    ):
-        whole = torch.full((*front, *size), float("nan"), dtype=dtype)
-        yield name, part(whole), whole
 
 
 @pytest.mark.parametrize("dtype", EVERY)
