@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from dtypes import EVERY
+from switch import accelerated
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -25,10 +26,6 @@ def strict() -> Iterator[None]:
     assert matmul_grad.info()["on"] == []
 
 
-def accelerated() -> dict[str, int]:
-    return {operator: sum(dtypes.values()) for operator, dtypes in matmul_grad.info()["accelerated"].items()}
-
-
 def on_and_off(call: Callable[[], Any], *operators: str) -> tuple[Any, Any]:
     """What ``call`` gives with the switch on and off; with it on, each of ``operators`` ran on these kernels."""
     off = call()
@@ -37,7 +34,7 @@ def on_and_off(call: Callable[[], Any], *operators: str) -> tuple[Any, Any]:
         on = call()
     after = accelerated()
     for operator in operators:
-        assert after.get(operator, 0) > before.get(operator, 0), f"{operator} never ran on these kernels"
+        assert after[operator] > before[operator], f"{operator} never ran on these kernels"
     return on, off
 
 
@@ -135,9 +132,9 @@ def test_autocast_follows_aten(dtype: torch.dtype) -> None:
         assert layer.weight.grad is not None
         return y, z, layer.weight.grad, layer.bias.grad, x.grad
 
-    before = matmul_grad.info()["accelerated"].get("addmm", {}).get(str(dtype).removeprefix("torch."), 0)
+    before = accelerated(dtype)["addmm"]
     assert_close(on_and_off(step, "addmm", "bmm"), 0.05)
-    assert matmul_grad.info()["accelerated"]["addmm"][str(dtype).removeprefix("torch.")] > before
+    assert accelerated(dtype)["addmm"] > before
 
 
 # --- modules ------------------------------------------------------------------------------------------------
@@ -246,8 +243,8 @@ def test_code_of_inductor_calls_these_kernels(when: str) -> None:
         found = train_step(compiled, x)
     after = accelerated()
     assert_close((list(found.values()), list(expected.values())))
-    assert after["addmm"] - before.get("addmm", 0) >= 2
-    assert after["mm"] - before.get("mm", 0) >= 1 + 5, "the layer without a bias, and gradients"
+    assert after["addmm"] - before["addmm"] >= 2
+    assert after["mm"] - before["mm"] >= 1 + 5, "the layer without a bias, and gradients"
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -1,6 +1,7 @@
 """torch's products while the switch is on: exact integers, every form, dtype and layout, NaN around the results."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from dtypes import EVERY
 from products import SCALES, assert_exact, batch_of, exact, places
+from switch import accelerated
 from torch import Tensor
 
 import matmul_grad
@@ -23,13 +25,8 @@ def switched_on() -> Iterator[None]:
         yield
 
 
-def counted() -> dict[str, int]:
-    """Products of each operator that ran on these kernels."""
-    return {operator: sum(dtypes.values()) for operator, dtypes in matmul_grad.info()["accelerated"].items()}
-
-
-def assert_counted(operator: str, before: dict[str, int], calls: int) -> None:
-    assert counted().get(operator, 0) - before.get(operator, 0) == calls
+def assert_counted(operator: str, before: Counter[str], calls: int) -> None:
+    assert accelerated()[operator] - before[operator] == calls
 
 
 def assert_written(out: Tensor, whole: Tensor, expected: Tensor, what: str) -> None:
@@ -39,7 +36,7 @@ def assert_written(out: Tensor, whole: Tensor, expected: Tensor, what: str) -> N
 
 @pytest.mark.parametrize("dtype", EVERY)
 def test_mm(dtype: torch.dtype) -> None:
-    before, calls = counted(), 0
+    before, calls = accelerated(), 0
     for m, n, k in SHAPES:
         for one, other in itertools.product(STRIDINGS, STRIDINGS):
             a, b = lay_out(integers(m, k, dtype, seed=1), one), lay_out(integers(k, n, dtype, seed=2), other)
@@ -65,7 +62,7 @@ def added(m: int, n: int, dtype: torch.dtype) -> Iterator[Tensor]:
 @pytest.mark.parametrize("dtype", EVERY)
 @pytest.mark.parametrize("scales", SCALES, ids=str)
 def test_addmm(dtype: torch.dtype, scales: dict[str, Any]) -> None:
-    before, calls = counted(), 0
+    before, calls = accelerated(), 0
     for m, n, k in SHAPES:
         layouts = itertools.cycle(itertools.product(STRIDINGS, STRIDINGS))
         for source in added(m, n, dtype):
@@ -102,7 +99,7 @@ def in_order(values: Tensor, order: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", EVERY)
 def test_bmm(dtype: torch.dtype) -> None:
-    before, calls = counted(), 0
+    before, calls = accelerated(), 0
     for batch, m, n, k in BATCHES:
         for one, other, third in itertools.product(ORDERS, ORDERS, ORDERS):
             a, _ = in_order(batch_of(integers, batch, m, k, dtype, 1), ORDERS[one])
@@ -123,7 +120,7 @@ def test_bmm(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", EVERY)
 @pytest.mark.parametrize("scales", SCALES, ids=str)
 def test_baddbmm(dtype: torch.dtype, scales: dict[str, Any]) -> None:
-    before, calls = counted(), 0
+    before, calls = accelerated(), 0
     for batch, m, n, k in BATCHES:
         a, b = batch_of(integers, batch, m, k, dtype, 1), batch_of(integers, batch, k, n, dtype, 2).mT
         b = b.contiguous().mT
