@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_required import require_gpu
 from limits import scaled
 from switch import accelerated
 from torch import Tensor, nn
@@ -136,12 +137,7 @@ def test_max_autotune_calls_the_operators_and_makes_batches_of_aten_its_own() ->
 
 @pytest.fixture
 def cuda() -> torch.device:
-    """The GPU; without one a skip, or a failure where MATMUL_GRAD_REQUIRE_GPU=1 says that there is one."""
-    if not torch.cuda.is_available():
-        if os.environ.get("MATMUL_GRAD_REQUIRE_GPU") == "1":
-            pytest.fail("MATMUL_GRAD_REQUIRE_GPU=1, and torch sees no GPU")
-        pytest.skip("needs a GPU")
-    return torch.device("cuda", torch.cuda.current_device())
+    return require_gpu()
 
 
 def whole_model(device: torch.device) -> nn.Sequential:

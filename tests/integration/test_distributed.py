@@ -22,6 +22,7 @@ import limits
 import pytest
 import torch
 import torch.distributed as dist
+from gpu_required import require_gpu
 from limits import scaled
 from switch import accelerated
 from torch import Tensor, nn
@@ -321,10 +322,7 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Of each process, what each case raised. With one GPU its process is alone."""
     processes = 2
     if request.param == "nccl":
-        if not torch.cuda.is_available():
-            if os.environ.get("MATMUL_GRAD_REQUIRE_GPU") == "1":
-                pytest.fail("MATMUL_GRAD_REQUIRE_GPU=1, and torch sees no GPU")
-            pytest.skip("needs a GPU")
+        require_gpu()
         processes = min(2, torch.cuda.device_count())
     folder = tmp_path_factory.mktemp(request.param)
     torchrun(processes, __file__, request.param, folder)

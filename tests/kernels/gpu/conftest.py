@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from case_process import CaseProcess
+from gpu_required import require_gpu
 
 
 @pytest.fixture
 def device() -> torch.device:
-    """The GPU; without one a skip, or a failure where MATMUL_GRAD_REQUIRE_GPU=1 says that there is one."""
-    if not torch.cuda.is_available():
-        if os.environ.get("MATMUL_GRAD_REQUIRE_GPU") == "1":
-            pytest.fail("MATMUL_GRAD_REQUIRE_GPU=1, and torch sees no GPU")
-        pytest.skip("needs a GPU")
-    return torch.device("cuda", torch.cuda.current_device())
+    return require_gpu()
 
 
 @pytest.fixture
