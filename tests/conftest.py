@@ -17,7 +17,7 @@ COUNTS = pytest.StashKey[Counter[str]]()
 WORK = pytest.StashKey[Counter[str]]()
 STOP = pytest.StashKey[Path]()  # a file that exists once as many tests have failed as -x or --maxfail allows
 FOLDER = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
-# Files of -m smoke: every entry, device and kind of input, in the test's own process. The others are not even imported.
+# Files of -m smoke: every entry, device and kind of input. The others are not even imported.
 SMOKE = {
     "test_autocast", "test_batch", "test_config", "test_cow", "test_coverage", "test_derivation", "test_docs_names",
     "test_exact", "test_exceptions", "test_fallback", "test_function_overrides", "test_functions", "test_functions_out",

@@ -165,7 +165,7 @@ def test_generates_the_same_tokens_as_torch(name: str, sampling: dict[str, objec
     def generated(model: nn.Module) -> list[list[int]]:
         prompt = tokens(2, 5)
         settings = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0, **sampling}
-        return model.eval().generate(prompt, attention_mask=torch.ones_like(prompt), **settings).tolist()  # type: ignore[operator]
+        return model.eval().generate(prompt, attention_mask=torch.ones_like(prompt), **settings).tolist()  # type: ignore[operator]  # nn.Module has no generate
 
     theirs = generated(made(name, torch.float32))
     assert {len(row) for row in theirs} == {5 + 12}
@@ -188,7 +188,7 @@ def test_each_token_in_bf16_is_a_best_one(name: str, way: str) -> None:
         if way == "converted":
             matmul_grad.convert(model)
         settings = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
-        written = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)  # type: ignore[operator]
+        written = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)  # type: ignore[operator]  # nn.Module has no generate
     assert written.shape == (2, 5 + 12)
     with torch.no_grad():
         truth = made(name, dtype).double().eval()(input_ids=written[:, :-1]).logits[:, 4:]

@@ -103,7 +103,7 @@ print(before, one, tasks())
 
 @linux
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_kernels_run_on_torchs_thread_pool(threads: int) -> None:
+def test_kernels_run_on_torch_thread_pool(threads: int) -> None:
     """As many threads as torch.mm starts, and none beside them, whoever comes first."""
     counts = []
     for first, second in (("torch.mm", "matmul_grad.mm"), ("matmul_grad.mm", "torch.mm")):
@@ -115,7 +115,7 @@ def test_kernels_run_on_torchs_thread_pool(threads: int) -> None:
 
 
 @linux
-def test_a_driver_that_is_called_directly_first_has_torchs_threads() -> None:
+def test_a_driver_that_is_called_directly_first_has_torch_threads() -> None:
     code = f"""
 from matmul_grad.kernels.cpu import driver
 from matmul_grad.kernels.native import direct

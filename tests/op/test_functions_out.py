@@ -56,7 +56,7 @@ def test_out_is_resized_as_torch_does(name: str, size: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_out_that_requires_grad_raises_torchs_error(name: str) -> None:
+def test_out_that_requires_grad_raises_torch_error(name: str) -> None:
     ours, theirs = pair_of(name)
     found = operands(name)
     out = torch.full_like(theirs(*found), 7.0)
@@ -98,7 +98,7 @@ def test_out_that_overlaps_itself_or_the_input_falls_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, "matmul"])
-def test_wrong_out_raises_torchs_error(name: str) -> None:
+def test_wrong_out_raises_torch_error(name: str) -> None:
     ours, theirs = pair_of(name)
     found = operands(name.replace("matmul", "bmm"))
     right = theirs(*found)

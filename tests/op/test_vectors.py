@@ -124,7 +124,7 @@ def test_derivatives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_have_torchs_strides(name: str) -> None:
+def test_gradients_have_torch_strides(name: str) -> None:
     for column_major in (False, True):
         found = [x.t().contiguous().t() if column_major and x.dim() == 2 else x for x in operands(name)]
         grads = []

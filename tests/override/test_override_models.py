@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 
 @pytest.fixture(autouse=True)
 def strict() -> Iterator[None]:
-    """Nothing here may be handed over."""
+    """Nothing here may fall back to torch."""
     with matmul_grad.strict():
         yield
     assert matmul_grad.info()["on"] == []
@@ -195,7 +195,7 @@ def test_multihead_attention(dtype: torch.dtype, need_weights: bool) -> None:
     assert_within_budget(make, step, dtype, "addmm", "mm", *["bmm"] * need_weights)
 
 
-def test_evaluation_uses_torchs_fast_path() -> None:
+def test_evaluation_uses_torch_fast_path() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
     x = normal(2 * 10, 32, torch.float32).view(2, 10, 32)

@@ -62,7 +62,7 @@ def long(x: Tensor) -> np.ndarray:
 
 
 def check_rounding(dtype: str) -> None:
-    """Error against a wider product <= 2 * (torch's own + one rounding), for two kinds of operands."""
+    """Error against a wider product <= 2 * (torch's + one rounding), for two kinds of operands."""
     from matmul_grad.kernels.gpu import launch
 
     generator = torch.Generator().manual_seed(5)
