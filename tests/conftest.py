@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ COUNTS = pytest.StashKey[Counter[str]]()
 WORK = pytest.StashKey[Counter[str]]()
 STOP = pytest.StashKey[Path]()  # a file that exists once as many tests have failed as -x or --maxfail allows
 FOLDER = pytest.StashKey["tempfile.TemporaryDirectory[str]"]()
-# Files of -m smoke: every entry, device and kind of input, in the test's own process. The others are not even imported.
+# Files of -m smoke: every entry, device and kind of input. The others are not even imported.
 SMOKE = {
     "test_autocast", "test_batch", "test_config", "test_cow", "test_coverage", "test_derivation", "test_docs_names",
     "test_exact", "test_exceptions", "test_fallback", "test_function_overrides", "test_functions", "test_functions_out",
@@ -106,6 +106,16 @@ def has_new(seen: dict[str, set[Any]], test: str, found: Iterable[Any]) -> bool:
     known, before = seen.setdefault(test, set()), len(seen[test])
     known.update(found)
     return len(known) > before
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing that torch.compile kept is there before the test, nor after it."""
+    import torch  # not above: the process that starts the workers does without
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

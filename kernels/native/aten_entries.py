@@ -17,7 +17,7 @@ from ..cpu.memory import INT64, bits_of, call_address, fetch_increment, get, jit
 from .call import DTYPE, HANDLE, IN_PLACE, NEW, OUT, RUN, UNSUPPORTED, linked_compute, set_tensors, tensor_words
 from .op_table import OVERLOADS, op_of
 from .own_entries import is_error, raise_for
-from .state import ACCELERATED, ACTIVE, CODES, COUNTS, FALLBACKS, HANDED_OVER, OPERATORS, OVERRIDE, entry_name
+from .state import ACCELERATED, ACTIVE, CODES, FALLBACKS, HANDED_OVER, OPERATORS, OVERRIDE, count_at, entry_name
 from .torch_c_api import delete_library, delete_tensor, init_impl, library_impl, new, out_param, state, word
 from .torch_layout import DOUBLE, INT, NONE, SLOT
 
@@ -58,10 +58,13 @@ def exchange_tensors(slot, other):
     put(other, 0, kept)
 
 
+word_of = jit(count_at)
+
+
 @jit
 def count(operator, dtype, outcome):
     if dtype < CODES:
-        fetch_increment(state(), COUNTS + (operator * CODES + dtype) * 2 + outcome)
+        fetch_increment(state(), word_of(operator, dtype, outcome))
 
 
 @jit

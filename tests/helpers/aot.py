@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from gpu_targets import TARGETS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from matmul_grad.kernels.gpu.arguments import DescriptorArg, PointerArg, ScalarArg
 from matmul_grad.kernels.gpu.config import ALIGNMENT, Target
 from matmul_grad.kernels.gpu.plan import Plan
-
-# Shared bytes that one block may have, by compute capability (CUDA programming guide).
-SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 COPY = re.compile(r"cp\.async\.c[ag]\.[^;]*, 0x(\w+),")
 LOAD = re.compile(r"ld\.global[\w.]*?(?:\.v(\d))?\.[bfsu](\d+)")
@@ -44,8 +41,8 @@ class CompiledReport:
 
 
 def target_of(arch: int) -> Target:
-    """A GPU of a compute capability as sold in its largest common form; for choosing tiles without one."""
-    return Target(arch, MULTIPROCESSORS[arch], SHARED_BYTES[arch])
+    """The GPU of TARGETS that has this compute capability."""
+    return TARGETS[f"sm{arch}"]
 
 
 def compile_for(plan: Plan, types: dict[str, str], arch: int, *, aligned: bool = True) -> CompiledReport:

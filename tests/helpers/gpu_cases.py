@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from case_process import CaseProcess, serve
+from case_process import serve
+from products import assert_exact
 from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -106,26 +107,16 @@ def check_exact(m: int, n: int, k: int, dtype: str, layouts: str, config: Any = 
     want = (a.long() @ b.long()).to(DTYPES[dtype])
     fresh = launch.mm(a, b, config=config() if config else None)
     assert fresh.is_contiguous() and fresh.dtype == a.dtype
-    assert_same_bits(fresh, want)
+    assert_exact(fresh, want)
 
     for layout in "NTS" if dtype == "fp32" else "N":
         out = embed(torch.full((m, n), float("nan"), dtype=a.dtype), layout)
         buffer = out._base
         assert buffer is not None
         assert launch.mm(a, b, config=config() if config else None, out=out) is out
-        assert_same_bits(out, want)
+        assert_exact(out, want)
         out.fill_(float("nan"))
         assert bool(buffer.isnan().all()), "written outside of out"
-
-
-@contextlib.contextmanager
-def interpreted(program: str) -> Iterator[CaseProcess]:
-    """A process under Triton's interpreter for the cases of a file; one that ends is followed by another."""
-    process = CaseProcess.interpreted(program)
-    try:
-        yield process
-    finally:
-        process.close()
 
 
 def serve_cases(cases: Mapping[str, Callable[[], None]]) -> None:

@@ -1,6 +1,6 @@
 """Operands of each product, its exact value, and this package's function beside torch's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,6 +26,20 @@ def exact(a: Tensor, b: Tensor, source: Tensor | None = None, beta: float = 1, a
 
 def assert_exact(actual: Tensor, expected: Tensor, what: str = "") -> None:
     assert_same_bits(actual + 0.0, expected + 0.0, what)  # 0 and -0 are one
+
+
+def places(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, where to write, the buffer of NaN around it) for each layout of a result."""
+    *batch, m, n = shape
+    front = [size + 2 for size in batch]
+    inner = tuple(slice(1, 1 + size) for size in batch)
+    for name, size, part in (
+        ("rows", (m + 2, n + 3), lambda whole: whole[(*inner, slice(1, m + 1), slice(2, n + 2))]),
+        ("columns", (n + 2, m + 3), lambda whole: whole[(*inner, slice(1, n + 1), slice(2, m + 2))].mT),
+        ("sliced", (2 * m + 1, 3 * n + 1), lambda whole: whole[(*inner, slice(1, None, 2), slice(1, None, 3))]),
+    ):
+        whole = torch.full((*front, *size), float("nan"), dtype=dtype)
+        yield name, part(whole), whole
 
 
 def operands(name: str, dtype: torch.dtype = torch.float32, draw: Callable[..., Tensor] = integers) -> list[Tensor]:

@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from gpu_required import require_gpu
 from limits import scaled
+from switch import accelerated
 from torch import Tensor, nn
 from torch._inductor import config
 
@@ -57,12 +59,6 @@ def operators_of(call: Callable[[], object]) -> set[str]:
     return {event.key for event in profile.key_averages()}
 
 
-def accelerated(*operators: str) -> int:
-    """Calls on these kernels, of these operators or of all."""
-    counts = matmul_grad.info()["accelerated"]
-    return sum(sum(counts.get(operator, {}).values()) for operator in operators or counts)
-
-
 LOAD = "import sys, torch\n{}\nprint(torch._inductor.aoti_load_package(sys.argv[1])(torch.ones(3, 16)).shape)"
 
 
@@ -91,17 +87,10 @@ def test_aotinductor_ignores_the_override(tmp_path: Path) -> None:
     net = Net(torch).eval()
     compiled = torch._inductor.aoti_load_package(packaged(net, tmp_path / "net.pt2"))
     x = normal(5, 16, torch.float32)
-    before = accelerated()
+    before = accelerated().total()
     with matmul_grad.enabled():
         torch.testing.assert_close(compiled(x), net(x))
-    assert accelerated() - before == 3, "those of the network itself, none of the compiled one"
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+    assert accelerated().total() - before == 3, "those of the network itself, none of the compiled one"
 
 
 @pytest.mark.slow
@@ -129,12 +118,13 @@ def test_max_autotune_calls_the_operators_and_makes_batches_of_aten_its_own() ->
     )
     expected = of_torch(x)
     expected.sum().backward()
-    before = accelerated("mm"), accelerated("addmm"), accelerated("bmm")
+    before = accelerated()
     with matmul_grad.enabled():
         switched = of_torch(x)
         switched.sum().backward()
-    assert (accelerated("mm") - before[0], accelerated("addmm") - before[1]) == (5, 1)
-    assert accelerated("bmm") - before[2] <= 3, "some are templates of Inductor's, as it finds them faster"
+    after = accelerated()
+    assert (after["mm"] - before["mm"], after["addmm"] - before["addmm"]) == (5, 1)
+    assert after["bmm"] - before["bmm"] <= 3, "some are templates of Inductor's, as it finds them faster"
     of_ours(x).sum().backward()
     ran = operators_of(lambda: of_ours(x).sum().backward())
     torch.testing.assert_close((switched, of_ours(x)), (expected, expected))
@@ -147,12 +137,7 @@ def test_max_autotune_calls_the_operators_and_makes_batches_of_aten_its_own() ->
 
 @pytest.fixture
 def cuda() -> torch.device:
-    """The GPU; without one a skip, or a failure where MATMUL_GRAD_REQUIRE_GPU=1 says that there is one."""
-    if not torch.cuda.is_available():
-        if os.environ.get("MATMUL_GRAD_REQUIRE_GPU") == "1":
-            pytest.fail("MATMUL_GRAD_REQUIRE_GPU=1, and torch sees no GPU")
-        pytest.skip("needs a GPU")
-    return torch.device("cuda", torch.cuda.current_device())
+    return require_gpu()
 
 
 def whole_model(device: torch.device) -> nn.Sequential:
@@ -186,12 +171,12 @@ def assert_steps_are_torchs(call: Callable[[Tensor], Tensor], model: nn.Module, 
 def test_a_captured_training_step_replays_with_new_values(way: str, cuda: torch.device) -> None:
     model, alone = whole_model(cuda), whole_model(cuda)
     example = (torch.zeros(128, 64, device=cuda),)
-    before = accelerated("addmm")
+    before = accelerated()["addmm"]
     with matmul_grad.strict(), matmul_grad.enabled() if way == "switched" else nullcontext():
         if way == "converted":
             matmul_grad.convert(model)
         graphed = torch.cuda.make_graphed_callables(model, example)
-    assert way == "converted" or accelerated("addmm") > before
+    assert way == "converted" or accelerated()["addmm"] > before
     assert_steps_are_torchs(graphed, model, alone)
 
 

@@ -4,10 +4,8 @@ import re
 
 import pytest
 
-from .formulas import gradients, jacobians
+from .formulas import gradients, jacobians  # noqa: F401  # their import fills the table of cases
 from .formulas.tools import PAGE, cases, stated
-
-assert gradients.formula is jacobians.formula
 
 
 def test_page_and_cases_have_the_same_ids() -> None:

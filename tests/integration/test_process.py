@@ -90,7 +90,7 @@ a, b = normal(700, 700, torch.float32, 1), normal(700, 700, torch.float32, 2)
 torch.set_num_threads({threads})
 initial = tasks()
 matmul_grad.mm(a[:8, :8], b[:8, :8])
-limit = time.monotonic() + 60
+limit = time.monotonic() + {limit}
 while tasks() > initial and time.monotonic() < limit:  # the thread that loaded the kernels is about to end
     time.sleep(0.01)
 before = tasks()
@@ -103,11 +103,11 @@ print(before, one, tasks())
 
 @linux
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_kernels_run_on_torchs_thread_pool(threads: int) -> None:
+def test_kernels_run_on_torch_thread_pool(threads: int) -> None:
     """As many threads as torch.mm starts, and none beside them, whoever comes first."""
     counts = []
     for first, second in (("torch.mm", "matmul_grad.mm"), ("matmul_grad.mm", "torch.mm")):
-        code = THREADS_OF.format(threads=threads, first=first, second=second)
+        code = THREADS_OF.format(limit=limits.scaled(60), threads=threads, first=first, second=second)
         before, one, two = map(int, assert_computes(code).split())
         assert one == two, f"{second} started {two - one} threads beside those of {first}"
         counts.append(one - before)
@@ -116,7 +116,7 @@ def test_kernels_run_on_torchs_thread_pool(threads: int) -> None:
 
 @linux
 def test_a_driver_that_is_called_directly_first_has_the_threads_of_torch() -> None:
-    code = """
+    code = f"""
 from matmul_grad.kernels.cpu import driver
 from matmul_grad.kernels.native import direct
 def tasks():
@@ -126,7 +126,7 @@ a, b = normal(700, 700, torch.float32, 1), normal(700, 700, torch.float32, 2)
 direct.multiply(driver.config("float32"), a[:6], b, torch.empty(6, 700))
 matmul_grad.mm(a, b)
 torch.set_num_threads(2)
-limit = time.monotonic() + 60
+limit = time.monotonic() + {limits.scaled(60)}
 while tasks() > 1 and time.monotonic() < limit:  # the threads that loaded the kernels are about to end
     time.sleep(0.01)
 before = tasks()

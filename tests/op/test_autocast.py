@@ -60,9 +60,9 @@ def test_gradients_have_the_dtype_of_the_parameter(name: str) -> None:
         assert c.dtype == torch.bfloat16
         c.sum().backward()
         found.append([x.grad for x in operands])
-    for ours_grad, torchs_grad in zip(*found, strict=True):
+    for ours_grad, torch_grad in zip(*found, strict=True):
         assert ours_grad.dtype == torch.float32
-        assert_same_bits(ours_grad, torchs_grad)
+        assert_same_bits(ours_grad, torch_grad)
 
 
 @pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm"])

@@ -1,6 +1,6 @@
 """The backward pass under compiled autograd, where torch traces the graph of gradients itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import matmul_grad
 from matmul_grad.testing import normal
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
     # Tracing scripts parts of torch, which torch.jit deprecates (the category depends on the version), and reads .grad.
     pytest.mark.filterwarnings("ignore:.*torch.jit.*"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
@@ -33,13 +34,6 @@ CALLS: dict[str, tuple[list[tuple[int, ...]], dict[str, float]]] = {
     "matmul": ([(2, 3, 4), (4, 5)], {}),
     "linear": ([(2, 3, 4), (5, 4), (5,)], {}),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def gradients(function: Callable[..., Tensor], name: str) -> tuple[Tensor, ...]:

@@ -167,7 +167,7 @@ def test_non_tensor_raises_typeerror(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_operator_raises_the_error_of_torchs_operators_for_other_objects(name: str) -> None:
+def test_operator_raises_the_error_of_torch_operators_for_other_objects(name: str) -> None:
     """torch.ops checks arguments against the schema, in words of its own."""
     kind, text = outcome(torch.ops.aten.mm.default, OTHERS[name]())
     state = dispatch_state()

@@ -93,7 +93,7 @@ def test_a_hook_that_raises_while_an_operand_is_saved() -> None:
         ("baddbmm", torch.baddbmm, (torch.ones(7), torch.ones(1, 3, 4), torch.ones(1, 4, 2))),
     ],
 )
-def test_operator_raises_torchs_error(
+def test_operator_raises_torch_error(
     ours: str, theirs: Callable[..., Tensor], operands: tuple[Tensor, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Exception) as expected:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from calls import CALLS, LINEAR
+from outcomes import assert_same_outcome
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -72,10 +73,7 @@ def test_other_layouts_match_torch(name: str, layout: str) -> None:
             continue
         given = [LAYOUTS[layout](x) if i == place else x for i, x in enumerate(operands)]
         actual, expected = (outcome(call, *given) for call in (getattr(matmul_grad, name), theirs))
-        if isinstance(expected, Tensor):
-            torch.testing.assert_close(actual, expected)
-        else:
-            assert actual == expected
+        assert_same_outcome(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["matmul", "linear", "mv", "addmv", "dot"])
@@ -139,10 +137,7 @@ def test_functions_accept_the_scales_that_the_override_accepts(name: str, number
         actual, expected = (
             outcome(call, *operands, **{scale: number}) for call in (getattr(matmul_grad, name), theirs)
         )
-        if isinstance(expected, Tensor):
-            torch.testing.assert_close(actual, expected)
-        else:
-            assert actual == expected
+        assert_same_outcome(actual, expected)
         if name != "addmv":
             with matmul_grad.strict():
                 here = outcome(getattr(matmul_grad, name), *operands, **{scale: number})

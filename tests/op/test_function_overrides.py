@@ -56,7 +56,7 @@ class AtenOnly(Tensor):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_overriding_subclass_gets_torchs_function(name: str) -> None:
+def test_overriding_subclass_gets_torch_function(name: str) -> None:
     operands, theirs = CALLS[name]
     for place in range(len(operands)):
         given = [x.as_subclass(Overriding) if i == place else x for i, x in enumerate(operands)]
@@ -65,7 +65,7 @@ def test_overriding_subclass_gets_torchs_function(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_out_of_a_subclass_gets_torchs_function(name: str) -> None:
+def test_out_of_a_subclass_gets_torch_function(name: str) -> None:
     operands, theirs = CALLS[name]
     if name != "linear":
         assert getattr(matmul_grad, name)(*operands, out=ones(1).as_subclass(Overriding)) is theirs
@@ -91,7 +91,7 @@ def test_subclass_that_changes_nothing_runs_here(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_mode_sees_torchs_function_alone(name: str) -> None:
+def test_mode_sees_torch_function_alone(name: str) -> None:
     operands, theirs = CALLS[name]
     with Functions() as mode:
         getattr(matmul_grad, name)(*operands)

@@ -1,7 +1,7 @@
 """The functions under torch.compile and torch.export: one graph, any size, a file in between."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +15,11 @@ from matmul_grad.testing import normal
 
 DOUBLE = torch.float64
 OPERATORS = torch.ops.matmul_grad
-# The compilers script and trace with parts of torch that torch itself has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    # The compilers script and trace with parts of torch that torch itself has deprecated.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*"),
+]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

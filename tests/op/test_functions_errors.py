@@ -69,7 +69,7 @@ def test_an_error_of_a_hook_passes_through() -> None:
 
 
 def test_no_call_keeps_its_operands() -> None:
-    """Done, handed over, refused or failed, with a graph or without: afterwards each tensor is held once, as before."""
+    """Done here or by torch, refused or failed, with a graph or without: afterwards each tensor is held once."""
     one, i, a, b = torch.ones, torch.ones(4, 5), torch.ones(4, 3), torch.ones(3, 5)
     calls: list[tuple[str, tuple[Tensor, ...], dict[str, Any]]] = [
         ("addmm", (i, a, b), {}), ("addmm", (i, a, b), {"beta": 0}), ("addmm", (i, a, b), {"alpha": 0}),

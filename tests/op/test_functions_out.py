@@ -1,31 +1,16 @@
 """``out=`` of bmm, addmm, baddbmm and matmul: every layout, resized and refused as torch does."""
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
 from dtypes import EVERY
 from outcomes import outcome
-from products import PRODUCTS, SCALES, assert_exact, operands, pair_of
+from products import PRODUCTS, SCALES, assert_exact, operands, pair_of, places
 from torch import Tensor
 
 import matmul_grad
 from matmul_grad.testing import assert_same_bits
-
-
-def places(shape: torch.Size, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, where to write, the buffer of NaN around it) for each layout of a result."""
-    *batch, m, n = shape
-    front = [size + 2 for size in batch]
-    inner = tuple(slice(1, 1 + size) for size in batch)
-    for name, size, part in (
-        ("rows", (m + 2, n + 3), lambda whole: whole[(*inner, slice(1, m + 1), slice(2, n + 2))]),
-        ("columns", (n + 2, m + 3), lambda whole: whole[(*inner, slice(1, n + 1), slice(2, m + 2))].mT),
-        ("sliced", (2 * m + 1, 3 * n + 1), lambda whole: whole[(*inner, slice(1, None, 2), slice(1, None, 3))]),
-    ):
-        whole = torch.full((*front, *size), float("nan"), dtype=dtype)
-        yield name, part(whole), whole
 
 
 @pytest.mark.parametrize("dtype", EVERY)
@@ -71,7 +56,7 @@ def test_out_is_resized_as_torch_does(name: str, size: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_out_that_requires_grad_raises_torchs_error(name: str) -> None:
+def test_out_that_requires_grad_raises_torch_error(name: str) -> None:
     ours, theirs = pair_of(name)
     found = operands(name)
     out = torch.full_like(theirs(*found), 7.0)
@@ -113,7 +98,7 @@ def test_out_that_overlaps_itself_or_the_input_falls_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, "matmul"])
-def test_wrong_out_raises_torchs_error(name: str) -> None:
+def test_wrong_out_raises_torch_error(name: str) -> None:
     ours, theirs = pair_of(name)
     found = operands(name.replace("matmul", "bmm"))
     right = theirs(*found)

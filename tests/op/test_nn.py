@@ -18,7 +18,7 @@ from matmul_grad.testing import assert_same_bits
 
 
 @pytest.mark.parametrize("named", [{}, {"bias": False}, {"dtype": torch.float64}, {"device": "meta"}], ids=str)
-def test_linear_matches_torchs_module(named: dict[str, Any]) -> None:
+def test_linear_matches_torch_module(named: dict[str, Any]) -> None:
     ours, theirs = seeded(matmul_grad.Linear, 7, 5, **named), seeded(nn.Linear, 7, 5, **named)
     assert isinstance(ours, nn.Linear)
     assert repr(ours) == repr(theirs)
@@ -119,7 +119,7 @@ def test_another_forward_is_not_converted_and_the_reason_is_logged(
     assert not caplog.records, "what the caller leaves out"
 
 
-def test_a_subclass_with_torchs_forward_is_converted() -> None:
+def test_a_subclass_with_torch_forward_is_converted() -> None:
     class Mixin:
         def extra_repr(self) -> str:
             return "mixed"

@@ -168,7 +168,7 @@ def test_a_whole_transformer_with_its_decoder() -> None:
     assert ran.calls == {"matmul_grad::addmm": 4 + 7}, "cross-attention projects the query, and key and value together"
 
 
-def test_nested_tensors_keep_torchs_fused_layer() -> None:
+def test_nested_tensors_keep_torch_fused_layer() -> None:
     """As ``TransformerEncoder`` makes them of a padding mask in evaluation."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
@@ -193,7 +193,7 @@ class Overriding(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def test_subclass_receives_torchs_function() -> None:
+def test_subclass_receives_torch_function() -> None:
     module = matmul_grad.convert(nn.MultiheadAttention(8, 2))
     x = inputs(5, 2, 8).as_subclass(Overriding)
     Overriding.seen.clear()

@@ -126,7 +126,7 @@ def test_a_clone_of_the_attributes_computes_by_its_own_weight() -> None:
         assert calls.ours == ["addmm", "addmm"]
 
 
-def test_import_replaces_nothing_and_an_unmarked_layer_runs_torchs_forward() -> None:
+def test_import_replaces_nothing_and_an_unmarked_layer_runs_torch_forward() -> None:
     code = (
         "import torch; before = torch.nn.Linear.forward\nimport matmul_grad\n"
         "print(torch.nn.Linear.forward is before)\nmatmul_grad.convert(torch.nn.Linear(2, 3))\n"

@@ -127,7 +127,7 @@ class Everything(nn.Module):
         return self.head(self.encoder(x.unsqueeze(0)))[0]
 
 
-def test_script_compiles_torchs_forward() -> None:
+def test_script_compiles_torch_forward() -> None:
     """Of a converted model, and of one that is not after the first ``convert`` of the process."""
     model = Everything().eval()
     expected = model(x())
@@ -148,7 +148,7 @@ def test_a_trace_calls_the_operators() -> None:
     assert_same_bits(traced(x()).detach(), model(x()).detach())
 
 
-def test_onnx_trace_holds_torchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_trace_holds_torch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``torch.onnx.export(dynamo=False)`` does first, and needs no package of ONNX for."""
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     traced = torch.jit.trace(matmul_grad.convert(Everything()).eval(), x(), check_trace=False)

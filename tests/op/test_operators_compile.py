@@ -17,13 +17,6 @@ from matmul_grad.testing import assert_same_bits, normal
 compiles = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @compiles
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dtypes import EVERY
-from outcomes import outcome
+from outcomes import assert_same_outcome, outcome
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -29,13 +29,6 @@ def operands(name: str, dtype: torch.dtype = DOUBLE, m: int = 5, k: int = 7) -> 
 
 def pair_of(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     return getattr(matmul_grad, name), getattr(torch, name)
-
-
-def assert_same_outcome(actual: Any, expected: Any) -> None:
-    if isinstance(expected, Tensor):
-        torch.testing.assert_close(actual, expected)
-    else:
-        assert actual == expected
 
 
 @pytest.mark.parametrize("dtype", EVERY)
@@ -131,7 +124,7 @@ def test_derivatives(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_have_torchs_strides(name: str) -> None:
+def test_gradients_have_torch_strides(name: str) -> None:
     for column_major in (False, True):
         found = [x.t().contiguous().t() if column_major and x.dim() == 2 else x for x in operands(name)]
         grads = []

@@ -97,7 +97,7 @@ def test_exceptions_restore(kind: type[BaseException]) -> None:
 # --- quiet, counted, strict ----------------------------------------------------------------------------------
 
 
-def test_torchs_warning_is_not_shown() -> None:
+def test_torch_warning_is_not_shown() -> None:
     """Not on stderr and not as a warning of Python's; with warnings as errors, and under modes of Python's."""
     assert_runs(
         """

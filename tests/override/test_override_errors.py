@@ -321,7 +321,7 @@ def test_strict_refuses_other_dtypes_and_layouts(kind: str) -> None:
     assert_switch_works()
 
 
-def test_strict_does_not_replace_torchs_errors() -> None:
+def test_strict_does_not_replace_torch_errors() -> None:
     for call in (lambda: torch.mm(ones(3, 4), ones(5, 2)), lambda: torch.mm(ones(3, 4), ones(4, 2, dtype=F64))):
         expected = outcome(call)
         with matmul_grad.enabled(), matmul_grad.strict():

@@ -59,7 +59,7 @@ def test_override_leaks_no_memory() -> None:
     assert flips < 1 << 19
 
 
-def test_results_and_operands_live_as_torchs_do() -> None:
+def test_results_and_operands_live_as_in_torch() -> None:
     with matmul_grad.enabled():
         a, b, out = torch.ones(3, 4), torch.ones(4, 2), torch.empty(3, 2)
         counts = sys.getrefcount(a), sys.getrefcount(out)

@@ -1,12 +1,15 @@
 """torch's products while the switch is on: exact integers, every form, dtype and layout, NaN around the results."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from dtypes import EVERY
+from products import SCALES, assert_exact, batch_of, exact, places
+from switch import accelerated
 from torch import Tensor
 
 import matmul_grad
@@ -14,7 +17,6 @@ from matmul_grad.testing import STRIDINGS, assert_same_bits, assert_within_budge
 
 SHAPES = ((1, 1, 1), (1, 64, 5), (5, 1, 9), (7, 65, 9), (13, 33, 17), (2, 257, 3), (64, 64, 64), (3, 5, 1031))
 BATCHES = ((1, 7, 5, 3), (4, 6, 9, 8), (3, 1, 70, 40), (2, 33, 1, 20), (9, 8, 8, 8))
-SCALES: list[dict[str, Any]] = [{}, {"beta": 2}, {"alpha": -1}, {"beta": 0.5, "alpha": 2}, {"beta": 0, "alpha": 0.5}]
 
 
 @pytest.fixture(autouse=True)
@@ -23,44 +25,18 @@ def switched_on() -> Iterator[None]:
         yield
 
 
-def counted() -> dict[str, int]:
-    """Products of each operator that ran on these kernels."""
-    return {operator: sum(dtypes.values()) for operator, dtypes in matmul_grad.info()["accelerated"].items()}
-
-
-def assert_counted(operator: str, before: dict[str, int], calls: int) -> None:
-    assert counted().get(operator, 0) - before.get(operator, 0) == calls
-
-
-def batch_of(draw: Callable[..., Tensor], batch: int, m: int, n: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.stack([draw(m, n, dtype, seed=seed * 100 + item) for item in range(batch)])
-
-
-def exact(a: Tensor, b: Tensor, source: Tensor | None = None, beta: float = 1, alpha: float = 1) -> Tensor:
-    """By NumPy, without any rounding but the last."""
-    product = alpha * torch.from_numpy(a.double().numpy() @ b.double().numpy())
-    return (product if source is None or beta == 0 else product + beta * source.double()).to(a.dtype)
-
-
-def outs(m: int, n: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, where to write, the buffer of NaN around it) for each layout of a result."""
-    for name, size, part in (
-        ("rows", (m + 2, n + 3), lambda whole: whole[1 : m + 1, 2 : n + 2]),
-        ("columns", (n + 2, m + 3), lambda whole: whole[1 : n + 1, 2 : m + 2].t()),
-        ("sliced", (2 * m + 1, 3 * n + 1), lambda whole: whole[1::2, 1::3]),
-    ):
-        whole = torch.full(size, float("nan"), dtype=dtype)
-        yield name, part(whole), whole
+def assert_counted(operator: str, before: Counter[str], calls: int) -> None:
+    assert accelerated()[operator] - before[operator] == calls
 
 
 def assert_written(out: Tensor, whole: Tensor, expected: Tensor, what: str) -> None:
-    assert_same_bits(out + 0.0, expected + 0.0, what)  # 0 and -0 are one
+    assert_exact(out, expected, what)
     assert int((~whole.isnan()).sum()) == out.numel(), f"{what}: written outside of the result"
 
 
 @pytest.mark.parametrize("dtype", EVERY)
 def test_mm(dtype: torch.dtype) -> None:
-    before, calls = counted(), 0
+    before, calls = accelerated(), 0
     for m, n, k in SHAPES:
         for one, other in itertools.product(STRIDINGS, STRIDINGS):
             a, b = lay_out(integers(m, k, dtype, seed=1), one), lay_out(integers(k, n, dtype, seed=2), other)
@@ -68,7 +44,7 @@ def test_mm(dtype: torch.dtype) -> None:
             assert_same_bits(c, exact(a, b), what)
             assert c.is_contiguous()
             calls += 1
-        for name, out, whole in outs(m, n, dtype):
+        for name, out, whole in places((m, n), dtype):
             assert torch.mm(a, b, out=out) is out
             assert_written(out, whole, exact(a, b), f"{m}x{n}x{k}, out by {name}")
             calls += 1
@@ -86,16 +62,16 @@ def added(m: int, n: int, dtype: torch.dtype) -> Iterator[Tensor]:
 @pytest.mark.parametrize("dtype", EVERY)
 @pytest.mark.parametrize("scales", SCALES, ids=str)
 def test_addmm(dtype: torch.dtype, scales: dict[str, Any]) -> None:
-    before, calls = counted(), 0
+    before, calls = accelerated(), 0
     for m, n, k in SHAPES:
         layouts = itertools.cycle(itertools.product(STRIDINGS, STRIDINGS))
         for source in added(m, n, dtype):
             one, other = next(layouts)
             a, b = lay_out(integers(m, k, dtype, seed=1), one), lay_out(integers(k, n, dtype, seed=2), other)
             c, expected, what = torch.addmm(source, a, b, **scales), exact(a, b, source, **scales), f"{m}x{n}x{k} {one}"
-            assert_same_bits(c + 0.0, expected + 0.0, what)
+            assert_exact(c, expected, what)
             assert c.is_contiguous()
-            for name, out, whole in outs(m, n, dtype):
+            for name, out, whole in places((m, n), dtype):
                 assert torch.addmm(source, a, b, out=out, **scales) is out
                 assert_written(out, whole, expected, f"{what}, out by {name}")
                 out.copy_(source)
@@ -123,7 +99,7 @@ def in_order(values: Tensor, order: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", EVERY)
 def test_bmm(dtype: torch.dtype) -> None:
-    before, calls = counted(), 0
+    before, calls = accelerated(), 0
     for batch, m, n, k in BATCHES:
         for one, other, third in itertools.product(ORDERS, ORDERS, ORDERS):
             a, _ = in_order(batch_of(integers, batch, m, k, dtype, 1), ORDERS[one])
@@ -144,7 +120,7 @@ def test_bmm(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", EVERY)
 @pytest.mark.parametrize("scales", SCALES, ids=str)
 def test_baddbmm(dtype: torch.dtype, scales: dict[str, Any]) -> None:
-    before, calls = counted(), 0
+    before, calls = accelerated(), 0
     for batch, m, n, k in BATCHES:
         a, b = batch_of(integers, batch, m, k, dtype, 1), batch_of(integers, batch, k, n, dtype, 2).mT
         b = b.contiguous().mT
@@ -153,7 +129,7 @@ def test_baddbmm(dtype: torch.dtype, scales: dict[str, Any]) -> None:
         sources += [batch_of(integers, batch, 1, 1, dtype, 4), batch_of(integers, 1, m, n, dtype, 5)]
         for source, order in zip(sources, itertools.cycle(ORDERS)):
             expected, what = exact(a, b, source, **scales), f"{batch}x{m}x{n}x{k} {tuple(source.shape)} {order}"
-            assert_same_bits(torch.baddbmm(source, a, b, **scales) + 0.0, expected + 0.0, what)
+            assert_exact(torch.baddbmm(source, a, b, **scales), expected, what)
             out, whole = in_order(torch.zeros(batch, m, n, dtype=dtype), ORDERS[order])
             assert torch.baddbmm(source, a, b, out=out, **scales) is out
             assert_written(out, whole, expected, f"{what}, out")

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from limits import scaled
 from processes import assert_runs, linux
 from switch import registrations, runs_on_ours
 
@@ -11,6 +12,7 @@ import matmul_grad
 from matmul_grad import aten_override
 
 pytestmark = pytest.mark.usefixtures("off_before_and_after")
+LIMIT = scaled(60)  # seconds that a thread or a child may take; a hang takes longer
 
 
 def test_blocks_of_threads_that_overlap() -> None:
@@ -20,16 +22,16 @@ def test_blocks_of_threads_that_overlap() -> None:
     def first() -> None:
         with matmul_grad.enabled():
             inside.set()
-            leave.wait(30)
+            leave.wait(LIMIT)
         left.set()
 
     thread = threading.Thread(target=first)
     thread.start()
-    inside.wait(30)
+    assert inside.wait(LIMIT)
     with matmul_grad.enabled():
         leave.set()
-        assert left.wait(30)
-        thread.join(30)
+        assert left.wait(LIMIT)
+        thread.join(LIMIT)
         results.append(runs_on_ours())
     results.append(runs_on_ours())
     assert results == [True, False]
@@ -66,10 +68,10 @@ def test_many_threads_switch_while_others_multiply() -> None:
     for thread in flipping + multiplying:
         thread.start()
     for thread in flipping:
-        thread.join(60)
+        thread.join(LIMIT)
     stop.set()
     for thread in multiplying:
-        thread.join(60)
+        thread.join(LIMIT)
     assert not any(thread.is_alive() for thread in flipping + multiplying)
     assert not failures, failures[0]
     matmul_grad.disable()
@@ -81,7 +83,7 @@ def test_many_threads_switch_while_others_multiply() -> None:
 def test_state_after_an_interrupt_is_reported_by_info() -> None:
     """SIGINT arrives hundreds of times while the switch flips: whatever it is then, info() knows, and so does torch."""
     printed = assert_runs(
-        """
+        f"""
         import random, signal, threading, time
         matmul_grad.enable(); matmul_grad.disable()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs behind it
@@ -98,10 +100,10 @@ def test_state_after_an_interrupt_is_reported_by_info() -> None:
                 time.sleep(random.random() / 300)
                 before, sent = hits, time.monotonic()
                 signal.pthread_kill(main, signal.SIGINT)
-                while hits == before and time.monotonic() < sent + 10:  # where a finalizer does not drop it
+                while hits == before and time.monotonic() < sent + {scaled(10)}:  # where a finalizer does not drop it
                     time.sleep(0.001)  # the next one may not arrive while this one is handled
 
-        end = time.monotonic() + 900
+        end = time.monotonic() + {scaled(800)}
         while hits < 100 and time.monotonic() < end:
             pesterer, ready = threading.Thread(target=pester), threading.Event()
             pesterer.start()
@@ -129,7 +131,7 @@ def test_state_after_an_interrupt_is_reported_by_info() -> None:
 @linux
 def test_forked_child_inherits_the_override() -> None:
     assert_runs(
-        """
+        f"""
         import signal, threading
         torch.set_num_threads(1)
         a = torch.arange(9.0).view(3, 3)
@@ -137,7 +139,7 @@ def test_forked_child_inherits_the_override() -> None:
         def child_is_right(on):
             child = os.fork()
             if child == 0:
-                signal.alarm(30)
+                signal.alarm({round(LIMIT)})
                 ok = matmul_grad.info()["on"] == (["cpu"] if on else []) and (torch.mm(a, a).numpy() == expected).all()
                 for flip in (matmul_grad.disable, matmul_grad.enable, matmul_grad.disable):
                     flip()
@@ -157,13 +159,13 @@ def test_forked_child_inherits_the_override() -> None:
         for _ in range(20):
             child = os.fork()  # while another thread holds the lock, or not
             if child == 0:
-                signal.alarm(30)
+                signal.alarm({round(LIMIT)})
                 matmul_grad.enable()
                 matmul_grad.disable()
                 os._exit(0)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         stop.set()
-        thread.join(30)
+        thread.join({LIMIT})
         """,
         "-W", "ignore::DeprecationWarning",
     )  # fmt: skip

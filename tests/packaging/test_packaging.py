@@ -221,7 +221,7 @@ except AttributeError as error:
     assert said == "module 'matmul_grad' has no attribute 'no_such_name'\n"
 
 
-def test_import_costs_a_tenth_of_torchs_at_most(tmp_path: Path) -> None:
+def test_import_costs_a_tenth_of_torch_at_most(tmp_path: Path) -> None:
     """In time of the processor, beside torch's import in the same process: on any machine, however busy."""
     code = """
 import time

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from gpu_targets import TARGETS
 
 from matmul_grad.kernels.gpu import tuned_configs
 from matmul_grad.kernels.gpu.choose import (
@@ -24,16 +25,8 @@ from matmul_grad.kernels.gpu.choose import (
     is_valid_backward,
     predicted_seconds,
 )
-from matmul_grad.kernels.gpu.config import Problem, Target, TileConfig, is_valid
+from matmul_grad.kernels.gpu.config import Problem, TileConfig, is_valid
 
-TARGETS = {
-    "sm80": Target(80, 108, 163 << 10),
-    "sm86": Target(86, 84, 99 << 10),
-    "sm89": Target(89, 128, 99 << 10),
-    "sm90": Target(90, 132, 227 << 10),
-    "sm100": Target(100, 148, 227 << 10),
-    "sm120": Target(120, 170, 99 << 10),
-}
 DTYPE_NAMES = {
     "fp16": ("float16", "ieee"),
     "bf16": ("bfloat16", "ieee"),

@@ -9,16 +9,12 @@ import sys
 from dataclasses import replace
 
 import pytest
+from gpu_targets import TARGETS
 
 from matmul_grad.kernels.gpu import config as module
 from matmul_grad.kernels.gpu.choose import TILES, choose
 from matmul_grad.kernels.gpu.config import Problem, Target, TileConfig, is_valid, kernel_name
 
-TARGETS = {
-    "sm80": Target(80, 108, 163 << 10),
-    "sm90": Target(90, 132, 227 << 10),
-    "sm120": Target(120, 170, 99 << 10),
-}
 DTYPE_NAMES = {
     "fp16": ("float16", "ieee"),
     "bf16": ("bfloat16", "ieee"),
@@ -81,7 +77,7 @@ def test_is_valid_rejects(case: str) -> None:
 
 def test_tma_is_valid_on_hopper_and_datacentre_blackwell() -> None:
     tile, problem = TileConfig(64, 64, 64, stages=3, warps=4, path="tma"), replace(HALF, tma=True)
-    assert [name for name, target in TARGETS.items() if is_valid(tile, problem, target)] == ["sm90"]
+    assert [name for name, target in TARGETS.items() if is_valid(tile, problem, target)] == ["sm90", "sm100"]
 
 
 def test_is_valid_rejects_a_gpu_before_sm80() -> None:

@@ -20,7 +20,6 @@ from gpu_cases import (
     at_arch,
     embed,
     integers,
-    interpreted,
     pointers,
     rows_alike,
     serve_cases,
@@ -318,12 +317,7 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[CaseProcess]:
-    with interpreted(__file__) as process:
-        yield process
-
-
+@pytest.mark.pairwise
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted(case: str, interpreter: CaseProcess) -> None:
     assert_no_complaint(interpreter.complaint(case))

@@ -216,7 +216,7 @@ def test_tf32x3_is_nearly_as_exact_as_float32(device: torch.device) -> None:
 def test_error_is_at_most_twice_that_of_torch(
     dtype_name: str, layouts: str, device: torch.device, matmul_setting: Any
 ) -> None:
-    """Error against float64 <= 2 * (torch's own + one rounding), positive operands and normal ones."""
+    """Error against float64 <= 2 * (torch's + one rounding), positive operands and normal ones."""
     dtype, precision = DTYPE_NAMES[dtype_name]
     matmul_setting.fp32_precision = precision
     for sign in (torch.abs, torch.clone):
@@ -238,7 +238,7 @@ def test_error_of_float64_is_at_most_twice_that_of_torch(device: torch.device) -
     assert abs(wide[3] - exact).max() <= 2 * (abs(wide[2] - exact).max() + one_rounding)
 
 
-def test_float32_follows_torchs_setting(device: torch.device, matmul_setting: Any) -> None:
+def test_float32_follows_torch_setting(device: torch.device, matmul_setting: Any) -> None:
     a = torch.tensor([[1 + 2**-11], [1 + 2**-12]], device=device)
     b = torch.ones(1, 1, device=device)
     matmul_setting.fp32_precision = "ieee"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,17 +14,18 @@ from case_process import CaseProcess, assert_no_complaint
 from gpu_cases import (
     DTYPES,
     LAYOUTS,
-    assert_same_bits,
     at_arch,
     check_exact,
     integers,
-    interpreted,
     rows_alike,
     serve_cases,
     tile,
     tma,
 )
+from products import assert_exact
 from torch import Tensor
+
+from matmul_grad.testing import assert_same_bits
 
 # Around one and two 16-wide tiles, primes, and skinny each way.
 SIZES = (
@@ -36,11 +37,10 @@ EMPTY = ((0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0))
 
 def check_wide(layouts: str) -> None:
     """64-bit offsets inside a tile give the bits that 32-bit ones give."""
-    from matmul_grad.kernels.gpu import launch, plan
+    from matmul_grad.kernels.gpu import plan
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, at_arch(80):  # which keeps no launch of before, and leaves none
         patch.setattr(plan, "is_wide", lambda extents: True)
-        launch.clear_cache()
         check_exact(17, 15, 33, "fp32", layouts, tile)
 
 
@@ -64,7 +64,7 @@ def long(x: Tensor) -> np.ndarray:
 
 
 def check_rounding(dtype: str) -> None:
-    """Error against a wider product <= 2 * (torch's own + one rounding), for two kinds of operands."""
+    """Error against a wider product <= 2 * (torch's + one rounding), for two kinds of operands."""
     from matmul_grad.kernels.gpu import launch
 
     generator = torch.Generator().manual_seed(5)
@@ -94,11 +94,11 @@ def check_tf32() -> None:
     b = torch.randn(1, 19, generator=generator)
     a[0, 0], a[1, 0] = 1 + 2**-11, -(1 + 2**-11)
     b[0, 0] = 1.0
-    assert_same_bits(launch.mm(a, b, "tf32").double(), nearest_tf32(a) @ nearest_tf32(b))
-    assert_same_bits(launch.mm(a, b, "ieee"), (a.double() @ b.double()).float())
+    assert_exact(launch.mm(a, b, "tf32").double(), nearest_tf32(a) @ nearest_tf32(b))
+    assert_exact(launch.mm(a, b, "ieee"), (a.double() @ b.double()).float())
     special = torch.tensor([[float("inf")], [-float("inf")]])
     with np.errstate(invalid="ignore"):
-        assert_same_bits(launch.mm(special, torch.ones(1, 1), "tf32"), special)
+        assert_exact(launch.mm(special, torch.ones(1, 1), "tf32"), special)
     payloads = torch.tensor([[0x7F800001], [0x7FFFFFFF], [-1]], dtype=torch.int32).view(torch.float32)
     assert bool(launch.mm(payloads, torch.ones(1, 1), "tf32").isnan().all())
 
@@ -120,10 +120,10 @@ def check_empty(m: int, n: int, k: int, dtype: str) -> None:
     from matmul_grad.kernels.gpu import launch
 
     got = launch.mm(torch.ones(m, k, dtype=DTYPES[dtype]), torch.ones(k, n, dtype=DTYPES[dtype]))
-    assert_same_bits(got, torch.zeros(m, n, dtype=DTYPES[dtype]))
+    assert_exact(got, torch.zeros(m, n, dtype=DTYPES[dtype]))
     out = torch.full((m, n), float("nan"), dtype=DTYPES[dtype])
     launch.mm(torch.ones(m, k, dtype=out.dtype), torch.ones(k, n, dtype=out.dtype), out=out)
-    assert_same_bits(out, torch.zeros_like(out))
+    assert_exact(out, torch.zeros_like(out))
 
 
 def check_refusals() -> None:
@@ -145,7 +145,7 @@ def check_refusals() -> None:
         with pytest.raises(ValueError) as error:
             call()
         assert message in str(error.value)
-    assert_same_bits(out, torch.full((2, 4), 7.0))
+    assert_exact(out, torch.full((2, 4), 7.0))
 
 
 def check_batch(dtype: str, layouts: str, config: Any, arch: int = 80) -> None:
@@ -157,12 +157,12 @@ def check_batch(dtype: str, layouts: str, config: Any, arch: int = 80) -> None:
     want = (a.long() @ b.long()).to(a.dtype)
     a, b = (x.mT.contiguous().mT if letter == "T" else x for x, letter in zip((a, b), layouts, strict=True))
     with at_arch(arch):
-        assert_same_bits(launch.bmm(a, b, config=config()), want)
-        assert_same_bits(launch.bmm(a[::2], b[1:], config=config()), (a[::2].long() @ b[1:].long()).to(a.dtype))
-        assert_same_bits(launch.bmm(a[:1].expand(3, -1, -1), b), (a[:1].long() @ b.long()).to(a.dtype))
+        assert_exact(launch.bmm(a, b, config=config()), want)
+        assert_exact(launch.bmm(a[::2], b[1:], config=config()), (a[::2].long() @ b[1:].long()).to(a.dtype))
+        assert_exact(launch.bmm(a[:1].expand(3, -1, -1), b), (a[:1].long() @ b.long()).to(a.dtype))
         out = torch.full((5, 76, 144), float("nan"), dtype=a.dtype)
         launch.bmm(a, b, config=config(), out=out[1:4, 2:74, :136])
-    assert_same_bits(out[1:4, 2:74, :136], want)
+    assert_exact(out[1:4, 2:74, :136], want)
     out[1:4, 2:74, :136] = float("nan")
     assert bool(out.isnan().all()), "written outside of out"
 
@@ -212,12 +212,7 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[CaseProcess]:
-    with interpreted(__file__) as process:
-        yield process
-
-
+@pytest.mark.pairwise
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted(case: str, interpreter: CaseProcess) -> None:
     assert_no_complaint(interpreter.complaint(case))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,17 @@ import torch
 from case_process import CaseProcess, assert_no_complaint
 from gpu_cases import (
     DTYPES,
-    assert_same_bits,
     at_arch,
     check_exact,
     integers,
-    interpreted,
     pointers,
     rows_alike,
     serve_cases,
     tma,
 )
+from products import assert_exact
+
+from matmul_grad.testing import assert_same_bits
 
 
 def check_tma(m: int, n: int, k: int, dtype: str, layouts: str, config: Any) -> None:
@@ -33,10 +34,10 @@ def check_tma(m: int, n: int, k: int, dtype: str, layouts: str, config: Any) -> 
     a, b = (x.t().contiguous().t() if letter == "T" else x for x, letter in zip((a, b), layouts, strict=True))
     assert launch.fits_tma(a) and launch.fits_tma(b)
     with at_arch(90):
-        assert_same_bits(launch.mm(a, b, config=config), want)
+        assert_exact(launch.mm(a, b, config=config), want)
         out = torch.full((m + 2, n + 8), float("nan"), dtype=a.dtype)
         launch.mm(a, b, config=config, out=out[1:-1, :n])
-        assert_same_bits(out[1:-1, :n], want)
+        assert_exact(out[1:-1, :n], want)
         out[1:-1, :n] = float("nan")
         assert bool(out.isnan().all()), "written outside of out"
         with pytest.raises(ValueError, match="is not valid for"):
@@ -79,16 +80,16 @@ def check_backward(m: int, n: int, k: int, layouts: str) -> None:
         both = launch.backward_in_one(grad, a, b)
         assert both is not None
         for got, want in zip(both, wants, strict=True):
-            assert_same_bits(got, want)
+            assert_exact(got, want)
         expanded = grad[:1].expand(m, n)
         assert launch.backward_in_one(expanded, a, b) is None
         da, db = launch.mm_backward(expanded, a, b)
         assert da is not None and db is not None
-        assert_same_bits(da, (expanded.long() @ b.long().t()).half())
-        assert_same_bits(db, (a.long().t() @ expanded.long()).half())
+        assert_exact(da, (expanded.long() @ b.long().t()).half())
+        assert_exact(db, (a.long().t() @ expanded.long()).half())
         da, db = launch.mm_backward(grad, a, b, (True, False))
         assert db is None and da is not None
-        assert_same_bits(da, wants[0])
+        assert_exact(da, wants[0])
 
 
 def check_scaled(m: int, n: int, k: int, left: str, right: str, path: str, parts: int) -> None:
@@ -104,7 +105,7 @@ def check_scaled(m: int, n: int, k: int, left: str, right: str, path: str, parts
     with at_arch(90):
         for dtype in (torch.float32, torch.float16):
             assert launch.supports_scaled(a, b, *scales, dtype)
-            assert_same_bits(launch.scaled_mm(a, b, *scales, dtype, config=config), want.to(dtype))
+            assert_exact(launch.scaled_mm(a, b, *scales, dtype, config=config), want.to(dtype))
         assert not launch.supports_scaled(a, b.contiguous(), *scales, dtype)
         assert not launch.supports_scaled(a, b, scales[0], torch.ones(m), dtype)
         assert not launch.supports_scaled(a, b, *scales, a.dtype)
@@ -142,12 +143,7 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[CaseProcess]:
-    with interpreted(__file__) as process:
-        yield process
-
-
+@pytest.mark.pairwise
 @pytest.mark.parametrize("case", CASES)
 def test_interpreted(case: str, interpreter: CaseProcess) -> None:
     assert_no_complaint(interpreter.complaint(case))

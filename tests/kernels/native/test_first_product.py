@@ -3,14 +3,14 @@
 import os
 import re
 import subprocess
-import sys
 import textwrap
 
 import processes
 import pytest
+from limits import scaled
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="signals and forks of POSIX")
-LIMIT = 300  # seconds that a process may take; a hang takes longer
+LIMIT = round(scaled(280))  # seconds that a child or a handler may take; what hangs takes longer
 
 PRELUDE = """
 import os, signal, sys, threading, time, torch, matmul_grad
@@ -42,7 +42,7 @@ def check_interrupted(call, error):
         raise error("interrupted")
     def interrupt():
         os.kill(os.getpid(), signal.SIGUSR1)
-        handled.wait(60)
+        handled.wait(LIMIT)
     signal.signal(signal.SIGUSR1, handler)
     before = len(loads)
     load_with(interrupt)
@@ -60,7 +60,7 @@ def check_interrupted(call, error):
 
 
 def run(code: str, *options: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return processes.run(PRELUDE + textwrap.dedent(code), *options, **environment)
+    return processes.run(f"LIMIT = {LIMIT}\n" + PRELUDE + textwrap.dedent(code), *options, **environment)
 
 
 def assert_runs(code: str, **environment: str) -> str:
@@ -233,7 +233,7 @@ def fork_and(child):
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(280)  # ends a child that hangs
+        signal.alarm(LIMIT)  # ends a child that hangs
         try:
             child()
             os._exit(0)
@@ -330,17 +330,18 @@ with {lock}:
 @posix
 def test_first_product_in_a_child_after_torch_used_its_threads() -> None:
     """Of a parent that has imported the package and never used it; torch's product would hang."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import os, signal, sys, torch, matmul_grad\n" + FORK + """
+    done = processes.run(
+        f"LIMIT = {LIMIT}\nimport os, signal, sys, torch, matmul_grad\n"
+        + FORK
+        + """
 torch.set_num_threads(2)
 a = torch.arange(600 * 600, dtype=torch.float32).reshape(600, 600) % 7
 expected = torch.mm(a, a).numpy().tobytes()
 def child():
     assert matmul_grad.mm(a, a).numpy().tobytes() == expected
 fork_and(child)
-"""],
-        capture_output=True, text=True, timeout=LIMIT,
-    )  # fmt: skip
+"""
+    )
     assert done.returncode == 0, done.stderr
 
 
