@@ -20,7 +20,7 @@ from .epilogue import make_multiply_with_epilogue, make_reduce_chunks
 from .gemm_args import BATCH, C_CS, C_RS, GEMM_ARGS, C, K, M, N
 from .loops import make_multiply
 from .memory import fetch_increment, get, jit, put, symbol
-from .microkernel import microkernel_ir, transposed_ir
+from .microkernel import microkernel_ir
 from .operand import operand_of
 from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE, make_pack_rows, make_pack_steps
 from .row import row_ir
@@ -55,6 +55,7 @@ from .schedule import (
     stores_directly,
     swap_operands,
 )
+from .transposed import transposed_ir
 from .workspace import acquire_slot, first_page, forked, release_slot
 
 parallel_for = types.ExternalFunction(

@@ -20,11 +20,12 @@ from numba.core import types
 from .config import ALIASED, PAD, BlockConfig, round_up, tile_sizes
 from .gemm_args import A_CS, A_RS, B_CS, B_RS, C_RS, A, B, C, K, M, N
 from .memory import get, jit
-from .microkernel import ARGUMENTS, TRANSPOSED_ARGUMENTS, WIDE, tiles
+from .microkernel import ARGUMENTS, WIDE, tiles
 from .operand import operand_of
 from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE, make_lanes_along_k
 from .row import make_multiply_row
 from .schedule import BY_COLUMNS, BY_ROWS, CHAIN, PACKED, ceil_div, largest, plan_k, smallest
+from .transposed import TRANSPOSED_ARGUMENTS
 
 
 class Position(NamedTuple):
@@ -210,7 +211,7 @@ def make_one_panel(config: BlockConfig) -> Callable:
         )
         transposes_b, i = not (get(args, B_CS) == 1 and is_vectors), 0
         while i < rows:
-            step = largest(row_steps, rows - i)
+            step, count = largest(row_steps, rows - i), 1
             a_tile, c_tile = a + i * a_rs * lane_bytes, get(args, C) + ((ic + i) * c_rs + j) * lane_bytes
             if missing:
                 source = get(args, A) + ((ic + i) * a_row + pc * a_step) * size
@@ -224,9 +225,13 @@ def make_one_panel(config: BlockConfig) -> Callable:
                     tile = widest
                 elif b_copy != 0:
                     tile = copying
-                microkernel(tile, depth, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, columns, pc == 0, chain, b_copy)
+                elif not missing and row_steps[step] > 1:
+                    count = (rows - i) // row_steps[step]
+                microkernel(
+                    tile, count, depth, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, columns, pc == 0, chain, b_copy
+                )
             if b_copy != 0:
                 b, b_ks, b_copy = b_copy, nr, 0
-            i += row_steps[step]
+            i += count * row_steps[step]
 
     return one_panel

@@ -9,20 +9,16 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .config import L1_WAY, L1_WAYS
-from .operand import Operand
-from .simd import I64, Vector, repeat
+from .simd import I64, Vector, choose, opaque, repeat
 
 UNROLL = 4  # k-steps an iteration: enough to hide the loop's own instructions, few enough for the op cache
-# One row of C waits for the latency of its multiply-adds, so two groups of columns alternate: of so many lanes, since
-# wider ones are limited by their shuffles, and where the columns read side by side do not share one set of L1.
-PAIRED_LANES = 8
 WIDE = 4  # a tile of one row has so many times the vectors, to read B in place in longer pieces
 
 
 class TileArguments(NamedTuple):
-    """What a tile of ``microkernel_ir`` is called with."""
+    """What tiles of ``microkernel_ir`` are called with."""
 
+    count: ir.Value
     kc: ir.Value
     a: ir.Value
     a_rs: ir.Value
@@ -37,25 +33,7 @@ class TileArguments(NamedTuple):
     b_copy: ir.Value
 
 
-class TransposedArguments(NamedTuple):
-    """What a tile of ``transposed_ir`` is called with."""
-
-    columns: ir.Value
-    kc: ir.Value
-    a: ir.Value
-    a_rs: ir.Value
-    a_ks: ir.Value
-    b: ir.Value
-    b_cs: ir.Value
-    c: ir.Value
-    c_rs: ir.Value
-    first: ir.Value
-    chain: ir.Value
-    b_copy: ir.Value
-
-
 ARGUMENTS = 1 + len(TileArguments._fields)  # and the number of the tile
-TRANSPOSED_ARGUMENTS = 1 + len(TransposedArguments._fields)
 
 
 def tiles(rows: tuple[int, ...], vectors: tuple[int, ...]) -> list[tuple[int, int, bool]]:
@@ -69,13 +47,15 @@ def tiles(rows: tuple[int, ...], vectors: tuple[int, ...]) -> list[tuple[int, in
 
 
 def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tuple[int, ...]) -> str:
-    """IR of ``void name(tile, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first, chain, b_copy)``.
+    """IR of ``void name(tile, count, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first, chain, b_copy)``.
 
-    C[i, j] (+)= Σ_p A[i, p]·B[p, j]   for i < mr, j < cols ≤ nv·lanes, (mr, nv, …) = tiles(rows, vectors)[tile]
+    C[i, j] (+)= Σ_p A[i, p]·B[p, j]   for i < count·mr, j < cols ≤ nv·lanes, (mr, nv, …) = tiles(rows, vectors)[tile]
+
+    where the count of a tile that copies, or has one row, is 1.
 
     All int64; strides count elements. Every ``chain`` steps of p make one chain of fused multiply-adds from 0, in
     whichever tile an element lies; the ``first`` is stored, the others are added to C with one more rounding each.
-    nv·lanes columns of B must be readable (packed panels are); A and C are touched inside mr × kc and mr × cols alone.
+    nv·lanes columns of B must be readable (packed panels are); of A and C, count·mr rows, kc and cols are touched.
 
               B[p]   |  v0 lanes  |  v1 lanes  |         per k-step: nv loads, mr broadcasts,
         A[0, p] ──▶  |  acc[0,0]  |  acc[0,1]  |         mr·nv fused multiply-adds
@@ -88,33 +68,15 @@ def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tu
 
     def choose_tile(builder: ir.IRBuilder, tile, *arguments) -> tuple[ir.Value, list]:
         def emit(size):
-            return lambda builder: _tile(builder, vector, size, TileArguments(*arguments))
+            overlaps = size[:2] == (rows[0], vectors[0])
+            return lambda builder: _tiles(builder, vector, size, overlaps, TileArguments(*arguments))
 
         return tile, [emit(size) for size in tiles(rows, vectors)]
 
-    return _switch_ir(name, ARGUMENTS, choose_tile)
+    return switch_ir(name, ARGUMENTS, choose_tile)
 
 
-def transposed_ir(name: str, operand: Operand, rows: tuple[int, ...]) -> str:
-    """IR of ``void name(tile, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy)``, all int64.
-
-    As ``microkernel_ir`` where the k-steps of B are adjacent and its columns are not, B[p, j] = b[p + j·b_cs]: lanes ×
-    lanes blocks of B are transposed in registers, for products of too few rows to repay packing, and by the copying
-    tile, the last one, for the tiles after it: it packs the ``columns`` at ``b_copy``. Between multiply-adds the
-    shuffles cost nothing. A and C hold lanes, B elements of ``operand``; kc and b_cs count elements. ``columns`` is a
-    multiple of the lanes. The chains, and so the bits, are the same.
-    """
-
-    def choose_tile(builder: ir.IRBuilder, tile, *arguments) -> tuple[ir.Value, list]:
-        def emit(mr, copies):
-            return lambda builder: _transposed(builder, operand, mr, copies, TransposedArguments(*arguments))
-
-        return tile, [*(emit(mr, False) for mr in rows), emit(rows[0], True)]
-
-    return _switch_ir(name, TRANSPOSED_ARGUMENTS, choose_tile)
-
-
-def _switch_ir(name: str, arguments: int, choose_tile: Callable) -> str:
+def switch_ir(name: str, arguments: int, choose_tile: Callable) -> str:
     """A function that runs one of the tiles that ``choose_tile(builder, *arguments)`` offers."""
     module = ir.Module(name)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
@@ -134,7 +96,7 @@ def _switch_ir(name: str, arguments: int, choose_tile: Callable) -> str:
 
 
 @dataclass(frozen=True)
-class _Strides:
+class Strides:
     """Of the operands of a k-loop: offsets of the rows of A, and the steps along k."""
 
     vector: Vector
@@ -143,30 +105,107 @@ class _Strides:
     b_ks: ir.Value
 
 
-def _tile(builder, vector, size, arguments):
-    kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first, chain, b_copy = arguments
-    mr, nv, copies = size
-    c_rows = [vector.at(builder, c, builder.mul(c_rs, I64(i))) for i in range(mr)]
-    for row in c_rows:
-        for v in range(nv):
-            vector.prefetch(builder, vector.at(builder, row, v * vector.lanes))
-    full = builder.icmp_signed("==", cols, I64(nv * vector.lanes))
-    row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
-    strides = _Strides(vector, row_offsets, a_ks, b_ks)
+@dataclass(frozen=True)
+class _CTile:
+    """A tile of C: where its rows are, how many vectors they have, and how many columns of them exist."""
 
-    def one_chain(p: ir.Value, pointers: list[ir.Value]) -> list[ir.Value]:
-        acc = [[vector.zero()] * nv for _ in range(mr)]
-        pointers, acc = _k_loop(builder, strides, chain_length(builder, p, kc, chain), pointers, acc)
-        adds = adds_to_c(builder, p, first)
-        with builder.if_else(full, likely=True) as (whole, edge):
+    vector: Vector
+    rows: list[ir.Value]
+    vectors: int
+    cols: ir.Value
+    full: ir.Value
+
+    def prefetch(self, builder: ir.IRBuilder) -> None:
+        for row, v in itertools.product(self.rows, range(self.vectors)):
+            self.vector.prefetch(builder, self.at(builder, row, v))
+
+    def at(self, builder: ir.IRBuilder, row: ir.Value, v: int) -> ir.Value:
+        return self.vector.at(builder, row, v * self.vector.lanes)
+
+    def in_rows(self, acc: list[ir.Value]) -> list[list[ir.Value]]:
+        return [acc[i : i + self.vectors] for i in range(0, len(acc), self.vectors)]
+
+    def end_chain(self, builder: ir.IRBuilder, acc: list[ir.Value], adds: ir.Value) -> None:
+        """Store the sums of a chain, or add them to C."""
+        with builder.if_else(self.full, likely=True) as (whole, edge):
             with whole:
-                store_full(builder, vector, acc, c_rows, adds)
+                store_full(builder, self.vector, self.in_rows(acc), self.rows, adds)
             with edge:
-                store_edge(builder, vector, acc, c_rows, adds, cols)
-        return pointers
+                store_edge(builder, self.vector, self.in_rows(acc), self.rows, adds, self.cols)
 
+
+def _tiles(builder, vector, size, overlaps, arguments):
+    """``count`` tiles, one below the other: the calls between them would cost as much as a few steps of k."""
+    if size[0] == 1 or size[2]:  # one alone
+        _tile(builder, vector, size, overlaps, arguments)
+        return
+    a_step, c_step = (builder.mul(stride, I64(size[0])) for stride in (arguments.a_rs, arguments.c_rs))
+
+    def one_tile(_: ir.Value, addresses: list[ir.Value]) -> list[ir.Value]:
+        a, c = addresses
+        _tile(builder, vector, size, overlaps, arguments._replace(a=a, c=c))
+        return [builder.ptrtoint(vector.at(builder, x, step), I64) for x, step in ((a, a_step), (c, c_step))]
+
+    repeat(builder, I64(0), arguments.count, 1, [arguments.a, arguments.c], one_tile)
+
+
+def _tile(builder, vector, size, overlaps, arguments):
+    _, kc, a, a_rs, a_ks, b, b_ks, c, c_rs, cols, first, chain, b_copy = arguments
+    mr, nv, copies = size
+    rows = [vector.at(builder, c, builder.mul(c_rs, I64(i))) for i in range(mr)]
+    c_tile = _CTile(vector, rows, nv, cols, builder.icmp_signed("==", cols, I64(nv * vector.lanes)))
+    c_tile.prefetch(builder)
+    strides, zeros = Strides(vector, row_offsets(builder, a_rs, mr), a_ks, b_ks), [vector.zero()] * (mr * nv)
     pointers = [vector.at(builder, address) for address in ((a, b, b_copy) if copies else (a, b))]
-    repeat(builder, I64(0), kc, chain, pointers, one_chain)
+    count = len(pointers)
+
+    def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+        length = chain_length(builder, p, kc, chain)
+        adds = adds_to_c(builder, builder.sub(p, chain), first)
+
+        def apart() -> list[ir.Value]:
+            c_tile.end_chain(builder, state[count:], adds)
+            return [I64(0), *state[:count], *zeros]
+
+        def overlapped(adds: bool) -> Callable[[], list[ir.Value]]:
+            return lambda: _overlapped(builder, strides, c_tile, adds, state)
+
+        def next_chain() -> list[ir.Value]:
+            if not overlaps:
+                return apart()
+            can_overlap = builder.and_(c_tile.full, builder.icmp_signed(">=", length, I64(UNROLL)))
+            return choose(
+                builder, can_overlap, lambda: choose(builder, adds, overlapped(True), overlapped(False)), apart
+            )
+
+        is_first = builder.icmp_signed("==", p, I64(0))
+        start, *state = choose(builder, is_first, lambda: [I64(0), *state], next_chain)
+        pointers, acc = k_loop(builder, strides, length, state[:count], c_tile.in_rows(state[count:]), start)
+        return [*pointers, *itertools.chain.from_iterable(acc)]
+
+    _, state = repeat(builder, I64(0), kc, chain, [*pointers, *zeros], one_chain)
+    adds = adds_to_c(builder, builder.zext(builder.icmp_signed(">", kc, chain), I64), first)
+    c_tile.end_chain(builder, state[count:], adds)
+
+
+def _overlapped(builder, strides, c_tile, adds, state):
+    """UNROLL, and the state after the first steps of a chain: those before are stored between its multiply-adds.
+
+    So many stores at a time would stop the multiply-adds for their own time and more.
+    """
+    count = len(state) - len(c_tile.rows) * c_tile.vectors
+    for step in range(UNROLL):
+        ending = (c_tile, adds) if step == 0 else None
+        state = _k_step(builder, strides, c_tile.vectors, state[:count], state[count:], ending)
+    return [I64(UNROLL), *state]
+
+
+def row_offsets(builder: ir.IRBuilder, a_rs: ir.Value, mr: int) -> list[ir.Value]:
+    """Offsets of mr rows of A, a register each.
+
+    LLVM would walk down the rows, an addition for each, one behind the other: as long as the multiply-adds take.
+    """
+    return [I64(0), *(opaque(builder, builder.mul(a_rs, I64(i))) for i in range(1, mr))]
 
 
 def chain_length(builder: ir.IRBuilder, p: ir.Value, kc: ir.Value, chain: ir.Value) -> ir.Value:
@@ -179,15 +218,15 @@ def adds_to_c(builder: ir.IRBuilder, p: ir.Value, first: ir.Value) -> ir.Value:
     return builder.or_(builder.icmp_signed("!=", p, I64(0)), builder.icmp_signed("==", first, I64(0)))
 
 
-def _k_loop(builder, strides, kc, pointers, acc):
-    """(``pointers``, ``acc``) after kc steps: UNROLL an iteration, then one an iteration.
+def k_loop(builder, strides, kc, pointers, acc, start=None):
+    """(``pointers``, ``acc``) after the steps from ``start``, or 0, to kc: UNROLL an iteration, then one an iteration.
 
     pointers: a, b, and where b is copied to, if it is.
     """
     nv, count = len(acc[0]), len(pointers)
 
     def iteration(steps: int) -> Callable:
-        def body(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+        def body(_: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
             for _ in range(steps):
                 state = _k_step(builder, strides, nv, state[:count], state[count:])
             return state
@@ -195,15 +234,19 @@ def _k_loop(builder, strides, kc, pointers, acc):
         return body
 
     state = [*pointers, *itertools.chain.from_iterable(acc)]
-    p, state = repeat(builder, I64(0), builder.and_(kc, I64(-UNROLL)), UNROLL, state, iteration(UNROLL))
+    start = I64(0) if start is None else start
+    p, state = repeat(builder, start, builder.and_(kc, I64(-UNROLL)), UNROLL, state, iteration(UNROLL))
     _, state = repeat(builder, p, kc, 1, state, iteration(1))
     flat = state[count:]
     return state[:count], [flat[i : i + nv] for i in range(0, len(flat), nv)]
 
 
-def _k_step(builder, strides, nv, pointers, acc):
-    """The state after one step of k."""
-    vector, (a, b, *copies) = strides.vector, pointers
+def _k_step(builder, strides, nv, pointers, acc, ending=None):
+    """The state after one step of k.
+
+    ``ending``: the tile of C, and whether it is added to, where this step begins a chain and stores the one before.
+    """
+    vector, (a, b, *copies), acc = strides.vector, pointers, list(acc)
     columns = [vector.load(builder, vector.at(builder, b, v * vector.lanes)) for v in range(nv)]
     for copy in copies:
         for v, column in enumerate(columns):
@@ -212,126 +255,15 @@ def _k_step(builder, strides, nv, pointers, acc):
     for i, offset in enumerate(strides.row_offsets):
         x = vector.broadcast(builder, vector.at(builder, a, offset))
         for v, column in enumerate(columns):
-            acc[i * nv + v] = vector.fma(builder, x, column, acc[i * nv + v])
-    return [vector.at(builder, a, strides.a_ks), vector.at(builder, b, strides.b_ks), *copies, *acc]
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Of a transposing tile: its rows, the groups of lanes columns that alternate, and what its loops do not change."""
-
-    operand: Operand
-    mr: int
-    groups: int
-    copies: bool
-    row_offsets: list[ir.Value]
-    a_ks: ir.Value
-    column_bytes: ir.Value
-    width: ir.Value
-    tail: ir.Value
-
-    def rows_of(self, group: int) -> slice:
-        """The accumulators of one group."""
-        return slice(group * self.mr, (group + 1) * self.mr)
-
-    def at_group(self, builder: ir.IRBuilder, address: ir.Value, group: int) -> ir.Value:
-        return builder.add(address, builder.mul(self.column_bytes, I64(group * self.operand.vector.lanes)))
-
-
-def _transposed(builder, operand, mr, copies, arguments):
-    columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy = arguments
-    vector, k_per_lane, lanes = operand.vector, operand.k_per_lane, operand.vector.lanes
-    tail = builder.alloca(vector.type, lanes)
-    column_bytes = builder.mul(b_cs, I64(operand.size))
-    depth = builder.sdiv(builder.add(kc, I64(k_per_lane - 1)), I64(k_per_lane))
-    row_offsets = [builder.mul(a_rs, I64(i)) for i in range(mr)]
-
-    def column_groups(groups: int) -> Callable:
-        tile = _Columns(operand, mr, groups, copies, row_offsets, a_ks, column_bytes, columns, tail)
-
-        def body(j: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            starts = [builder.add(j, I64(g * lanes)) for g in range(groups)]
-            offsets = [builder.add(start, builder.mul(c_rs, I64(i))) for start in starts for i in range(mr)]
-            c_rows = [vector.at(builder, c, offset) for offset in offsets]
-
-            def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
-                # Of whole pairs alone: the last may be half of one, and what follows it is not of this column.
-                pairs = chain_length(builder, p, builder.sdiv(kc, I64(k_per_lane)), chain)
-                whole = builder.and_(pairs, I64(-lanes))
-                start = [*state, *[vector.zero()] * mr * groups]
-                _, state = repeat(builder, I64(0), whole, lanes, start, lambda _, state: _k_block(builder, tile, state))
-                rest = builder.sub(chain_length(builder, p, depth, chain), whole)
-                left = builder.sub(kc, builder.mul(builder.add(p, whole), I64(k_per_lane)))
-                a_next, acc = _k_rest(builder, tile, rest, left, state)
-                store_full(builder, vector, acc, c_rows, adds_to_c(builder, p, first))
-                return [a_next, *state[1 : 2 + copies]]
-
-            b_group = builder.add(b, builder.mul(j, column_bytes))
-            copy = [vector.at(builder, b_copy, j)] if copies else []
-            repeat(builder, I64(0), depth, chain, [vector.at(builder, a), b_group, *copy], one_chain)
-            return []
-
-        return body
-
-    j = I64(0)
-    if mr == 1 and lanes <= PAIRED_LANES:
-        end = builder.sub(columns, I64(2 * lanes - 1))
-        if 2 * lanes > L1_WAYS:
-            aligned = builder.icmp_signed("==", builder.and_(column_bytes, I64(L1_WAY - 1)), I64(0))
-            end = builder.select(aligned, I64(0), end)
-        j, _ = repeat(builder, j, end, 2 * lanes, [], column_groups(2))
-    repeat(builder, j, columns, lanes, [], column_groups(1))
-
-
-def _k_block(builder, tile, state):
-    """The state (a, b, where b is copied to if it is, accumulators) after a block of lanes steps of k."""
-    vector, operand = tile.operand.vector, tile.operand
-    a, b, *more = state
-    copy, acc = more[: tile.copies], more[tile.copies :]
-    for group in range(tile.groups):
-        if group:  # both blocks at once would not fit into the registers
-            builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
-        a_step, rows = a, tile.rows_of(group)
-        columns = _read_columns(builder, operand, tile.at_group(builder, b, group), tile.column_bytes)
-        for step in vector.transpose(builder, columns):
-            for place in copy:
-                vector.store(builder, step, place)
-            copy = [vector.at(builder, place, tile.width) for place in copy]
-            x = [vector.broadcast(builder, vector.at(builder, a_step, offset)) for offset in tile.row_offsets]
-            acc[rows] = [vector.fma(builder, x_i, step, total) for x_i, total in zip(x, acc[rows], strict=True)]
-            a_step = vector.at(builder, a_step, tile.a_ks)
-    return [a_step, builder.add(b, I64(vector.lanes * operand.k_per_lane * operand.size)), *copy, *acc]
-
-
-def _k_rest(builder, tile, rest, left, state):
-    """a behind the last ``rest`` steps of a chain, fewer than lanes, and the rows of sums; B has ``left`` elements."""
-    vector = tile.operand.vector
-    a, b, *more = state
-    copy, acc = more[: tile.copies], more[tile.copies :]
-    strides = _Strides(vector, tile.row_offsets, tile.a_ks, I64(vector.lanes))
-    a_next, totals = a, []
-    for group in range(tile.groups):
-        with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
-            columns = _read_columns(builder, tile.operand, tile.at_group(builder, b, group), tile.column_bytes, left)
-            for step, value in enumerate(vector.transpose(builder, columns)):
-                vector.store(builder, value, vector.at(builder, tile.tail, step * vector.lanes))
-                for place in copy:
-                    vector.store(builder, value, vector.at(builder, place, builder.mul(tile.width, I64(step))))
-        mine = [[total] for total in acc[tile.rows_of(group)]]
-        (a_next, _), mine = _k_loop(builder, strides, rest, [a, tile.tail], mine)
-        totals += mine
-    return a_next, totals
-
-
-def _read_columns(builder, operand, address, stride, count=None):
-    """``lanes`` vectors, stride bytes apart; in fours from one base, so that few addresses are kept."""
-    vectors = []
-    four = builder.mul(stride, I64(4))
-    for j in range(operand.vector.lanes):
-        if j and j % 4 == 0:
-            address = builder.add(address, four)
-        vectors.append(operand.read(builder, builder.add(address, builder.mul(stride, I64(j % 4))), count))
-    return vectors
+            total = acc[i * nv + v]
+            if ending is not None:
+                c_tile, adds = ending
+                place = c_tile.at(builder, c_tile.rows[i], v)
+                vector.store(builder, builder.fadd(vector.load(builder, place), total) if adds else total, place)
+                total = opaque(builder, vector.zero())
+            acc[i * nv + v] = vector.fma(builder, x, column, total)
+    a, b = (opaque(builder, vector.at(builder, *step)) for step in ((a, strides.a_ks), (b, strides.b_ks)))
+    return [a, b, *copies, *acc]
 
 
 def store_full(builder, vector, acc, c_rows, adds):

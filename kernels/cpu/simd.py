@@ -165,6 +165,35 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [I32(0)] * lanes))
 
 
+def opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """``value`` as a register of its own, which LLVM neither computes again nor takes apart."""
+    constraint = "=x,0" if isinstance(value.type, ir.VectorType) else "=r,0"
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", constraint, [value], False)
+
+
+def choose(
+    builder: ir.IRBuilder,
+    condition: ir.Value,
+    then: Callable[[], list[ir.Value]],
+    otherwise: Callable[[], list[ir.Value]],
+) -> list[ir.Value]:
+    """``then() if condition else otherwise()``"""
+    blocks = [builder.append_basic_block(f"choose.{part}") for part in ("then", "else")]
+    done = builder.append_basic_block("choose.done")
+    builder.cbranch(condition, *blocks)
+    results = []
+    for block, branch in zip(blocks, (then, otherwise), strict=True):
+        builder.position_at_end(block)
+        results.append((branch(), builder.block))
+        builder.branch(done)
+    builder.position_at_end(done)
+    chosen = [builder.phi(value.type) for value in results[0][0]]
+    for values, block in results:
+        for phi, value in zip(chosen, values, strict=True):
+            phi.add_incoming(value, block)
+    return chosen
+
+
 def repeat(
     builder: ir.IRBuilder,
     start: ir.Value,

@@ -56,6 +56,10 @@ def test_k_loop_has_all_multiply_adds_and_no_spill(isa: str, dtype: str) -> None
         stack = rf"{vectors_only}(%rsp|-\d+\(%rbp\))|(%rsp|-\d+\(%rbp\)).*{vectors_only}"
         spilled = [line for line in body if re.search(stack, line)]
         assert not spilled, f"{block.name} spills in the k-loop: {spilled[:4]}"
+        # An addition a step for A, for B and its copy, and the counter. More would be a walk down the rows of A, each
+        # waiting for the one before, as long as the multiply-adds take. A transposing tile has as many steps as lanes.
+        additions = [line for line in body if re.match(r"(add|lea|sub|inc|dec)[lq]\s", line)]
+        assert len(additions) <= 3 * max(UNROLL, block.lanes) + 2, f"{block.name} adds in the k-loop: {additions}"
         accumulating = [line for line in body if re.match(arithmetic, line)]
         assert all(REGISTER[isa] in line for line in accumulating)
 
