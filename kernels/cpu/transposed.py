@@ -41,9 +41,9 @@ TRANSPOSED_ARGUMENTS = 1 + len(TransposedArguments._fields)
 def transposed_ir(name: str, operand: Operand, rows: tuple[int, ...]) -> str:
     """IR of ``void name(tile, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy)``, all int64.
 
-    As ``microkernel_ir`` where the k-steps of B are adjacent and its columns are not, B[p, j] = b[p + j·b_cs]: blocks of
-    B, lanes columns of ``block_steps``, are transposed in registers, for products of too few rows to repay packing, and
-    by the copying tile, the last one, for the tiles after it: it packs the ``columns`` at ``b_copy``. Between
+    As ``microkernel_ir`` where the k-steps of B are adjacent and its columns are not, B[p, j] = b[p + j·b_cs]: blocks
+    of B, lanes columns of ``block_steps``, are transposed in registers, for products of too few rows to repay packing,
+    and by the copying tile, the last one, for the tiles after it: it packs the ``columns`` at ``b_copy``. Between
     multiply-adds the shuffles cost nothing. A and C hold lanes, B elements of ``operand``; kc and b_cs count elements.
     ``columns`` is a multiple of the lanes. The chains, and so the bits, are the same.
     """
