@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes of an element in memory
 ACCUMULATOR = {"float32": "float32", "float64": "float64", "bfloat16": "float32", "float16": "float32"}
@@ -35,6 +35,7 @@ SPLIT_BYTES = 8 << 20  # the partial results of a product whose chunks of k are 
 WORKSPACE_SLOTS = 16  # sets of buffers that are kept: calls at a time that need no allocation
 PARTIAL_COLUMNS = 2048  # columns of C at a time whose 16-bit sums are kept: wide enough to repay packing A
 L1_WAYS, L1_WAY = 8, 4 << 10  # of 32 KiB; a larger L1 has more ways
+SUMS_BYTES = L1_WAYS * L1_WAY // 2  # of sums that are kept while one row of C is computed
 PAD = 16  # elements that keep the packed rows of A off one common cache set
 
 # A with its steps of k together is read in place, always. Up to these limits the other layouts are too: each element is
@@ -143,6 +144,11 @@ class BlockConfig:
     def thread_bytes(self) -> int:
         """A thread's packing buffers, and two buffers of partial sums: of a chunk of k, and of those before."""
         return round_up(self.a_bytes, 64) + round_up(self.b_bytes, 64) + 2 * self.partial_lanes * self.lane_bytes
+
+
+def compiled_for(config: BlockConfig) -> BlockConfig:
+    """What compiled code depends on: ``config`` without the sizes that follow from caches (see config_words.py)."""
+    return replace(config, mc=0, kc=0, nc=0, partial_lanes=0)
 
 
 def round_up(value: int, step: int) -> int:

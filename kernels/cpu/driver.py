@@ -7,7 +7,8 @@ import functools
 import os
 
 from . import build, fork_safety, host
-from .config import WORKSPACE_SLOTS, BlockConfig, choose
+from .config import WORKSPACE_SLOTS, BlockConfig, choose, compiled_for
+from .config_words import config_words
 from .once import Once
 
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
@@ -74,10 +75,12 @@ def _load(block: BlockConfig) -> int:
     def kernels() -> build.Kernels:
         from .gemm import make_kernels
 
-        return make_kernels(block)
+        return make_kernels(compiled)
 
-    loaded = build.load(repr(block), block.name, kernels, host.machine(block.isa), _symbols())
-    _kept.append(loaded)
+    compiled, words = compiled_for(block), config_words(block)
+    symbols = {**_symbols(), "matmul_grad_config": ctypes.addressof(words)}
+    loaded = build.load(repr(compiled), block.name, kernels, host.machine(block.isa), symbols)
+    _kept.extend((loaded, words))
     return loaded.address(block.name)
 
 

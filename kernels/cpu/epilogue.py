@@ -16,8 +16,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .config import PARTIAL_COLUMNS, BlockConfig
+from .config_words import PARTIAL_LANES, THREAD_BYTES
 from .gemm_args import ALPHA, BATCH, BETA, C_CS, C_RS, S_CS, S_RS, SOURCE, C, K, M, N
-from .memory import get, jit, put, stack_words
+from .memory import compiled_config, get, jit, put, stack_words
 from .operand import Operand, operand_of
 from .pack import element_copier
 from .schedule import (
@@ -38,14 +39,14 @@ from .simd import Vector, splat
 def make_multiply_with_epilogue(config: BlockConfig, multiply: Callable) -> Callable:
     """``multiply_with_epilogue(args, work)``: any k, on this thread, by blocks whose sums fit beside the packing."""
     size, lanes, lane_bytes, mr = operand_of(config).size, config.lanes, config.lane_bytes, config.mr
-    room, chunk = config.partial_lanes, config.chunk
-    offset = config.thread_bytes - 2 * room * lane_bytes
+    chunk = config.chunk
     add, store = make_add(config), make_store(config)
 
     @jit
     def one_block(args, work):
         block = args_words()
-        rows, k, partials = get(args, M), get(args, K), work + offset
+        rows, k, room = get(args, M), get(args, K), get(compiled_config(), PARTIAL_LANES)
+        partials = work + get(compiled_config(), THREAD_BYTES) - 2 * room * lane_bytes
         row_lanes = ceil_div(get(args, N), lanes) * lanes
         for index in range(ceil_div(k, chunk)):
             copy_words(block, args, PLANNED_ARGS)
@@ -60,7 +61,7 @@ def make_multiply_with_epilogue(config: BlockConfig, multiply: Callable) -> Call
     @jit
     def multiply_with_epilogue(args, work):
         block = args_words()
-        m, n = get(args, M), get(args, N)
+        m, n, room = get(args, M), get(args, N), get(compiled_config(), PARTIAL_LANES)
         lanes_here = room if get(args, K) > chunk else 2 * room
         row_lanes = min(ceil_div(n, lanes) * lanes, PARTIAL_COLUMNS, lanes_here // mr // lanes * lanes)
         tall = lanes_here // row_lanes // mr * mr

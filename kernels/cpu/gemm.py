@@ -16,10 +16,11 @@ from numba.core import types
 from .affinity import claim_core, clear_cores, move_to_free_core
 from .config import CHAIN as LONG_CHAIN
 from .config import SHORT_CHAIN, SPLIT_BYTES, BlockConfig, tile_sizes
+from .config_words import THREAD_BYTES
 from .epilogue import make_multiply_with_epilogue, make_reduce_chunks
 from .gemm_args import BATCH, C_CS, C_RS, GEMM_ARGS, C, K, M, N
 from .loops import make_multiply
-from .memory import fetch_increment, get, jit, put, symbol
+from .memory import compiled_config, fetch_increment, get, jit, put, symbol
 from .microkernel import microkernel_ir, transposed_ir
 from .operand import operand_of
 from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE, make_pack_rows, make_pack_steps
@@ -89,7 +90,7 @@ def make_kernels(config: BlockConfig) -> dict[str, str | tuple[Callable, types.T
 def make_task(config: BlockConfig) -> Callable:
     """``task(begin, end, schedule)``: one thread of the pool, which computes blocks of the call until none is left."""
     size, chunk, accumulates_wider = operand_of(config).size, config.chunk, config.accumulates_wider
-    mr, nr, lane_bytes, thread_bytes = config.mr, config.nr, config.lane_bytes, config.thread_bytes
+    mr, nr, lane_bytes = config.mr, config.nr, config.lane_bytes
     multiply = types.ExternalFunction(f"{config.name}_multiply", MULTIPLY_SIGNATURE)
     multiply_with_epilogue = make_multiply_with_epilogue(config, multiply)
 
@@ -118,7 +119,7 @@ def make_task(config: BlockConfig) -> Callable:
         if begin > 0 and not claim_core(schedule):
             move_to_free_core(schedule)
         block = args_words()
-        work = get(schedule, WORK) + begin * thread_bytes
+        work = get(schedule, WORK) + begin * get(compiled_config(), THREAD_BYTES)
         index = fetch_increment(schedule, NEXT)
         while index < get(schedule, BLOCKS):
             chosen = 0
@@ -192,13 +193,14 @@ def make_gemm(config: BlockConfig) -> Callable:
     determinism same bits for any m, n, strides, threads
     source      five loops after Goto and van de Geijn (2008), doi 10.1145/1356052.1356053, and BLIS (2015)
     """
-    plan, reduce_chunks, thread_bytes = make_plan(config), make_reduce_chunks(config), config.thread_bytes
+    plan, reduce_chunks = make_plan(config), make_reduce_chunks(config)
     task_address = symbol(f"{config.name}_task")
     linked_task = types.ExternalFunction(f"{config.name}_task", TASK_SIGNATURE)
 
     def gemm(products, count, threads):
         schedule = schedule_words()
         work, partials, blocks = 0.0, 0, 0
+        thread_bytes = get(compiled_config(), THREAD_BYTES)
         for index in range(count):
             given, args = products + 8 * index * GEMM_ARGS, args_of(schedule, index)
             copy_words(args, given, GEMM_ARGS)

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from numba.core import types
 
-from .config import ALIASED, PAD, BlockConfig, round_up, tile_sizes
+from .config import ALIASED, PAD, BlockConfig, tile_sizes
+from .config_words import A_LANES, B_OFFSET, KC, MC, NC
 from .gemm_args import A_CS, A_RS, B_CS, B_RS, C_RS, A, B, C, K, M, N
-from .memory import get, jit
+from .memory import compiled_config, get, jit
 from .microkernel import ARGUMENTS, TRANSPOSED_ARGUMENTS, WIDE, tiles
 from .operand import operand_of
 from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE, make_lanes_along_k
@@ -54,26 +55,27 @@ class BPanel(NamedTuple):
 
 def make_multiply(config: BlockConfig) -> Callable:
     """``multiply(args, work)``: C = A·B on this thread, for at most a chunk of k; C holds lanes."""
-    mr, nr, mc_max, kc_max, nc_max, chain = (
-        config.mr, config.nr, config.mc, config.kc, config.nc, config.chain
-    )  # fmt: skip
-    lanes, a_room, is_vectors = config.lanes, config.a_bytes // config.lane_bytes, not operand_of(config).converts
+    mr, nr, chain = config.mr, config.nr, config.chain
+    lanes, is_vectors = config.lanes, not operand_of(config).converts
     choose_b_access, loops_2_to_1 = make_choose_b_access(config), make_loops_2_to_1(config)
     multiply_row, size, sequential_bytes = make_multiply_row(config), operand_of(config).size, config.sequential_bytes
 
     @jit
     def loops_5_to_3(args, work, first_column, columns, b_access):
         m, k = get(args, M), get(args, K)
+        mc_max, kc_max, nc_max = get(compiled_config(), MC), get(compiled_config(), KC), get(compiled_config(), NC)
         whole_k = b_access == BY_COLUMNS or (b_access == BY_ROWS and m <= mr)
         if not is_vectors:  # A must be packed for all of k, in either order
             by_rows, by_columns = m * (k + lanes + PAD), k * (ceil_div(m, lanes) * lanes + PAD)
-            whole_k = whole_k and max(by_rows, by_columns) <= a_room
+            whole_k = whole_k and max(by_rows, by_columns) <= get(compiled_config(), A_LANES)
         step = k if whole_k else plan_k(k, kc_max, chain)
-        for jc in range(0, columns, nc_max):
+        for panel in range(ceil_div(columns, nc_max)):  # a range whose step is not a constant may raise
+            jc = panel * nc_max
             for block in range(ceil_div(k, step)):
                 pc, j, nc = block * step, first_column + jc, min(nc_max, columns - jc)
-                for ic in range(0, m, mc_max):
-                    loops_2_to_1(args, work, b_access, whole_k, nc, Position(j, pc, min(step, k - pc), ic))
+                for rows in range(ceil_div(m, mc_max)):
+                    start = Position(j, pc, min(step, k - pc), rows * mc_max)
+                    loops_2_to_1(args, work, b_access, whole_k, nc, start)
 
     def multiply(args, work):
         n = get(args, N)
@@ -117,7 +119,7 @@ def make_locate_a(config: BlockConfig) -> Callable:
     A is only broadcast from. With adjacent steps of k it is read in place; otherwise it is packed along its contiguous
     dimension: columns here, rows with the first panel of B.
     """
-    operand, lanes, mc_max = operand_of(config), config.lanes, config.mc
+    operand, lanes = operand_of(config), config.lanes
     size, k_per_lane, direct_panels = operand.size, operand.k_per_lane, config.direct_panels
     lanes_along_k = make_lanes_along_k(operand)
     pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
@@ -129,7 +131,7 @@ def make_locate_a(config: BlockConfig) -> Callable:
         if (a_cs == 1 or whole_k or panels <= direct_panels) and lanes_along_k(get(args, K), a_rs, a_cs):
             return ARows(source, a_rs // k_per_lane, a_cs), False
         if a_rs == 1 and a_cs != 1:
-            rows = min(mc_max, get(args, M) - ic)
+            rows = min(get(compiled_config(), MC), get(args, M) - ic)
             if k_per_lane == 1:
                 deep = ceil_div(kc, lanes) * lanes
                 pack_steps(work, deep, deep + PAD, source, rows, a_rs, a_cs, kc)
@@ -144,9 +146,8 @@ def make_locate_a(config: BlockConfig) -> Callable:
 
 def make_loops_2_to_1(config: BlockConfig) -> Callable:
     """``loops_2_to_1(args, work, b_access, whole_k, nc, start)``: a block of A times a panel of nc columns of B."""
-    operand, mr, nr, mc_max = operand_of(config), config.mr, config.nr, config.mc
+    operand, mr, nr = operand_of(config), config.mr, config.nr
     size, lane_bytes, k_per_lane, is_vectors = operand.size, config.lane_bytes, operand.k_per_lane, not operand.converts
-    b_work = round_up(config.a_bytes, 64)
     locate_a, one_panel = make_locate_a(config), make_one_panel(config)
     pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
 
@@ -155,11 +156,11 @@ def make_loops_2_to_1(config: BlockConfig) -> Callable:
         first_column, pc, kc, ic = start
         m, depth, b_rs, b_cs = get(args, M), ceil_div(kc, k_per_lane), get(args, B_RS), get(args, B_CS)
         a, missing = locate_a(args, whole_k, ceil_div(nc, nr), start, work)
-        j = 0
+        b_work, mc_max, j = work + get(compiled_config(), B_OFFSET), get(compiled_config(), MC), 0
         while j < nc:
             columns = min(nr, nc - j)
             source = get(args, B) + (pc * b_rs + (first_column + j) * b_cs) * size
-            target = work + b_work + (j * depth * lane_bytes if m > mc_max else 0)
+            target = b_work + (j * depth * lane_bytes if m > mc_max else 0)
             b, b_ks, b_copy = source, b_cs if b_access == BY_COLUMNS else b_rs, 0
             if b_access != PACKED:
                 columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
@@ -184,7 +185,7 @@ def make_one_panel(config: BlockConfig) -> Callable:
     Where rows of A are ``missing`` they are packed, those of a tile just before it. Where ``b_panel.copy`` is an
     address, the first tile packs the panel there, transposed if necessary, and the others read the copy.
     """
-    operand, nr, lanes, lane_bytes, mc_max = operand_of(config), config.nr, config.lanes, config.lane_bytes, config.mc
+    operand, nr, lanes, lane_bytes = operand_of(config), config.nr, config.lanes, config.lane_bytes
     size, k_per_lane, row_steps, vector_steps = (
         operand.size,
         operand.k_per_lane,
@@ -205,7 +206,7 @@ def make_one_panel(config: BlockConfig) -> Callable:
         chain, c_rs, a_row, a_step = get(args, CHAIN), get(args, C_RS), get(args, A_RS), get(args, A_CS)
         vector_step, rows, depth = (
             smallest(vector_steps, ceil_div(columns, lanes)),
-            min(mc_max, get(args, M) - ic),
+            min(get(compiled_config(), MC), get(args, M) - ic),
             ceil_div(kc, k_per_lane),
         )
         transposes_b, i = not (get(args, B_CS) == 1 and is_vectors), 0

@@ -139,6 +139,9 @@ def symbol(name: str) -> Callable[[], int]:
     return address
 
 
+compiled_config = symbol("matmul_grad_config")  # see config_words.py
+
+
 def text(message: str) -> Callable[[], int]:
     """Intrinsic ``()``: the address of ``message`` as a C string."""
     data = bytearray(message.encode() + b"\0")

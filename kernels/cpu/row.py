@@ -18,9 +18,10 @@ from typing import NamedTuple
 from llvmlite import ir
 from numba.core import types
 
-from .config import L1_WAY, L1_WAYS, BlockConfig, round_up
+from .config import BlockConfig
+from .config_words import B_OFFSET, KC, ROW_COLUMNS
 from .gemm_args import A_CS, A_RS, B_RS, A, B, C, K, N
-from .memory import get, jit
+from .memory import compiled_config, get, jit
 from .microkernel import adds_to_c, chain_length, store_edge, store_full
 from .operand import Operand, operand_of
 from .pack import PACK_ROWS_SIGNATURE, make_lanes_along_k
@@ -29,7 +30,6 @@ from .simd import I64, repeat
 
 STEPS = 8  # steps of k (or pairs) at a time: a load and a store of the sums for so many multiply-adds
 VECTORS = 4  # of C at a time: enough to hide the latency of multiply-adds
-SUMS_BYTES = L1_WAYS * L1_WAY // 2
 
 
 class RowArguments(NamedTuple):
@@ -159,10 +159,8 @@ def _add_to_vectors(builder, operand, arguments, steps, at, count=None):
 
 def make_multiply_row(config: BlockConfig) -> Callable:
     """``multiply_row(args, work)``: C = A·B for one row of A, on this thread, for at most a chunk of k."""
-    operand, kc_max, lane_bytes = operand_of(config), config.kc, config.lane_bytes
+    operand, lane_bytes = operand_of(config), config.lane_bytes
     size, lanes_along_k = operand.size, make_lanes_along_k(operand)
-    b_work = round_up(config.a_bytes, 64)
-    columns_max = min(SUMS_BYTES, config.b_bytes) // lane_bytes // config.lanes * config.lanes
     pack_rows = types.ExternalFunction(f"{config.name}_pack_rows", PACK_ROWS_SIGNATURE)
     row = types.ExternalFunction(f"{config.name}_row", ROW_SIGNATURE)
 
@@ -170,15 +168,17 @@ def make_multiply_row(config: BlockConfig) -> Callable:
     def multiply_row(args, work):
         n, k, a_cs, b_rs = get(args, N), get(args, K), get(args, A_CS), get(args, B_RS)
         in_place = a_cs == 1 and lanes_along_k(k, 0, a_cs)
-        step = k if in_place else kc_max
+        step = k if in_place else get(compiled_config(), KC)
+        sums, columns_max = work + get(compiled_config(), B_OFFSET), get(compiled_config(), ROW_COLUMNS)
         for block in range(ceil_div(k, step)):
             pc = block * step
             kc, a = min(step, k - pc), get(args, A) + pc * a_cs * size
             if not in_place:
                 pack_rows(work, 1, 0, a, kc, a_cs, get(args, A_RS))
                 a = work
-            for j in range(0, n, columns_max):
+            for piece in range(ceil_div(n, columns_max)):
+                j = piece * columns_max
                 b, c = get(args, B) + (pc * b_rs + j) * size, get(args, C) + j * lane_bytes
-                row(kc, a, b, b_rs, c, min(columns_max, n - j), pc == 0, get(args, CHAIN), work + b_work)
+                row(kc, a, b, b_rs, c, min(columns_max, n - j), pc == 0, get(args, CHAIN), sums)
 
     return multiply_row

@@ -13,11 +13,13 @@ from matmul_grad.kernels.cpu.config import (
     TILES,
     Cpu,
     choose,
+    compiled_for,
     k_block,
     round_up,
     split_c,
     useful_threads,
 )
+from matmul_grad.kernels.cpu.config_words import config_words
 
 REGISTERS = {"avx512": 32, "avx2": 16, "neon": 32, "generic": 16}
 CACHES = [
@@ -112,3 +114,11 @@ def test_small_products_stay_on_one_thread() -> None:
     assert useful_threads(8.0**3, 64) == 1
     assert useful_threads(4096.0**3, 64) == 64
     assert useful_threads(2.0**60, 2) == 2
+
+
+@pytest.mark.parametrize(("dtype", "isa"), list(itertools.product(SIZES, TILES)))
+def test_sizes_of_caches_are_read_when_the_code_runs(dtype: str, isa: str) -> None:
+    """CPUs with other caches share compiled code."""
+    blocks = [choose(dtype, Cpu(isa, *caches)) for caches in CACHES]
+    assert len({compiled_for(block) for block in blocks}) == 1
+    assert len({tuple(config_words(block)) for block in blocks}) > 1
