@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..cpu import build, driver, host
+from ..cpu import build, compile_beside, driver, host
 from ..cpu.fork_safety import fork_safe_lock
 from . import launch_table, pending, torch_layout
 from .op_table import OWN
@@ -85,6 +85,8 @@ def register() -> None:
 
 
 def _entries() -> build.Kernels:
+    """Called where they have to be compiled: the GEMM that the first product is likely to need is compiled beside."""
+    compile_beside.start(str(torch.get_default_dtype()).removeprefix("torch."))
     from . import call, own_entries
 
     return call.KERNELS | own_entries.KERNELS

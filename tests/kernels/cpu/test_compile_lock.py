@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from limits import scaled
 
-from matmul_grad.kernels.cpu import build, compile_lock, host
+from matmul_grad.kernels.cpu import build, compile_beside, compile_lock, host
 
 pytestmark = pytest.mark.skipif(compile_lock.fcntl is None, reason="locks of POSIX")
 
@@ -159,3 +159,56 @@ def test_a_failure_releases_the_lock(cache: Path) -> None:
             build.load("test", "answer", fail, machine, {})
     assert not list(cache.iterdir())
     assert load_answer([]) == 42
+
+
+# --- a second process ---------------------------------------------------------------------------------------
+
+FIRST_PRODUCT = """
+import os, sys, time, torch, matmul_grad
+from matmul_grad.kernels.cpu import build, compile_beside, config, driver
+build.SLOW = 1e6
+compile_beside.usable_cores = lambda: 2
+compiled = []
+def to_module(kernels, *rest, original=build.to_module):
+    compiled.append("operators" if "matmul_grad_mm" in kernels else "gemm")
+    limit = time.monotonic() + float(sys.argv[1])
+    while compiled == ["operators"] and not locks() and time.monotonic() < limit:
+        time.sleep(0.01)  # until the other process is at work
+    return original(kernels, *rest)
+def locks():
+    name = driver.config("float32").name
+    return [path for path in build.cache_folder().iterdir() if path.name.startswith(name)]
+build.to_module = to_module
+a = torch.arange(6.0).view(2, 3)
+with matmul_grad.strict():
+    assert torch.equal(matmul_grad.mm(a, a.t()), a @ a.t())
+assert matmul_grad.ops.native_status() == ""
+print(*compiled)
+"""
+
+
+def test_operators_and_gemm_are_compiled_side_by_side(cache: Path) -> None:
+    command = [sys.executable, "-c", FIRST_PRODUCT, str(scaled(120))]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=scaled(600))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "operators\n", "")
+    assert len(list(cache.glob("*.o"))) == len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("lacks", ["core", "Python", "folder", "locks", "frozen"])
+def test_no_second_process_where_it_would_not_help(lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compile_beside, "usable_cores", lambda: 2)
+    monkeypatch.setenv("MATMUL_GRAD_CACHE", str(tmp_path))
+    assert compile_beside.is_possible()
+    if lacks == "core":
+        monkeypatch.setattr(compile_beside, "usable_cores", lambda: 1)
+    elif lacks == "Python":
+        monkeypatch.setattr(sys, "executable", "")
+    elif lacks == "folder":
+        monkeypatch.setattr(build, "cache_folder", lambda: None)
+    elif lacks == "locks":
+        monkeypatch.setattr(compile_lock, "fcntl", None)
+    else:
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert not compile_beside.is_possible()
+    compile_beside.start("float32")
+    assert not compile_beside._started
