@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes of an element in memory
 ACCUMULATOR = {"float32": "float32", "float64": "float64", "bfloat16": "float32", "float16": "float32"}
@@ -147,8 +147,9 @@ class BlockConfig:
 
 
 def compiled_for(config: BlockConfig) -> BlockConfig:
-    """What compiled code depends on: ``config`` without the sizes that follow from caches (see config_words.py)."""
-    return replace(config, mc=0, kc=0, nc=0, partial_lanes=0)
+    """What compiled code depends on: ``config`` without what it reads when it runs (see config_words.py)."""
+    tile = ("dtype", "isa", "fused", "bf16_dot", "lanes", "mr", "nr")
+    return replace(config, **{field.name: 0 for field in fields(config) if field.name not in tile})
 
 
 def round_up(value: int, step: int) -> int:
@@ -197,7 +198,9 @@ def k_block(k: int, kc: int, chain: int) -> int:
     >>> k_block(1024, 384, 128), k_block(400, 384, 128), k_block(100, 384, 32), k_block(0, 384, 32)
     (384, 256, 128, 32)
     """
-    chains = max(1, (k + chain - 1) // chain)
+    if k <= chain:
+        return chain
+    chains = (k + chain - 1) // chain
     panels = (chains * chain + kc - 1) // kc
     return (chains + panels - 1) // panels * chain
 
@@ -261,8 +264,11 @@ def prefer_transposed_c(m: int, n: int, c_rs: int, c_cs: int, lanes: int) -> boo
     >>> prefer_transposed_c(100, 64, 1, 100, 16)
     True
     """
+    by_columns = c_rs == 1 and c_cs != 1
+    if n >= lanes and not by_columns:
+        return False
     wide, tall = (n + lanes - 1) // lanes, (m + lanes - 1) // lanes
     if n < lanes and n * tall <= TRANSPOSED_C_VECTORS * m * wide:
         return True
     few_rows = m < lanes and m * wide <= TRANSPOSED_C_VECTORS * n * tall
-    return c_rs == 1 and c_cs != 1 and not few_rows
+    return by_columns and not few_rows

@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from .config import L1_WAY, L1_WAYS
 from .operand import Operand
-from .simd import I64, Vector, repeat
+from .simd import I64, Vector, function_ir, repeat
 
 UNROLL = 4  # k-steps an iteration: enough to hide the loop's own instructions, few enough for the op cache
 # One row of C waits for the latency of its multiply-adds, so two groups of columns alternate: of so many lanes, since
@@ -116,21 +116,20 @@ def transposed_ir(name: str, operand: Operand, rows: tuple[int, ...]) -> str:
 
 def _switch_ir(name: str, arguments: int, choose_tile: Callable) -> str:
     """A function that runs one of the tiles that ``choose_tile(builder, *arguments)`` offers."""
-    module = ir.Module(name)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    tile, emitters = choose_tile(builder, *function.args)
-    done = builder.append_basic_block("done")
-    choice = builder.switch(tile, done)
-    for index, emit in enumerate(emitters):
-        block = builder.append_basic_block(f"tile.{index}")
-        choice.add_case(I64(index), block)
-        builder.position_at_end(block)
-        emit(builder)
-        builder.branch(done)
-    builder.position_at_end(done)
-    builder.ret_void()
-    return str(module)
+
+    def emit_switch(builder: ir.IRBuilder, *values: ir.Value) -> None:
+        tile, emitters = choose_tile(builder, *values)
+        done = builder.append_basic_block("done")
+        choice = builder.switch(tile, done)
+        for index, emit in enumerate(emitters):
+            block = builder.append_basic_block(f"tile.{index}")
+            choice.add_case(I64(index), block)
+            builder.position_at_end(block)
+            emit(builder)
+            builder.branch(done)
+        builder.position_at_end(done)
+
+    return function_ir(name, arguments, emit_switch)
 
 
 @dataclass(frozen=True)
