@@ -84,9 +84,13 @@ def register() -> None:
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
 
 
-def _entries() -> build.Kernels:
-    """Called where they have to be compiled: the GEMM that the first product is likely to need is compiled beside."""
+def compile_first_gemm_beside() -> None:
+    """Called where entries have to be compiled: the GEMM of the default dtype is likely to be needed next."""
     compile_beside.start(str(torch.get_default_dtype()).removeprefix("torch."))
+
+
+def _entries() -> build.Kernels:
+    compile_first_gemm_beside()
     from . import call, own_entries
 
     return call.KERNELS | own_entries.KERNELS

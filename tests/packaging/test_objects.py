@@ -77,7 +77,7 @@ def test_wheel_is_for_linux_on_x86_and_any_python(wheel: Path) -> None:
         expected = base64.urlsafe_b64encode(hashlib.sha256(files[name]).digest()).rstrip(b"=").decode()
         assert (digest, size) == (f"sha256={expected}", str(len(files[name]))), name
     objects = {name.removeprefix(FOLDER).rsplit("-", 1)[0] for name in files if name.startswith(FOLDER)}
-    assert objects == SETS | {"sgemm_avx2_6x16"}
+    assert objects == SETS | {"gemm", "sgemm_avx2_6x16"}
 
 
 @runs_avx2
@@ -133,7 +133,7 @@ def test_wheel_of_all_levels(tmp_path: Path) -> None:
         )
     tiles = {"avx2": "6x16", "avx512": "6x64"}
     expected = {f"{dtype}gemm_{isa}_{tile}" for dtype in "sbh" for isa, tile in tiles.items()}
-    expected |= {"dgemm_avx2_6x8", "dgemm_avx512_6x32", "bgemm_avx512_bf16_6x64"}
+    expected |= {"gemm", "dgemm_avx2_6x8", "dgemm_avx512_6x32", "bgemm_avx512_bf16_6x64"}
     assert objects == sorted(SETS | expected)
     print(f"{made.stat().st_size:,} bytes, {pure.stat().st_size:,} without objects")
 

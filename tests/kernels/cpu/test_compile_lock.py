@@ -191,7 +191,7 @@ def test_operators_and_gemm_are_compiled_side_by_side(cache: Path) -> None:
     command = [sys.executable, "-c", FIRST_PRODUCT, str(scaled(120))]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=scaled(600))
     assert (done.returncode, done.stdout, done.stderr) == (0, "operators\n", "")
-    assert len(list(cache.glob("*.o"))) == len(list(cache.iterdir())) == 2
+    assert len(list(cache.glob("*.o"))) == len(list(cache.iterdir())) > 1
 
 
 @pytest.mark.parametrize("lacks", ["core", "Python", "folder", "locks", "frozen"])
