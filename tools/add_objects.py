@@ -56,7 +56,7 @@ def compile_level(name: str, dtypes: Sequence[str], tree: str) -> None:
     assert Path(tree, OBJECTS) == prebuilt.FOLDER, f"{prebuilt.FOLDER} is not in the wheel"
     index = [level.name for level in levels.LEVELS].index(name)
     level, lower = levels.LEVELS[index], levels.LEVELS[index + 1 :]
-    os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = level.machine.cpu, level.machine.features
+    set_cpu_of_numba(level.machine)
 
     def load(
         key: str, name: str, kernels: Callable[[], build.Kernels], machine: object, symbols: Any, package: str = CPU
@@ -74,6 +74,11 @@ def compile_level(name: str, dtypes: Sequence[str], tree: str) -> None:
     host.cpu = lambda isa=None: config.Cpu(level.isa, bf16_dot=level.bf16_dot)  # type: ignore[assignment]
     host.machine = lambda isa: level.machine
     load_all(dtypes)
+
+
+def set_cpu_of_numba(machine: Any) -> None:
+    """For a process that has not imported Numba: it would optimise for the CPU at hand."""
+    os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = machine.cpu, machine.features
 
 
 class NotLoaded:
