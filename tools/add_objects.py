@@ -70,8 +70,8 @@ def compile_level(name: str, dtypes: Sequence[str], tree: str) -> None:
         return NotLoaded()
 
     build.SLOW = 1e6
-    build.load = load  # type: ignore[assignment]
-    host.cpu = lambda isa=None: config.Cpu(level.isa, bf16_dot=level.bf16_dot)  # type: ignore[assignment]
+    build.load = load
+    host.cpu = lambda isa=None: config.Cpu(level.isa, bf16_dot=level.bf16_dot)
     host.machine = lambda isa: level.machine
     load_all(dtypes)
 
