@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes of an element in memory
 ACCUMULATOR = {"float32": "float32", "float64": "float64", "bfloat16": "float32", "float16": "float32"}
@@ -149,7 +150,8 @@ class BlockConfig:
 def compiled_for(config: BlockConfig) -> BlockConfig:
     """What compiled code depends on: ``config`` without what it reads when it runs (see config_words.py)."""
     tile = ("dtype", "isa", "fused", "bf16_dot", "lanes", "mr", "nr")
-    return replace(config, **{field.name: 0 for field in fields(config) if field.name not in tile})
+    words: dict[str, Any] = {field.name: 0 for field in fields(config) if field.name not in tile}
+    return replace(config, **words)
 
 
 def round_up(value: int, step: int) -> int:
