@@ -9,8 +9,8 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from .build import Machine
 from .config import ISAS, Cpu
+from .levels import Machine
 
 # Bytes of L2 and of L3 that a core has, by LLVM's name of the CPU, for systems that do not report their caches. From
 # the makers: AMD's software optimisation guides 56305, 56665, 57647 and 58455; Intel's optimisation reference manual,

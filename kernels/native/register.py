@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..cpu import build, driver, host
+from ..cpu import build, compile_beside, driver, host
 from ..cpu.fork_safety import fork_safe_lock
 from . import launch_table, pending, torch_layout
 from .op_table import OWN
@@ -84,7 +84,13 @@ def register() -> None:
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
 
 
+def compile_first_gemm_beside() -> None:
+    """Called where entries have to be compiled: the GEMM of the default dtype is likely to be needed next."""
+    compile_beside.start(str(torch.get_default_dtype()).removeprefix("torch."))
+
+
 def _entries() -> build.Kernels:
+    compile_first_gemm_beside()
     from . import call, own_entries
 
     return call.KERNELS | own_entries.KERNELS
