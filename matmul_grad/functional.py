@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import fallback, strict_mode
 from .api import mm
 from .broadcast import broadcast_product, is_broadcastable
 from .fallback import alike, unsafe_view
+from .kernels.native.python_functions import functions as compiled
 from .ops import DTYPES
 from .out_variants import copy_to, is_left_to_torch
 
@@ -38,6 +40,10 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
     """
     if out is not None:
         return _matmul_out(input, other, out)
+    if not is_dynamo_compiling():
+        result = compiled.matmul(input, other)
+        if result is not None:
+            return result
     if fallback.is_needed_to_compose(input, other):
         return torch.matmul(input, other)
     return _matmul(input, other)
@@ -61,6 +67,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> matmul_grad.linear(torch.ones(2, 3), torch.ones(1, 3), torch.tensor([0.5])).tolist()
     [[3.5], [3.5]]
     """
+    if not is_dynamo_compiling():
+        result = compiled.linear(input, weight, bias)
+        if result is not None:
+            return result
     if bias is None:
         if not fallback.is_needed_to_compose(input, weight):
             if input.dim() > 0 and 0 < weight.dim() <= 2:
