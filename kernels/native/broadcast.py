@@ -3,8 +3,9 @@
     C[i, j, l, m, n] = Σ_k A[i, j, 1, m, k] · B[i, 1, l, k, n]
 
 The dimensions of the batch are records of a size and three strides, 0 in the operand that lacks it. A dimension that
-follows another in all three is one with it; one that B lacks joins m where the rows of A and of C go on in it, one that
-A lacks joins n likewise. The longest of the rest is the batch of the driver, which is called for each item of the others.
+follows another in all three is one with it. One that B lacks joins m where the rows of A and of C go on in it, one that
+A lacks joins n likewise. The longest of the rest is the batch of the driver, which is called once for each item of the
+others.
 """
 
 from __future__ import annotations
@@ -195,9 +196,7 @@ def fold(args, batch, count, has_bias):
     index = 0
     while index < count:
         at = record(batch, index)
-        if joins(args, at, IN_B, IN_A, M, A_RS, C_RS) or (
-            not has_bias and joins(args, at, IN_A, IN_B, N, B_CS, C_CS)
-        ):
+        if joins(args, at, IN_B, IN_A, M, A_RS, C_RS) or (not has_bias and joins(args, at, IN_A, IN_B, N, B_CS, C_CS)):
             remove(batch, index, count)
             count, index = count - 1, 0
         else:

@@ -46,7 +46,7 @@ PYTHON_SIGNATURE = INT64(INT64, INT64, INT64)
 CALL_SIGNATURE = INT64(*[INT64] * 4)
 MATMUL, LINEAR = BATCHES + 1, BATCHES + 2  # kinds beside those of op_table.py
 LONG = 2**18  # multiplications from which on other Python threads may run meanwhile: 64³, 6 µs on Zen 3
-EXACT = 2.0**53  # integers up to here are float64
+EXACT = 2.0**53  # integers below are float64, and none beyond is rounded to one below
 
 increment = types.ExternalFunction("matmul_grad_Py_IncRef", types.void(INT64))
 save_thread = types.ExternalFunction("matmul_grad_PyEval_SaveThread", INT64())
@@ -131,7 +131,7 @@ def set_scale(args, which, number):
         clear_error()
         return False
     put(args, which, bits_of(value))
-    return kind == get(table(), FLOAT) or abs(value) <= EXACT
+    return kind == get(table(), FLOAT) or abs(value) < EXACT
 
 
 @jit
@@ -165,7 +165,7 @@ def product(kind, a, b, source, args):
 
 
 def call(objects, count, kind, has_addend):
-    """``f(a, b)``, ``f(input, a, b, beta, alpha)``, or of LINEAR ``f(a, weight, bias or None)``; None if not computed."""
+    """``f(a, b)``, ``f(input, a, b, beta, alpha)``; of LINEAR ``f(a, weight, bias or None)``. None if not computed."""
     args, source, result, known = args_words(), 0, 0, True
     if kind == LINEAR:
         known = count == 3

@@ -30,14 +30,24 @@ TENSOR, PARAMETER, TENSOR_AT, NOTHING, FLOAT, INT, PLAIN_KEYS, INFERENCE_KEYS, A
 MODES = (
     "Python",
     "FuncTorchDynamicLayerBackMode",
+    "FuncTorchVmapMode",
+    "VmapMode",
     "Functionalize",
     "Tracer",
     "PythonDispatcher",
     "PreDispatch",
+    "DeferredInit",
     "TESTING_ONLY_GenericMode",
 )
 NAMES = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear")
-CPYTHON = ("Py_IncRef", "PyEval_SaveThread", "PyEval_RestoreThread", "PyFloat_AsDouble", "PyErr_Occurred", "PyErr_Clear")
+CPYTHON = (
+    "Py_IncRef",
+    "PyEval_SaveThread",
+    "PyEval_RestoreThread",
+    "PyFloat_AsDouble",
+    "PyErr_Occurred",
+    "PyErr_Clear",
+)
 METH_FASTCALL = 0x80
 
 words = (ctypes.c_int64 * (MODE_KEYS + len(MODES) + 1))()
@@ -79,8 +89,7 @@ def install(address: Callable[[str], int]) -> bool:
     """Make ``functions`` of compiled code; False where CPython or torch is not as it needs."""
     if sysconfig.get_config_var("Py_GIL_DISABLED") or not all(symbols().values()) or not _fill():
         return False
-    make = ctypes.pythonapi.PyCMethod_New
-    make.restype, make.argtypes = ctypes.py_object, [ctypes.c_void_p] * 4
+    make = ctypes.PYFUNCTYPE(ctypes.py_object, *[ctypes.c_void_p] * 4)(("PyCMethod_New", ctypes.pythonapi))
     for name in NAMES:
         method = Method(name.encode(), address(entry_name(name)), METH_FASTCALL, None)
         _kept.append(method)
@@ -101,13 +110,13 @@ def _cpython(name: str) -> int:
 def _fill() -> bool:
     """Set the words; False where one of them cannot be found."""
     at = torch_layout.tensor_offset()
+    modes = [torch_layout.parsed_dispatch_key(name) for name in MODES]
     keys = torch_layout.plain_keys()[1], torch_layout.inference_keys()
-    if at == 0 or 0 in keys:
+    if at == 0 or 0 in keys or 0 in modes:
         return False
     words[TENSOR], words[PARAMETER] = id(torch.Tensor), id(torch.nn.Parameter)
     words[TENSOR_AT], (words[PLAIN_KEYS], words[INFERENCE_KEYS]) = at, keys
     words[NOTHING], words[FLOAT], words[INT] = id(None), id(float), id(int)
     words[AUTOCAST_KEY] = torch_layout.dispatch_key("AutocastCPU")
-    known = [torch_layout.dispatch_key(name) for name in MODES if hasattr(torch._C.DispatchKey, name)]
-    words[MODE_KEYS : MODE_KEYS + len(known)] = known
+    words[MODE_KEYS : MODE_KEYS + len(MODES)] = modes
     return True

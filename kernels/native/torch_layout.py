@@ -138,6 +138,14 @@ def dispatch_key(name: str) -> int:
     return int(getattr(keys, name))
 
 
+def parsed_dispatch_key(name: str) -> int:
+    """``dispatch_key``, of those too that Python's enumeration leaves out; 0 where torch has none of the name."""
+    try:
+        return int(torch._C._dispatch_key_parse(name))  # type: ignore[attr-defined]  # torch's stubs leave it out
+    except (AttributeError, RuntimeError):
+        return 0
+
+
 def cpp_object(wrapped: object) -> int:
     """Address of the C++ object in an object of pybind11's."""
     return ctypes.c_int64.from_address(id(wrapped) + PYBIND_VALUE * ctypes.sizeof(ctypes.c_void_p)).value
