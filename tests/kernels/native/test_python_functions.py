@@ -22,7 +22,9 @@ from matmul_grad.kernels.native.python_functions import NAMES, functions
 from matmul_grad.testing import assert_same_bits, integers
 
 F32 = torch.float32
-DEPRECATED = pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+DEPRECATED = pytest.mark.filterwarnings(
+    *(f"ignore:`torch.jit.:{kind}" for kind in ("DeprecationWarning", "FutureWarning"))
+)
 SIZES = [
     ((3,), (3,)), ((2, 3), (3,)), ((3,), (3, 4)), ((2, 3), (3, 4)), ((2, 3), (5, 3, 4)), ((5, 2, 3), (3, 4)),
     ((5, 2, 3), (3,)), ((3,), (5, 3, 4)), ((5, 1, 2, 3), (6, 3, 4)), ((5, 6, 2, 3), (5, 6, 3, 4)),
@@ -190,6 +192,7 @@ def test_a_mode_sees_the_call(mode: Callable[[], Any]) -> None:
     assert taken(a, b) == ALL
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
 def test_the_profiler_names_the_operators() -> None:
     a, b = pair()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
