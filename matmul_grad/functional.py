@@ -90,8 +90,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
     add = _addmm if is_dynamo_compiling() else _eager_addmm
     if input.dim() == weight.dim() == 2:
         return add(bias, input, weight.t())
-    if not _is_dense(input):  # it may be copied, which reads its storage
-        fallback.require_storages(input)
+    fallback.require_storages(input, weight, bias)
     if weight.dim() != 2 or bias.dim() != 1 or input.dim() == 0:
         strict_mode.note_fallback(input, weight)
         return None
@@ -100,11 +99,6 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
         return None  # torch's function raises
     rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
     return unsafe_view(add(bias, rows, weight.t()), (*input.shape[:-1], n))
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether dimensions of it can be seen as one without a copy."""
-    return not is_dynamo_compiling() and tensor.is_contiguous()
 
 
 def _matmul(input: Tensor, other: Tensor) -> Tensor:
@@ -133,8 +127,11 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor:
 def _one_product(input: Tensor, other: Tensor) -> Tensor | None:
     """Batches that are one product as they lie in memory, in as few steps as there are; None for any others."""
     shape = input.shape
-    if len(shape) < 3 or not alike(input, other) or input.dtype not in DTYPES or not _is_dense(input):
+    if is_dynamo_compiling() or len(shape) < 3 or not input.is_contiguous():
         return None
+    if not alike(input, other) or input.dtype not in DTYPES:
+        return None
+    fallback.require_storages(input, other)
     if other.dim() == 2:
         if shape[-1] != other.shape[0]:
             return None
@@ -159,4 +156,5 @@ def _matmul_out(input: Tensor, other: Tensor, out: Tensor) -> Tensor:
     if input.dim() == other.dim() == 2:
         return mm(input, other, out=out)
     with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=
-        return copy_to(_matmul(input, other), out)
+        result = None if is_dynamo_compiling() else compiled.matmul(input, other)
+        return copy_to(_matmul(input, other) if result is None else result, out)

@@ -104,7 +104,8 @@ def uninstall() -> None:
 
 
 def _cpython(name: str) -> int:
-    return ctypes.cast(getattr(ctypes.pythonapi, name, None), ctypes.c_void_p).value or 0
+    function: Any = getattr(ctypes.pythonapi, name, None)
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _fill() -> bool:
@@ -118,5 +119,6 @@ def _fill() -> bool:
     words[TENSOR_AT], (words[PLAIN_KEYS], words[INFERENCE_KEYS]) = at, keys
     words[NOTHING], words[FLOAT], words[INT] = id(None), id(float), id(int)
     words[AUTOCAST_KEY] = torch_layout.dispatch_key("AutocastCPU")
-    words[MODE_KEYS : MODE_KEYS + len(MODES)] = modes
+    for index, key in enumerate(modes):
+        words[MODE_KEYS + index] = key
     return True

@@ -141,7 +141,8 @@ def dispatch_key(name: str) -> int:
 def parsed_dispatch_key(name: str) -> int:
     """``dispatch_key``, of those too that Python's enumeration leaves out; 0 where torch has none of the name."""
     try:
-        return int(torch._C._dispatch_key_parse(name))  # type: ignore[attr-defined]  # torch's stubs leave it out
+        key: Any = torch._C._dispatch_key_parse(name)
+        return int(key)
     except (AttributeError, RuntimeError):
         return 0
 

@@ -275,6 +275,14 @@ def test_a_freed_storage_is_not_taken() -> None:
         with pytest.raises(RuntimeError, match="not allocated"):
             getattr(matmul_grad, name)(a, b)
     assert functions.linear(a, b, None) is functions.linear(a, a, column) is None
+    a = a.expand(2, 4, 4).contiguous()
+    for weight, bias in ((b, torch.ones(())), (column, torch.ones(())), (b, torch.ones(4))):
+        with pytest.raises(RuntimeError, match="not allocated"):
+            matmul_grad.linear(a, weight, bias)
+    four, freed = a.unsqueeze(0).requires_grad_(), torch.ones(1, 2, 4, 4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="not allocated"):
+        matmul_grad.matmul(four, freed)
 
 
 @pytest.mark.parametrize("number", [True, 1j, None, "1", 2**53 + 1, 10**400, -(10**400), torch.ones(())], ids=str)
