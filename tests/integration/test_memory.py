@@ -67,7 +67,7 @@ CASES = {
         "a, w = torch.ones(64, 128, 700)[:, ::2], torch.ones(9, 700)",
         "matmul_grad.linear(a, w, w[:, 0])",
     ),
-    "transposed-layer": ("a, w = torch.ones(128, 64, 700).mT, torch.ones(9, 128)", "matmul_grad.linear(a, w)"),
+    "transposed-layer": ("a, w = torch.ones(128, 64, 700).mT, torch.ones(9, 64)", "matmul_grad.linear(a, w)"),
 }
 
 
