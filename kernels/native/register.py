@@ -10,7 +10,7 @@ import torch
 
 from ..cpu import build, compile_beside, driver, host
 from ..cpu.fork_safety import fork_safe_lock
-from . import launch_table, pending, torch_layout
+from . import launch_table, pending, python_functions, torch_layout
 from .op_table import OWN
 from .state import (
     ABI_VERSION,
@@ -78,10 +78,14 @@ def register() -> None:
     Raises Unavailable as ``symbols`` does.
     """
     with _lock:
-        loaded = load_entries("own_entries", _entries, symbols(torch_layout.MANGLED))
+        linked = symbols(torch_layout.MANGLED)
+        # What is missing stands for something that is never called.
+        more = {name: address or linked["matmul_grad_state"] for name, address in python_functions.symbols().items()}
+        loaded = load_entries("own_entries", _entries, linked | more)
         for name in (*(op.name for op in OWN), "mm_backward"):
             _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
+        python_functions.install(loaded.address)
 
 
 def compile_first_gemm_beside() -> None:
@@ -91,9 +95,9 @@ def compile_first_gemm_beside() -> None:
 
 def _entries() -> build.Kernels:
     compile_first_gemm_beside()
-    from . import call, own_entries
+    from . import broadcast, call, own_entries, python_entries
 
-    return call.KERNELS | own_entries.KERNELS
+    return call.KERNELS | broadcast.KERNELS | own_entries.KERNELS | python_entries.KERNELS
 
 
 def register_cuda(cuda_driver: Mapping[str, int]) -> None:

@@ -51,6 +51,17 @@ OVERRIDE_MANGLED = {
     # register a kernel that gets Scalars, which the stable C ABI does not carry
     "matmul_grad_library_impl": "_ZNR5torch7Library5_implEPKcONS_11CppFunctionENS_17_RegisterOrVerifyE",
 }
+# The functions of CPython in python_functions.py need these too:
+PYTHON_MANGLED = {
+    # a Python object for a tensor
+    "matmul_grad_wrap": "_Z16THPVariable_WrapRKN2at10TensorBaseE",
+    # whether a mode of torch functions, a profiler or autocast is active
+    "matmul_grad_function_mode_enabled": "_ZN2at4impl27torch_function_mode_enabledEv",
+    "matmul_grad_has_callbacks": "_ZN2at12hasCallbacksEv",
+    "matmul_grad_key_excluded": "_ZN3c104impl28tls_is_dispatch_key_excludedENS_11DispatchKeyE",
+    # of the stable C ABI
+    "matmul_grad_numel": "aoti_torch_get_numel",
+}
 
 IMPL_WORDS = 24  # of a TensorImpl that may be read: no torch known has a smaller one
 PYBIND_VALUE = 2  # which word of an object of pybind11's is the address of the C++ object
@@ -127,6 +138,15 @@ def dispatch_key(name: str) -> int:
     return int(getattr(keys, name))
 
 
+def parsed_dispatch_key(name: str) -> int:
+    """``dispatch_key``, of those too that Python's enumeration leaves out; 0 where torch has none of the name."""
+    try:
+        key: Any = torch._C._dispatch_key_parse(name)
+        return int(key)
+    except (AttributeError, RuntimeError):
+        return 0
+
+
 def cpp_object(wrapped: object) -> int:
     """Address of the C++ object in an object of pybind11's."""
     return ctypes.c_int64.from_address(id(wrapped) + PYBIND_VALUE * ctypes.sizeof(ctypes.c_void_p)).value
@@ -156,3 +176,24 @@ def plain_keys() -> tuple[int, int]:
         words = [(ctypes.c_uint64 * IMPL_WORDS).from_address(tensor._cdata)[:] for tensor in kinds]
     places = [place for place in range(IMPL_WORDS) if [found[place] for found in words] == known]
     return (places[0], known[0]) if len(places) == 1 else (0, 0)
+
+
+def inference_keys() -> int:
+    """The dispatch keys of an ordinary tensor that was made in inference mode."""
+    with without_modes(), torch.inference_mode():
+        return int(torch._C._dispatch_keys(torch.empty(1, device="cpu")).raw_repr())
+
+
+def tensor_offset() -> int:
+    """Bytes from the start of a Python object to the C++ tensor in it; 0 if unknown.
+
+    A tensor is one word, the address of its TensorImpl. Found by search in objects of both types that are ordinary.
+    """
+    with without_modes():
+        plain = torch.empty(1, device="cpu")
+        objects = [plain, torch.empty(1, device="cpu"), torch.nn.Parameter(plain)]
+    size = ctypes.sizeof(ctypes.c_void_p)
+    count = torch.Tensor.__basicsize__ // size
+    words = [(ctypes.c_uint64 * count).from_address(id(x))[:] for x in objects]
+    places = [at for at in range(count) if [found[at] for found in words] == [x._cdata for x in objects]]
+    return places[0] * size if len(places) == 1 else 0
