@@ -23,7 +23,7 @@ STABLE = (
     "torch_get_mutable_data_ptr", "aoti_torch_empty_strided", "aoti_torch_copy_", "aoti_torch_delete_tensor_object",
     "aoti_torch_is_defined", "aoti_torch_grad_mode_is_enabled", "torch_get_num_threads", "torch_call_dispatcher",
     "torch_library_impl", "aoti_torch_library_init_impl", "aoti_torch_delete_library_object", "torch_parallel_for",
-    "torch_list_get_item", "torch_delete_list", "aoti_torch_get_device_index",
+    "torch_list_get_item", "torch_delete_list", "aoti_torch_get_device_index", "aoti_torch_new_uninitialized_tensor",
 )  # fmt: skip
 
 # Functions of c10, ATen and the C++ runtime. Every compiled entry needs these:
@@ -52,6 +52,18 @@ OVERRIDE_MANGLED = {
     "matmul_grad_library_impl": "_ZNR5torch7Library5_implEPKcONS_11CppFunctionENS_17_RegisterOrVerifyE",
 }
 
+# Recording by torch's own node (graph.py) needs these, of which one that is missing leaves the Functions in Python:
+GRAPH_MANGLED = {
+    # aten::matmul with other dispatch keys than those of its tensors
+    "redispatch": "_ZN2at4_ops6matmul10redispatchEN3c1014DispatchKeySetERKNS_6TensorES6_",
+    # the hooks of saved tensors, which are Python and may raise
+    "hooks": "_ZN2at23SavedTensorDefaultHooks13get_tls_stateEv",
+    # whether autocast is on
+    "key_excluded": "_ZN3c104impl28tls_is_dispatch_key_excludedENS_11DispatchKeyE",
+}
+# Words of that result, a std::stack in a std::deque: where its first element is, and where the next one goes.
+FIRST_HOOK, NEXT_HOOK = 2, 6
+
 IMPL_WORDS = 24  # of a TensorImpl that may be read: no torch known has a smaller one
 PYBIND_VALUE = 2  # which word of an object of pybind11's is the address of the C++ object
 
@@ -78,6 +90,22 @@ class CppFunction(ctypes.Structure):
         ("length", ctypes.c_int64),
         ("characters", ctypes.c_char * 16),
     ]
+
+
+def private_backend() -> tuple[str, int]:
+    """The dispatch key of a device that nobody has, and the keys of its tensors under autograd; 0: there is none."""
+    keys: Any = torch._C.DispatchKey
+    if not hasattr(keys, "PrivateUse3") or not hasattr(keys, "AutogradPrivateUse3"):
+        return "PrivateUse3", 0
+    both = torch._C.DispatchKeySet(keys.PrivateUse3) | torch._C.DispatchKeySet(keys.AutogradPrivateUse3)
+    return "PrivateUse3", int(both.raw_repr())
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether tensors that this thread saves for backward are passed to hooks."""
+    kept = ctypes.CFUNCTYPE(ctypes.c_void_p)(address(GRAPH_MANGLED["hooks"]))()
+    words = (ctypes.c_int64 * (NEXT_HOOK + 1)).from_address(kept)
+    return words[FIRST_HOOK] != words[NEXT_HOOK]
 
 
 def const_data_ptr(tensor: torch.Tensor) -> int:
