@@ -243,7 +243,7 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
 def record_by_torch() -> None:
     """Have compiled code record products with two gradients from now on, where this torch allows: see ``graph.py``."""
     global _is_recording_tried
-    if graph.loaded_dtype() is not None:
+    if graph.can_be_tried():
         _is_recording_tried = True
         _recording.result()
 

@@ -75,6 +75,11 @@ def loaded_dtype() -> torch.dtype | None:
     return None
 
 
+def can_be_tried() -> bool:
+    """Whether the test of ``enable`` can run now: the kernels of a dtype are loaded, and nothing follows backward."""
+    return loaded_dtype() is not None and not torch_layout.is_autograd_compiled()
+
+
 def enable() -> None:
     """Record by torch's node from now on, if a test of it passes."""
     dtype = loaded_dtype()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,6 +100,12 @@ def private_backend() -> tuple[str, int]:
         return "PrivateUse3", 0
     both = torch._C.DispatchKeySet(keys.PrivateUse3) | torch._C.DispatchKeySet(keys.AutogradPrivateUse3)
     return "PrivateUse3", int(both.raw_repr())
+
+
+def is_autograd_compiled() -> bool:
+    """Whether compiled autograd traces every backward of the process."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(module, "compiled_autograd_enabled", False))
 
 
 def has_saved_tensor_hooks() -> bool:

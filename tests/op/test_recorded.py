@@ -12,6 +12,8 @@ import processes
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -276,6 +278,30 @@ def test_nothing_is_kept_of_operands_that_a_hook_refuses() -> None:
     del a, b
     gc.collect()
     assert [x() for x in gone] == [None, None]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["mm", "bmm"])
+def test_compiled_autograd_traces_the_operators_of_this_package(batch: tuple[int, ...]) -> None:
+    a, b, grad = leaves(*batch)
+    c = (matmul_grad.bmm if batch else matmul_grad.mm)(a, b)
+    assert is_recorded(c)
+    seen: list[str] = []
+
+    def compiler(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+        return torch.compile(graph, backend=aot_autograd(fw_compiler=note))
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes if "matmul" in str(node.target))
+        return graph
+
+    with compiled_autograd._enable(compiler):
+        c.backward(grad)
+    assert seen == ["matmul_grad.bmm.default" if batch else "matmul_grad.mm.default"] * 2
+    assert_same_bits(a.grad, exact_product(grad, b.detach().mT))
+    assert_same_bits(b.grad, exact_product(a.detach().mT, grad))
 
 
 def test_transforms_do_not_meet_the_node() -> None:
