@@ -240,10 +240,10 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
     )
 
 
-def record_by_torch() -> None:
-    """Have compiled code record products with two gradients from now on, where this torch allows: see ``graph.py``."""
+def record_by_torch(result: Tensor) -> None:
+    """After a product on CPU, have compiled code record the next ones, where this torch allows: see ``graph.py``."""
     global _is_recording_tried
-    if graph.can_be_tried():
+    if result.device.type == "cpu" and not native_status() and graph.can_be_tried():
         _is_recording_tried = True
         _recording.result()
 
@@ -278,8 +278,8 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
         if not recorded and not may_have_tangents():
             return forward_only(self, mat2)
         result = with_graph(_record, self, mat2)
-        if not _is_recording_tried and self.device.type == "cpu" and not native_status():
-            record_by_torch()
+        if not _is_recording_tried:
+            record_by_torch(result)
         return result
 
     def addition_autograd(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
@@ -291,9 +291,12 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
         if self.device.type == "cpu":
             native_status()
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat1.requires_grad or mat2.requires_grad)
-        if recorded or may_have_tangents():
-            return with_graph(_record_addition, self, mat1, mat2, beta, alpha)
-        return addition_forward_only(self, mat1, mat2, beta, alpha)
+        if not recorded and not may_have_tangents():
+            return addition_forward_only(self, mat1, mat2, beta, alpha)
+        result = with_graph(_record_addition, self, mat1, mat2, beta, alpha)
+        if not _is_recording_tried:
+            record_by_torch(result)
+        return result
 
     return addition_autograd if "add" in name else product_autograd
 
@@ -335,8 +338,9 @@ for name in SCHEMAS:
     kernel = make_autograd_kernel(name)
     library.impl(name, kernel, "Autograd")
     by_compiled_code(f"_{name}_in_python", SCHEMAS[name], kernel, "CompositeImplicitAutograd")
-library.define(f"_mm_recorded{SCHEMAS['mm']}")
-library.impl("_mm_recorded", make_autograd_kernel("mm"), "CompositeImplicitAutograd")
+for name in ("mm", "addmm"):  # for the test of what compiled code records
+    library.define(f"_{name}_recorded{SCHEMAS[name]}")
+    library.impl(f"_{name}_recorded", make_autograd_kernel(name), "CompositeImplicitAutograd")
 library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")
 for batched in ("FuncTorchBatched", "Batched"):  # a composite still under vmap, where the CPU has its own kernel
     library.impl("mm_backward", mm_backward, batched)

@@ -16,7 +16,19 @@ import torch
 from torch import Tensor
 
 from . import torch_layout
-from .state import AUTOCAST_KEY, DTYPE_CODES, GEMMS, HOOKS, INTERRUPTED, KEY_EXCLUDED, RECORD, RECORD_KEYS, REDISPATCH
+from .state import (
+    ADD,
+    AUTOCAST_KEY,
+    DTYPE_CODES,
+    GEMMS,
+    HOOKS,
+    INTERRUPTED,
+    KEY_EXCLUDED,
+    RECORD,
+    RECORD_KEYS,
+    REDISPATCH,
+    SCALE,
+)
 from .state import words as state
 
 DEVICE, _KEYS = torch_layout.private_backend()
@@ -26,6 +38,7 @@ ENTRIES = {
     ("aten", "matmul_backward", "CPU"): "matmul_grad_matmul_backward",
     ("aten", "matmul_backward", "AutogradCPU"): "matmul_grad_matmul_backward_autograd",
     ("matmul_grad", "_mm_recorded", "AutogradCPU"): "matmul_grad_mm_recorded_autograd",
+    ("matmul_grad", "_addmm_recorded", "AutogradCPU"): "matmul_grad_addmm_recorded_autograd",
 }
 VMAP = ("FuncTorchBatched", "Batched")  # keys for which ``matmul_backward`` is registered in Python
 
@@ -57,6 +70,7 @@ def _prepare() -> str:
     if taken:
         return f"{taken[0][0]} has a kernel for {taken[0][1]}"
     state[RECORD_KEYS], state[REDISPATCH], state[HOOKS] = _KEYS, found["redispatch"], found["hooks"]
+    state[ADD], state[SCALE] = found["add_"], torch_layout.one()
     state[KEY_EXCLUDED], state[AUTOCAST_KEY] = found["key_excluded"], torch_layout.dispatch_key("AutocastCPU")
     return ""
 
@@ -138,6 +152,12 @@ def _try_products(dtype: torch.dtype) -> None:
     _equal(second, [[4, 6, 8, 10]] * 3, "a second derivative")
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         _same(_is_recorded(_mm(a, b)), False, "hooks are passed by")
+    added = torch.arange(4, dtype=dtype, device="cpu").requires_grad_()
+    sum = torch.ops.matmul_grad._addmm_recorded.default(added, a, b)
+    _same(type(sum.grad_fn).__name__, "AddBackward0", f"the node of addmm is {sum.grad_fn}")
+    _equal(sum, [[20, 24, 28, 32], [56, 69, 82, 95]], "the sum")
+    for found, right in zip(torch.autograd.grad(sum, (added, a), grad), ([4, 6, 8, 10], dgrad), strict=True):
+        _equal(found, right, "a gradient of the sum")
     with torch.no_grad():
         _same(_mm(a, b).grad_fn, None, "no_grad() records")
 

@@ -74,7 +74,7 @@ ENTRY_SIGNATURE = types.void(INT64, INT64, INT64)
 OWN_SIGNATURE = INT64(INT64, INT64, INT64)
 
 linked_own = types.ExternalFunction("matmul_grad_own", OWN_SIGNATURE)
-linked_record = types.ExternalFunction("matmul_grad_record", INT64(INT64, INT64))
+linked_record = types.ExternalFunction("matmul_grad_record", OWN_SIGNATURE)
 linked_backward = types.ExternalFunction("matmul_grad_mm_backward", ENTRY_SIGNATURE)
 call_gemm = call_address(3)
 args_words = stack_words(GEMM_ARGS)
@@ -179,7 +179,7 @@ def make_autograd_entry(op: Op) -> Callable:
     def entry(stack, inputs, outputs):
         if is_direct(stack, tensors, get(state(), PLAIN_KEYS)):
             linked(stack, inputs, outputs)
-        elif has_addend != 0 or get(state(), RECORD) == 0 or linked_record(stack, kind) == 0:
+        elif get(state(), RECORD) == 0 or linked_record(stack, kind, has_addend) == 0:
             forward_to(stack, in_python())
 
     return entry

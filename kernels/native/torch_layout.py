@@ -59,11 +59,15 @@ GRAPH_MANGLED = {
     "redispatch": "_ZN2at4_ops6matmul10redispatchEN3c1014DispatchKeySetERKNS_6TensorES6_",
     # the hooks of saved tensors, which are Python and may raise
     "hooks": "_ZN2at23SavedTensorDefaultHooks13get_tls_stateEv",
+    # the in-place addition, and the number of a tensor, as an object for it
+    "add_": "_ZN2at4_ops11add__Tensor4callERNS_6TensorERKS2_RKN3c106ScalarE",
+    "item": "_ZN2at4_ops19_local_scalar_dense4callERKNS_6TensorE",
     # whether autocast is on
     "key_excluded": "_ZN3c104impl28tls_is_dispatch_key_excludedENS_11DispatchKeyE",
 }
 # Words of that result, a std::stack in a std::deque: where its first element is, and where the next one goes.
 FIRST_HOOK, NEXT_HOOK = 2, 6
+SCALAR_BYTES = 256  # more than a c10::Scalar of any torch
 
 IMPL_WORDS = 24  # of a TensorImpl that may be read: no torch known has a smaller one
 PYBIND_VALUE = 2  # which word of an object of pybind11's is the address of the C++ object
@@ -100,6 +104,21 @@ def private_backend() -> tuple[str, int]:
         return "PrivateUse3", 0
     both = torch._C.DispatchKeySet(keys.PrivateUse3) | torch._C.DispatchKeySet(keys.AutogradPrivateUse3)
     return "PrivateUse3", int(both.raw_repr())
+
+
+@functools.cache
+def one() -> int:
+    """Address of a 1 as a C++ function takes a number, which lives as long as the process."""
+    with without_modes():
+        tensor = torch.ones((), dtype=torch.float64, device="cpu")
+        number, handle = ctypes.create_string_buffer(SCALAR_BYTES), ctypes.c_int64(tensor._cdata)
+        item = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(address(GRAPH_MANGLED["item"]))
+        item(ctypes.addressof(number), ctypes.addressof(handle))
+    _numbers.append(number)
+    return ctypes.addressof(number)
+
+
+_numbers: list[object] = []
 
 
 def is_autograd_compiled() -> bool:

@@ -75,6 +75,61 @@ def test_both_gradients_are_exact(batch: tuple[int, ...], dtype: torch.dtype) ->
     assert_same_bits(b.grad, exact_product(a.detach().mT, grad))
 
 
+SHAPES: list[tuple[int, ...]] = [(2,), (1,), (3, 2), (1, 2), (3, 1), ()]
+
+
+@pytest.mark.parametrize("needs", [True, False], ids=["needs", "constant"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_addmm_has_the_gradients_of_torch(shape: tuple[int, ...], needs: bool) -> None:
+    a, b, grad = leaves()
+    added = integers(1, 6, DOUBLE, seed=9)[0, : torch.Size(shape).numel()].view(shape).clone().requires_grad_(needs)
+    c, expected = (function(added, a, b) for function in (matmul_grad.addmm, torch.addmm))
+    assert (type(c.grad_fn).__name__ == "AddBackward0") == (shape in ((2,), (3, 2)))
+    assert_same_bits(c.detach(), expected.detach())
+    inputs = (a, b, added) if needs else (a, b)
+    for ours, theirs in zip(
+        torch.autograd.grad(c, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
+        assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m,n,k", [(3, 2, 4), (17, 33, 129), (64, 64, 64), (300, 120, 7)])
+def test_addmm_has_the_bits_of_the_epilogue(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    a, b = normal(m, k, dtype, 1), normal(k, n, dtype, 2)
+    added = normal(1, n, dtype, 3)[0]
+    matmul_grad.mm(a, b)
+    expected = matmul_grad.addmm(added, a, b)
+    c = matmul_grad.addmm(added, a.requires_grad_(), b.requires_grad_())
+    assert (type(c.grad_fn).__name__ == "AddBackward0") == (dtype != torch.bfloat16 and m * n <= 1 << 15)
+    assert_same_bits(c.detach(), expected)
+
+
+def test_other_addmms_are_recorded_by_functions() -> None:
+    a, b, _ = leaves()
+    added = torch.ones(2, dtype=DOUBLE, requires_grad=True)
+
+    def node(*operands: Tensor, **scales: float) -> str:
+        return type(matmul_grad.addmm(*operands, **scales).grad_fn).__name__
+
+    assert node(added, a, b) == "AddBackward0"
+    assert node(added, a, b, beta=2) == node(added, a, b, alpha=0.5) == "AddmmBackward"
+    assert node(torch._neg_view(added), a, b) == node(added, a, b.detach()) == "AddmmBackward"
+    with forward_ad.dual_level():
+        assert node(forward_ad.make_dual(added, torch.ones_like(added)), a, b) == "AddmmBackward"
+    for wrong in (torch.ones(3, dtype=DOUBLE), torch.ones(1, 3, 2, dtype=DOUBLE)):
+        messages = []
+        for addmm in (matmul_grad.addmm, torch.addmm):
+            with pytest.raises(RuntimeError) as raised:
+                addmm(wrong, a, b)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
+    freed = torch.ones(2, dtype=DOUBLE)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="data is not allocated"):
+        matmul_grad.addmm(freed, a, b)
+
+
 @pytest.mark.parametrize("m,n,k", [(1, 1, 1), (70, 65, 129), (1, 300, 7), (33, 1, 500)])
 def test_same_bits_as_recorded_by_functions(m: int, n: int, k: int) -> None:
     a, b = normal(m, k, torch.float32, 1).requires_grad_(), normal(k, n, torch.float32, 2).requires_grad_()
@@ -145,6 +200,13 @@ def test_modes_of_backward_see_the_operators_of_this_package() -> None:
     with FlopCounterMode(display=False) as flops:
         matmul_grad.mm(a, b).backward(grad)
     assert flops.get_total_flops() == 3 * 2 * 3 * 4 * 2
+
+
+def test_derivatives_of_addmm_numerically() -> None:
+    pair = normal(3, 4, DOUBLE, 1).requires_grad_(), normal(4, 2, DOUBLE, 2).requires_grad_()
+    added = normal(1, 2, DOUBLE, 3)[0].clone().requires_grad_()
+    assert gradcheck(matmul_grad.addmm, (added, *pair), check_batched_grad=True, check_undefined_grad=True)
+    assert gradgradcheck(matmul_grad.addmm, (added, *pair), check_fwd_over_rev=True)
 
 
 def test_derivatives_numerically() -> None:
@@ -259,10 +321,12 @@ def test_nothing_is_kept_after_a_step() -> None:
     gone = []
     for early_stop in (None, True):
         a, b, grad = leaves()
+        added = torch.ones(2, dtype=DOUBLE, requires_grad=True)
         c = matmul_grad.mm(a, b) if early_stop is None else checkpoint(matmul_grad.mm, a, b, use_reentrant=False)
-        gone += [weakref.ref(x.untyped_storage()) for x in (a, b, c, grad)]
-        c.backward(grad)
-        del a, b, c, grad
+        d = matmul_grad.addmm(added, a, b)
+        gone += [weakref.ref(x.untyped_storage()) for x in (a, b, c, d, added, grad)]
+        (c + d).backward(grad)
+        del a, b, c, d, added, grad
     gc.collect()
     assert [x() for x in gone] == [None] * len(gone)
 
