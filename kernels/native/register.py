@@ -10,7 +10,7 @@ import torch
 
 from ..cpu import build, compile_beside, driver, host
 from ..cpu.fork_safety import fork_safe_lock
-from . import launch_table, pending, python_functions, torch_layout
+from . import graph, launch_table, pending, python_functions, torch_layout
 from .op_table import OWN
 from .state import (
     ABI_VERSION,
@@ -85,6 +85,9 @@ def register() -> None:
         for name in (*(op.name for op in OWN), "mm_backward"):
             _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
+        if graph.prepare():
+            for (namespace, name, key), entry in graph.ENTRIES.items():
+                _implement(name, key, loaded.address(entry), namespace)
         python_functions.install(loaded.address)
 
 
@@ -95,9 +98,10 @@ def compile_first_gemm_beside() -> None:
 
 def _entries() -> build.Kernels:
     compile_first_gemm_beside()
-    from . import broadcast, call, own_entries, python_entries
+    from . import broadcast, call, graph_entries, own_entries, python_entries
 
-    return call.KERNELS | broadcast.KERNELS | own_entries.KERNELS | python_entries.KERNELS
+    own = own_entries.KERNELS | graph_entries.KERNELS
+    return call.KERNELS | broadcast.KERNELS | own | python_entries.KERNELS
 
 
 def register_cuda(cuda_driver: Mapping[str, int]) -> None:
@@ -147,11 +151,11 @@ def _fill_state() -> None:
         state[GEMMS + code] = NOT_LOADED
 
 
-def _implement(name: str, key: str, entry: int) -> None:
+def _implement(name: str, key: str, entry: int, namespace: str = "matmul_grad") -> None:
     library = ctypes.c_void_p()
     functions = torch_layout.libtorch()
     init: Callable = functions.aoti_torch_library_init_impl
-    strings = b"matmul_grad", key.encode(), b"matmul_grad", name.encode()
+    strings = namespace.encode(), key.encode(), b"matmul_grad", name.encode()
     _kept.extend(strings)
     failed = init(strings[0], strings[1], strings[2], 0, ctypes.byref(library))
     version = ctypes.c_uint64(state[ABI_VERSION])

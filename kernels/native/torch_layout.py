@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ STABLE = (
     "torch_get_mutable_data_ptr", "aoti_torch_empty_strided", "aoti_torch_copy_", "aoti_torch_delete_tensor_object",
     "aoti_torch_is_defined", "aoti_torch_grad_mode_is_enabled", "torch_get_num_threads", "torch_call_dispatcher",
     "torch_library_impl", "aoti_torch_library_init_impl", "aoti_torch_delete_library_object", "torch_parallel_for",
-    "torch_list_get_item", "torch_delete_list", "aoti_torch_get_device_index",
+    "torch_list_get_item", "torch_delete_list", "aoti_torch_get_device_index", "aoti_torch_new_uninitialized_tensor",
 )  # fmt: skip
 
 # Functions of c10, ATen and the C++ runtime. Every compiled entry needs these:
@@ -63,6 +64,22 @@ PYTHON_MANGLED = {
     "matmul_grad_numel": "aoti_torch_get_numel",
 }
 
+# Recording by torch's own node (graph.py) needs these, of which one that is missing leaves the Functions in Python:
+GRAPH_MANGLED = {
+    # aten::matmul with other dispatch keys than those of its tensors
+    "redispatch": "_ZN2at4_ops6matmul10redispatchEN3c1014DispatchKeySetERKNS_6TensorES6_",
+    # the hooks of saved tensors, which are Python and may raise
+    "hooks": "_ZN2at23SavedTensorDefaultHooks13get_tls_stateEv",
+    # the in-place addition, and the number of a tensor, as an object for it
+    "add_": "_ZN2at4_ops11add__Tensor4callERNS_6TensorERKS2_RKN3c106ScalarE",
+    "item": "_ZN2at4_ops19_local_scalar_dense4callERKNS_6TensorE",
+    # whether autocast is on
+    "key_excluded": "_ZN3c104impl28tls_is_dispatch_key_excludedENS_11DispatchKeyE",
+}
+# Words of that result, a std::stack in a std::deque: where its first element is, and where the next one goes.
+FIRST_HOOK, NEXT_HOOK = 2, 6
+SCALAR_BYTES = 256  # more than a c10::Scalar of any torch
+
 IMPL_WORDS = 24  # of a TensorImpl that may be read: no torch known has a smaller one
 PYBIND_VALUE = 2  # which word of an object of pybind11's is the address of the C++ object
 
@@ -89,6 +106,43 @@ class CppFunction(ctypes.Structure):
         ("length", ctypes.c_int64),
         ("characters", ctypes.c_char * 16),
     ]
+
+
+def private_backend() -> tuple[str, int]:
+    """The dispatch key of a device that nobody has, and the keys of its tensors under autograd; 0: there is none."""
+    keys: Any = torch._C.DispatchKey
+    if not hasattr(keys, "PrivateUse3") or not hasattr(keys, "AutogradPrivateUse3"):
+        return "PrivateUse3", 0
+    both = torch._C.DispatchKeySet(keys.PrivateUse3) | torch._C.DispatchKeySet(keys.AutogradPrivateUse3)
+    return "PrivateUse3", int(both.raw_repr())
+
+
+@functools.cache
+def one() -> int:
+    """Address of a 1 as a C++ function takes a number, which lives as long as the process."""
+    with without_modes():
+        tensor = torch.ones((), dtype=torch.float64, device="cpu")
+        number, handle = ctypes.create_string_buffer(SCALAR_BYTES), ctypes.c_int64(tensor._cdata)
+        item = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(address(GRAPH_MANGLED["item"]))
+        item(ctypes.addressof(number), ctypes.addressof(handle))
+    _numbers.append(number)
+    return ctypes.addressof(number)
+
+
+_numbers: list[object] = []
+
+
+def is_autograd_compiled() -> bool:
+    """Whether compiled autograd traces every backward of the process."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(module, "compiled_autograd_enabled", False))
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether tensors that this thread saves for backward are passed to hooks."""
+    kept = ctypes.CFUNCTYPE(ctypes.c_void_p)(address(GRAPH_MANGLED["hooks"]))()
+    words = (ctypes.c_int64 * (NEXT_HOOK + 1)).from_address(kept)
+    return words[FIRST_HOOK] != words[NEXT_HOOK]
 
 
 def const_data_ptr(tensor: torch.Tensor) -> int:
