@@ -88,9 +88,9 @@ FP8_TMA_TILES = (
 
 # By the layout of the matrix: a program's threads lie along the dimension that is adjacent in memory.
 VECTOR_TILES = {
-    "N": TileConfig(16, 1, 256, stages=2, warps=4, path="vector"),
-    "T": TileConfig(128, 1, 32, stages=2, warps=4, path="vector"),
-    "S": TileConfig(64, 1, 64, stages=2, warps=4, path="vector"),
+    "N": TileConfig(16, 1, 256, stages=3, warps=4, path="vector"),
+    "T": TileConfig(128, 1, 32, stages=3, warps=4, path="vector"),
+    "S": TileConfig(64, 1, 64, stages=3, warps=4, path="vector"),
 }
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 

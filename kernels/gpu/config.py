@@ -172,7 +172,8 @@ def shared_bytes(config: TileConfig, problem: Problem, target: Target) -> int:
     if problem.precision != "ieee" and target.arch >= 90:
         operands += (config.block_m + config.block_n) * config.block_k * item
     if config.path == "vector":
-        return 4 * max(4, item) * config.block_m * config.warps + BARRIER_BYTES
+        ahead = (config.stages - 1) * (config.block_m + 1) * config.block_k * item
+        return ahead + 4 * max(4, item) * config.block_m * config.warps + BARRIER_BYTES
     if config.path == "tma":
         return operands + result // config.subtiles + BARRIER_BYTES
     return max(operands, result) + BARRIER_BYTES

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from .arguments import Matrix
 from .epilogue import SCALARS, tile_epilogue
-from .tiles import IMPRECISE, in_batch, round_to_tf32, scale_8_bits, split_k_range, tile_coords
+from .tiles import IMPRECISE, round_to_tf32, scale_8_bits, split_k_range, tile_coords
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALARS)
@@ -83,7 +84,9 @@ def gemm(
 
     acc = scale_8_bits(acc, scales)
     scalars = (alpha_low, alpha_high, beta_low, beta_high)
-    acc = tile_epilogue(acc, in_batch(source, part), row0, col0, m, n, scalars)
+    if source.ptr is not None:  # no function: before Triton 3.7 one can return no tuple that holds None
+        source = Matrix(source.ptr + part * source.batch, source.row, source.col, source.batch)
+    acc = tile_epilogue(acc, source, row0, col0, m, n, scalars)
     c_base = ptrs.c + part * strides.c.batch + row0 * strides.c.row + col0 * strides.c.col
     c_offset = row[:, None] * strides.c.row + col[None, :] * strides.c.col
     tl.store(c_base + c_offset, acc.to(ptrs.c.dtype.element_ty), mask=in_rows & in_cols)

@@ -227,11 +227,13 @@ def programs(items: int, problem: Problem, config: TileConfig, target: Target) -
 def is_flattened(problem: Problem, config: TileConfig, target: Target, source: Matrix) -> bool:
     """Whether the loops over tiles and over k become one.
 
-    Not where a program has one tile, nor where k is split, since the steps then differ from tile to tile. Nor with a
-    matrix to add: its loads would be in the loop, and the kernel needs more shared memory than there is.
+    Not where a program has one tile, nor where k is split, since the steps then differ from tile to tile. Nor where
+    what is loaded for the epilogue takes more shared memory in the loop: a matrix to add, on sm_100 also a row of it, and
+    the scales of 8-bit operands.
     """
-    is_matrix = source.row is not None and source.col is not None
-    return config.split_k == 1 and not is_matrix and resident_blocks(config, problem, target) == 1
+    is_plain = source.ptr is None or (target.arch < 100 and None in (source.row, source.col))
+    whole = config.split_k == 1 and kind(problem) == "half"
+    return whole and is_plain and resident_blocks(config, problem, target) == 1
 
 
 def _matvec(
@@ -267,6 +269,7 @@ def _matvec(
             "BLOCK_M": bm,
             "BLOCK_K": bk,
             "SPLIT_K": config.split_k,
+            "STAGES": config.stages,
             "WIDE": wide,
             "NAME": with_suffix(kernel_name(problem, config), epilogue),
         },

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from .arguments import Matrix
-
 # So many 8-bit products may the matrix unit of sm_90 add in 14 bits; torch's use_fast_accum=False promises no less.
 IMPRECISE = tl.constexpr(128)
 
@@ -95,14 +93,6 @@ def accumulate_tile(
             b = b.to(tl.float32)
         acc = tl.dot(a, b, acc, max_num_imprecise_acc=IMPRECISE)
     return acc
-
-
-@triton.jit
-def in_batch(matrix, batch):
-    """The matrix of a batch; no matrix stays none."""
-    if matrix.ptr is not None:
-        matrix = Matrix(matrix.ptr + tl.cast(batch, tl.int64) * matrix.batch, matrix.row, matrix.col, matrix.batch)
-    return matrix
 
 
 @triton.jit

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
+from .arguments import Matrix
 from .epilogue import SCALARS, tile_epilogue, tile_epilogue_and_store
-from .tiles import IMPRECISE, accumulate_tile, in_batch, scale_8_bits, split_k_range, store_block, tile_coords
+from .tiles import IMPRECISE, accumulate_tile, scale_8_bits, split_k_range, store_block, tile_coords
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALARS)
@@ -53,9 +54,12 @@ def gemm_tma(
             BLOCK_M, BLOCK_N, BLOCK_K, A_TRANSPOSED, B_TRANSPOSED, BATCHED, UPCAST, MAX_IMPRECISE,
         )  # fmt: skip
         acc = scale_8_bits(acc, scales)
-        added = in_batch(source, batch)
+        added = source
+        if source.ptr is not None:
+            added = Matrix(source.ptr + batch.to(tl.int64) * source.batch, source.row, source.col, source.batch)
         if c_desc is not None:
             acc = tile_epilogue(acc, added, row0, col0, m, n, scalars)
             store_block(acc, c_desc, batch, row0, col0, SUBTILES, BATCHED)
         else:
-            tile_epilogue_and_store(acc, added, in_batch(c, part), row0, col0, m, n, scalars)
+            c_part = Matrix(c.ptr + part.to(tl.int64) * c.batch, c.row, c.col, c.batch)
+            tile_epilogue_and_store(acc, added, c_part, row0, col0, m, n, scalars)

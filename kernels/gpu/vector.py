@@ -10,7 +10,8 @@ from .tiles import split_k_range
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALARS)
 def matvec(
     ptrs, rows, k, strides, source, alpha_low, alpha_high, beta_low, beta_high,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, WIDE: tl.constexpr, NAME: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """y[i] = sum over t < k of A[i, t] * x[t], BLOCK_M rows and one split of k a program.
 
@@ -36,7 +37,7 @@ def matvec(
     x_base = ptrs.b + first.to(tl.int64) * BLOCK_K * strides.x
     offset = row[:, None] * strides.row + depth[None, :] * strides.col
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
-    for step in range(first, last):
+    for step in tl.range(first, last, num_stages=STAGES):  # the option alone pipelines loops that have a tl.dot
         in_depth = depth < k - step * BLOCK_K
         a = tl.load(a_base + offset, mask=in_rows[:, None] & in_depth[None, :], other=0.0).to(ACC)
         x = tl.load(x_base + depth * strides.x, mask=in_depth, other=0.0).to(ACC)

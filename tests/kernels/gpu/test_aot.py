@@ -265,6 +265,16 @@ def test_epilogue_is_one_multiply_add_and_float64_keeps_its_scalars(dtype: str, 
     assert found == [[False, False, False, not rounds], [True, False, rounds, True]]
 
 
+@pytest.mark.parametrize("letter", ["N", "T"])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_matvec_loads_the_matrix_ahead_of_the_sum(arch: int, letter: str) -> None:
+    """As copies into shared memory, of the first steps before the loop, and in the loop of a step to come."""
+    problem = replace(problem_of("bfloat16", "ieee", letter + "N"), n=1)
+    (case,) = cases_of(arch, problem, VECTOR_TILES[letter])
+    copies = compiled(case).ttgir.count("ttg.async_copy_global_to_local")
+    assert copies == case.tile.stages
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_sums_of_rests_that_are_nan_are_dropped(arch: int) -> None:
     """Else Inf would be NaN in three TF32 products: Inf - Inf is the rest of an operand."""

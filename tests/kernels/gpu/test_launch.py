@@ -35,3 +35,19 @@ def test_cpu_tensors_raise_without_the_interpreter() -> None:
     assert not launch.supports(x)
     with pytest.raises(ValueError, match="both operands must be on one GPU"):
         launch.mm(x, x)
+
+
+def test_launch_that_reads_padded_copies_has_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record holds the addresses of the operands themselves."""
+    from matmul_grad import cuda
+    from matmul_grad.kernels.gpu import launch
+
+    made: list[bool] = []
+    x = torch.ones(2, 2)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cuda, "encoded", lambda *_: made.append(True))
+    for padded in ((False, False), (True, False), (False, True)):
+        kept = launch.Launch((), (2, 2), padded=padded)
+        monkeypatch.setattr(launch, "launch_of", lambda *_, kept=kept: kept)
+        cuda.offer(x, x, x)
+    assert made == [True]

@@ -27,7 +27,7 @@ from matmul_grad.kernels.gpu.reduce import reduce
 from matmul_grad.kernels.gpu.tma import gemm_tma
 from matmul_grad.kernels.gpu.vector import matvec
 
-# Of CUDA: programs of a grid along x, and along y and z; registers of a block, of which no thread has more than 255.
+# Of CUDA: programs of a grid along x; registers of a block, of which no thread has more than 255.
 MOST_ALONG_X, REGISTERS = 2**31 - 1, 65536
 
 KERNELS = (gemm, gemm_tma, matvec, reduce, backward_tma)
