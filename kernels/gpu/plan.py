@@ -228,8 +228,8 @@ def is_flattened(problem: Problem, config: TileConfig, target: Target, source: M
     """Whether the loops over tiles and over k become one.
 
     Not where a program has one tile, nor where k is split, since the steps then differ from tile to tile. Nor where
-    what is loaded for the epilogue takes more shared memory in the loop: a matrix to add, on sm_100 also a row of it, and
-    the scales of 8-bit operands.
+    what the epilogue loads takes more shared memory in the loop: a matrix to add, or on sm_100 the scales of 8-bit
+    operands. A row to add on sm_100, and 8-bit operands elsewhere, are left out with them.
     """
     is_plain = source.ptr is None or (target.arch < 100 and None in (source.row, source.col))
     whole = config.split_k == 1 and kind(problem) == "half"

@@ -9,7 +9,7 @@ import aot
 import pytest
 
 from matmul_grad.kernels.gpu.arguments import Strides
-from matmul_grad.kernels.gpu.choose import TMA_TILES
+from matmul_grad.kernels.gpu.choose import FP8_TMA_TILES, TMA_TILES
 from matmul_grad.kernels.gpu.config import RESERVED_BYTES, Problem, TileConfig, is_valid, resident_blocks
 from matmul_grad.kernels.gpu.epilogue import Epilogue
 from matmul_grad.kernels.gpu.gemm import gemm
@@ -110,6 +110,11 @@ def test_what_is_flattened_and_how_many_programs_there_are() -> None:
     target = aot.target_of(90)
     assert [plan_of(tile, "NN", 90).constants["FLATTEN"] for tile in (large, small)] == [True, False]
     assert not plan_of(large, "NN", 90, Strides(N, 1)).constants["FLATTEN"]
+    assert not plan_of(large, "NN", 100, Strides(0, 1)).constants["FLATTEN"]
+    eight = replace(problem_of("NT"), dtype="float8_e4m3fn", result="bfloat16"), FP8_TMA_TILES[1]
+    assert is_valid(eight[1], eight[0], target) and resident_blocks(eight[1], eight[0], target) == 1
+    (plan,) = plans(*eight, target, (STRIDES["N"], STRIDES["T"], STRIDES["N"]), store_tma=True)
+    assert not plan.constants["FLATTEN"]
     split = replace(large, split_k=4), replace(problem_of("NN"), m=512)
     assert is_valid(*split, target)
     assert not plans(split[1], split[0], target, (STRIDES["N"],) * 3)[0].constants["FLATTEN"]
