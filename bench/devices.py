@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import subprocess
@@ -65,17 +64,6 @@ class Cpu:
     def tidy(self) -> None:
         pass
 
-    def allocated(self) -> int:
-        """Bytes that this process has in memory."""
-        return status("VmRSS")
-
-    def peak(self, call: Any) -> int:
-        """The most that it had during the call."""
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        call()
-        return status("VmHWM")
-
     def facts(self) -> dict[str, str]:
         """Clocks and load at this moment; the rest is `machine.describe`."""
         clocks = [
@@ -107,6 +95,15 @@ def status(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) << 10
     return 0
+
+
+def reset_peak() -> bool:
+    """From here on VmHWM is the peak from here on; False where the system does not do that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 class Gpu:

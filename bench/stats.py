@@ -15,6 +15,7 @@ Row = dict[str, Any]
 LONG_SUM, LENGTHS = 512, 2
 FLOATS = ("f32", "f64")
 NONE = "–"
+IN_HEAP = 256 << 10  # bytes of a result that may lie in memory which any process has
 
 
 class Spread(NamedTuple):
@@ -72,6 +73,13 @@ def rate(row: Row, name: str) -> float | None:
     """GFLOP/s."""
     found = seconds(row, name)
     return None if found is None else row["flops"] / found / 1e9
+
+
+def extra_bytes(row: Row, name: str) -> int | None:
+    """What a call takes beside its result, at its peak; None where it was not measured, or is less than the result:
+    in older files the process had freed memory before, and used it again."""
+    peak, result = row.get("peak bytes", {}).get(name), workloads.of_row(row).given
+    return None if peak is None or peak < result - IN_HEAP else max(0, peak - result)
 
 
 def intensity(row: Row) -> float:

@@ -22,8 +22,8 @@ DTYPES = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float1
 ISAS = {"avx512": "AVX-512", "avx2": "AVX2"}
 THREADS = (1, 2)
 HEAD = (
-    "dtype", "instruction set", "against", "1 thread: mean", "worst", "2 threads: mean", "worst", "memory of a call",
-    "machine", "date",
+    "dtype", "instruction set", "against", "1 thread: mean", "worst", "2 threads: mean", "worst",
+    "memory beside the result", "machine", "date",
 )  # fmt: skip
 MISSING = "–"
 MIB = 1 << 20
@@ -78,13 +78,14 @@ def worst(rows: Sequence[Row]) -> str:
 
 
 def memory(result: Result | None, dtype: str) -> str:
-    """The most that a call takes above what was there before, beside the most that torch, or casting, takes."""
-    rows = [row["peak bytes"] for row in result["rows"] if row["dtype"] == dtype] if result else []
-    other, name = (CAST, "casting") if any(CAST in peaks for peaks in rows) else (TORCH, "torch")
-    rows = [peaks for peaks in rows if {OURS, other} <= set(peaks)]
-    if not rows:
+    """The most that a call takes beside its result, and the most that torch, or casting, takes."""
+    rows = [row for row in result["rows"] if row["dtype"] == dtype and "peak bytes" in row] if result else []
+    other, name = (CAST, "casting") if any(CAST in row["peak bytes"] for row in rows) else (TORCH, "torch")
+    rows = [row for row in rows if {OURS, other} <= set(row["peak bytes"])]
+    extras = {backend: [stats.extra_bytes(row, backend) for row in rows] for backend in (OURS, other)}
+    if not rows or any(extra is None for found in extras.values() for extra in found):
         return MISSING
-    ours, theirs = (max(peaks[backend] for peaks in rows) / MIB for backend in (OURS, other))
+    ours, theirs = (max(filter(None, extras[backend]), default=0) / MIB for backend in (OURS, other))
     return f"{ours:.1f} MiB ({name} {theirs:.1f})"
 
 
@@ -94,9 +95,13 @@ def line(dtype: str, isa: str, ratios: Result | None, bench: Result | None) -> l
     cells = [DTYPES[dtype], ISAS[isa], against(measured[0])]
     for rows in measured:
         cells += [mean(rows), worst(rows)]
-    stamps = [result["stamp"] for result in (ratios, bench) if result]
+    held = memory(ratios, dtype)
+    used = [ratios]
+    if held == MISSING and (held := memory(bench, dtype)) != MISSING:
+        used.append(bench)
+    stamps = [result["stamp"] for result in used if result]
     machines, dates = ({stamp[key]: None for stamp in stamps} for key in ("CPU", "date"))
-    return [*cells, memory(bench, dtype), ", ".join(machines) or "not measured yet", ", ".join(dates) or MISSING]
+    return [*cells, held, ", ".join(machines) or "not measured yet", ", ".join(dates) or MISSING]
 
 
 def table() -> str:
