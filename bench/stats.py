@@ -82,6 +82,11 @@ def extra_bytes(row: Row, name: str) -> int | None:
     return None if peak is None or peak < result - IN_HEAP else max(0, peak - result)
 
 
+def tells_memory(rows: Iterable[Row]) -> bool:
+    """Whether every peak of these rows holds the result at least."""
+    return all(extra_bytes(row, name) is not None for row in rows for name in row.get("peak bytes", ()))
+
+
 def intensity(row: Row) -> float:
     """Operations for each byte that has to be moved."""
     return row["flops"] / row["bytes"]

@@ -80,13 +80,12 @@ def worst(rows: Sequence[Row]) -> str:
 def memory(result: Result | None, dtype: str) -> str:
     """The most that a call takes beside its result, and the most that torch, or casting, takes."""
     rows = [row for row in result["rows"] if row["dtype"] == dtype and "peak bytes" in row] if result else []
-    other, name = (CAST, "casting") if any(CAST in row["peak bytes"] for row in rows) else (TORCH, "torch")
+    other, known = (CAST, "casting") if any(CAST in row["peak bytes"] for row in rows) else (TORCH, "torch")
     rows = [row for row in rows if {OURS, other} <= set(row["peak bytes"])]
-    extras = {backend: [stats.extra_bytes(row, backend) for row in rows] for backend in (OURS, other)}
-    if not rows or any(extra is None for found in extras.values() for extra in found):
+    if not rows or not stats.tells_memory(rows):
         return MISSING
-    ours, theirs = (max(filter(None, extras[backend]), default=0) / MIB for backend in (OURS, other))
-    return f"{ours:.1f} MiB ({name} {theirs:.1f})"
+    ours, theirs = (max(stats.extra_bytes(row, name) or 0 for row in rows) / MIB for name in (OURS, other))
+    return f"{ours:.1f} MiB ({known} {theirs:.1f})"
 
 
 def line(dtype: str, isa: str, ratios: Result | None, bench: Result | None) -> list[str]:
