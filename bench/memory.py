@@ -35,7 +35,7 @@ def of_call(name: str, workload: Workload) -> worker.Message:
     if not hasattr(os, "fork") or not reset_peak():
         return {}
     dtype = str(workload.torch_dtype).removeprefix("torch.")
-    if name == OURS and ops.native_status() is None:
+    if name == OURS and not ops.native_status() and driver.supports(dtype):
         driver.gemm_address(driver.config(dtype))  # compiled or loaded here, once for all children
     reader, writer = os.pipe()
     child = os.fork()

@@ -44,6 +44,8 @@ from .schedule import (
     partial_bytes,
     plan_blocks,
     plan_chain,
+    plan_grain_tiles,
+    plan_split_k,
     plan_threads,
     plan_threads_per_product,
     plan_transposed_c,
@@ -160,7 +162,7 @@ def make_plan(config: BlockConfig) -> Callable:
             m, n = n, m
         put(args, CHAIN, plan_chain(k, short, long) if k_per_lane == 1 else long)
         row_tiles, panels, chunks = ceil_div(m, mr), ceil_div(n, nr), ceil_div(k, chunk)
-        if chunks > 1 and batch * row_tiles * panels < 2 * threads:
+        if chunks > 1 and plan_split_k(row_tiles, panels, chunks, batch, threads):
             put(args, PARTIALS_RS, ceil_div(n, lanes) * lanes)
             put(args, K_CHUNKS, chunks)
             if batch * partial_bytes(args, lane_bytes) <= SPLIT_BYTES:
@@ -168,7 +170,8 @@ def make_plan(config: BlockConfig) -> Callable:
                 put(args, COLUMN_BLOCKS, 1)
                 return batch * partial_bytes(args, lane_bytes)
             put(args, K_CHUNKS, 1)
-        rows, columns = plan_blocks(row_tiles, panels, plan_threads_per_product(batch, threads))
+        least = plan_grain_tiles(float(m) * n * k, row_tiles * panels)
+        rows, columns = plan_blocks(row_tiles, panels, plan_threads_per_product(batch, threads), least)
         put(args, ROW_BLOCKS, rows)
         put(args, COLUMN_BLOCKS, columns)
         return 0
@@ -211,6 +214,7 @@ def make_gemm(config: BlockConfig) -> Callable:
             blocks += block_count(args)
         if blocks == 0:
             return 0
+        threads = min(threads, blocks)
         slot = acquire_slot(threads * thread_bytes + partials)
         if slot == 0:
             return 1
@@ -220,7 +224,7 @@ def make_gemm(config: BlockConfig) -> Callable:
         for index in range(count):
             args = args_of(schedule, index)
             put(args, PARTIALS, get(args, PARTIALS) + first_page(slot) + threads * thread_bytes)
-        if threads == 1 or blocks == 1:
+        if threads == 1:
             linked_task(0, 1, schedule)
         else:
             clear_cores(schedule)
