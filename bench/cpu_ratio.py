@@ -9,14 +9,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .. import machine
 from ..cli_common import EXIT_INTERRUPTED, EXIT_MISMATCH, UsageError, complain, require_isa
 from ..console import Console, make_console, table
-from . import backends, devices, results, runner, stats, tables, targets, workloads
+from . import backends, results, runner, stats, tables, targets, workloads
 from .options import interrupted_by_sigterm, listed, positive, some_of, threads
 
 KIND = results.CPU_RATIO
 HELP = "torch and OpenBLAS beside this package on CPU: targets, figures, and the last committed ones"
-THREADS = tuple(range(1, 1 + min(2, len(devices.cores()))))
+THREADS = tuple(range(1, 1 + min(2, machine.usable_cores())))
 SECONDS = 0.3  # a comparison, all backends together: the whole run takes a quarter of an hour on Zen 3
 QUICK = 0.05
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from ..kernels.cpu import host
 
-__all__ = ["Batch", "Call", "Cpu", "Gpu", "cores"]
+__all__ = ["Batch", "Call", "Cpu", "Gpu"]
 
 Call = Callable[[], object]
 Batch = Callable[[], float]
@@ -24,17 +23,6 @@ MOST_CALLS = 256  # in one graph: of the smallest products more fit into the L2 
 SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
 LOAD = 16384, 60  # size and number of products that keep any GPU busy while nvidia-smi looks at it
 UNKNOWN = 64 << 20  # bytes of a last cache, where Linux reports none
-
-
-def cores() -> list[int]:
-    """The cores that this process may use.
-
-    >>> len(cores()) >= 1
-    True
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 class Cpu:

@@ -28,7 +28,7 @@ import matmul_grad
 
 from . import backends, correctness, inputs, memory, roofline, timer, worker
 from .backends import PEAK, TORCH_PROCESS, Call, Library, call_of
-from .devices import Cpu, Gpu, cores, reset_peak, status
+from .devices import Cpu, Gpu, reset_peak, status
 from .inputs import Operands
 from .roofline import Device
 from .timer import CALL_CLOCK, DEVICE_CLOCK
@@ -187,7 +187,9 @@ def main() -> None:
     parser.add_argument("--pin", action="store_true")
     command = parser.parse_args()
     if command.pin and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores()[: command.threads])  # moving between cores costs warm caches
+        os.sched_setaffinity(
+            0, sorted(os.sched_getaffinity(0))[: command.threads]
+        )  # moving between cores costs warm caches
     torch.set_num_threads(command.threads if command.process == TORCH_PROCESS else 1)
     device: Device = Cpu()
     if command.device != "cpu":

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from . import timer, workloads
+from .timer import Spread
 from .workloads import OURS, TORCH
 
 Row = dict[str, Any]
@@ -16,17 +17,6 @@ LONG_SUM, LENGTHS = 512, 2
 FLOATS = ("f32", "f64")
 NONE = "–"
 IN_HEAP = 256 << 10  # bytes of a result that may lie in memory which any process has
-
-
-class Spread(NamedTuple):
-    """A figure with its quartiles: half of the rounds lie between them."""
-
-    low: float
-    median: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
 
 class Group(NamedTuple):
