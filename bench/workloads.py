@@ -200,10 +200,13 @@ def cpu_part(part: str, quick: bool = False) -> list[Workload]:
     """Products of cubes and layers; of one row, one column and short k; small calls and steps; training steps; cubes
     beside OpenBLAS; the cost of a call of the operator."""
     if part in ("products", "thin"):
-        whole, few = (lists.CPU_TARGETS, lists.CPU_QUICK) if part == "products" else (lists.CPU_THIN,) * 2
+        shapes = {
+            "products": lists.CPU_QUICK if quick else lists.CPU_TARGETS,
+            "thin": lists.CPU_THIN[1::4] if quick else lists.CPU_THIN,
+        }
         return [
             Workload("forward", dtype, layout, *shape)
-            for shape, dtype, layout in itertools.product(few[-5:] if quick else whole, CPU_DTYPES, LAYOUTS)
+            for shape, dtype, layout in itertools.product(shapes[part], CPU_DTYPES, LAYOUTS)
             if not quick or dtype != "f16" or flops(*shape, "forward") < 1e9
         ]
     if part == "overhead":

@@ -157,7 +157,7 @@ def test_no_block_is_below_the_grain(isa: str, dtype: str) -> None:
         assert smallest >= min(least, row_tiles * panels), f"{name}: {smallest} tiles of {least}"
 
 
-@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("threads", FEW)
 def test_few_rows_split_columns_among_threads(threads: int) -> None:
     assert slowest(1, 64, threads) == -(-64 // threads)
     assert split_c(1, 1, threads, 1) == (1, 1)
