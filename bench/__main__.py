@@ -1,7 +1,7 @@
 """`python -m bench`, from the root of a checkout: what is measured by a command of its own.
 
 python -m bench [run] …               what `matmul-grad bench` does; so do compare and report
-python -m bench cpu-ratio             every target of the CPU, on a machine at rest
+python -m bench cpu-ratio             every target of the CPU, in 20 minutes, on a machine at rest
 python -m bench cpu-ratio --quick     the same in a minute, on a few shapes: to see it run
 python -m bench cpu-paths             what packing repays: the measurements behind kernels/cpu/config.py
 python -m bench switch                torch with the switch on over torch with it off: overhead, and training steps

@@ -41,6 +41,8 @@ from .schedule import (
     partial_bytes,
     plan_blocks,
     plan_chain,
+    plan_grain_tiles,
+    plan_split_k,
     plan_threads,
     plan_threads_per_product,
     plan_transposed_c,
@@ -136,7 +138,7 @@ def plan(config, args, threads):
     put(args, CHAIN, plan_chain(k, get(config, SHORT), get(config, LONG)))
     row_tiles, panels = ceil_div(m, get(config, MR)), ceil_div(n, get(config, NR))
     chunks, lane_bytes = ceil_div(k, get(config, CHUNK)), get(config, LANE_BYTES)
-    if chunks > 1 and batch * row_tiles * panels < 2 * threads:
+    if chunks > 1 and plan_split_k(row_tiles, panels, chunks, batch, threads):
         put(args, PARTIALS_RS, round_lanes(config, n))
         put(args, K_CHUNKS, chunks)
         if batch * partial_bytes(args, lane_bytes) <= SPLIT_BYTES:
@@ -144,7 +146,8 @@ def plan(config, args, threads):
             put(args, COLUMN_BLOCKS, 1)
             return batch * partial_bytes(args, lane_bytes)
         put(args, K_CHUNKS, 1)
-    rows, columns = plan_blocks(row_tiles, panels, plan_threads_per_product(batch, threads))
+    least = plan_grain_tiles(float(m) * n * k, row_tiles * panels)
+    rows, columns = plan_blocks(row_tiles, panels, plan_threads_per_product(batch, threads), least)
     put(args, ROW_BLOCKS, rows)
     put(args, COLUMN_BLOCKS, columns)
     return 0
@@ -181,6 +184,7 @@ def gemm(config, products, count, threads):
         args += 8 * PLANNED_ARGS
     if blocks == 0:
         return 0
+    threads = min(threads, blocks)
     slot = acquire_slot(threads * thread_bytes + partials)
     if slot == 0:
         return 1
@@ -192,7 +196,7 @@ def gemm(config, products, count, threads):
     for _ in range(count):
         put(args, PARTIALS, get(args, PARTIALS) + first_page(slot) + threads * thread_bytes)
         args += 8 * PLANNED_ARGS
-    if threads == 1 or blocks == 1:
+    if threads == 1:
         linked_task(0, 1, schedule)
     else:
         clear_cores(schedule)

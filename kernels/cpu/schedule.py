@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from numba.core import types
 
-from .config import chain_lanes, k_block, prefer_transposed_c, split_c, threads_per_product, useful_threads
+from .config import (
+    chain_lanes,
+    grain_tiles,
+    k_block,
+    prefer_split_k,
+    prefer_transposed_c,
+    split_c,
+    threads_per_product,
+    useful_threads,
+)
 from .config_words import CONVERTS, LANES, PAIRS
 from .gemm_args import (
     A_BS,
@@ -60,6 +69,8 @@ args_words = stack_words(PLANNED_ARGS)
 plan_k = jit(k_block)
 plan_chain = jit(chain_lanes)
 plan_blocks = jit(split_c)
+plan_split_k = jit(prefer_split_k)
+plan_grain_tiles = jit(grain_tiles)
 plan_threads = jit(useful_threads)
 plan_threads_per_product = jit(threads_per_product)
 plan_transposed_c = jit(prefer_transposed_c)
