@@ -22,6 +22,7 @@ from matmul_grad.kernels.native.python_functions import NAMES, functions
 from matmul_grad.testing import assert_same_bits, integers
 
 F32 = torch.float32
+PROFILER = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.11
 DEPRECATED = pytest.mark.filterwarnings(
     *(f"ignore:`torch.jit.:{kind}" for kind in ("DeprecationWarning", "FutureWarning"))
 )
@@ -185,6 +186,7 @@ def test_ordinary_tensors_are_taken() -> None:
     ],
     ids=["dispatch", "function", "device", "autocast", "profiler"],
 )
+@PROFILER
 def test_a_mode_sees_the_call(mode: Callable[[], Any]) -> None:
     a, b = pair()
     with mode():
@@ -192,7 +194,7 @@ def test_a_mode_sees_the_call(mode: Callable[[], Any]) -> None:
     assert taken(a, b) == ALL
 
 
-@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")
+@PROFILER
 def test_the_profiler_names_the_operators() -> None:
     a, b = pair()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
