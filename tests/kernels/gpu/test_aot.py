@@ -55,8 +55,9 @@ INSTRUCTIONS = {
     (100, "tf32"): r"tcgen05\.mma\.cta_group::1\.kind::tf32",
     **{(arch, "fp32"): r"fma\.rn\.f32(x2)?" for arch in ARCHES},
     **{(arch, "fp64"): r"mma\.sync\.aligned\.m\d+n8k\d+\.row\.col\.f64\.f64\.f64\.f64" for arch in ARCHES},
-    # Before 3.8, Triton does not use the float64 matrix unit of sm_100.
+    # Before 3.8, Triton does not use the float64 matrix unit of sm_100; sm_120 is without in some.
     **({(100, "fp64"): r"fma\.rn\.f64"} if TRITON < (3, 8) else {}),
+    (120, "fp64"): r"fma\.rn\.f64|mma\.sync\.aligned\.m\d+n8k\d+\.row\.col\.f64\.f64\.f64\.f64",
 }
 
 SOURCES = {
