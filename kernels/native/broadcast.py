@@ -62,7 +62,7 @@ SIZE, IN_A, IN_B, IN_C, INDEX = range(5)  # a record: a size, three strides in e
 RECORD = 5
 
 MATMUL_SIGNATURE = INT64(*[INT64] * 5)
-linked_matmul = types.ExternalFunction("matmul_grad_matmul", MATMUL_SIGNATURE)
+linked_matmul = types.ExternalFunction("matmul_grad_multiply_batches", MATMUL_SIGNATURE)
 call_gemm = call_address(3)
 args_words = stack_words(GEMM_ARGS)
 batch_words = stack_words(MOST * RECORD)
@@ -331,4 +331,4 @@ def matmul(a, b, bias, is_linear, returned):
     return UNSUPPORTED
 
 
-KERNELS = {"matmul_grad_matmul": (matmul, MATMUL_SIGNATURE)}
+KERNELS = {"matmul_grad_multiply_batches": (matmul, MATMUL_SIGNATURE)}

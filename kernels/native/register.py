@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -100,8 +101,11 @@ def _entries() -> build.Kernels:
     compile_first_gemm_beside()
     from . import broadcast, call, graph_entries, own_entries, python_entries
 
-    own = own_entries.KERNELS | graph_entries.KERNELS
-    return call.KERNELS | broadcast.KERNELS | own | python_entries.KERNELS
+    sets = [module.KERNELS for module in (call, broadcast, own_entries, graph_entries, python_entries)]
+    names = list(itertools.chain.from_iterable(sets))
+    if len(names) != len(set(names)):
+        raise RuntimeError(f"two entries have one C name among {sorted(names)}")
+    return {name: kernel for kernels in sets for name, kernel in kernels.items()}
 
 
 def register_cuda(cuda_driver: Mapping[str, int]) -> None:
