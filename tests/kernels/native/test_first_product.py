@@ -246,6 +246,36 @@ def fork_and(child):
 
 
 @posix
+def test_fork_while_another_thread_asks_llvm_for_the_cpu() -> None:
+    """Every function of llvmlite holds a lock of its own."""
+    assert_runs(
+        FORK
+        + """
+import llvmlite.binding as llvm
+from matmul_grad.kernels.cpu import host
+ops.native_status()  # which asks it too, where forks wait
+host.host_name.cache_clear()
+real, lock, asking = llvm.get_host_cpu_name, threading.Lock(), threading.Event()
+def slow():
+    with lock:
+        asking.set()
+        time.sleep(1)
+        return real()
+llvm.get_host_cpu_name = slow
+a = integers(64, 64, torch.float32, 1)
+def multiply():
+    with matmul_grad.strict():
+        matmul_grad.mm(a, a)
+first = threading.Thread(target=multiply)
+first.start()
+asking.wait()
+fork_and(multiply)
+first.join()
+"""
+    )
+
+
+@posix
 @pytest.mark.parametrize("entries", ["loaded", "not yet"])
 def test_fork_while_another_thread_makes_the_first_product(entries: str) -> None:
     assert_runs(
