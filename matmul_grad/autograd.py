@@ -25,16 +25,16 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from . import cuda, strict_mode
-from .kernels.cpu.once import Once
-from .kernels.native import graph
 from .ops import (
     DTYPES,
     SCHEMAS,
+    Once,
     addition,
     backward_by_compiled_code,
     both_gradients,
     by_compiled_code,
     eager,
+    graph,
     library,
     native_status,
     product,

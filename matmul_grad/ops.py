@@ -27,7 +27,8 @@ from torch import Tensor
 
 from . import sharding, strict_mode
 from .flops import count_flops
-from .kernels.cpu.once import Once
+from .kernels.cpu.once import Once as Once
+from .kernels.native import graph as graph
 from .kernels.native import pending
 from .kernels.native.op_table import OWN
 from .kernels.native.storage import require as require_storage

@@ -92,9 +92,9 @@ def load_all(dtypes: Sequence[str]) -> None:
     """Every set that a process may load."""
     from matmul_grad import cuda
     from matmul_grad.kernels.cpu import driver
-    from matmul_grad.kernels.native import override_cpu, register, torch_layout
+    from matmul_grad.kernels.native import override_cpu, register
 
-    register.load_entries("own_entries", register._entries, register.symbols(torch_layout.MANGLED))
+    register.load_own_entries()
     override_cpu.load()
     register.load_cuda({f"matmul_grad_cuda_{name}": 0 for name in (*cuda.DRIVER, "stream")})
     for dtype in dtypes:

@@ -56,8 +56,11 @@ class Operand:
 
     @property
     def splits(self) -> bool:
-        """Whether two elements fit into a lane and are split after a transpose, which then moves half as many lanes."""
-        return self.dtype == "bfloat16" and self.k_per_lane == 1
+        """Whether two elements share a lane in a transpose, which moves half as many lanes, and are split after it.
+
+        Without a fused multiply-add there are too few registers.
+        """
+        return self.dtype == "bfloat16" and self.k_per_lane == 1 and self.vector.fused
 
     @property
     def block_steps(self) -> int:

@@ -2,7 +2,8 @@
 
 Signature, CPython's of METH_FASTCALL: ``PyObject *entry(self, objects, count)``. An object that is a tensor holds the
 word that a handle of the stable C ABI points at, so the address of that word serves as one. No C++ exception and no
-Python one leaves an entry: what torch would raise is left to the way through the dispatcher.
+Python one leaves an entry: what torch would raise is left to the way through the dispatcher. A process in which CPython
+has no memory for the object of a result ends.
 """
 
 from __future__ import annotations
@@ -111,13 +112,13 @@ def multiplications(a, b):
     put(at, 1, 0)
     get_numel(a, at)
     get_numel(b, at + 8)
-    numbers = get(at, 0) * get(at, 1)
+    numbers = float(get(at, 0)) * get(at, 1)  # of expanded operands more than an int64 holds
     get_dim(a, at)
     rank = get(at, 0)
     if rank == 0:
-        return 0
+        return 0.0
     get_sizes(a, at)
-    return numbers // max(get(get(at, 0), rank - 1), 1)
+    return numbers / max(get(get(at, 0), rank - 1), 1)
 
 
 @jit

@@ -73,16 +73,21 @@ def load_entries(name: str, kernels: Callable[[], build.Kernels], linked: Mappin
     return loaded
 
 
+def load_own_entries() -> build.Loaded:
+    """The entries of the operators of ``matmul_grad`` and of the functions of CPython."""
+    linked = symbols(torch_layout.MANGLED)
+    # What is missing stands for something that is never called.
+    more = {name: address or linked["matmul_grad_state"] for name, address in python_functions.symbols().items()}
+    return load_entries("own_entries", _entries, linked | more)
+
+
 def register() -> None:
     """Put the compiled entries under the operators of ``matmul_grad`` for the keys CPU and AutogradCPU.
 
     Raises Unavailable as ``symbols`` does.
     """
     with _lock:
-        linked = symbols(torch_layout.MANGLED)
-        # What is missing stands for something that is never called.
-        more = {name: address or linked["matmul_grad_state"] for name, address in python_functions.symbols().items()}
-        loaded = load_entries("own_entries", _entries, linked | more)
+        loaded = load_own_entries()
         for name in (*(op.name for op in OWN), "mm_backward"):
             _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))

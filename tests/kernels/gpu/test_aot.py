@@ -18,6 +18,7 @@ from matmul_grad.kernels.gpu.config import (
     ITEM_BYTES,
     SHORT_NAMES,
     Problem,
+    Target,
     TileConfig,
     is_valid,
     kernel_name,
@@ -211,6 +212,14 @@ def compiled(case: Case) -> aot.CompiledReport:
     return aot.compile_for(case.plan, types, case.arch)
 
 
+def bound_on_shared(case: Case, target: Target) -> int:
+    """For sm_100 the compiler may keep the operands of both gradients of one launch at a time."""
+    tile, problem = case.tile, case.problem
+    both = case.name.startswith("backward") and target.arch >= 100
+    operands = tile.stages * (tile.block_m + tile.block_n) * tile.block_k * ITEM_BYTES[problem.dtype]
+    return shared_bytes(tile, problem, target) + both * operands
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * case.slow) for name, case in CASES.items()]
 )
@@ -223,7 +232,7 @@ def test_kernel_compiles_to_the_expected_instruction_without_spills(name: str) -
     assert 0 < report.registers <= 255, report
     assert report.shared <= target.shared_bytes, report
     if not case.name.startswith("reduce"):
-        assert report.shared <= shared_bytes(tile, problem, target), report
+        assert report.shared <= bound_on_shared(case, target), report
         unit = kind(problem).removesuffix("x3")
         expected = r"fma\.rn\.f(32|64)(x2)?" if tile.path == "vector" else INSTRUCTIONS[arch, unit]
         assert re.fullmatch(expected, report.instruction), report
