@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import autocast, fallback, vmap
-from .kernels.native.python_functions import functions as compiled
-from .ops import eager
+from .ops import compiled, eager
 from .out_variants import run_with_out
 from .scalars import real_scales
 

@@ -10,8 +10,7 @@ from . import fallback, strict_mode
 from .api import mm
 from .broadcast import broadcast_product, is_broadcastable
 from .fallback import alike, unsafe_view
-from .kernels.native.python_functions import functions as compiled
-from .ops import DTYPES, eager
+from .ops import DTYPES, compiled, eager
 from .out_variants import copy_to, is_left_to_torch
 
 _mm = torch.ops.matmul_grad.mm.default
