@@ -13,7 +13,7 @@ REPORT := $(VENV)/report.xml
 TYPED := .mypy_cache/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test support lint format bench docs clean
+.PHONY: help demo test support lint format bench docs wheel clean
 
 help:
 	@echo 'make demo     multiply, differentiate, train and time on this machine, checked against torch'
@@ -25,6 +25,7 @@ help:
 	@echo 'make format   let ruff fix and format the sources'
 	@echo 'make bench    benchmarks against torch.mm, saved to BENCH_JSON ($(BENCH_JSON))'
 	@echo 'make docs     the documentation as a site, in build/site'
+	@echo 'make wheel    the wheels, in dist: for any platform, and for Linux on x86-64 with the CPU kernels compiled'
 	@echo 'make clean    remove the environments and everything generated'
 	@echo
 	@echo "ARGS='...' goes to the command, as in: make test ARGS='-m gpu'"
@@ -63,7 +64,7 @@ lint: $(STAMP)
 	@ln -s "$(CURDIR)"/matmul_grad/*.py "$(CURDIR)"/matmul_grad/py.typed $(TYPED)/matmul_grad
 	@ln -s "$(CURDIR)"/bench $(TYPED)/matmul_grad
 	@ln -s "$(CURDIR)"/matmul_grad/kernels/*.py "$(CURDIR)"/kernels/?pu "$(CURDIR)"/kernels/native $(TYPED)/matmul_grad/kernels
-	@ln -s "$(CURDIR)"/examples/*.py "$(CURDIR)"/examples/gemm/*.py "$(CURDIR)"/docs/tools/*.py $(TYPED)
+	@ln -s "$(CURDIR)"/examples/*.py "$(CURDIR)"/examples/gemm/*.py "$(CURDIR)"/docs/tools/*.py "$(CURDIR)"/tools/*.py $(TYPED)
 	cd $(TYPED) && "$(CURDIR)"/$(BIN)/mypy --config-file "$(CURDIR)"/pyproject.toml --cache-dir "$(CURDIR)"/.mypy_cache .
 
 format: $(STAMP)
@@ -78,6 +79,13 @@ bench: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 	@echo 'open build/site/index.html, or, for its search too: python3 -m http.server -d build/site'
+
+# setuptools would pack again what an earlier build left in build/lib.
+wheel: $(STAMP)
+	rm -rf build/lib build/bdist.* build/pure
+	$(BIN)/python -m build --wheel --no-isolation --outdir build/pure
+	$(BIN)/python tools/add_objects.py build/pure/*.whl --out dist $(ARGS)
+	cp build/pure/*.whl dist
 
 clean:
 	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

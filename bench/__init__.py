@@ -8,6 +8,7 @@ runner                                workloads to rows, over pipes to the sessi
 session, worker                       one process for each pool of threads: prepares, checks and times the backends
 backends, inputs, correctness         who multiplies, on which operands, and whether the result is correct
 timer, roofline, devices              interleaved timing, peak FLOP/s and bandwidth, what the machine reports
+memory                                what a call takes
 results                               rows on disk, resumed runs, CSV
 stats, targets                        rows to ratios, means and differences; to the figures that have targets
 tables, plots, html, readme           the same as Markdown, PNG and SVG, HTML, and in docs/results.md

@@ -196,6 +196,7 @@ class Backend:
     most_threads: int = 1 << 20
     takes_all: bool = False
     tunes: bool = False  # itself to each shape, which takes its time
+    compiles: bool = False  # each shape at its first call, and takes memory for it that no other call takes
     sizes: tuple[int, ...] = field(default=(), compare=False)  # cubes of these alone
     leaves_out: Callable[[Workload], bool] = field(default=lambda workload: False, compare=False)
 
@@ -242,7 +243,7 @@ ALL = (
     Backend("numpy", "numpy", "numpy", Numpy, dtypes=SINGLE, process="numpy"),
     # The wheels of blis are built without threads.
     Backend("blis", "blis", "blis", Blis, dtypes=SINGLE, process="blis", most_threads=1),
-    Backend("jax", "jax", "jax", Jax, process="jax"),
+    Backend("jax", "jax", "jax", Jax, process="jax", compiles=True),
     Backend(
         "flag_gems", "flag_gems", "flag_gems",
         lambda: OfTorch(importlib.import_module("flag_gems.ops").mm), ("cuda",), products=testing.PRODUCTS,

@@ -12,7 +12,7 @@ from .. import testing
 from . import correctness, inputs, timer
 from .backends import OfTorch, call_of, products_of
 from .devices import Cpu, Gpu
-from .stats import Spread
+from .timer import Spread
 from .workloads import PASSES, Workload
 
 __all__ = ["Comparison", "compare"]
@@ -101,5 +101,5 @@ def measured(libraries: dict[str, OfTorch], workload: Workload, seconds: float) 
         batches[name] = timer.batch_of(inputs.alternating(calls), where.wait)
     times = timer.time_interleaved(batches, seconds)
     ratios = timer.ratios(times["fn_b"], times["fn_a"])
-    a, b, ratio = (Spread(*timer.quartiles(rounds)) for rounds in (times["fn_a"], times["fn_b"], ratios))
+    a, b, ratio = (timer.quartiles(rounds) for rounds in (times["fn_a"], times["fn_b"], ratios))
     return Comparison(workload.shape, a, b, ratio, len(digests) == 1, len(ratios))

@@ -9,15 +9,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .. import machine
 from ..cli_common import EXIT_INTERRUPTED, EXIT_MISMATCH, UsageError, complain, require_isa
 from ..console import Console, make_console, table
-from . import backends, devices, results, runner, stats, tables, targets, workloads
+from . import backends, results, runner, stats, tables, targets, workloads
 from .options import interrupted_by_sigterm, listed, positive, some_of, threads
 
 KIND = results.CPU_RATIO
 HELP = "torch and OpenBLAS beside this package on CPU: targets, figures, and the last committed ones"
-THREADS = tuple(range(1, 1 + min(2, len(devices.cores()))))
-SECONDS = 0.5  # a comparison, all backends together
+THREADS = tuple(range(1, 1 + min(2, machine.usable_cores())))
+SECONDS = 0.3  # a comparison, all backends together: the whole run takes a quarter of an hour on Zen 3
 QUICK = 0.05
 
 
@@ -89,10 +90,12 @@ def conclude(console: Console, result: dict[str, Any], shapes: bool) -> int:
     """Print the table, what is wrong and what fell; the exit code."""
     quick, rows = result["settings"].get("quick"), result["rows"]
     committed = None if quick else results.committed(result["stamp"], KIND)
-    found = targets.entries(targets.CPU, rows, committed["rows"] if committed else ())
+    found = targets.entries(targets.of_cpu(result["stamp"]), rows, committed["rows"] if committed else ())
     if shapes:
         table(console, tables.PAIRS, tables.pairs(rows), 3)
     table(console, tables.TARGETS, tables.target_lines(found))
+    if extra := tables.extra_lines(rows):
+        table(console, tables.EXTRA, extra)
     for line in tables.cpu_notes(result):
         console.print(line)
     if committed:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 
 from ..kernels.cpu import host
 
-__all__ = ["Batch", "Call", "Cpu", "Gpu", "cores"]
+__all__ = ["Batch", "Call", "Cpu", "Gpu"]
 
 Call = Callable[[], object]
 Batch = Callable[[], float]
@@ -25,17 +23,6 @@ MOST_CALLS = 256  # in one graph: of the smallest products more fit into the L2 
 SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
 LOAD = 16384, 60  # size and number of products that keep any GPU busy while nvidia-smi looks at it
 UNKNOWN = 64 << 20  # bytes of a last cache, where Linux reports none
-
-
-def cores() -> list[int]:
-    """The cores that this process may use.
-
-    >>> len(cores()) >= 1
-    True
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 class Cpu:
@@ -64,17 +51,6 @@ class Cpu:
 
     def tidy(self) -> None:
         pass
-
-    def allocated(self) -> int:
-        """Bytes that this process has in memory."""
-        return status("VmRSS")
-
-    def peak(self, call: Any) -> int:
-        """The most that it had during the call."""
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        call()
-        return status("VmHWM")
 
     def facts(self) -> dict[str, str]:
         """Clocks and load at this moment; the rest is `machine.describe`."""
@@ -107,6 +83,15 @@ def status(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) << 10
     return 0
+
+
+def reset_peak() -> bool:
+    """From here on VmHWM is the peak from here on; False where the system does not do that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
 
 
 class Gpu:

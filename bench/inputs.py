@@ -57,7 +57,7 @@ def draw(workload: Workload, values: str = "normal", device: str = "cpu", seed: 
     def one(rows: int, columns: int, order: str = "N") -> Tensor:
         size = (*batch, columns, rows) if order == "T" else (*batch, rows, columns)
         memory = torch.empty(size, dtype=workload.torch_dtype, device=device)
-        fill = fill_integers if values == "integers" else fill_normal
+        fill = {"integers": fill_integers, "ones": fill_ones}.get(values, fill_normal)
         fill(memory, generator, max(m, n, k))
         return memory.mT if order == "T" else memory
 
@@ -66,6 +66,10 @@ def draw(workload: Workload, values: str = "normal", device: str = "cpu", seed: 
 
 def fill_normal(memory: Tensor, generator: torch.Generator, longest: int) -> None:
     memory.normal_(generator=generator)
+
+
+def fill_ones(memory: Tensor, generator: torch.Generator, longest: int) -> None:
+    memory.fill_(1)
 
 
 def fill_integers(memory: Tensor, generator: torch.Generator, longest: int) -> None:

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from .. import machine
 from ..cli_common import terminal
-from . import devices
 
 
 def listed(values: Iterable[object]) -> str:
@@ -28,7 +28,7 @@ def some_of(known: Sequence[str]) -> Any:
 
 
 def threads(text: str) -> tuple[int, ...]:
-    most = len(devices.cores())
+    most = machine.usable_cores()
     with contextlib.suppress(ValueError):
         counts = tuple(sorted({int(part) for part in text.split(",")}))
         if counts[0] >= 1 and counts[-1] <= most:

@@ -15,7 +15,7 @@ from time import sleep
 from typing import Any
 
 from ..console import Console, progress
-from . import results, timer, worker
+from . import backends, memory, results, timer, worker
 from .backends import PEAK, TORCH_PROCESS, Backend
 from .timer import CALL_CLOCK, DEVICE_CLOCK
 from .worker import Worker
@@ -123,7 +123,20 @@ class WorkerPool:
             if not self._time(ready, clock, seconds / len(clocks), row):
                 break
         row.pop(PEAK_FLOPS, None)
+        if memory.is_measured(workload):
+            self._measure_memory([name for name in ready if name != PEAK], workload, row)
         return row
+
+    def _measure_memory(self, names: Sequence[str], workload: Workload, row: Row) -> None:
+        for name in names:
+            if backends.BY_NAME[name].compiles:
+                continue
+            try:
+                answer = self.ask(memory.PROCESS, {"memory": name, "of": asdict(workload)})
+            except worker.WorkerFailed as reason:
+                answer = {"failed": str(reason)}
+            for what, value in answer.items():
+                row.setdefault(what, {})[name] = value
 
     def _prepare(self, workload: Workload, row: Row) -> dict[str, str]:
         """Who can be timed, and in which process; what there is to say of the others stands in the row then."""

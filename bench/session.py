@@ -2,6 +2,7 @@
 
 {"prepare": {workload}, "names": [...]}     → {"copies": n, "backends": {name: {...}}}
 {"time": name, "clock": "call"}             → {"seconds": a call, "share": of a core}
+{"memory": name, "of": {workload}}          → {"peak bytes": of a call}, on a CPU
 {"bandwidth": true}                         → GB/s of memory
 {"facts": true}                             → what it runs on
 {"do": name, ...}                           → what a task of `gpu_tasks` found
@@ -25,9 +26,9 @@ import torch
 
 import matmul_grad
 
-from . import backends, correctness, inputs, roofline, timer, worker
+from . import backends, correctness, inputs, memory, roofline, timer, worker
 from .backends import PEAK, TORCH_PROCESS, Call, Library, call_of
-from .devices import Cpu, Gpu, cores, status
+from .devices import Cpu, Gpu, reset_peak, status
 from .inputs import Operands
 from .roofline import Device
 from .timer import CALL_CLOCK, DEVICE_CLOCK
@@ -50,7 +51,7 @@ class BackendSession:
         self._mode = contextlib.ExitStack()  # that the workload at hand is measured in
 
     def answer(self, task: worker.Message) -> worker.Message:
-        return self._attempt(functools.partial(self._do, task))
+        return self._attempt(functools.partial(self._do, task), task.get("memory", ""))
 
     def _do(self, task: worker.Message) -> worker.Message:
         if "prepare" in task:
@@ -59,6 +60,8 @@ class BackendSession:
             share = timer.share_of_core()
             seconds = self._ready[task["time"]][task["clock"]]()
             return {"seconds": seconds, "share": share()}
+        if "memory" in task:
+            return memory.of_call(task["memory"], Workload(**task["of"]))
         if "bandwidth" in task:
             return roofline.bandwidth(self._device)
         if "do" in task:
@@ -76,6 +79,7 @@ class BackendSession:
         self._ready.clear()
         self._mode.close()
         self._device.tidy()
+        reset_peak()
         free = self._device.free_bytes()
         if 4 * workload.held > free:
             return {"skipped": f"needs {4 * workload.held / 2**30:.1f} GiB of free memory"}
@@ -126,7 +130,8 @@ class BackendSession:
         """The first call, and every element of it on integers."""
         if name not in self._libraries:
             self._libraries[name] = backends.BY_NAME[name].library()
-        library, before, held = self._libraries[name], counted(), self._device.allocated()
+        library, before = self._libraries[name], counted()
+        held = self._device.allocated() if isinstance(self._device, Gpu) else 0
         self._device.wait()
         start = perf_counter()
         result = call_of(library, workload, whole)()
@@ -148,8 +153,9 @@ class BackendSession:
             correctness.assert_rows_alone(matmul_grad.mm, sets[0].a, sets[0].b, f"{name}, {workload.name}")
         answer: dict[str, Any] = {"bits": correctness.digest(tuple(found.values()))}
         del found
-        before = self._device.allocated()
-        answer["peak bytes"] = max(0, self._device.peak(calls[0]) - before)
+        if isinstance(self._device, Gpu):
+            before = self._device.allocated()
+            answer["peak bytes"] = max(0, self._device.peak(calls[0]) - before)
         self._ready[name] = self._batches(calls)
         return answer
 
@@ -181,7 +187,9 @@ def main() -> None:
     parser.add_argument("--pin", action="store_true")
     command = parser.parse_args()
     if command.pin and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores()[: command.threads])  # moving between cores costs warm caches
+        os.sched_setaffinity(
+            0, sorted(os.sched_getaffinity(0))[: command.threads]
+        )  # moving between cores costs warm caches
     torch.set_num_threads(command.threads if command.process == TORCH_PROCESS else 1)
     device: Device = Cpu()
     if command.device != "cpu":

@@ -53,6 +53,12 @@ CPU_TARGETS: tuple[Shape, ...] = (
 )  # fmt: skip
 CPU_QUICK: tuple[Shape, ...] = ((64, 64, 64), (256, 256, 256), (1024, 1024, 1024), (1, 768, 768), (32, 768, 768))
 CPU_CUBES: tuple[Shape, ...] = CUBES[2:6]
+CPU_SMALL: tuple[Shape, ...] = ((8, 8, 8), (16, 16, 16), (32, 32, 32), (64, 64, 64))
+# One row, one column, k of one and two: the matrix is read, or C is written, once. Some of one row are layers, above.
+CPU_THIN: tuple[Shape, ...] = (
+    (1, 4096, 4096), (768, 1, 768), (3072, 1, 768), (768, 1, 3072), (4096, 1, 4096),
+    (2048, 2048, 1), (2048, 2048, 2), (1024, 1024, 1),
+)  # fmt: skip
 
 # The targets of a GPU. A few of each kind first, so that a run that is cut short has seen every kind. The longest sum
 # comes last: it is gigabytes to read, and shows nothing of any layer.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from . import timer, workloads
+from .timer import Spread
 from .workloads import OURS, TORCH
 
 Row = dict[str, Any]
@@ -15,17 +16,7 @@ Row = dict[str, Any]
 LONG_SUM, LENGTHS = 512, 2
 FLOATS = ("f32", "f64")
 NONE = "–"
-
-
-class Spread(NamedTuple):
-    """A figure with its quartiles: half of the rounds lie between them."""
-
-    low: float
-    median: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+IN_HEAP = 256 << 10  # bytes of a result that may lie in memory which any process has
 
 
 class Group(NamedTuple):
@@ -72,6 +63,18 @@ def rate(row: Row, name: str) -> float | None:
     """GFLOP/s."""
     found = seconds(row, name)
     return None if found is None else row["flops"] / found / 1e9
+
+
+def extra_bytes(row: Row, name: str) -> int | None:
+    """What a call takes beside its result, at its peak; None where it was not measured, or is less than the result:
+    in older files the process had freed memory before, and used it again."""
+    peak, result = row.get("peak bytes", {}).get(name), workloads.of_row(row).given
+    return None if peak is None or peak < result - IN_HEAP else max(0, peak - result)
+
+
+def tells_memory(rows: Iterable[Row]) -> bool:
+    """Whether every peak of these rows holds the result at least."""
+    return all(extra_bytes(row, name) is not None for row in rows for name in row.get("peak bytes", ()))
 
 
 def intensity(row: Row) -> float:

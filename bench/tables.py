@@ -10,7 +10,7 @@ from ..markdown import table
 from . import stats, targets
 from .stats import NONE, Change
 from .targets import Entry
-from .workloads import OURS, TORCH
+from .workloads import CAST, OURS, TORCH
 
 READING = """\
 Every ratio is another's time over this package's, in rounds taken by turns in one run: above 1 this package is faster;
@@ -173,14 +173,29 @@ def target_lines(found: Sequence[Entry]) -> list[list[str]]:
     for entry in found:
         show, figure = entry.target.show, entry.figure
         numbers = (entry.least, figure and figure.value, entry.committed and entry.committed.value)
-        short = f"short by {show(entry.short_by)}" if entry.short_by else ""
-        if entry.planned and entry.least is not None and figure is None:
-            short = "not measured"
         name = f"{entry.target.name} {figure.note if figure else ''}".rstrip()
-        lines.append([name, entry.column, *(say(value, show) for value in numbers), short])
+        lines.append([name, entry.column, *(say(value, show) for value in numbers), entry.verdict])
         if entry.planned:
             lines[-1].append(f"{len(figure.workloads) if figure else 0} of {entry.planned}")
     return lines
+
+
+EXTRA = ["MiB beside the result", "threads", *(OURS, TORCH, CAST)]
+
+
+def extra_lines(rows: Sequence[stats.Row]) -> list[list[str]]:
+    """For each dtype and number of threads, the product for which a call of ours or of another takes the most."""
+    most: dict[tuple[str, int], tuple[int, stats.Row]] = {}
+    for row in rows if stats.tells_memory(rows) else ():
+        found = [stats.extra_bytes(row, name) or 0 for name in row.get("peak bytes", ()) if row["product"] == "forward"]
+        where, best = (row["dtype"], row["threads"]), max(found, default=-1)
+        if best > most.get(where, (-1,))[0]:
+            most[where] = best, row
+    return [
+        [f"{dtype} {stats.label(row)}", str(threads)]
+        + [say(stats.extra_bytes(row, name), lambda count: f"{count / 2**20:.1f}") for name in EXTRA[2:]]
+        for (dtype, threads), (_, row) in most.items()
+    ]  # fmt: skip
 
 
 def cpu_notes(result: dict[str, Any]) -> list[str]:
@@ -193,7 +208,7 @@ def cpu_notes(result: dict[str, Any]) -> list[str]:
         *([f"FMA peak in GFLOP/s, dtype × threads: {', '.join(peaks)}"] if peaks else []),
         f"{stamp['CPU']}, {stamp['instruction set'].split()[0]}; {stamp['versions']}",
         "Ratios are geometric means of their time over ours: above 1 this package is faster. Their time is",
-        "torch's but for OpenBLAS. The share of peak is a mean over cubes from 1024 on.",
+        "torch's but for OpenBLAS and casting. The share of peak is a mean over cubes from 1024 on.",
         f"Measured: {result['protocol']}.",
         *([f"other work ran here during {len(busy)} of {len(rows)} comparisons: {some}"] if busy else []),
     ]

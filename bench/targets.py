@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from . import backends, stats, workloads
-from .shapes import CPU_CUBES
+from .shapes import CPU_CUBES, CPU_SMALL, CPU_TARGETS, CPU_THIN, CUBES
 from .stats import Row
 from .timer import CALL_CLOCK, DEVICE_CLOCK
 from .workloads import CALL, CAST, CPU_DTYPES, INVARIANT, OPERATOR, OURS, STEP, TORCH, Workload
@@ -30,6 +30,7 @@ class Target:
 
     where: what a workload's fields must be. columns: the target of each column, None where none is set. backend: whose
     time over ours it is. cubes: the least and the largest n, where it is of n × n × n. step: of which step of a run.
+    by_isa: the columns of a CPU, by its instruction set.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Target:
     backend: str = TORCH
     cubes: tuple[int, float] | None = None
     step: str | None = None
+    by_isa: Mapping[str, Columns] = field(default_factory=dict)
 
     def takes(self, workload: Workload) -> bool:
         for name, value in self.where.items():
@@ -78,6 +80,15 @@ class Entry:
         return max(0.0, (self.least or 0.0) - self.figure.value) if self.figure else 0.0
 
     @property
+    def verdict(self) -> str:
+        """Whether the target is met, and by how much it is missed; nothing where there is none."""
+        if self.least is None:
+            return ""
+        if self.figure is None:
+            return "not measured" if self.planned else ""
+        return f"short by {self.target.show(self.short_by)}" if self.short_by else MET
+
+    @property
     def fell(self) -> bool:
         """Whether it is below the committed one, where both were made of the same comparisons."""
         if self.figure is None or self.committed is None or self.committed.workloads != self.figure.workloads:
@@ -85,27 +96,51 @@ class Entry:
         return self.figure.value < (1 - FALL) * self.committed.value
 
 
-def cpu(name: str, dtypes: Sequence[str], one: float, two: float | None, how: str = MEAN, **more: Any) -> Target:
-    where = {"product": "forward", "mode": "", "dtype": tuple(dtypes)} | more.pop("where", {})
-    return Target(name, where, {"1": one} if two is None else {"1": one, "2": two}, how, **more)
+AVX512, AVX2 = "avx512", "avx2"
+LARGE, SMALL = (1024, float("inf")), (CPU_SMALL[0][0], CPU_SMALL[-1][0])
+SQUARES, STEPS = (CUBES[0][0], CPU_CUBES[-1][0]), (CPU_CUBES[0][0], CPU_CUBES[-1][0])
 
 
-OPENBLAS: dict[str, Any] = {"backend": "numpy", "cubes": (CPU_CUBES[0][0], CPU_CUBES[-1][0])}
+def cpu(
+    name: str,
+    dtypes: Sequence[str],
+    avx512: Sequence[float] = (),
+    avx2: Sequence[float] = (),
+    where: Mapping[str, Any] = {"shape": CPU_TARGETS},
+    **more: Any,
+) -> Target:
+    """``avx512`` and ``avx2``: the targets on one thread and on two."""
+    least = {AVX512: avx512, AVX2: avx2}
+    by_isa = {isa: dict(zip(("1", "2"), values, strict=False)) for isa, values in least.items()}
+    return Target(name, {"product": "forward", "mode": "", "dtype": tuple(dtypes), **where}, {}, by_isa=by_isa, **more)
+
+
 CPU = (
-    cpu("float32 products", ["f32"], 1.15, 1.15),
-    cpu("float64 products", ["f64"], 1.20, 1.20),
-    cpu("bfloat16 products", ["bf16"], 1.00, 1.00),
-    cpu("float16 products", ["f16"], 1.00, 1.00),
-    cpu("bfloat16 against casting to float32", ["bf16"], 1.10, 1.10, backend=CAST),
-    cpu("float16 against casting to float32", ["f16"], 1.10, 1.10, backend=CAST),
-    cpu("float32 step through autograd", ["f32"], 1.10, 1.10, where={"product": STEP}),
-    cpu("worst product", CPU_DTYPES, 0.90, 0.85, WORST),
-    cpu("float32 share of peak", ["f32"], 0.92, 0.88, PEAK_SHARE, cubes=(1024, float("inf"))),
-    cpu("float64 share of peak", ["f64"], 0.92, 0.88, PEAK_SHARE, cubes=(1024, float("inf"))),
-    cpu("float32 against OpenBLAS", ["f32"], 1.00, 1.00, **OPENBLAS),
-    cpu("float64 against OpenBLAS", ["f64"], 1.00, 1.00, **OPENBLAS),
-    cpu(f"float32 call of {CALL}×{CALL}", ["f32"], 1.00, None, where={"mode": OPERATOR}),
+    cpu("float32 products", ["f32"], (1.20, 1.20), (1.10, 1.10)),
+    cpu("float64 products", ["f64"], (1.20, 1.20), (1.15, 1.15)),
+    cpu("bfloat16 products", ["bf16"]),
+    cpu("float16 products", ["f16"]),
+    cpu("bfloat16 against casting to float32", ["bf16"], (1.30, 1.30), (1.10, 1.10), backend=CAST),
+    cpu("float16 against casting to float32", ["f16"], (1.30, 1.30), (1.10, 1.10), backend=CAST),
+    cpu("float32 step, cubes from 256", ["f32"], (1.15, 1.15), (1.08, 1.08), {"product": STEP}, cubes=STEPS),
+    cpu("float32 step, cubes to 64", ["f32"], (1.00,), (1.00,), {"product": STEP}, cubes=SMALL),
+    cpu("float32 call, cubes to 64", ["f32"], (1.00,), (1.00,), {"threads": 1}, cubes=SMALL),
+    cpu("float64 call, cubes to 64", ["f64"], (1.00,), (1.00,), {"threads": 1}, cubes=SMALL),
+    cpu("worst product", CPU_DTYPES, (0.95, 0.95), (0.90, 0.90), {"shape": CPU_TARGETS + CPU_THIN}, how=WORST),
+    cpu("one row, one column, k ≤ 2", CPU_DTYPES, where={"shape": CPU_THIN}),
+    cpu("float32 share of peak", ["f32"], (0.93, 0.93), (0.90, 0.90), how=PEAK_SHARE, cubes=LARGE),
+    cpu("float64 share of peak", ["f64"], (0.93, 0.93), (0.90, 0.90), how=PEAK_SHARE, cubes=LARGE),
+    cpu("float32 against OpenBLAS", ["f32"], (1.03, 1.03), (1.00, 1.00), backend="numpy", cubes=SQUARES),
+    cpu("float64 against OpenBLAS", ["f64"], (1.03, 1.03), (1.00, 1.00), backend="numpy", cubes=SQUARES),
+    cpu(f"float32 call of {CALL}×{CALL}", ["f32"], (1.00,), (1.00,), {"mode": OPERATOR}),
 )
+
+
+def of_cpu(stamp: Mapping[str, str]) -> list[Target]:
+    """The targets of the instruction set that a run was measured on; the figures alone, where it has none."""
+    isa = stamp["instruction set"].split()[0]
+    return [replace(target, columns=target.by_isa.get(isa, {})) for target in CPU]
+
 
 PLAIN = {"mode": "", "batch": 1}
 HALF = PLAIN | {"dtype": ("bf16", "f16")}

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
-    "AT_REST", "PROTOCOL", "Batch", "Quartiles", "batch_of", "interleaved", "on_one_core", "quartiles", "ratio",
+    "AT_REST", "PROTOCOL", "Batch", "Spread", "batch_of", "interleaved", "on_one_core", "quartiles", "ratio",
     "rounded", "share_of_core", "summary", "threads", "time_interleaved",
 ]  # fmt: skip
 
@@ -37,12 +37,15 @@ PROTOCOL = "interleaved rounds of ≥ 5 ms in turning order; medians and quartil
 Batch = Callable[[], float]
 
 
-class Quartiles(NamedTuple):
-    """Seconds a call, by rounds: the first quartile, the median and the third."""
+class Spread(NamedTuple):
+    """A figure by rounds, with its quartiles: half of the rounds lie between them."""
 
     low: float
     median: float
     high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
 
 
 @contextlib.contextmanager
@@ -138,13 +141,13 @@ def batch(call: Callable[[], object], calls: int, wait: Callable[[], object]) ->
     return (perf_counter() - start) / calls
 
 
-def quartiles(times: list[float]) -> Quartiles:
+def quartiles(times: list[float]) -> Spread:
     """The quartiles of one backend's rounds.
 
     >>> quartiles([3.0, 1.0, 2.0, 5.0, 4.0])
-    Quartiles(low=2.0, median=3.0, high=4.0)
+    Spread(low=2.0, median=3.0, high=4.0)
     """
-    return Quartiles(*statistics.quantiles(times, n=4, method="inclusive"))
+    return Spread(*statistics.quantiles(times, n=4, method="inclusive"))
 
 
 def summary(times: list[float]) -> dict[str, float]:

@@ -219,7 +219,7 @@ def serve(answer: Callable[[Message], Message]) -> None:
             print(json.dumps(said), file=pipe, flush=True)
 
 
-def reason_of(error: Exception) -> Message:
+def reason_of(error: BaseException) -> Message:
     """What takes the place of an answer; the message of an AssertionError is enough by itself."""
     first = (str(error).strip() or "no message").splitlines()[0]
     return {"failed": first if isinstance(error, AssertionError) else f"{type(error).__name__}: {first}"}

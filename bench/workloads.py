@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -176,34 +176,51 @@ def plan(
     return kept, len(every) - len(kept)
 
 
-CPU_PARTS = ("products", "step", "openblas", "overhead")
+CPU_PARTS = ("products", "thin", "small", "step", "openblas", "overhead")
+UNSHARED = ("small", "overhead")  # products that one thread computes, however many there are
 CPU_DTYPES = ("f32", "f64", "bf16", "f16")
 
 
 def cpu_targets(
     parts: Collection[str], dtypes: Collection[str], threads: Sequence[int], quick: bool = False
 ) -> list[Workload]:
-    """What the targets of the CPU are made of: products, training steps, cubes beside OpenBLAS, the cost of a call."""
-    products = [
-        Workload("forward", dtype, layout, *shape)
-        for shape, dtype, layout in itertools.product(
-            lists.CPU_QUICK if quick else lists.CPU_TARGETS, CPU_DTYPES, LAYOUTS
-        )
-        if not quick or dtype != "f16" or flops(*shape, "forward") < 1e9
-    ]
-    cubes = lists.CPU_CUBES[: 2 if quick else None]
-    of_part = {
-        "products": products,
-        "step": [Workload(STEP, "f32", "NN", *cube) for cube in (cubes[:1] if quick else cubes)],
-        "openblas": [Workload("forward", dtype, "NN", *cube) for cube in cubes for dtype in ("f32", "f64")],
-        "overhead": [Workload("forward", "f32", "NN", CALL, CALL, CALL, mode=OPERATOR)],
-    }
-    chosen = [workload for part in CPU_PARTS if part in parts for workload in of_part[part]]
-    return [
-        replaced
+    """What the targets of the CPU are made of, by parts: see `cpu_part`."""
+    chosen = [
+        replace(workload, threads=count)
         for count in threads
-        for replaced in dict.fromkeys(Workload(**vars(workload) | {"threads": count}) for workload in chosen)
-        if replaced.dtype in dtypes and (count == 1 or replaced.mode != OPERATOR)
+        for part in CPU_PARTS
+        if part in parts and (count == 1 or part not in UNSHARED)
+        for workload in cpu_part(part, quick)
+        if workload.dtype in dtypes
+    ]
+    return list(dict.fromkeys(chosen))
+
+
+def cpu_part(part: str, quick: bool = False) -> list[Workload]:
+    """Products of cubes and layers; of one row, one column and short k; small calls and steps; training steps; cubes
+    beside OpenBLAS; the cost of a call of the operator."""
+    if part in ("products", "thin"):
+        shapes = {
+            "products": lists.CPU_QUICK if quick else lists.CPU_TARGETS,
+            "thin": lists.CPU_THIN[1::4] if quick else lists.CPU_THIN,
+        }
+        return [
+            Workload("forward", dtype, layout, *shape)
+            for shape, dtype, layout in itertools.product(shapes[part], CPU_DTYPES, LAYOUTS)
+            if not quick or dtype != "f16" or flops(*shape, "forward") < 1e9
+        ]
+    if part == "overhead":
+        return [Workload("forward", "f32", "NN", CALL, CALL, CALL, mode=OPERATOR)]
+    if part == "openblas":
+        cubes = lists.CPU_CUBES[:2] if quick else lists.CUBES[:6]
+        return [Workload("forward", dtype, "NN", *cube) for cube in cubes for dtype in ("f32", "f64")]
+    if part == "step":
+        return [Workload(STEP, "f32", "NN", *cube) for cube in lists.CPU_CUBES[: 1 if quick else None]]
+    cubes = lists.CPU_SMALL[: 1 if quick else None]
+    calls = itertools.product(cubes, ("f32", "f64"), LAYOUTS)
+    return [
+        *(Workload("forward", dtype, layout, *cube) for cube, dtype, layout in calls),
+        *(Workload(STEP, "f32", "NN", *cube) for cube in cubes),
     ]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import autocast, fallback, vmap
-from .ops import eager
+from .ops import compiled, eager
 from .out_variants import run_with_out
 from .scalars import real_scales
 
@@ -49,6 +49,10 @@ def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out
     """
     if out is not None or out_dtype is not None:
         return run_with_out("mm", (input, mat2), {}, out_dtype, out)
+    if not is_dynamo_compiling():
+        result = compiled.mm(input, mat2)
+        if result is not None:
+            return result
     if fallback.is_needed(input, mat2):
         return torch.mm(input, mat2)
     return _mm(input, mat2) if is_dynamo_compiling() else _eager_mm(input, mat2)
@@ -75,6 +79,10 @@ def bmm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, ou
     """
     if out is not None or out_dtype is not None:
         return run_with_out("bmm", (input, mat2), {}, out_dtype, out)
+    if not is_dynamo_compiling():
+        result = compiled.bmm(input, mat2)
+        if result is not None:
+            return result
     if fallback.is_needed(input, mat2):
         return torch.bmm(input, mat2)
     return _bmm(input, mat2) if is_dynamo_compiling() else _eager_bmm(input, mat2)
@@ -112,6 +120,10 @@ def addmm(
     >>> c.tolist(), bias.grad.tolist()
     ([[16.0, 26.0], [16.0, 26.0]], [2.0, 2.0])
     """
+    if out is None and out_dtype is None and not is_dynamo_compiling():
+        result = compiled.addmm(input, mat1, mat2, beta, alpha)
+        if result is not None:
+            return result
     if out is None and out_dtype is None and not fallback.is_needed(mat1, mat2, input):
         scales = real_scales(mat1, beta, alpha)
         if scales is not None:
@@ -148,6 +160,10 @@ def baddbmm(
     >>> matmul_grad.baddbmm(torch.ones(1), a, a.mT, beta=3).flatten().tolist()
     [8.0, 28.0]
     """
+    if out is None and out_dtype is None and not is_dynamo_compiling():
+        result = compiled.baddbmm(input, batch1, batch2, beta, alpha)
+        if result is not None:
+            return result
     if out is None and out_dtype is None and not fallback.is_needed_to_compose(batch1, batch2, input):
         scales = real_scales(batch1, beta, alpha)
         if scales is not None:

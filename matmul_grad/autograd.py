@@ -28,11 +28,13 @@ from . import cuda, strict_mode
 from .ops import (
     DTYPES,
     SCHEMAS,
+    Once,
     addition,
     backward_by_compiled_code,
     both_gradients,
     by_compiled_code,
     eager,
+    graph,
     library,
     native_status,
     product,
@@ -238,6 +240,26 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
     )
 
 
+def record_by_torch(result: Tensor) -> None:
+    """After a product on CPU, have compiled code record the next ones, where this torch allows: see ``graph.py``."""
+    global _is_recording_tried
+    if result.device.type == "cpu" and not native_status() and graph.can_be_tried():
+        _is_recording_tried = True
+        _recording.result()
+
+
+def _enable_recording() -> None:
+    if not graph.reason():
+        for key in graph.VMAP:
+            aten.impl("matmul_backward", matmul_backward, key)
+        graph.enable()
+
+
+_is_recording_tried = False
+_recording = Once(_enable_recording)
+aten = torch.library.Library("aten", "IMPL")
+
+
 def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
     """An operator's kernel under the Autograd key of every device; a compiled one replaces it for the CPU."""
     rank, torch_impl = rank_of(name), torch_impl_of(name)
@@ -253,9 +275,12 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
         elif self.is_cuda:
             cuda.status()
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
-        if recorded or may_have_tangents():
-            return with_graph(_record, self, mat2)
-        return forward_only(self, mat2)
+        if not recorded and not may_have_tangents():
+            return forward_only(self, mat2)
+        result = with_graph(_record, self, mat2)
+        if not _is_recording_tried:
+            record_by_torch(result)
+        return result
 
     def addition_autograd(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
         if not has_own_graph(mat1, mat2) or not has_own_graph(self, mat1):
@@ -266,9 +291,12 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
         if self.device.type == "cpu":
             native_status()
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat1.requires_grad or mat2.requires_grad)
-        if recorded or may_have_tangents():
-            return with_graph(_record_addition, self, mat1, mat2, beta, alpha)
-        return addition_forward_only(self, mat1, mat2, beta, alpha)
+        if not recorded and not may_have_tangents():
+            return addition_forward_only(self, mat1, mat2, beta, alpha)
+        result = with_graph(_record_addition, self, mat1, mat2, beta, alpha)
+        if not _is_recording_tried:
+            record_by_torch(result)
+        return result
 
     return addition_autograd if "add" in name else product_autograd
 
@@ -287,6 +315,13 @@ def mm_backward(
     return gradients(grad, self, mat2, (output_mask[0], output_mask[1]))
 
 
+def matmul_backward(
+    grad: Tensor | None, self: Tensor, other: Tensor, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """``aten::matmul_backward`` under vmap, for nodes that compiled code has recorded."""
+    return (None, None) if grad is None else mm_backward(grad, self, other, mask)
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Whether nobody follows what is done with them: no graph, tangent, transform, Python mode or subclass."""
     return (
@@ -303,6 +338,9 @@ for name in SCHEMAS:
     kernel = make_autograd_kernel(name)
     library.impl(name, kernel, "Autograd")
     by_compiled_code(f"_{name}_in_python", SCHEMAS[name], kernel, "CompositeImplicitAutograd")
+for name in ("mm", "addmm"):  # for the test of what compiled code records
+    library.define(f"_{name}_recorded{SCHEMAS[name]}")
+    library.impl(f"_{name}_recorded", make_autograd_kernel(name), "CompositeImplicitAutograd")
 library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")
 for batched in ("FuncTorchBatched", "Batched"):  # a composite still under vmap, where the CPU has its own kernel
     library.impl("mm_backward", mm_backward, batched)

@@ -78,7 +78,7 @@ def offer(a: Tensor, b: Tensor, result: Tensor) -> None:
 
     key = key_of(a, b)
     found = launch.launch_of(a, b)
-    if found is None or table.find(key) or torch.cuda.is_current_stream_capturing():
+    if found is None or True in found.padded or table.find(key) or torch.cuda.is_current_stream_capturing():
         return
     records = [runner.record() for runner in found.runners]
     words = None if None in records else encoded(key, records, found.workspace, found.workspace_dtype)
@@ -112,7 +112,7 @@ def encoded(key: Sequence[int], records: Sequence, work: int, work_dtype: torch.
         descriptors = sum(x[table.KIND] == table.DESCRIPTOR for x in parameters)
         if len(parameters) > table.MOST_PARAMETERS or descriptors > table.DESCRIPTORS:
             return None
-        words += [record.function, *record.grid, record.threads, record.shared, len(parameters)]
+        words += [record.function, record.programs, record.threads, record.shared, len(parameters)]
         words += [word for parameter in parameters for word in parameter]
     return words
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import fallback, strict_mode
 from .api import mm
 from .broadcast import broadcast_product, is_broadcastable
 from .fallback import alike, unsafe_view
-from .ops import DTYPES
+from .ops import DTYPES, compiled, eager
 from .out_variants import copy_to, is_left_to_torch
 
 _mm = torch.ops.matmul_grad.mm.default
+_bmm = torch.ops.matmul_grad.bmm.default
 _addmm = torch.ops.matmul_grad.addmm.default
+_eager_mm, _eager_bmm, _eager_addmm = map(eager, (_mm, _bmm, _addmm))
 
 
 def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -38,6 +41,10 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
     """
     if out is not None:
         return _matmul_out(input, other, out)
+    if not is_dynamo_compiling():
+        result = compiled.matmul(input, other)
+        if result is not None:
+            return result
     if fallback.is_needed_to_compose(input, other):
         return torch.matmul(input, other)
     return _matmul(input, other)
@@ -61,6 +68,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     >>> matmul_grad.linear(torch.ones(2, 3), torch.ones(1, 3), torch.tensor([0.5])).tolist()
     [[3.5], [3.5]]
     """
+    if not is_dynamo_compiling():
+        result = compiled.linear(input, weight, bias)
+        if result is not None:
+            return result
     if bias is None:
         if not fallback.is_needed_to_compose(input, weight):
             if input.dim() > 0 and 0 < weight.dim() <= 2:
@@ -75,8 +86,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
     """The layer with a bias, or None for a fallback."""
+    add = _addmm if is_dynamo_compiling() else _eager_addmm
     if input.dim() == weight.dim() == 2:
-        return _addmm(bias, input, weight.t())
+        return add(bias, input, weight.t())
     fallback.require_storages(input, weight, bias)
     if weight.dim() != 2 or bias.dim() != 1 or input.dim() == 0:
         strict_mode.note_fallback(input, weight)
@@ -85,12 +97,15 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:
     if input.shape[-1] != k or bias.shape[0] not in (1, n) or not alike(input, weight) or not alike(input, bias):
         return None  # torch's function raises
     rows = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
-    return unsafe_view(_addmm(bias, rows, weight.t()), (*input.shape[:-1], n))
+    return unsafe_view(add(bias, rows, weight.t()), (*input.shape[:-1], n))
 
 
 def _matmul(input: Tensor, other: Tensor) -> Tensor:
     if input.dim() == other.dim() == 2:
-        return _mm(input, other)
+        return _mm(input, other) if is_dynamo_compiling() else _eager_mm(input, other)
+    result = _one_product(input, other)
+    if result is not None:
+        return result
     fallback.require_storages(input, other)
     if input.dim() == 0 or other.dim() == 0 or not alike(input, other):
         return torch.matmul(input, other)  # raises
@@ -108,10 +123,37 @@ def _matmul(input: Tensor, other: Tensor) -> Tensor:
     return unsafe_view(result, (*batch, *shape))
 
 
+def _one_product(input: Tensor, other: Tensor) -> Tensor | None:
+    """Batches that are one product as they lie in memory, in as few steps as there are; None for any others."""
+    shape = input.shape
+    if is_dynamo_compiling() or len(shape) < 3 or not input.is_contiguous():
+        return None
+    if not alike(input, other) or input.dtype not in DTYPES:
+        return None
+    fallback.require_storages(input, other)
+    if other.dim() == 2:
+        if shape[-1] != other.shape[0]:
+            return None
+        result = _eager_mm(input.flatten(0, -2), other)
+    else:
+        if shape[:-2] != other.shape[:-2] or shape[-1] != other.shape[-2] or not _is_batch(other):
+            return None
+        if len(shape) == 3:
+            return _eager_bmm(input, other)
+        result = _eager_bmm(input.flatten(0, -3), other.flatten(0, -3))
+    return unsafe_view(result, (*shape[:-1], other.shape[-1]))
+
+
+def _is_batch(tensor: Tensor) -> bool:
+    """Whether its matrices follow each other in memory, each dense in either order."""
+    return tensor.is_contiguous() or tensor.mT.is_contiguous()
+
+
 def _matmul_out(input: Tensor, other: Tensor, out: Tensor) -> Tensor:
     if is_left_to_torch((input, other), out) or out.dtype != input.dtype or out.device != input.device:
         return torch.matmul(input, other, out=out)
     if input.dim() == other.dim() == 2:
         return mm(input, other, out=out)
     with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=
-        return copy_to(_matmul(input, other), out)
+        result = None if is_dynamo_compiling() else compiled.matmul(input, other)
+        return copy_to(_matmul(input, other) if result is None else result, out)

@@ -15,6 +15,9 @@ __all__ = [
     "cache_folder", "cpu_dtypes", "describe", "describe_cache", "lines", "processor", "usable_cores", "version",
 ]  # fmt: skip
 
+CONTROL_GROUPS = Path("/sys/fs/cgroup")  # where Linux mounts them
+MEMBERSHIP = Path("/proc/self/cgroup")  # those that this process is in
+
 
 def describe() -> dict[str, str]:
     """Name → fact, in the order to be read. Registers the compiled operator, as a first product would.
@@ -35,7 +38,7 @@ def describe() -> dict[str, str]:
         "GPU": gpus(),
         "operator": operator(),
         "switch": switch(),
-        "threads": f"{torch.get_num_threads()} of torch's pool",
+        "threads": threads(),
         "versions": ", ".join(
             [f"matmul_grad {__version__}", f"python {platform.python_version()}"]
             + [f"{package} {version(package)}" for package in packages]
@@ -76,6 +79,56 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads() -> str:
+    """torch's threads, and the quota of the control group where it is less: some of them wait for each other then."""
+    count, quota = torch.get_num_threads(), cpu_quota()
+    known = f"{count} of torch's pool"
+    if quota is None or quota >= count:
+        return known
+    fewer = f"torch.set_num_threads({max(1, int(quota))})"
+    return f"{known}, more than the {quota:.3g} cores that the control group allows: {fewer} leaves none waiting"
+
+
+def cpu_quota() -> float | None:
+    """Cores' worth of time that the control groups of this process allow it, of version 1 or 2; None without a limit.
+
+    A group limits those in it too, and a container may see its own group alone, at the top.
+    """
+    quotas = []
+    for line in read(MEMBERSHIP).splitlines():
+        if line.count(":") < 2:
+            continue
+        _, controllers, path = line.split(":", 2)
+        if controllers:  # of version 1
+            tops = [CONTROL_GROUPS / controllers, CONTROL_GROUPS / "cpu"] if "cpu" in controllers.split(",") else []
+        else:
+            tops = [CONTROL_GROUPS, CONTROL_GROUPS / "unified"]
+        for top in tops:
+            inner = top / path.strip("/")
+            quotas += [quota_of(group) for group in (inner, *inner.parents) if group.is_relative_to(top)]
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def quota_of(group: Path) -> float | None:
+    """The quota of one group, in version 2 or in version 1, where -1 is none."""
+    given = read(group / "cpu.max").split() or [
+        read(group / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    ]
+    try:
+        quota, period = map(int, given)
+    except ValueError:  # "max", or no such files
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def read(path: Path) -> str:
+    """Empty where it cannot be."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
 def lines(facts: dict[str, str]) -> list[str]:
     """Name and value in two columns.
 
@@ -93,11 +146,8 @@ def processor() -> str:
     >>> len(processor()) > 0
     True
     """
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    known = read(Path("/proc/cpuinfo")).splitlines()
+    names = [line.partition(":")[2].strip() for line in known if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 

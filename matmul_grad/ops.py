@@ -27,9 +27,11 @@ from torch import Tensor
 
 from . import sharding, strict_mode
 from .flops import count_flops
-from .kernels.cpu.once import Once
+from .kernels.cpu.once import Once as Once
+from .kernels.native import graph as graph
 from .kernels.native import pending
 from .kernels.native.op_table import OWN
+from .kernels.native.python_functions import functions as compiled  # noqa: F401  # for api.py, functional.py
 from .kernels.native.storage import require as require_storage
 from .kernels.native.torch_layout import const_data_ptr as const_data_ptr
 from .kernels.native.torch_layout import eager as eager

@@ -178,7 +178,8 @@ def _run_with_out(function: Any, operands: tuple[Tensor, ...], scales: dict[str,
     torch_impl = getattr(torch, function.__name__)
     if is_left_to_torch(operands, out) or out.dtype != operands[0].dtype or out.device != operands[0].device:
         return torch_impl(*operands, **non_default(scales), out=out)
-    if repeats_an_element(out):
+    if repeats_an_element(out):  # torch.mv writes to it unseen
+        fallback.require_storages(*operands, *([out] if out.shape == operands[-2].shape[:-1] else []))
         strict_mode.note_fallback(*operands[-2:])
         return torch_impl(*operands, **non_default(scales), out=out)
     with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=

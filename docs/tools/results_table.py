@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matmul_grad.bench import results, stats
 from matmul_grad.bench.results import Result
-from matmul_grad.bench.stats import Row
+from matmul_grad.bench.stats import NONE, Row
 from matmul_grad.bench.workloads import CAST, OURS, TORCH
 from matmul_grad.markdown import between
 
@@ -22,10 +22,9 @@ DTYPES = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float1
 ISAS = {"avx512": "AVX-512", "avx2": "AVX2"}
 THREADS = (1, 2)
 HEAD = (
-    "dtype", "instruction set", "against", "1 thread: mean", "worst", "2 threads: mean", "worst", "memory of a call",
-    "machine", "date",
+    "dtype", "instruction set", "against", "1 thread: mean", "worst", "2 threads: mean", "worst",
+    "memory beside the result", "machine", "date",
 )  # fmt: skip
-MISSING = "–"
 MIB = 1 << 20
 
 
@@ -62,30 +61,30 @@ def ratio(row: Row) -> float:
 def against(rows: Sequence[Row]) -> str:
     """What the ratios are to: 16-bit products are cast to float32 and back where that was timed."""
     if not rows:
-        return MISSING
+        return NONE
     return "cast to float32, `mm`, cast back" if stats.ratio(rows[0], CAST) else "`torch.mm`"
 
 
 def mean(rows: Sequence[Row]) -> str:
-    return f"{statistics.geometric_mean(map(ratio, rows)):.2f}" if rows else MISSING
+    return f"{statistics.geometric_mean(map(ratio, rows)):.2f}" if rows else NONE
 
 
 def worst(rows: Sequence[Row]) -> str:
     if not rows:
-        return MISSING
+        return NONE
     row = min(rows, key=ratio)
     return f"{ratio(row):.2f} at {row['layout']} {row['m']}×{row['n']}×{row['k']}"
 
 
 def memory(result: Result | None, dtype: str) -> str:
-    """The most that a call takes above what was there before, beside the most that torch, or casting, takes."""
-    rows = [row["peak bytes"] for row in result["rows"] if row["dtype"] == dtype] if result else []
-    other, name = (CAST, "casting") if any(CAST in peaks for peaks in rows) else (TORCH, "torch")
-    rows = [peaks for peaks in rows if {OURS, other} <= set(peaks)]
-    if not rows:
-        return MISSING
-    ours, theirs = (max(peaks[backend] for peaks in rows) / MIB for backend in (OURS, other))
-    return f"{ours:.1f} MiB ({name} {theirs:.1f})"
+    """The most that a call takes beside its result, and the most that torch, or casting, takes."""
+    rows = [row for row in result["rows"] if row["dtype"] == dtype and "peak bytes" in row] if result else []
+    other, known = (CAST, "casting") if any(CAST in row["peak bytes"] for row in rows) else (TORCH, "torch")
+    rows = [row for row in rows if {OURS, other} <= set(row["peak bytes"])]
+    if not rows or not stats.tells_memory(rows):
+        return NONE
+    ours, theirs = (max(stats.extra_bytes(row, name) or 0 for row in rows) / MIB for name in (OURS, other))
+    return f"{ours:.1f} MiB ({known} {theirs:.1f})"
 
 
 def line(dtype: str, isa: str, ratios: Result | None, bench: Result | None) -> list[str]:
@@ -94,9 +93,13 @@ def line(dtype: str, isa: str, ratios: Result | None, bench: Result | None) -> l
     cells = [DTYPES[dtype], ISAS[isa], against(measured[0])]
     for rows in measured:
         cells += [mean(rows), worst(rows)]
-    stamps = [result["stamp"] for result in (ratios, bench) if result]
+    held = memory(ratios, dtype)
+    used = [ratios]
+    if held == NONE and (held := memory(bench, dtype)) != NONE:
+        used.append(bench)
+    stamps = [result["stamp"] for result in used if result]
     machines, dates = ({stamp[key]: None for stamp in stamps} for key in ("CPU", "date"))
-    return [*cells, memory(bench, dtype), ", ".join(machines) or "not measured yet", ", ".join(dates) or MISSING]
+    return [*cells, held, ", ".join(machines) or "not measured yet", ", ".join(dates) or NONE]
 
 
 def table() -> str:

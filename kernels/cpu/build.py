@@ -1,7 +1,8 @@
 """From Numba functions to addresses: compile once, keep the object file, load it with LLVM alone afterwards.
 
-A warm start needs neither Numba nor its import: the kernels become one relocatable object for each set, cached
-under a name that hashes the sources of this folder, the versions of this package, Numba and llvmlite, and the CPU.
+A warm start needs neither Numba nor its import: the kernels become one relocatable object for each set. A wheel may
+carry it (prebuilt.py); else it is cached under a name that hashes the sources of this folder, the versions of this
+package, Numba and llvmlite, and the CPU.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import os
 import pkgutil
 import platform
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import llvmlite.binding as llvm
 
+from . import object_file, prebuilt
+from .compile_lock import compiling
+from .levels import Machine as Machine
 from .numba_settings import fixed_settings, needed_settings
 
 SCHEDULER = ("sched_getcpu", "sched_getaffinity", "sched_setaffinity") if sys.platform == "linux" else ()
@@ -37,24 +39,6 @@ _notified: list[str] = []  # what was being compiled at the notification
 
 # Kernels by C name: (Python function, Numba signature) for Numba to compile, or IR text that is ready.
 Kernels = Mapping[str, "str | tuple[Callable, object]"]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What code is generated for: LLVM's triple, CPU name and feature string."""
-
-    triple: str
-    cpu: str
-    features: str
-
-    def llvm(self) -> llvm.TargetMachine:
-        llvm.initialize_all_targets()
-        llvm.initialize_all_asmprinters()
-        target = llvm.Target.from_triple(self.triple)
-        # "large": the code may lie more than 2 GiB from the torch functions and the state that it uses.
-        return target.create_target_machine(
-            cpu=self.cpu, features=self.features, opt=3, reloc="default", codemodel="large", jit=True
-        )
 
 
 @functools.cache
@@ -111,8 +95,8 @@ def object_path(key: str, name: str, machine: Machine, package: str = __package_
     folder, sources = cache_folder(), sources_digest(package)
     if folder is None or not sources:
         return None
-    key = "\n".join([key, sources, *_versions(), machine.triple, machine.cpu, machine.features, *fixed_settings()])
-    return folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.o"
+    parts = key, sources, *_versions(), machine.triple, machine.cpu, machine.features, *fixed_settings()
+    return folder / object_file.file_name(name, *parts)
 
 
 def declare(name: str) -> str:
@@ -185,18 +169,37 @@ def load(
     symbols: Mapping[str, int],
     package: str = __package__,
 ) -> Loaded:
-    """The compiled set ``name``, from the cache where it is there, with ``symbols`` bound to addresses.
+    """The compiled set ``name``, as the wheel or the cache has it, else compiled, with ``symbols`` bound to addresses.
 
     ``package`` is the one whose sources it is compiled from, beside those of this folder.
     """
-    path = object_path(key, name, machine, package)
-    code = None if path is None else _read(path)
+    code = prebuilt.find(key, name, sources_digest(package), machine)
     if code is None:
-        with _notify_if_slow(name, path), needed_settings():
-            code = machine.llvm().emit_object(to_module(kernels(), machine, symbols))
-        if path is not None:
-            _write(path, code)
+        code = compiled(key, name, kernels, machine, symbols, package)
     return Loaded(code, machine, symbols)
+
+
+def compiled(
+    key: str,
+    name: str,
+    kernels: Callable[[], Kernels],
+    machine: Machine,
+    symbols: Iterable[str],
+    package: str = __package__,
+) -> bytes:
+    """The object of a set, from the cache where it is there; of those who start together one compiles it."""
+    path = object_path(key, name, machine, package)
+    code = None if path is None else object_file.read(path)
+    if code is not None:
+        return code
+    with _notify_if_slow(name, path), compiling(path):
+        code = None if path is None else object_file.read(path)
+        if code is None:
+            with needed_settings():
+                code = machine.llvm().emit_object(to_module(kernels(), machine, symbols))
+            if path is not None:
+                object_file.write(path, code)
+    return code
 
 
 def notify(message: str) -> None:
@@ -242,27 +245,3 @@ class Loaded:
         if address == 0:
             raise RuntimeError(f"no function {name} in the compiled kernels")
         return address
-
-
-def _read(path: Path) -> bytes | None:
-    """The cached object; None where it is missing, unreadable or cut short."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    digest, code = data[:32], data[32:]
-    return code if hashlib.sha256(code).digest() == digest else None
-
-
-def _write(path: Path, code: bytes) -> None:
-    """Keep ``code``, whole or not at all; a folder that cannot be written only costs the next start."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise

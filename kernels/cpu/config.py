@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}  # bytes of an element in memory
 ACCUMULATOR = {"float32": "float32", "float64": "float64", "bfloat16": "float32", "float16": "float32"}
@@ -35,6 +36,7 @@ SPLIT_BYTES = 8 << 20  # the partial results of a product whose chunks of k are 
 WORKSPACE_SLOTS = 16  # sets of buffers that are kept: calls at a time that need no allocation
 PARTIAL_COLUMNS = 2048  # columns of C at a time whose 16-bit sums are kept: wide enough to repay packing A
 L1_WAYS, L1_WAY = 8, 4 << 10  # of 32 KiB; a larger L1 has more ways
+SUMS_BYTES = L1_WAYS * L1_WAY // 2  # of sums that are kept while one row of C is computed
 PAD = 16  # elements that keep the packed rows of A off one common cache set
 
 # A with its steps of k together is read in place, always. Up to these limits the other layouts are too: each element is
@@ -51,6 +53,8 @@ TRANSPOSED_C_VECTORS = 0.75  # C is computed as its transpose where that has at 
 
 # Multiply-adds of one more thread that repay waking it (about 2 µs, Zen 4).
 THREAD_GRAIN = 1 << 18
+MAX_BLOCKS = 8  # of one product that a thread computes
+SQUAREST = 19.6  # 2·√(3·32): times √tiles, what packing costs a block of the best height and width, in `split_c`
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,13 @@ class BlockConfig:
         return round_up(self.a_bytes, 64) + round_up(self.b_bytes, 64) + 2 * self.partial_lanes * self.lane_bytes
 
 
+def compiled_for(config: BlockConfig) -> BlockConfig:
+    """What compiled code depends on: ``config`` without what it reads when it runs (see config_words.py)."""
+    tile = ("dtype", "isa", "fused", "bf16_dot", "lanes", "mr", "nr")
+    words: dict[str, Any] = {field.name: 0 for field in fields(config) if field.name not in tile}
+    return replace(config, **words)
+
+
 def round_up(value: int, step: int) -> int:
     """``value`` rounded up to a multiple of ``step``."""
     return -(-value // step) * step
@@ -191,7 +202,9 @@ def k_block(k: int, kc: int, chain: int) -> int:
     >>> k_block(1024, 384, 128), k_block(400, 384, 128), k_block(100, 384, 32), k_block(0, 384, 32)
     (384, 256, 128, 32)
     """
-    chains = max(1, (k + chain - 1) // chain)
+    if k <= chain:
+        return chain
+    chains = (k + chain - 1) // chain
     panels = (chains * chain + kc - 1) // kc
     return (chains + panels - 1) // panels * chain
 
@@ -205,23 +218,50 @@ def chain_lanes(k: int, short: int, long: int) -> int:
     return short if k <= SHORT_K else long
 
 
-def split_c(row_tiles: int, panels: int, threads: int) -> tuple[int, int]:
+def split_c(row_tiles: int, panels: int, threads: int, least: int) -> tuple[int, int]:
     """Into how many blocks to cut the rows and the columns of C, so that the slowest thread is done soonest.
 
     A block is a product of its own: it packs its own rows of A and columns of B, which counts as 1/8 of a tile a row
-    tile and 4/3 a panel (Zen 4), so of cuts that share the tiles as well the squarest wins.
+    tile and 4/3 a panel (Zen 4), so of cuts that share the tiles as well the squarest wins. None has less than
+    ``least`` tiles, but where C itself has. Where one block a thread is more than a tenth slower than an equal share of
+    the tiles, a thread may get up to MAX_BLOCKS.
 
-    >>> split_c(row_tiles=171, panels=16, threads=2), split_c(1, 16, 4)
-    ((1, 2), (1, 4))
+    >>> split_c(row_tiles=171, panels=16, threads=2, least=1), split_c(1, 16, 4, 1), split_c(1, 16, 4, 8)
+    ((1, 2), (1, 4), (1, 2))
     """
+    if threads == 1:
+        return 1, 1
+    tiles = float(row_tiles * panels)
     best_rows, best_columns, best = 1, 1, 24 * row_tiles * panels + 3 * row_tiles + 32 * panels
-    for rows in range(1, threads + 1):
-        columns = threads // rows
-        tall, wide = (row_tiles + rows - 1) // rows, (panels + columns - 1) // columns
-        cost = 24 * tall * wide + 3 * tall + 32 * wide
-        if cost < best:
-            best_rows, best_columns, best = rows, columns, cost
+    for each in range(1, MAX_BLOCKS + 1):
+        share = -(-tiles / (each * threads) // 1)
+        if each > 1 and best <= 1.1 * (24 * tiles / threads + SQUAREST * (tiles / threads) ** 0.5):
+            break
+        if best <= each * (24 * share + SQUAREST * share**0.5):
+            continue
+        for rows in range(1, min(each * threads, row_tiles) + 1):
+            narrowest = (least + row_tiles // rows - 1) // (row_tiles // rows)
+            columns = min(each * threads // rows, panels // narrowest)
+            if columns == 0:
+                break
+            tall, wide = (row_tiles + rows - 1) // rows, (panels + columns - 1) // columns
+            cost = (rows * columns + threads - 1) // threads * (24 * tall * wide + 3 * tall + 32 * wide)
+            if cost < best:
+                best_rows, best_columns, best = rows, columns, cost
     return best_rows, best_columns
+
+
+def prefer_split_k(row_tiles: int, panels: int, chunks: int, batch: int, threads: int) -> bool:
+    """Whether threads share the chunks of k of a product, each all of C: where that leaves the slowest less to do than
+    sharing the tiles of C, at best. Two tiles a thread are few enough to repay the partial results.
+
+    >>> prefer_split_k(1, 1, 4, 1, 2), prefer_split_k(1, 56, 3, 1, 64), prefer_split_k(2, 1, 4, 1, 2)
+    (True, False, False)
+    """
+    tiles = row_tiles * panels
+    if batch * tiles >= 2 * threads:
+        return False
+    return (batch * chunks + threads - 1) // threads * tiles < (batch * tiles + threads - 1) // threads * chunks
 
 
 def useful_threads(work: float, threads: int) -> int:
@@ -233,18 +273,25 @@ def useful_threads(work: float, threads: int) -> int:
     return max(1, min(threads, int(min(work / THREAD_GRAIN, 1024.0))))
 
 
-def threads_per_product(batch: int, threads: int) -> int:
-    """Threads that share one product of a batch: as few as keep all of them busy to the end, or nearly.
+def grain_tiles(work: float, tiles: int) -> int:
+    """Tiles of C, of ``tiles`` that take ``work`` multiply-adds, which repay a thread.
 
-    >>> [threads_per_product(batch, 2) for batch in (1, 3, 4, 9)], threads_per_product(6, 4)
+    >>> grain_tiles(512.0**3, 2752), grain_tiles(1.0, 1) > 1
+    (6, True)
+    """
+    return int(max(1.0, min(-(-THREAD_GRAIN * tiles / work // 1), 1e9)))
+
+
+def threads_per_product(batch: int, threads: int) -> int:
+    """Threads that share one product of a batch: as few as leave the slowest at most a tenth more than its share.
+
+    >>> [threads_per_product(batch, 2) for batch in (1, 3, 4, 11)], threads_per_product(6, 4)
     ([2, 2, 1, 1], 2)
     """
-    if batch >= 4 * threads:
-        return 1
-    common, rest = threads, batch % threads
-    while rest > 0:
-        common, rest = rest, common % rest
-    return threads // common
+    count = 1
+    while 10 * threads * ((batch * count + threads - 1) // threads) > 11 * batch * count:
+        count += 1
+    return count
 
 
 def prefer_transposed_c(m: int, n: int, c_rs: int, c_cs: int, lanes: int) -> bool:
@@ -255,8 +302,11 @@ def prefer_transposed_c(m: int, n: int, c_rs: int, c_cs: int, lanes: int) -> boo
     >>> prefer_transposed_c(100, 64, 1, 100, 16)
     True
     """
+    by_columns = c_rs == 1 and c_cs != 1
+    if n >= lanes and not by_columns:
+        return False
     wide, tall = (n + lanes - 1) // lanes, (m + lanes - 1) // lanes
     if n < lanes and n * tall <= TRANSPOSED_C_VECTORS * m * wide:
         return True
     few_rows = m < lanes and m * wide <= TRANSPOSED_C_VECTORS * n * tall
-    return c_rs == 1 and c_cs != 1 and not few_rows
+    return by_columns and not few_rows

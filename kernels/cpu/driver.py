@@ -7,12 +7,14 @@ import functools
 import os
 
 from . import build, fork_safety, host
-from .config import WORKSPACE_SLOTS, BlockConfig, choose
+from .config import WORKSPACE_SLOTS, BlockConfig, choose, compiled_for
+from .config_words import FUNCTIONS, GEMM, MICROKERNEL, config_words
 from .once import Once
 
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
 parallel_for = ctypes.c_int64()  # the address of the thread pool's function, 0: one thread computes all
 _gemms: dict[BlockConfig, Once[int]] = {}
+_drivers: dict[str, Once[int]] = {}  # by instruction set
 _addresses: dict[str, Once[int]] = {}
 _kept: list[object] = []  # loaded code, for the life of the process
 
@@ -72,13 +74,31 @@ def gemm_address(block: BlockConfig) -> int:
 
 def _load(block: BlockConfig) -> int:
     def kernels() -> build.Kernels:
-        from .gemm import make_kernels
+        from .dtype_kernels import make_kernels
 
-        return make_kernels(block)
+        return make_kernels(compiled)
 
-    loaded = build.load(repr(block), block.name, kernels, host.machine(block.isa), _symbols())
-    _kept.append(loaded)
+    compiled, words = compiled_for(block), config_words(block)
+    words[GEMM] = _drivers.setdefault(block.isa, Once(functools.partial(_load_driver, block.isa))).result()
+    symbols = {"matmul_grad_config": ctypes.addressof(words)}
+    loaded = build.load(repr(compiled), block.name, kernels, host.machine(block.isa), symbols)
+    for at, function in enumerate(FUNCTIONS, MICROKERNEL):
+        words[at] = loaded.address(f"{block.name}_{function}")
+    _kept.extend((loaded, words))
     return loaded.address(block.name)
+
+
+def _load_driver(isa: str) -> int:
+    """Address of the driver of all dtypes."""
+
+    def kernels() -> build.Kernels:
+        from .gemm import KERNELS
+
+        return KERNELS
+
+    loaded = build.load("gemm", "gemm", kernels, host.machine(isa), _symbols())
+    _kept.append(loaded)
+    return loaded.address("matmul_grad_gemm")
 
 
 def _forked() -> None:

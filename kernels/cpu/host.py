@@ -9,8 +9,9 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
-from .build import Machine
 from .config import ISAS, Cpu
+from .fork_safety import fork_safe_lock
+from .levels import Machine
 
 # Bytes of L2 and of L3 that a core has, by LLVM's name of the CPU, for systems that do not report their caches. From
 # the makers: AMD's software optimisation guides 56305, 56665, 57647 and 58455; Intel's optimisation reference manual,
@@ -37,9 +38,27 @@ UNKNOWN = (512 << 10, 1 << 20)
 BASELINES = {"avx2": "x86-64-v3", "generic": "x86-64"}
 
 
+# llvmlite locks every call, and a forked child would find its lock taken by a thread that it does not have.
+_lock = fork_safe_lock()
+
+
 @functools.cache
 def host_features() -> dict[str, bool]:
-    return dict(llvm.get_host_cpu_features())
+    with _lock:
+        return dict(llvm.get_host_cpu_features())
+
+
+@functools.cache
+def host_name() -> str:
+    """LLVM's name of this CPU."""
+    with _lock:
+        return llvm.get_host_cpu_name()
+
+
+@functools.cache
+def host_triple() -> str:
+    with _lock:
+        return llvm.get_process_triple()
 
 
 def is_arm() -> bool:
@@ -69,16 +88,16 @@ def cpu(isa: str | None = None) -> Cpu:
         raise RuntimeError(f"{chosen} was asked for, but this CPU has only {', '.join(available)}")
     fused = chosen != "generic" or is_arm()
     bf16_dot = chosen == "avx512" and bool(host_features().get("avx512bf16"))
-    l2, l3 = KNOWN.get(llvm.get_host_cpu_name(), UNKNOWN)
+    l2, l3 = KNOWN.get(host_name(), UNKNOWN)
     return Cpu(chosen, cache_share(2) or l2, cache_share(3) or l3, fused, bf16_dot, has_fp16_convert=fused)
 
 
 def machine(isa: str) -> Machine:
     """Code generation for this host, restricted to ``isa``."""
-    triple = llvm.get_process_triple()
+    triple = host_triple()
     if isa == host_isas()[0]:
         features = ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(host_features().items()))
-        return Machine(triple, llvm.get_host_cpu_name(), features)
+        return Machine(triple, host_name(), features)
     return Machine(triple, "generic" if is_arm() else BASELINES[isa], "")
 
 

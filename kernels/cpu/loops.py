@@ -12,20 +12,45 @@ the first block of A that it is multiplied by, rows of A with the first panel of
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-from numba.core import types
-
-from .config import ALIASED, PAD, BlockConfig, round_up, tile_sizes
+from .config import ALIASED, PAD
+from .config_words import (
+    A_LANES,
+    ALIASED_ROWS,
+    B_OFFSET,
+    CONVERTS,
+    DIRECT_PANELS,
+    DIRECT_ROWS,
+    KC,
+    LANE_BYTES,
+    LANES,
+    MC,
+    MICROKERNEL,
+    MR,
+    NC,
+    NR,
+    PACK_ROWS,
+    PACK_STEPS,
+    PAIRS,
+    PANEL_CHAIN,
+    ROW_SIZES,
+    SEQUENTIAL_BYTES,
+    SIZE,
+    TRANSPOSED,
+    TRANSPOSED_ROWS,
+    VECTOR_SIZES,
+)
 from .gemm_args import A_CS, A_RS, B_CS, B_RS, C_RS, A, B, C, K, M, N
-from .memory import get, jit
-from .microkernel import ARGUMENTS, WIDE, tiles
-from .operand import operand_of
-from .pack import PACK_ROWS_SIGNATURE, PACK_STEPS_SIGNATURE, make_lanes_along_k
-from .row import make_multiply_row
-from .schedule import BY_COLUMNS, BY_ROWS, CHAIN, PACKED, ceil_div, largest, plan_k, smallest
+from .memory import call_kernel, ceil_div, floor_div, get, jit
+from .microkernel import ARGUMENTS, WIDE
+from .pack import PACK_ROWS_ARGUMENTS, PACK_STEPS_ARGUMENTS
+from .row import multiply_row
+from .schedule import BY_COLUMNS, BY_ROWS, CHAIN, PACKED, lanes_along_k, plan_k, round_lanes
 from .transposed import TRANSPOSED_ARGUMENTS
+
+call_microkernel, call_transposed = call_kernel(ARGUMENTS), call_kernel(TRANSPOSED_ARGUMENTS)
+call_pack_steps, call_pack_rows = call_kernel(PACK_STEPS_ARGUMENTS), call_kernel(PACK_ROWS_ARGUMENTS)
 
 
 class Position(NamedTuple):
@@ -53,185 +78,163 @@ class BPanel(NamedTuple):
     copy: int
 
 
-def make_multiply(config: BlockConfig) -> Callable:
-    """``multiply(args, work)``: C = A·B on this thread, for at most a chunk of k; C holds lanes."""
-    mr, nr, mc_max, kc_max, nc_max, chain = (
-        config.mr, config.nr, config.mc, config.kc, config.nc, config.chain
-    )  # fmt: skip
-    lanes, a_room, is_vectors = config.lanes, config.a_bytes // config.lane_bytes, not operand_of(config).converts
-    choose_b_access, loops_2_to_1 = make_choose_b_access(config), make_loops_2_to_1(config)
-    multiply_row, size, sequential_bytes = make_multiply_row(config), operand_of(config).size, config.sequential_bytes
-
-    @jit
-    def loops_5_to_3(args, work, first_column, columns, b_access):
-        m, k = get(args, M), get(args, K)
-        whole_k = b_access == BY_COLUMNS or (b_access == BY_ROWS and m <= mr)
-        if not is_vectors:  # A must be packed for all of k, in either order
-            by_rows, by_columns = m * (k + lanes + PAD), k * (ceil_div(m, lanes) * lanes + PAD)
-            whole_k = whole_k and max(by_rows, by_columns) <= a_room
-        step = k if whole_k else plan_k(k, kc_max, chain)
-        for jc in range(0, columns, nc_max):
-            for block in range(ceil_div(k, step)):
-                pc, j, nc = block * step, first_column + jc, min(nc_max, columns - jc)
-                for ic in range(0, m, mc_max):
-                    loops_2_to_1(args, work, b_access, whole_k, nc, Position(j, pc, min(step, k - pc), ic))
-
-    def multiply(args, work):
-        n = get(args, N)
-        if get(args, M) == 1 and get(args, B_CS) == 1 and (n * size >= sequential_bytes or not is_vectors):
-            multiply_row(args, work)
-            return
-        whole = n // nr * nr
-        b_access = choose_b_access(args)
-        if b_access == PACKED:
-            loops_5_to_3(args, work, 0, n, PACKED)
-        else:
-            if whole > 0:
-                loops_5_to_3(args, work, 0, whole, b_access)
-            if whole < n:
-                loops_5_to_3(args, work, whole, n - whole, PACKED)
-
-    return multiply
+def multiply(config, args, work):
+    """C = A·B on this thread, for at most a chunk of k; C holds lanes."""
+    n, nr = get(args, N), get(config, NR)
+    sequential = n * get(config, SIZE) >= get(config, SEQUENTIAL_BYTES) or get(config, CONVERTS) != 0
+    if get(args, M) == 1 and get(args, B_CS) == 1 and sequential:
+        multiply_row(config, args, work)
+        return
+    b_access, first, columns = choose_b_access(config, args), 0, n
+    if b_access != PACKED:
+        columns = floor_div(n, nr) * nr
+        if columns == 0:
+            b_access, columns = PACKED, n
+    while columns > 0:  # whole panels, and then the last one, which is always packed
+        loops_5_to_3(config, args, work, first, columns, b_access)
+        first += columns
+        columns, b_access = n - first, PACKED
 
 
-def make_choose_b_access(config: BlockConfig) -> Callable:
-    """``choose_b_access(args)``: how whole panels of B are read."""
-    is_vectors, size = not operand_of(config).converts, operand_of(config).size
-    direct_rows, aliased_rows = config.direct_rows * config.mr, config.aliased_rows * config.mr
-    transposed_rows = config.transposed_rows
-
-    @jit
-    def choose_b_access(args):
-        m, b_rs, b_cs = get(args, M), get(args, B_RS), get(args, B_CS)
-        if b_cs == 1 and is_vectors and m <= (direct_rows if b_rs * size % ALIASED != 0 else aliased_rows):
+@jit
+def choose_b_access(config, args):
+    """How whole panels of B are read."""
+    m, b_rs, b_cs = get(args, M), get(args, B_RS), get(args, B_CS)
+    if b_cs == 1 and get(config, CONVERTS) == 0:
+        aliased = b_rs * get(config, SIZE) % ALIASED == 0
+        if m <= (get(config, ALIASED_ROWS) if aliased else get(config, DIRECT_ROWS)):
             return BY_ROWS
-        if b_rs == 1 and m <= transposed_rows:
-            return BY_COLUMNS
-        return PACKED
-
-    return choose_b_access
+    if b_rs == 1 and m <= get(config, TRANSPOSED_ROWS):
+        return BY_COLUMNS
+    return PACKED
 
 
-def make_locate_a(config: BlockConfig) -> Callable:
-    """``locate_a(args, whole_k, panels, start, work)`` → ``ARows``, and whether they have yet to be packed.
+@jit
+def loops_5_to_3(config, args, work, first_column, columns, b_access):
+    m, k, mc_max, nc_max = get(args, M), get(args, K), get(config, MC), get(config, NC)
+    whole_k = b_access == BY_COLUMNS or (b_access == BY_ROWS and m <= get(config, MR))
+    if whole_k and get(config, CONVERTS) != 0:  # A must be packed for all of k, in either order
+        by_rows, by_columns = m * (k + get(config, LANES) + PAD), k * (round_lanes(config, m) + PAD)
+        whole_k = max(by_rows, by_columns) <= get(config, A_LANES)
+    step = k if whole_k else plan_k(k, get(config, KC), get(config, PANEL_CHAIN))
+    for panel in range(ceil_div(columns, nc_max)):  # a range whose step is not a constant may raise
+        jc = panel * nc_max
+        for block in range(ceil_div(k, step)):
+            pc, j, nc = block * step, first_column + jc, min(nc_max, columns - jc)
+            for rows in range(ceil_div(m, mc_max)):
+                start = Position(j, pc, min(step, k - pc), rows * mc_max)
+                loops_2_to_1(config, args, work, b_access, whole_k, nc, start)
+
+
+@jit
+def locate_a(config, args, whole_k, panels, start, work):
+    """``ARows``, and whether they have yet to be packed.
 
     A is only broadcast from. With adjacent steps of k it is read in place; otherwise it is packed along its contiguous
     dimension: columns here, rows with the first panel of B.
     """
-    operand, lanes, mc_max = operand_of(config), config.lanes, config.mc
-    size, k_per_lane, direct_panels = operand.size, operand.k_per_lane, config.direct_panels
-    lanes_along_k = make_lanes_along_k(operand)
-    pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
-
-    @jit
-    def locate_a(args, whole_k, panels, start, work):
-        a_rs, a_cs, ic, pc, kc = get(args, A_RS), get(args, A_CS), start.ic, start.pc, start.kc
-        source = get(args, A) + (ic * a_rs + pc * a_cs) * size
-        if (a_cs == 1 or whole_k or panels <= direct_panels) and lanes_along_k(get(args, K), a_rs, a_cs):
-            return ARows(source, a_rs // k_per_lane, a_cs), False
-        if a_rs == 1 and a_cs != 1:
-            rows = min(mc_max, get(args, M) - ic)
-            if k_per_lane == 1:
-                deep = ceil_div(kc, lanes) * lanes
-                pack_steps(work, deep, deep + PAD, source, rows, a_rs, a_cs, kc)
-                return ARows(work, deep + PAD, 1), False
-            wide = ceil_div(rows, lanes) * lanes
-            pack_steps(work, wide, wide + PAD, source, kc, a_cs, a_rs, rows)
-            return ARows(work, 1, wide + PAD), False
-        return ARows(work, ceil_div(kc, k_per_lane * lanes) * lanes + PAD, 1), True
-
-    return locate_a
+    a_rs, a_cs, ic, pc, kc = get(args, A_RS), get(args, A_CS), start.ic, start.pc, start.kc
+    pairs = get(config, PAIRS)
+    source = get(args, A) + (ic * a_rs + pc * a_cs) * get(config, SIZE)
+    address, row_stride, k_stride, missing = work, round_lanes(config, (kc + pairs) >> pairs) + PAD, 1, True
+    in_place = a_cs == 1 or whole_k or panels <= get(config, DIRECT_PANELS)
+    if in_place and lanes_along_k(config, get(args, K), a_rs, a_cs):
+        address, row_stride, k_stride, missing = source, a_rs >> pairs, a_cs, False
+    elif a_rs == 1 and a_cs != 1:
+        rows, missing = min(get(config, MC), get(args, M) - ic), False
+        lines, line_stride, width, width_stride, exist = rows, a_rs, row_stride - PAD, a_cs, kc
+        if pairs != 0:
+            lines, line_stride, width, width_stride, exist = kc, a_cs, round_lanes(config, rows), a_rs, rows
+            row_stride, k_stride = 1, width + PAD
+        stride = width + PAD
+        call_pack_steps(get(config, PACK_STEPS), work, width, stride, source, lines, line_stride, width_stride, exist)
+    return ARows(address, row_stride, k_stride), missing
 
 
-def make_loops_2_to_1(config: BlockConfig) -> Callable:
-    """``loops_2_to_1(args, work, b_access, whole_k, nc, start)``: a block of A times a panel of nc columns of B."""
-    operand, mr, nr, mc_max = operand_of(config), config.mr, config.nr, config.mc
-    size, lane_bytes, k_per_lane, is_vectors = operand.size, config.lane_bytes, operand.k_per_lane, not operand.converts
-    b_work = round_up(config.a_bytes, 64)
-    locate_a, one_panel = make_locate_a(config), make_one_panel(config)
-    pack_steps = types.ExternalFunction(f"{config.name}_pack_steps", PACK_STEPS_SIGNATURE)
-
-    @jit
-    def loops_2_to_1(args, work, b_access, whole_k, nc, start):
-        first_column, pc, kc, ic = start
-        m, depth, b_rs, b_cs = get(args, M), ceil_div(kc, k_per_lane), get(args, B_RS), get(args, B_CS)
-        a, missing = locate_a(args, whole_k, ceil_div(nc, nr), start, work)
-        j = 0
-        while j < nc:
-            columns = min(nr, nc - j)
-            source = get(args, B) + (pc * b_rs + (first_column + j) * b_cs) * size
-            target = work + b_work + (j * depth * lane_bytes if m > mc_max else 0)
-            b, b_ks, b_copy = source, b_cs if b_access == BY_COLUMNS else b_rs, 0
-            if b_access != PACKED:
-                columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
-            elif ic == 0 and columns == nr and m >= mr and (b_rs == 1 or (b_cs == 1 and is_vectors)):
-                b_copy = target
-                if not (b_cs == 1 and is_vectors):
-                    b_ks = b_cs
-            else:
-                b, b_ks = target, nr
-                if ic == 0:
-                    pack_steps(target, nr, nr, source, kc, b_rs, b_cs, columns)
-            at = Position(first_column + j, pc, kc, ic)
-            one_panel(args, b_access, at, columns, a, missing and j == 0, BPanel(b, b_ks, b_copy))
-            j += columns
-
-    return loops_2_to_1
+@jit
+def loops_2_to_1(config, args, work, b_access, whole_k, nc, start):
+    """A block of A times a panel of nc columns of B."""
+    first_column, pc, kc, ic = start
+    m, b_rs, b_cs, mr, nr = get(args, M), get(args, B_RS), get(args, B_CS), get(config, MR), get(config, NR)
+    size, depth = get(config, SIZE), (kc + get(config, PAIRS)) >> get(config, PAIRS)
+    row_bytes = depth * get(config, LANE_BYTES) if m > get(config, MC) else 0
+    a, missing = locate_a(config, args, whole_k, ceil_div(nc, nr), start, work)
+    are_vectors = b_cs == 1 and get(config, CONVERTS) == 0
+    b_work, j = work + get(config, B_OFFSET), 0
+    while j < nc:
+        columns = min(nr, nc - j)
+        source = get(args, B) + (pc * b_rs + (first_column + j) * b_cs) * size
+        target = b_work + j * row_bytes
+        b, b_ks, b_copy = source, b_cs if b_access == BY_COLUMNS else b_rs, 0
+        if b_access != PACKED:
+            columns = WIDE * nr if m == 1 and nc - j >= WIDE * nr else nr
+        elif ic == 0 and columns == nr and m >= mr and (b_rs == 1 or are_vectors):
+            b_copy = target
+            if not are_vectors:
+                b_ks = b_cs
+        else:
+            b, b_ks = target, nr
+            if ic == 0:
+                call_pack_steps(get(config, PACK_STEPS), target, nr, nr, source, kc, b_rs, b_cs, columns)
+        at = Position(first_column + j, pc, kc, ic)
+        one_panel(config, args, b_access, at, columns, a, missing and j == 0, BPanel(b, b_ks, b_copy))
+        j += columns
 
 
-def make_one_panel(config: BlockConfig) -> Callable:
-    """``one_panel(args, b_access, start, columns, a_rows, missing, b_panel)``: a block of A times one panel of B.
+@jit
+def one_panel(config, args, b_access, start, columns, a_rows, missing, b_panel):
+    """A block of A times one panel of B.
 
     Where rows of A are ``missing`` they are packed, those of a tile just before it. Where ``b_panel.copy`` is an
     address, the first tile packs the panel there, transposed if necessary, and the others read the copy.
     """
-    operand, nr, lanes, lane_bytes, mc_max = operand_of(config), config.nr, config.lanes, config.lane_bytes, config.mc
-    size, k_per_lane, row_steps, vector_steps = (
-        operand.size,
-        operand.k_per_lane,
-        tile_sizes(config.mr),
-        tile_sizes(config.vectors),
-    )
-    is_vectors = not operand.converts
-    copying, widest = (len(tiles(row_steps, vector_steps)) - last for last in (2, 1))
-    pack_rows = types.ExternalFunction(f"{config.name}_pack_rows", PACK_ROWS_SIGNATURE)
-    microkernel = types.ExternalFunction(f"{config.name}_microkernel", types.void(*[types.int64] * ARGUMENTS))
-    transposed = types.ExternalFunction(f"{config.name}_transposed", types.void(*[types.int64] * TRANSPOSED_ARGUMENTS))
+    j, pc, kc, ic = start
+    a, a_rs, a_ks = a_rows
+    b, b_ks, b_copy = b_panel
+    mr, nr, lane_bytes, chain = get(config, MR), get(config, NR), get(config, LANE_BYTES), get(args, CHAIN)
+    c_rs, a_row, a_step, row_sizes = get(args, C_RS), get(args, A_RS), get(args, A_CS), get(config, ROW_SIZES)
+    rows, depth = min(get(config, MC), get(args, M) - ic), (kc + get(config, PAIRS)) >> get(config, PAIRS)
+    transposes_b = get(args, B_CS) != 1 or get(config, CONVERTS) != 0
+    vector_sizes, first, i = get(config, VECTOR_SIZES), 1 if pc == 0 else 0, 0
+    vector_tile = smallest_width(config, columns)
+    c = get(args, C) + (ic * c_rs + j) * lane_bytes
+    while i < rows:
+        row_tile, height, count = 0, mr, 1
+        if rows - i < mr:  # the largest of the powers of two, which end the sizes, that fits
+            row_tile, height = row_sizes - 1, 1
+            while 2 * height <= rows - i:
+                row_tile, height = row_tile - 1, 2 * height
+        a_tile, c_tile = a + i * a_rs * lane_bytes, c + i * c_rs * lane_bytes
+        if missing:
+            source = get(args, A) + ((ic + i) * a_row + pc * a_step) * get(config, SIZE)
+            call_pack_rows(get(config, PACK_ROWS), a_tile, height, a_rs, source, kc, a_step, a_row)
+        if b_access == BY_COLUMNS or (transposes_b and b_copy != 0):
+            tile = row_sizes if b_copy != 0 else row_tile
+            call_transposed(
+                get(config, TRANSPOSED), tile, columns, kc, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, first, chain,
+                b_copy,
+            )  # fmt: skip
+        else:
+            tile = row_tile * vector_sizes + vector_tile
+            if columns > nr:
+                tile = row_sizes * vector_sizes + 1  # the wide row, see microkernel.tiles
+            elif b_copy != 0:
+                tile = row_sizes * vector_sizes
+            elif not missing and row_tile == 0 and mr > 1:
+                count = floor_div(rows - i, mr)
+            call_microkernel(
+                get(config, MICROKERNEL), tile, count, depth, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, columns, first,
+                chain, b_copy,
+            )  # fmt: skip
+        if b_copy != 0:
+            b, b_ks, b_copy = b_copy, nr, 0
+        i += count * height
 
-    @jit
-    def one_panel(args, b_access, start, columns, a_rows, missing, b_panel):
-        j, pc, kc, ic = start
-        a, a_rs, a_ks = a_rows
-        b, b_ks, b_copy = b_panel
-        chain, c_rs, a_row, a_step = get(args, CHAIN), get(args, C_RS), get(args, A_RS), get(args, A_CS)
-        vector_step, rows, depth = (
-            smallest(vector_steps, ceil_div(columns, lanes)),
-            min(mc_max, get(args, M) - ic),
-            ceil_div(kc, k_per_lane),
-        )
-        transposes_b, i = not (get(args, B_CS) == 1 and is_vectors), 0
-        while i < rows:
-            step, count = largest(row_steps, rows - i), 1
-            a_tile, c_tile = a + i * a_rs * lane_bytes, get(args, C) + ((ic + i) * c_rs + j) * lane_bytes
-            if missing:
-                source = get(args, A) + ((ic + i) * a_row + pc * a_step) * size
-                pack_rows(a_tile, row_steps[step], a_rs, source, kc, a_step, a_row)
-            if b_access == BY_COLUMNS or (transposes_b and b_copy != 0):
-                tile = len(row_steps) if b_copy != 0 else step
-                transposed(tile, columns, kc, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, pc == 0, chain, b_copy)
-            else:
-                tile = step * len(vector_steps) + vector_step
-                if columns > nr:
-                    tile = widest
-                elif b_copy != 0:
-                    tile = copying
-                elif not missing and row_steps[step] > 1:
-                    count = (rows - i) // row_steps[step]
-                microkernel(
-                    tile, count, depth, a_tile, a_rs, a_ks, b, b_ks, c_tile, c_rs, columns, pc == 0, chain, b_copy
-                )
-            if b_copy != 0:
-                b, b_ks, b_copy = b_copy, nr, 0
-            i += count * row_steps[step]
 
-    return one_panel
+@jit
+def smallest_width(config, columns):
+    """Number of the smallest tile, by vectors, that holds so many columns: the sizes end with the powers of two."""
+    tile, width = get(config, VECTOR_SIZES) - 1, get(config, LANES)
+    while width < columns and tile > 0:
+        tile, width = tile - 1, 2 * width
+    return tile

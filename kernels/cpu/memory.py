@@ -109,6 +109,61 @@ def release(typingctx, address):
     return types.void(INT64), codegen
 
 
+@intrinsic
+def swap(typingctx, address, one, other):
+    """Exchange ``address[one]`` and ``address[other]``."""
+
+    def codegen(context, builder, signature, args):
+        places = [_pointer(builder, args[0], index, I64) for index in args[1:]]
+        values = [builder.load(place, typ=I64) for place in places]
+        builder.store(values[1], places[0])
+        builder.store(values[0], places[1])
+        return context.get_dummy_value()
+
+    return types.void(INT64, INT64, INT64), codegen
+
+
+@intrinsic
+def copy_words(typingctx, target, source, count):
+    """Copy ``count`` int64 that do not overlap."""
+
+    def codegen(context, builder, signature, args):
+        to, at = (builder.inttoptr(address, POINTER) for address in args[:2])
+        cgutils.raw_memcpy(builder, to, at, args[2], 8, align=8)
+        return context.get_dummy_value()
+
+    return types.void(INT64, INT64, INT64), codegen
+
+
+@intrinsic
+def floor_div(typingctx, value, step):
+    """``value // step``, where neither is negative and step is not 0: without the checks that Python's rule needs."""
+
+    def codegen(context, builder, signature, args):
+        return builder.udiv(*args)
+
+    return INT64(INT64, INT64), codegen
+
+
+@intrinsic
+def ceil_div(typingctx, value, step):
+    """``value / step`` rounded up, for value ≥ 0 and step > 0; no division where one step is enough."""
+
+    def codegen(context, builder, signature, args):
+        value, step = args
+        small = builder.zext(builder.icmp_signed(">", value, I64(0)), I64)
+        before = builder.block
+        with builder.if_then(builder.icmp_signed(">", value, step)):
+            large = builder.add(builder.udiv(builder.sub(value, I64(1)), step), I64(1))
+            divided = builder.block
+        result = builder.phi(I64)
+        result.add_incoming(small, before)
+        result.add_incoming(large, divided)
+        return result
+
+    return INT64(INT64, INT64), codegen
+
+
 def stack_words(count: int) -> Callable[[], int]:
     """Intrinsic ``()``: the address of ``count`` int64 on the caller's stack."""
 
@@ -168,5 +223,21 @@ def call_address(arguments: int) -> Callable:
             return builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
 
         return INT64(INT64, types.StarArgTuple([INT64] * arguments)), codegen
+
+    return call
+
+
+def call_kernel(arguments: int) -> Callable:
+    """Intrinsic ``(address, x0, …)``: calls the function at ``address``, which takes int64 and returns nothing."""
+
+    @intrinsic
+    def call(typingctx, address, *values):
+        def codegen(context, builder, signature, args):
+            kind = ir.FunctionType(ir.VoidType(), [I64] * arguments)
+            values = cgutils.unpack_tuple(builder, args[1], arguments)
+            builder.call(builder.inttoptr(args[0], kind.as_pointer()), values)
+            return context.get_dummy_value()
+
+        return types.void(INT64, types.StarArgTuple([INT64] * arguments)), codegen
 
     return call

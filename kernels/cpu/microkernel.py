@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .simd import I64, Vector, choose, opaque, repeat
+from .simd import I64, Vector, choose, function_ir, opaque, repeat
 
 UNROLL = 4  # k-steps an iteration: enough to hide the loop's own instructions, few enough for the op cache
 WIDE = 4  # a tile of one row has so many times the vectors, to read B in place in longer pieces
@@ -78,21 +78,20 @@ def microkernel_ir(name: str, vector: Vector, rows: tuple[int, ...], vectors: tu
 
 def switch_ir(name: str, arguments: int, choose_tile: Callable) -> str:
     """A function that runs one of the tiles that ``choose_tile(builder, *arguments)`` offers."""
-    module = ir.Module(name)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * arguments), name)
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    tile, emitters = choose_tile(builder, *function.args)
-    done = builder.append_basic_block("done")
-    choice = builder.switch(tile, done)
-    for index, emit in enumerate(emitters):
-        block = builder.append_basic_block(f"tile.{index}")
-        choice.add_case(I64(index), block)
-        builder.position_at_end(block)
-        emit(builder)
-        builder.branch(done)
-    builder.position_at_end(done)
-    builder.ret_void()
-    return str(module)
+
+    def emit_switch(builder: ir.IRBuilder, *values: ir.Value) -> None:
+        tile, emitters = choose_tile(builder, *values)
+        done = builder.append_basic_block("done")
+        choice = builder.switch(tile, done)
+        for index, emit in enumerate(emitters):
+            block = builder.append_basic_block(f"tile.{index}")
+            choice.add_case(I64(index), block)
+            builder.position_at_end(block)
+            emit(builder)
+            builder.branch(done)
+        builder.position_at_end(done)
+
+    return function_ir(name, arguments, emit_switch)
 
 
 @dataclass(frozen=True)

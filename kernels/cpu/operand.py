@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -52,6 +53,39 @@ class Operand:
         if vector.bf16_dot:
             return builder.bitcast(self._load(builder, self._stored(2 * vector.lanes), address, count), vector.type)
         return self._widen(builder, self._load(builder, self._stored(vector.lanes), address, count))
+
+    @property
+    def splits(self) -> bool:
+        """Whether two elements share a lane in a transpose, which moves half as many lanes, and are split after it.
+
+        Without a fused multiply-add there are too few registers.
+        """
+        return self.dtype == "bfloat16" and self.k_per_lane == 1 and self.vector.fused
+
+    @property
+    def block_steps(self) -> int:
+        """Steps of k (or pairs) in a block that is transposed."""
+        return self.vector.lanes * (2 if self.splits else 1)
+
+    def read_block(self, builder: ir.IRBuilder, address: ir.Value, count: ir.Value | None = None) -> ir.Value:
+        """As ``read``, for a transpose: of an operand that splits, lanes of two elements."""
+        if not self.splits:
+            return self.read(builder, address, count)
+        pairs = self._load(builder, self._stored(2 * self.vector.lanes), address, count)
+        return builder.bitcast(pairs, self.vector.type)
+
+    def steps_of_block(self, builder: ir.IRBuilder, columns: list[ir.Value]) -> Iterator[ir.Value]:
+        """The steps of k of ``lanes`` columns from ``read_block``, one vector each."""
+        wide = ir.VectorType(I32, self.vector.lanes)
+        for lanes in self.vector.transpose(builder, columns):
+            if not self.splits:
+                yield lanes
+                continue
+            pair = builder.bitcast(lanes, wide)
+            low = builder.shl(pair, ir.Constant(wide, [I32(16)] * self.vector.lanes))
+            yield builder.bitcast(low, self.vector.type)
+            high = builder.and_(pair, ir.Constant(wide, [I32(0xFFFF0000)] * self.vector.lanes))
+            yield builder.bitcast(high, self.vector.type)
 
     def interleave(
         self, builder: ir.IRBuilder, low: ir.Value, high: ir.Value, count: ir.Value | None, has_high: ir.Value

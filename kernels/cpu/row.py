@@ -16,20 +16,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from llvmlite import ir
-from numba.core import types
 
-from .config import L1_WAY, L1_WAYS, BlockConfig, round_up
+from .config_words import B_OFFSET, KC, LANE_BYTES, PACK_ROWS, ROW, ROW_COLUMNS, SIZE
 from .gemm_args import A_CS, A_RS, B_RS, A, B, C, K, N
-from .memory import get, jit
+from .memory import call_kernel, ceil_div, get, jit
 from .microkernel import adds_to_c, chain_length, store_edge, store_full
-from .operand import Operand, operand_of
-from .pack import PACK_ROWS_SIGNATURE, make_lanes_along_k
-from .schedule import CHAIN, ceil_div
-from .simd import I64, repeat
+from .operand import Operand
+from .pack import PACK_ROWS_ARGUMENTS
+from .schedule import CHAIN, lanes_along_k
+from .simd import I64, function_ir, repeat
 
 STEPS = 8  # steps of k (or pairs) at a time: a load and a store of the sums for so many multiply-adds
 VECTORS = 4  # of C at a time: enough to hide the latency of multiply-adds
-SUMS_BYTES = L1_WAYS * L1_WAY // 2
 
 
 class RowArguments(NamedTuple):
@@ -46,7 +44,8 @@ class RowArguments(NamedTuple):
     sums: ir.Value
 
 
-ROW_SIGNATURE = types.void(*[types.int64] * len(RowArguments._fields))
+ROW_ARGUMENTS = len(RowArguments._fields)
+call_row, call_pack_rows = call_kernel(ROW_ARGUMENTS), call_kernel(PACK_ROWS_ARGUMENTS)
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,14 @@ def row_ir(name: str, operand: Operand) -> str:
     hold lanes, B elements of ``operand``; k, b_rs and columns count elements, ``chain`` lanes. ``sums`` is room for
     ``columns`` lanes, in whole vectors.
     """
-    module = ir.Module(name)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * len(RowArguments._fields)), name)
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    arguments = RowArguments(*function.args)
+
+    def emit(builder: ir.IRBuilder, *values: ir.Value) -> None:
+        _multiply_chains(builder, operand, RowArguments(*values))
+
+    return function_ir(name, ROW_ARGUMENTS, emit)
+
+
+def _multiply_chains(builder, operand, arguments):
     per_lane = I64(operand.k_per_lane)
     depth = builder.sdiv(builder.add(arguments.k, builder.sub(per_lane, I64(1))), per_lane)
 
@@ -98,8 +101,6 @@ def row_ir(name: str, operand: Operand) -> str:
         return []
 
     repeat(builder, I64(0), depth, arguments.chain, [], one_chain)
-    builder.ret_void()
-    return str(module)
 
 
 def _locate(builder, operand, arguments, at, conditions):
@@ -157,28 +158,26 @@ def _add_to_vectors(builder, operand, arguments, steps, at, count=None):
                 vector.store(builder, value, place)
 
 
-def make_multiply_row(config: BlockConfig) -> Callable:
-    """``multiply_row(args, work)``: C = A·B for one row of A, on this thread, for at most a chunk of k."""
-    operand, kc_max, lane_bytes = operand_of(config), config.kc, config.lane_bytes
-    size, lanes_along_k = operand.size, make_lanes_along_k(operand)
-    b_work = round_up(config.a_bytes, 64)
-    columns_max = min(SUMS_BYTES, config.b_bytes) // lane_bytes // config.lanes * config.lanes
-    pack_rows = types.ExternalFunction(f"{config.name}_pack_rows", PACK_ROWS_SIGNATURE)
-    row = types.ExternalFunction(f"{config.name}_row", ROW_SIGNATURE)
-
-    @jit
-    def multiply_row(args, work):
-        n, k, a_cs, b_rs = get(args, N), get(args, K), get(args, A_CS), get(args, B_RS)
-        in_place = a_cs == 1 and lanes_along_k(k, 0, a_cs)
-        step = k if in_place else kc_max
-        for block in range(ceil_div(k, step)):
-            pc = block * step
-            kc, a = min(step, k - pc), get(args, A) + pc * a_cs * size
-            if not in_place:
-                pack_rows(work, 1, 0, a, kc, a_cs, get(args, A_RS))
-                a = work
-            for j in range(0, n, columns_max):
-                b, c = get(args, B) + (pc * b_rs + j) * size, get(args, C) + j * lane_bytes
-                row(kc, a, b, b_rs, c, min(columns_max, n - j), pc == 0, get(args, CHAIN), work + b_work)
-
-    return multiply_row
+@jit
+def multiply_row(config, args, work):
+    """C = A·B for one row of A, on this thread, for at most a chunk of k."""
+    n, k, a_cs, b_rs = get(args, N), get(args, K), get(args, A_CS), get(args, B_RS)
+    size, lane_bytes, columns_max = get(config, SIZE), get(config, LANE_BYTES), get(config, ROW_COLUMNS)
+    sums = work + get(config, B_OFFSET)
+    in_place = a_cs == 1 and lanes_along_k(config, k, k, a_cs)  # one row has no stride
+    step = k if in_place else get(config, KC)
+    for block in range(ceil_div(k, step)):
+        pc = block * step
+        kc, a = min(step, k - pc), get(args, A) + pc * a_cs * size
+        if not in_place:
+            call_pack_rows(get(config, PACK_ROWS), work, 1, 0, a, kc, a_cs, get(args, A_RS))
+            a = work
+        for piece in range(ceil_div(n, columns_max)):
+            j = piece * columns_max
+            b, c, columns = (
+                get(args, B) + (pc * b_rs + j) * size,
+                get(args, C) + j * lane_bytes,
+                min(columns_max, n - j),
+            )
+            first = 1 if pc == 0 else 0
+            call_row(get(config, ROW), kc, a, b, b_rs, c, columns, first, get(args, CHAIN), sums)

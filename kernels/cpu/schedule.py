@@ -7,7 +7,19 @@ its own.
 
 from __future__ import annotations
 
-from .config import chain_lanes, k_block, prefer_transposed_c, split_c, threads_per_product, useful_threads
+from numba.core import types
+
+from .config import (
+    chain_lanes,
+    grain_tiles,
+    k_block,
+    prefer_split_k,
+    prefer_transposed_c,
+    split_c,
+    threads_per_product,
+    useful_threads,
+)
+from .config_words import CONVERTS, LANES, PAIRS
 from .gemm_args import (
     A_BS,
     A_CS,
@@ -33,7 +45,7 @@ from .gemm_args import (
     M,
     N,
 )
-from .memory import get, jit, put, stack_words
+from .memory import floor_div, get, jit, put, stack_words, swap
 
 # Behind the arguments of a product, the driver's plan for it.
 CHAIN = GEMM_ARGS  # lanes along k in one chain
@@ -41,19 +53,24 @@ ROW_BLOCKS, COLUMN_BLOCKS, K_CHUNKS = range(GEMM_ARGS + 1, GEMM_ARGS + 4)
 PARTIALS, PARTIALS_RS = GEMM_ARGS + 4, GEMM_ARGS + 5  # partial results of chunks of k, one C after the other
 PLANNED_ARGS = GEMM_ARGS + 6
 
-# The header: the next block, of how many; packing buffers; a bit for each core in use.
-NEXT, BLOCKS, WORK, CORES = range(4)
+# The header: the next block, of how many; packing buffers; the configuration; a bit for each core in use.
+NEXT, BLOCKS, WORK, CONFIG, CORES = range(5)
 CORE_WORDS = 16
 HEADER = CORES + CORE_WORDS
 MAX_PRODUCTS = 2  # in one call
 
 PACKED, BY_ROWS, BY_COLUMNS = range(3)  # how an operand is read
 
+MULTIPLY_SIGNATURE = types.void(types.int64, types.int64, types.int64)
+linked_multiply = types.ExternalFunction("matmul_grad_multiply", MULTIPLY_SIGNATURE)  # of loops.py
+
 schedule_words = stack_words(HEADER + MAX_PRODUCTS * PLANNED_ARGS)
 args_words = stack_words(PLANNED_ARGS)
 plan_k = jit(k_block)
 plan_chain = jit(chain_lanes)
 plan_blocks = jit(split_c)
+plan_split_k = jit(prefer_split_k)
+plan_grain_tiles = jit(grain_tiles)
 plan_threads = jit(useful_threads)
 plan_threads_per_product = jit(threads_per_product)
 plan_transposed_c = jit(prefer_transposed_c)
@@ -91,19 +108,6 @@ def stores_directly(args):
     """Whether the accumulators are the elements of C, and can be stored there as vectors."""
     stored = get(args, C_CS) == 1 or get(args, N) == 1
     return stored and get(args, SOURCE) == 0 and get(args, ALPHA) == ONE
-
-
-@jit
-def copy_words(target, source, count):
-    for index in range(count):
-        put(target, index, get(source, index))
-
-
-@jit
-def swap(args, one, other):
-    kept = get(args, one)
-    put(args, one, get(args, other))
-    put(args, other, kept)
 
 
 @jit
@@ -159,29 +163,23 @@ def restrict_k(args, p, steps, size):
 
 
 @jit
-def ceil_div(value, step):
-    return (value + step - 1) // step
-
-
-@jit
 def split_range(total, count, index):
     """``[begin, end)`` of one of ``count`` nearly equal ranges of ``total``."""
-    return total * index // count, total * (index + 1) // count
+    begin, end = 0, total
+    if count > 1:
+        begin, end = floor_div(total * index, count), floor_div(total * (index + 1), count)
+    return begin, end
 
 
 @jit
-def largest(choices, room):
-    """Index of the largest of ``choices`` (descending to 1) that fits in ``room``."""
-    for index in range(len(choices)):
-        if choices[index] <= room:
-            return index
-    return len(choices) - 1
+def round_lanes(config, count):
+    """``count`` lanes rounded up to whole vectors."""
+    return (count + get(config, LANES) - 1) & -get(config, LANES)
 
 
 @jit
-def smallest(choices, need):
-    """Index of the smallest of ``choices`` (descending) that holds ``need``."""
-    for index in range(len(choices) - 1, 0, -1):
-        if choices[index] >= need:
-            return index
-    return 0
+def lanes_along_k(config, k, stride, k_stride):
+    """Whether adjacent steps of k are in memory what they are in lanes."""
+    if get(config, CONVERTS) == 0:
+        return True
+    return get(config, PAIRS) == 1 and k_stride == 1 and (k | stride) & 1 == 0

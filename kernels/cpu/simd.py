@@ -194,6 +194,31 @@ def choose(
     return chosen
 
 
+def function_ir(name: str, arguments: int, emit: Callable[..., ir.Value | None], result: ir.Type | None = None) -> str:
+    """IR of a function of int64 that consists of ``emit(builder, *arguments)``, and returns its value or nothing."""
+    module = ir.Module(name)
+    function = ir.Function(module, ir.FunctionType(result or ir.VoidType(), [I64] * arguments), name)
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    value = emit(builder, *function.args)
+    if value is None:
+        builder.ret_void()
+    else:
+        builder.ret(value)
+    return str(module)
+
+
+def each(
+    builder: ir.IRBuilder, end: ir.Value | int, step: int, body: Callable[[ir.Value], None], start: int = 0
+) -> None:
+    """``for i in range(start, end, step): body(i)``"""
+
+    def once(i: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        body(i)
+        return []
+
+    repeat(builder, I64(start), I64(end) if isinstance(end, int) else end, step, [], once)
+
+
 def repeat(
     builder: ir.IRBuilder,
     start: ir.Value,

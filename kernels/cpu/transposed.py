@@ -41,11 +41,11 @@ TRANSPOSED_ARGUMENTS = 1 + len(TransposedArguments._fields)
 def transposed_ir(name: str, operand: Operand, rows: tuple[int, ...]) -> str:
     """IR of ``void name(tile, columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy)``, all int64.
 
-    As ``microkernel_ir`` where the k-steps of B are adjacent and its columns are not, B[p, j] = b[p + j·b_cs]: lanes ×
-    lanes blocks of B are transposed in registers, for products of too few rows to repay packing, and by the copying
-    tile, the last one, for the tiles after it: it packs the ``columns`` at ``b_copy``. Between multiply-adds the
-    shuffles cost nothing. A and C hold lanes, B elements of ``operand``; kc and b_cs count elements. ``columns`` is a
-    multiple of the lanes. The chains, and so the bits, are the same.
+    As ``microkernel_ir`` where the k-steps of B are adjacent and its columns are not, B[p, j] = b[p + j·b_cs]: blocks
+    of B, lanes columns of ``block_steps``, are transposed in registers, for products of too few rows to repay packing,
+    and by the copying tile, the last one, for the tiles after it: it packs the ``columns`` at ``b_copy``. Between
+    multiply-adds the shuffles cost nothing. A and C hold lanes, B elements of ``operand``; kc and b_cs count elements.
+    ``columns`` is a multiple of the lanes. The chains, and so the bits, are the same.
     """
 
     def choose_tile(builder: ir.IRBuilder, tile, *arguments) -> tuple[ir.Value, list]:
@@ -82,7 +82,7 @@ class _Columns:
 def _transposed(builder, operand, mr, copies, arguments):
     columns, kc, a, a_rs, a_ks, b, b_cs, c, c_rs, first, chain, b_copy = arguments
     vector, k_per_lane, lanes = operand.vector, operand.k_per_lane, operand.vector.lanes
-    tail = builder.alloca(vector.type, lanes)
+    steps, tail = operand.block_steps, builder.alloca(vector.type, operand.block_steps)
     column_bytes, offsets = builder.mul(b_cs, I64(operand.size)), row_offsets(builder, a_rs, mr)
     depth = builder.sdiv(builder.add(kc, I64(k_per_lane - 1)), I64(k_per_lane))
 
@@ -97,9 +97,9 @@ def _transposed(builder, operand, mr, copies, arguments):
             def one_chain(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
                 # Of whole pairs alone: the last may be half of one, and what follows it is not of this column.
                 pairs = chain_length(builder, p, builder.sdiv(kc, I64(k_per_lane)), chain)
-                whole = builder.and_(pairs, I64(-lanes))
+                whole = builder.and_(pairs, I64(-steps))
                 start = [*state, *[vector.zero()] * mr * groups]
-                _, state = repeat(builder, I64(0), whole, lanes, start, lambda _, state: _k_block(builder, tile, state))
+                _, state = repeat(builder, I64(0), whole, steps, start, lambda _, state: _k_block(builder, tile, state))
                 rest = builder.sub(chain_length(builder, p, depth, chain), whole)
                 left = builder.sub(kc, builder.mul(builder.add(p, whole), I64(k_per_lane)))
                 a_next, acc = _k_rest(builder, tile, rest, left, state)
@@ -124,7 +124,7 @@ def _transposed(builder, operand, mr, copies, arguments):
 
 
 def _k_block(builder, tile, state):
-    """The state (a, b, where b is copied to if it is, accumulators) after a block of lanes steps of k."""
+    """The state (a, b, where b is copied to if it is, accumulators) after a block of steps of k."""
     vector, operand = tile.operand.vector, tile.operand
     a, b, *more = state
     copy, acc = more[: tile.copies], more[tile.copies :]
@@ -133,7 +133,7 @@ def _k_block(builder, tile, state):
             builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
         a_step, rows = a, tile.rows_of(group)
         columns = _read_columns(builder, operand, tile.at_group(builder, b, group), tile.column_bytes)
-        for step in vector.transpose(builder, columns):
+        for step in operand.steps_of_block(builder, columns):
             for place in copy:
                 vector.store(builder, step, place)
             copy = [vector.at(builder, place, tile.width) for place in copy]
@@ -142,11 +142,11 @@ def _k_block(builder, tile, state):
             a_step = vector.at(builder, a_step, tile.a_ks)
             if tile.mr > 1:  # as in ``row_offsets``; one row has none, and would be 1/8 slower
                 a_step = opaque(builder, a_step)
-    return [a_step, builder.add(b, I64(vector.lanes * operand.k_per_lane * operand.size)), *copy, *acc]
+    return [a_step, builder.add(b, I64(operand.block_steps * operand.k_per_lane * operand.size)), *copy, *acc]
 
 
 def _k_rest(builder, tile, rest, left, state):
-    """a behind the last ``rest`` steps of a chain, fewer than lanes, and the rows of sums; B has ``left`` elements."""
+    """a behind the last ``rest`` steps of a chain, less than a block, and the rows of sums; B has ``left`` elements."""
     vector = tile.operand.vector
     a, b, *more = state
     copy, acc = more[: tile.copies], more[tile.copies :]
@@ -155,7 +155,7 @@ def _k_rest(builder, tile, rest, left, state):
     for group in range(tile.groups):
         with builder.if_then(builder.icmp_signed("!=", rest, I64(0))):
             columns = _read_columns(builder, tile.operand, tile.at_group(builder, b, group), tile.column_bytes, left)
-            for step, value in enumerate(vector.transpose(builder, columns)):
+            for step, value in enumerate(tile.operand.steps_of_block(builder, columns)):
                 vector.store(builder, value, vector.at(builder, tile.tail, step * vector.lanes))
                 for place in copy:
                     vector.store(builder, value, vector.at(builder, place, builder.mul(tile.width, I64(step))))
@@ -172,5 +172,5 @@ def _read_columns(builder, operand, address, stride, count=None):
     for j in range(operand.vector.lanes):
         if j and j % 4 == 0:
             address = builder.add(address, four)
-        vectors.append(operand.read(builder, builder.add(address, builder.mul(stride, I64(j % 4))), count))
+        vectors.append(operand.read_block(builder, builder.add(address, builder.mul(stride, I64(j % 4))), count))
     return vectors

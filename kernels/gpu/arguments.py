@@ -34,13 +34,6 @@ class Strides(NamedTuple):
     batch: int = 0
 
 
-class RowCol(NamedTuple):
-    """The strides of a matrix in elements, for kernels that take those of batches apart."""
-
-    row: int
-    col: int
-
-
 class Matrix(NamedTuple):
     """A matrix, or a batch of them, as a kernel takes it: address and strides in elements; all None for no matrix."""
 
@@ -58,7 +51,7 @@ class Vector(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """One thing of each of A, B and C: their addresses, their strides, or the strides of their batches."""
+    """One thing of each of A, B and C: their addresses, or their strides."""
 
     a: Any
     b: Any
@@ -80,3 +73,12 @@ class ScalePtrs(NamedTuple):
 
     a: Any = None
     b: Any = None
+
+
+def is_group(value: Any) -> bool:
+    """Whether an argument is a tuple of arguments; an address, a number and a descriptor are one argument each.
+
+    >>> is_group(Operands(PointerArg("a"), PointerArg("b"), PointerArg("c"))), is_group(PointerArg("a")), is_group(3)
+    (True, False, False)
+    """
+    return isinstance(value, tuple) and not isinstance(value, PointerArg | ScalarArg | DescriptorArg)

@@ -11,7 +11,7 @@ def backward_tma(
     a_desc, b_desc, rows_desc, columns_desc, da_desc, db_desc, da, db, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, GRAD_TRANSPOSED: tl.constexpr,
-    SUBTILES: tl.constexpr, UPCAST: tl.constexpr, NAME: tl.constexpr,
+    SUBTILES: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """dB = At . dC and dA = dC . Bt; tiles of dB first, then of dA.
 
@@ -34,7 +34,7 @@ def backward_tma(
             col0 = col * BLOCK_N
             acc = accumulate_tile(
                 a_desc, columns_desc, 0, row0, col0, 0, 1 + (m - 1) // BLOCK_K,
-                BLOCK_M, BLOCK_N, BLOCK_K, not A_TRANSPOSED, GRAD_TRANSPOSED, False, UPCAST,
+                BLOCK_M, BLOCK_N, BLOCK_K, not A_TRANSPOSED, GRAD_TRANSPOSED, False, False,
             )  # fmt: skip
             if db_desc is not None:
                 store_block(acc, db_desc, 0, row0, col0, SUBTILES, False)
@@ -46,7 +46,7 @@ def backward_tma(
             col0 = col * BLOCK_N
             acc = accumulate_tile(
                 rows_desc, b_desc, 0, row0, col0, 0, 1 + (n - 1) // BLOCK_K,
-                BLOCK_M, BLOCK_N, BLOCK_K, GRAD_TRANSPOSED, not B_TRANSPOSED, False, UPCAST,
+                BLOCK_M, BLOCK_N, BLOCK_K, GRAD_TRANSPOSED, not B_TRANSPOSED, False, False,
             )  # fmt: skip
             if da_desc is not None:
                 store_block(acc, da_desc, 0, row0, col0, SUBTILES, False)

@@ -6,7 +6,19 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from . import tuned_configs
-from .config import ITEM_BYTES, Problem, Target, TileConfig, is_valid, k_steps, kind, workspace_bytes
+from .config import (
+    ITEM_BYTES,
+    Problem,
+    Target,
+    TileConfig,
+    cdiv,
+    is_valid,
+    k_steps,
+    kind,
+    resident_blocks,
+    work_items,
+    workspace_bytes,
+)
 
 # Largest first. BLOCK_K is one number a kind, so the order of the sum over k depends on k alone.
 # 16-bit tiles are those of Triton's and DeepGEMM's H100 tables; all are cut to compile without spills for
@@ -54,14 +66,16 @@ TILES = {
     ("fp64", False): (TileConfig(32, 32, 16, stages=3, warps=4),),
 }
 
-# The H100 tiles of public tables (DeepGEMM's, Triton's tutorials), of 16-bit operands alone.
+# The H100 tiles of public tables (DeepGEMM's, Triton's tutorials), of 16-bit operands alone. The first two fill a
+# multiprocessor; of the others it holds two or three, the last ones for a few rows.
 TMA_TILES = (
     TileConfig(128, 256, 64, stages=4, warps=8, path="tma", subtiles=2),
     TileConfig(256, 128, 64, stages=3, warps=8, path="tma", subtiles=2),
-    TileConfig(128, 128, 64, stages=4, warps=8, path="tma", subtiles=2),
-    TileConfig(64, 256, 64, stages=4, warps=4, path="tma", subtiles=2),
-    TileConfig(64, 128, 64, stages=5, warps=4, path="tma"),
-    TileConfig(64, 64, 64, stages=6, warps=4, path="tma"),
+    TileConfig(128, 128, 64, stages=3, warps=8, path="tma", subtiles=2),
+    TileConfig(128, 64, 64, stages=4, warps=8, path="tma"),
+    TileConfig(64, 128, 64, stages=3, warps=4, path="tma"),
+    TileConfig(64, 64, 64, stages=4, warps=4, path="tma"),
+    TileConfig(64, 32, 64, stages=8, warps=4, path="tma"),
 )
 
 # Twice as deep: as many bytes as in 16 bits.
@@ -74,9 +88,9 @@ FP8_TMA_TILES = (
 
 # By the layout of the matrix: a program's threads lie along the dimension that is adjacent in memory.
 VECTOR_TILES = {
-    "N": TileConfig(16, 1, 256, stages=2, warps=4, path="vector"),
-    "T": TileConfig(128, 1, 32, stages=2, warps=4, path="vector"),
-    "S": TileConfig(64, 1, 64, stages=2, warps=4, path="vector"),
+    "N": TileConfig(16, 1, 256, stages=3, warps=4, path="vector"),
+    "T": TileConfig(128, 1, 32, stages=3, warps=4, path="vector"),
+    "S": TileConfig(64, 1, 64, stages=3, warps=4, path="vector"),
 }
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 
@@ -107,10 +121,20 @@ RATES = {
     100: Rates(15.2e12, 7.6e12, 0.54e12, 0.27e12, 118e9, 8.0e12),
     120: Rates(1.23e12, 0.62e12, 0.62e12, 0.010e12, 154e9, 1.8e12),
 }
+# The part of the peak that a tile of so many elements reaches in the matrix units, which read the operands of smaller
+# ones from shared memory more often. Estimates, as all below; to be fitted to the first report of a GPU.
+EFFICIENCY = {128 * 256: 0.85, 128 * 128: 0.75, 64 * 128: 0.6, 64 * 64: 0.4, 64 * 32: 0.25}
+SUSTAINED = 0.8  # clocks under load, of those of the data sheets
+CACHE_SHARE = 0.6  # what the L2 cache gives to all multiprocessors at once, of what it gives to one
 FILL = 1.0e-6  # seconds until the first operands of a tile have arrived
 LAUNCH = 2.5e-6  # seconds of a second kernel launch
 OVERLAP = 0.1  # the part of the shorter of computing and reading that the longer one does not hide
+PADDED_FROM = 2**28  # multiplications: below, no operand is copied
+LAUNCHES_OF_A_COPY = 2  # its elements, and the zeros that pad it
 STRIDED = 4  # times as many transactions where loads are narrow
+TOKENS = 64  # sizes that tell tokens are rounded up to a multiple of this: block_k of 16-bit tiles
+FUSED_GAIN = 0.95  # of the time of two launches: above it, what the model does not know may be more than what it saves
+FUSED_WAVES = 2  # of tiles of both gradients: beyond, two persistent launches lose less than the shared one saves
 
 
 def rates(target: Target) -> Rates:
@@ -131,24 +155,48 @@ def candidates(problem: Problem, target: Target) -> list[TileConfig]:
 
 
 def predicted_seconds(config: TileConfig, problem: Problem, target: Target) -> float:
-    """The model: waves of tiles, each bound by arithmetic or L2 reads; the whole bound by memory."""
+    """The model: each multiprocessor computes its tiles, bound by arithmetic or L2 reads; the whole bound by memory.
+
+    Where several blocks are on a multiprocessor, one multiplies while another waits for its first operands or stores;
+    the loads of a persistent program's next tile are under way while it stores.
+    """
     rate, item = rates(target), ITEM_BYTES[problem.dtype]
     m, n, k, batch = problem.m, problem.n, problem.k, problem.batch
-    rows, cols = (m * n, 1) if config.path == "vector" else (m, n)
-    tiles = -(-rows // config.block_m) * -(-cols // config.block_n)
-    waves = -(-tiles * config.split_k * batch // target.sms)
-    steps = -(-k_steps(problem, config) // config.split_k)
+    tiles = cdiv(work_items(problem, config), target.sms)
+    steps = cdiv(k_steps(problem, config), config.split_k)
     narrow = 1 if problem.aligned or config.path == "tma" else STRIDED
-    compute = 2 * config.block_m * config.block_n * config.block_k / rate.of(kind(problem))
-    reads = (config.block_m + config.block_n) * config.block_k * item * narrow / rate.cache
-    stores = config.block_m * config.block_n * item / rate.cache
+    compute = (
+        2 * config.block_m * config.block_n * config.block_k / (rate.of(kind(problem)) * efficiency(config, problem))
+    )
+    reads = (config.block_m + config.block_n) * config.block_k * item * narrow / (rate.cache * CACHE_SHARE)
+    stores = config.block_m * config.block_n * item / (rate.cache * CACHE_SHARE)
     workspace = workspace_bytes(problem, config)
     memory = (batch * (m * k + k * n + m * n) * item + 2 * workspace) / rate.memory
-    run = waves * (FILL + steps * max(compute, reads) + stores)
+    overlapped = resident_blocks(config, problem, target) > 1
+    fills = 1 if config.path == "tma" and (overlapped or config.split_k == 1) else tiles
+    run = fills * FILL + tiles * steps * max(compute, reads) + (1 if overlapped else tiles) * stores
     return max(run, memory) + OVERLAP * min(run, memory) + (LAUNCH if config.split_k > 1 else 0)
 
 
-@lru_cache(maxsize=4096)
+def efficiency(config: TileConfig, problem: Problem) -> float:
+    """The part of the data sheet's rate that a tile reaches; vector units wait for no operands in shared memory."""
+    if config.path == "vector" or kind(problem) in ("fp32", "fp64"):
+        return SUSTAINED
+    size = max((known for known in EFFICIENCY if known <= config.block_m * config.block_n), default=min(EFFICIENCY))
+    return SUSTAINED * EFFICIENCY[size]
+
+
+def representative(problem: Problem) -> Problem:
+    """The problem that stands for all of nearly as many tokens, so that a new number of them costs no new choice.
+
+    Where m is tokens, as in a forward product, and where k is, as in the gradient of a weight. k has as many steps as
+    before: a tile that is valid for this problem is valid for those that it stands for.
+    """
+    m = problem.m if problem.m <= 1 else cdiv(problem.m, TOKENS) * TOKENS
+    whole = ITEM_BYTES.get(problem.dtype) == 2 and 1 not in (problem.m, problem.n)
+    return replace(problem, m=m, k=cdiv(problem.k, TOKENS) * TOKENS if whole else problem.k)
+
+
 def choose(problem: Problem, target: Target) -> TileConfig:
     """The tile for a problem on a GPU: the tuned one if there is one and it is valid, else the fastest predicted.
 
@@ -159,10 +207,39 @@ def choose(problem: Problem, target: Target) -> TileConfig:
     tuned = tuned_configs.find(problem, target)
     if tuned is not None and is_valid(tuned, problem, target):
         return tuned
+    return fastest_predicted(representative(problem), target)
+
+
+@lru_cache(maxsize=4096)
+def fastest_predicted(problem: Problem, target: Target) -> TileConfig:
     tiles = candidates(problem, target)
     if not tiles:
         raise ValueError(f"no tile for {problem} on {target}")
     return min(tiles, key=lambda tile: predicted_seconds(tile, problem, target))
+
+
+def choose_padded(problem: Problem, target: Target, copied: tuple[bool, bool]) -> TileConfig | None:
+    """The tile for padded copies of the operands that TMA cannot read, or None where none is predicted to be faster.
+
+    copied: which of A and B would be. In batch-invariant mode none is: which way is faster depends on m.
+    """
+    m, n, k, batch = problem.m, problem.n, problem.k, problem.batch
+    if True not in copied or problem.invariant or ITEM_BYTES.get(problem.dtype) != 2 or batch * m * n * k < PADDED_FROM:
+        return None
+    tile = choose(padded_problem(problem), target)
+    elements = batch * sum(size for size, copy in zip((m * k, k * n), copied, strict=True) if copy)
+    copying = 2 * elements * ITEM_BYTES[problem.dtype] / rates(target).memory + LAUNCHES_OF_A_COPY * LAUNCH * sum(
+        copied
+    )
+    with_copies = predicted_seconds(tile, padded_problem(problem), target) + copying
+    direct = predicted_seconds(choose(problem, target), problem, target)
+    return tile if tile.path == "tma" and with_copies < direct else None
+
+
+def padded_problem(problem: Problem) -> Problem:
+    """The problem of operands that TMA can read: a layout that has no adjacent dimension becomes "N"."""
+    a, b = ("T" if letter == "T" else "N" for letter in (problem.a, problem.b))
+    return replace(problem, a=a, b=b, aligned=True, tma=True)
 
 
 def is_valid_backward(tile: TileConfig, problem: Problem, grad: str, target: Target) -> bool:
@@ -174,19 +251,28 @@ def is_valid_backward(tile: TileConfig, problem: Problem, grad: str, target: Tar
     return not alike and all(is_valid(tile, product, target) for product in gradients(problem))
 
 
-@lru_cache(maxsize=4096)
 def choose_backward(problem: Problem, grad: str, target: Target) -> TileConfig | None:
     """The tile for both gradients in one launch, or None where two launches are faster or no tile is valid.
 
     problem: of the forward product. grad: the layout of dC, "N" or "T", which TMA can read.
     """
+    return fastest_fused(representative(problem), grad, target)
+
+
+@lru_cache(maxsize=4096)
+def fastest_fused(problem: Problem, grad: str, target: Target) -> TileConfig | None:
     grads = gradients(problem)
-    tiles = [tile for tile in TMA_TILES if is_valid_backward(tile, problem, grad, target)]
+    tiles = [
+        tile
+        for tile in TMA_TILES
+        if is_valid_backward(tile, problem, grad, target)
+        and sum(work_items(product, tile) for product in grads) <= FUSED_WAVES * target.sms
+    ]
     if not tiles:
         return None
     best = min(tiles, key=lambda tile: fused_time(tile, grads, target))
     separate_time = sum(predicted_seconds(choose(product, target), product, target) for product in grads) + LAUNCH
-    return best if fused_time(best, grads, target) <= separate_time else None
+    return best if fused_time(best, grads, target) <= FUSED_GAIN * separate_time else None
 
 
 def gradients(problem: Problem) -> tuple[Problem, Problem]:
@@ -202,7 +288,7 @@ def gradients(problem: Problem) -> tuple[Problem, Problem]:
 def fused_time(tile: TileConfig, grads: tuple[Problem, Problem], target: Target) -> float:
     """Predicted seconds of one grid over the tiles of both gradients, whose last waves overlap."""
     alone = [predicted_seconds(tile, product, target) for product in grads]
-    tiles = [-(-product.m // tile.block_m) * -(-product.n // tile.block_n) for product in grads]
-    waves = [-(-count // target.sms) for count in tiles]
-    saved = sum(waves) - -(-sum(tiles) // target.sms)
+    tiles = [work_items(product, tile) for product in grads]
+    waves = [cdiv(count, target.sms) for count in tiles]
+    saved = sum(waves) - cdiv(sum(tiles), target.sms)
     return sum(alone) - saved * min(time / max(wave, 1) for time, wave in zip(alone, waves, strict=True))

@@ -18,8 +18,19 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 # A vector load is 16 bytes, and Triton proves that one is legal only from divisibility by 16 elements.
 ALIGNMENT = 16
 
+# TMA reads rows of whole 16 bytes: so many elements of 16 bits.
+PADDING = 8
+
+# CUDA's limit of the first dimension of a grid, the only one that is used.
+MAX_PROGRAMS = 2**31 - 1
+
 # Room for the barriers that the compiler puts beside the operand tiles.
 BARRIER_BYTES = 2048
+
+# What they take in the compiled kernels of path "tma", and what CUDA reserves for each block.
+MEASURED_BARRIER_BYTES, RESERVED_BYTES = 128, 1024
+# Registers of a thread besides its accumulators in those kernels.
+OTHER_REGISTERS = 64
 
 # More accumulators than this leave no registers for operands and addresses (255 is the hardware's limit); before
 # sm_90 the operands of the matrix instruction are in registers too.
@@ -128,8 +139,18 @@ def kernel_name(problem: Problem, config: TileConfig) -> str:
     return f"{stem}_{letters}_{dtype_name(problem)}_{tile}_s{config.stages}_w{config.warps}{split}"
 
 
+def cdiv(size: int, block: int) -> int:
+    return -(-size // block)
+
+
 def k_steps(problem: Problem, config: TileConfig) -> int:
-    return -(-problem.k // config.block_k)
+    return cdiv(problem.k, config.block_k)
+
+
+def work_items(problem: Problem, config: TileConfig) -> int:
+    """Tiles of all products and all splits of k: the programs of a launch, unless one computes several."""
+    rows, cols = (problem.m * problem.n, 1) if config.path == "vector" else (problem.m, problem.n)
+    return cdiv(rows, config.block_m) * cdiv(cols, config.block_n) * config.split_k * problem.batch
 
 
 def workspace_bytes(problem: Problem, config: TileConfig) -> int:
@@ -151,10 +172,25 @@ def shared_bytes(config: TileConfig, problem: Problem, target: Target) -> int:
     if problem.precision != "ieee" and target.arch >= 90:
         operands += (config.block_m + config.block_n) * config.block_k * item
     if config.path == "vector":
-        return 4 * max(4, item) * config.block_m * config.warps + BARRIER_BYTES
+        ahead = (config.stages - 1) * (config.block_m + 1) * config.block_k * item
+        return ahead + 4 * max(4, item) * config.block_m * config.warps + BARRIER_BYTES
     if config.path == "tma":
         return operands + result // config.subtiles + BARRIER_BYTES
     return max(operands, result) + BARRIER_BYTES
+
+
+def resident_blocks(config: TileConfig, problem: Problem, target: Target) -> int:
+    """Blocks of path "tma" that a multiprocessor holds at once, at least 1; other paths are taken to have 1.
+
+    By shared memory, of which CUDA reserves 1 KiB for each block, and by registers: those of the accumulators and what
+    the compiled kernels need besides (`tests/kernels/gpu/test_flatten.py` holds the estimate against them).
+    """
+    if config.path != "tma":
+        return 1
+    shared = shared_bytes(config, problem, target) - BARRIER_BYTES + MEASURED_BARRIER_BYTES + RESERVED_BYTES
+    threads = 32 * config.warps
+    registers = config.block_m * config.block_n // threads + OTHER_REGISTERS
+    return max(1, min((target.shared_bytes + RESERVED_BYTES) // shared, (1 << 16) // (threads * registers)))
 
 
 def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
@@ -175,6 +211,7 @@ def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
         and 1 <= config.stages <= 8
         and config.group_m >= 1
         and _is_valid_split(config, problem)
+        and work_items(problem, config) <= MAX_PROGRAMS
         and shared_bytes(config, problem, target) <= target.shared_bytes
     )
 

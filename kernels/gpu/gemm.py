@@ -10,15 +10,15 @@ from .tiles import IMPRECISE, round_to_tf32, scale_8_bits, split_k_range, tile_c
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALARS)
 def gemm(
-    ptrs, scales, m, n, k, strides, batch, source, alpha_low, alpha_high, beta_low, beta_high,
+    ptrs, scales, m, n, k, strides, source, alpha_low, alpha_high, beta_low, beta_high,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """C[z, i, j] = sum over t < k of A[z, i, t] * B[z, t, j], one BLOCK_M x BLOCK_N tile of C a program.
 
-    Shapes: A (m, k), B (k, n), C (m, n); m, n, k >= 1. ptrs, strides (row and column), batch
-    (strides): `Operands`. scales: `ScalePtrs`. source: `Matrix`.
-    Grid: (ceil(m / BLOCK_M) * ceil(n / BLOCK_N), SPLIT_K * batches).
+    Shapes: A (m, k), B (k, n), C (m, n); m, n, k >= 1. ptrs, strides: `Operands`. scales: `ScalePtrs`.
+    source: `Matrix`.
+    Grid: ceil(m / BLOCK_M) * ceil(n / BLOCK_N) * SPLIT_K * batches, one dimension: the others end at 65,535.
     Strides: any, in elements: row, column, sliced, expanded (0). Triton compiles a stride of 1, and sizes and
     strides divisible by 16, into vector loads. Tile origins are 64-bit; offsets inside a tile are 32-bit
     unless WIDE, which the plan sets where a tile spans 2**31 elements or more.
@@ -28,7 +28,7 @@ def gemm(
     "ieee" multiplies them whole.
     Epilogue: with alpha, C = alpha * S + beta * source, S the sums over t: alpha * S is rounded to the type of S, then
     one multiply-add. A source without address adds nothing; without a row or column stride, it repeats along it.
-    Result: C; with SPLIT_K > 1 it is the workspace: SPLIT_K partial results of each product, batch.c apart, for
+    Result: C; with SPLIT_K > 1 it is the workspace: SPLIT_K partial results of each product, strides.c.batch apart, for
     `reduce`.
     Aliasing: c overlaps neither a nor b, and has no stride 0 but along a dimension of size 1. The source may be c:
     each element is read before it is written.
@@ -42,11 +42,13 @@ def gemm(
     """
     tiles_m = 1 + (m - 1) // BLOCK_M
     tiles_n = 1 + (n - 1) // BLOCK_N
-    row_tile, col_tile = tile_coords(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    tiles = tiles_m * tiles_n
+    part = tl.program_id(0) // tiles
+    row_tile, col_tile = tile_coords(tl.program_id(0) % tiles, tiles_m, tiles_n, GROUP_M)
     row0 = tl.cast(row_tile, tl.int64) * BLOCK_M
     col0 = tl.cast(col_tile, tl.int64) * BLOCK_N
-    part = tl.cast(tl.program_id(1), tl.int64)
-    first, last = split_k_range(tl.program_id(1) % SPLIT_K, k, BLOCK_K, SPLIT_K)
+    first, last = split_k_range(part % SPLIT_K, k, BLOCK_K, SPLIT_K)
+    part = tl.cast(part, tl.int64)
 
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     row = tl.arange(0, BLOCK_M).to(OFFSET)
@@ -58,8 +60,8 @@ def gemm(
     # A moving scalar base and fixed offsets: a tensor of moving 64-bit pointers would fill the registers.
     a_step = tl.cast(strides.a.col, tl.int64) * BLOCK_K
     b_step = tl.cast(strides.b.row, tl.int64) * BLOCK_K
-    a_base = ptrs.a + part // SPLIT_K * batch.a + row0 * strides.a.row + first * a_step
-    b_base = ptrs.b + part // SPLIT_K * batch.b + col0 * strides.b.col + first * b_step
+    a_base = ptrs.a + part // SPLIT_K * strides.a.batch + row0 * strides.a.row + first * a_step
+    b_base = ptrs.b + part // SPLIT_K * strides.b.batch + col0 * strides.b.col + first * b_step
     a_offset = row[:, None] * strides.a.row + depth[None, :] * strides.a.col
     b_offset = depth[:, None] * strides.b.row + col[None, :] * strides.b.col
 
@@ -81,10 +83,10 @@ def gemm(
         b_base += b_step
 
     acc = scale_8_bits(acc, scales)
-    if source.ptr is not None:
-        source = Matrix(source.ptr + part * source.batch, source.row, source.col, source.batch)
     scalars = (alpha_low, alpha_high, beta_low, beta_high)
+    if source.ptr is not None:  # no function: before Triton 3.7 one can return no tuple that holds None
+        source = Matrix(source.ptr + part * source.batch, source.row, source.col, source.batch)
     acc = tile_epilogue(acc, source, row0, col0, m, n, scalars)
-    c_base = ptrs.c + part * batch.c + row0 * strides.c.row + col0 * strides.c.col
+    c_base = ptrs.c + part * strides.c.batch + row0 * strides.c.row + col0 * strides.c.col
     c_offset = row[:, None] * strides.c.row + col[None, :] * strides.c.col
     tl.store(c_base + c_offset, acc.to(ptrs.c.dtype.element_ty), mask=in_rows & in_cols)

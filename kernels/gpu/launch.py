@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from . import settings
-from .choose import choose, choose_backward
-from .config import Target, TileConfig, is_valid, layout
+from .choose import choose, choose_backward, choose_padded, padded_problem
+from .config import Problem, Target, TileConfig, is_valid, layout
 from .epilogue import Epilogue
 from .operands import (
     INTERPRETED,
@@ -21,6 +21,7 @@ from .operands import (
     describe,
     fits_tma,
     is_aligned,
+    padded,
     strides_of,
     strides_of_source,
 )
@@ -33,12 +34,16 @@ MAX_LAUNCHES = 4096  # kept at once; with more shapes than that, launches are ma
 
 
 class Launch(NamedTuple):
-    """The kernels of a product of given shapes, strides, dtypes and alignments, the shape of C and the workspace."""
+    """The kernels of a product of given shapes, strides, dtypes and alignments, the shape of C and the workspace.
+
+    padded: whether the kernels read a padded copy of A, and of B.
+    """
 
     runners: tuple[Runner, ...]
     shape: tuple[int, ...]
-    workspace: int
-    workspace_dtype: torch.dtype
+    workspace: int = 0
+    workspace_dtype: torch.dtype = torch.float32
+    padded: tuple[bool, bool] = (False, False)
 
 
 _launches: dict[tuple, Launch] = {}
@@ -55,15 +60,16 @@ def mm(
     """C = A . B on the GPU, without a gradient of its own.
 
     Shapes: a (m, k), b (k, n), result (m, n), or a batch of each; any size may be 0. k = 0 gives zeros.
-    Strides: any of a and b, and of out if given; nothing is copied. The result is contiguous.
+    Strides: any of a and b, and of out if given. Of large products in 16 bits an operand that TMA cannot read is copied
+    where the model predicts that this is faster (`choose_padded`); else nothing is. The result is contiguous.
     Dtypes: a, b and result alike: float16, bfloat16, float32, float64. precision: "ieee", "tf32" or "tf32x3" for
     float32, by default torch's setting at this call; other dtypes have no choice and ignore it.
     Aliasing: out must overlap neither a nor b, nor itself.
     Rounding: once, at the store, from a sum in float32 (float64 for float64).
-    Edges: masked in the kernel or by TMA; nothing is padded.
+    Edges: masked in the kernel or by TMA.
     Determinism: the same operands give the same bits on the same GPU model; see `choose`. Where
     `matmul_grad.deterministic(batch_invariant=True)` holds, a row of C has the same bits for any m.
-    Memory: where k is split, at most 32 MiB of partial results, from torch's allocator.
+    Memory: where k is split, at most 32 MiB of partial results, and the copies, from torch's allocator.
     Source: kernels/gpu/. config fixes the tile, for tests and for `tune`. Under TRITON_INTERPRET=1, CPU tensors run
     through Triton's interpreter. Raises ValueError for operands that it cannot multiply.
     """
@@ -122,10 +128,11 @@ def precision_of(a: Tensor, precision: str | None) -> str:
 
 
 def _run_launch(launch: Launch, a: Tensor, b: Tensor, result: Tensor, **more: Any) -> Tensor:
+    a, b = (padded(x) if copied else x for x, copied in zip((a, b), launch.padded, strict=True))
     tensors = {"a": a, "b": b, "c": result, **more}
     if launch.workspace:
         tensors["work"] = a.new_empty(launch.workspace, dtype=launch.workspace_dtype)
-    if INTERPRETED and a.dtype == torch.bfloat16:
+    if INTERPRETED and result.dtype == torch.bfloat16:
         # The interpreter truncates on the way to bfloat16, where a GPU rounds to nearest even.
         tensors["c"] = rounded = torch.empty_strided(result.shape, result.stride(), dtype=torch.float32)
         _run(launch.runners, tensors, a)
@@ -186,19 +193,39 @@ def make_launch(
     if epilogue is not None:
         source = epilogue.added
         epilogue = epilogue._replace(source=None if source is None else strides_of_source(source, a, shape))
-    work = torch.float64 if a.dtype == torch.float64 else torch.float32
     if 0 in shape or a.shape[-1] == 0:
-        return Launch((), shape, 0, work)
+        return Launch((), shape)
     result = torch.empty(shape, dtype=a.dtype, device="meta") if out is None else out
-    problem, target = describe(a, b, result, precision), target_of(a)
+    return _make_runners(describe(a, b, result, precision), (a, b, result), config, epilogue)
+
+
+def _make_runners(
+    problem: Problem,
+    operands: tuple[Tensor, Tensor, Tensor],
+    config: TileConfig | None,
+    epilogue: Epilogue | None = None,
+) -> Launch:
+    """The launch of a problem on these operands and a result, in the tile that is named, else in the one chosen."""
+    (a, b, c), target, copied = operands, target_of(operands[0]), (False, False)
     if config is None:
-        config = choose(problem, target)
+        unread = not fits_tma(a), not fits_tma(b)
+        config = choose_padded(problem, target, unread) if c.stride(-1) == 1 else None
+        if config is None:
+            config = choose(problem, target)
+        else:
+            problem, copied = padded_problem(problem), unread
     elif not is_valid(config, problem, target):
         raise ValueError(f"{config} is not valid for {problem} on {target}")
-    strides = strides_of(a), strides_of(b), strides_of(result)
-    upcast = INTERPRETED and a.dtype == torch.bfloat16
-    made = plans(problem, config, target, strides, store_tma=fits_tma(result), upcast=upcast, epilogue=epilogue)
-    return Launch(tuple(Runner(plan) for plan in made), shape, work_elements(problem, config), work)
+    a, b = (padded(_as_meta(x)) if copy else x for x, copy in zip((a, b), copied, strict=True))
+    strides = strides_of(a), strides_of(b), strides_of(c)
+    upcast = INTERPRETED and (a.dtype == torch.bfloat16 or a.dtype in NAMES_OF_8_BITS)
+    made = plans(problem, config, target, strides, store_tma=fits_tma(c), upcast=upcast, epilogue=epilogue)
+    work = torch.float64 if a.dtype == torch.float64 else torch.float32
+    return Launch(tuple(map(Runner, made)), tuple(c.shape), work_elements(problem, config), work, copied)
+
+
+def _as_meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def mm_backward(
@@ -237,10 +264,9 @@ def backward_in_one(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]
 
 def make_backward_launch(grad: Tensor, a: Tensor, b: Tensor) -> Launch:
     """The launch of both gradients, without a runner where there is none."""
-    none = Launch((), (), 0, torch.float32)
-    if a.dim() != 2 or checked_shape(a, b, grad) != tuple(grad.shape) or 0 in (*a.shape, *b.shape):
-        return none
-    if INTERPRETED and a.dtype == torch.bfloat16:
+    none = Launch((), ())
+    checked_shape(a, b, grad)
+    if a.dim() != 2 or 0 in (*a.shape, *b.shape) or (INTERPRETED and a.dtype == torch.bfloat16):
         return none
     results = [torch.empty(x.shape, dtype=a.dtype, device="meta") for x in (a, b)]
     problem, target = describe(a, b, grad, "ieee"), target_of(a)
@@ -250,7 +276,7 @@ def make_backward_launch(grad: Tensor, a: Tensor, b: Tensor) -> Launch:
     strides = strides_of(a), strides_of(b), strides_of(grad)
     stored = fits_tma(results[0]), fits_tma(results[1])
     plan = backward_plan(problem, config, target, strides, store_tma=stored)
-    return Launch((Runner(plan),), (), 0, torch.float32)
+    return Launch((Runner(plan),), ())
 
 
 def scaled_mm(
@@ -263,31 +289,13 @@ def scaled_mm(
     Dtypes: a and b float8_e4m3fn or float8_e5m2, each its own; scales float32; result float16, bfloat16 or float32.
     Rounding: products are exact, sums float32 (on sm_90 after every 128 products), one rounding at the store.
     """
-    key = (
-        a.shape, a.stride(), b.shape, b.stride(), a.dtype, b.dtype, a.get_device(), b.get_device(),
-        a.data_ptr() % 16, b.data_ptr() % 16, result, settings.invariant, config,
-    )  # fmt: skip
+    key = ("scaled_mm", result, *_key(a, b, "ieee", config))
     launch = _launches.get(key)
     if launch is None:
-        launch = _remember(key, make_scaled_launch(a, b, result, config))
-    c = a.new_empty(launch.shape, dtype=result)
-    tensors = {"a": a, "b": b, "c": c, "scale_a": scale_a, "scale_b": scale_b}
-    if launch.workspace:
-        tensors["work"] = a.new_empty(launch.workspace, dtype=launch.workspace_dtype)
-    _run(launch.runners, tensors, a)
-    return c
-
-
-def make_scaled_launch(a: Tensor, b: Tensor, result: torch.dtype, config: TileConfig | None) -> Launch:
-    c = torch.empty(a.shape[0], b.shape[1], dtype=result, device="meta")
-    problem, target = replace(describe(a, b, c, "ieee"), result=NAMES[result]), target_of(a)
-    if config is None:
-        config = choose(problem, target)
-    elif not is_valid(config, problem, target):
-        raise ValueError(f"{config} is not valid for {problem} on {target}")
-    strides = strides_of(a), strides_of(b), strides_of(c)
-    made = plans(problem, config, target, strides, store_tma=fits_tma(c), upcast=INTERPRETED)
-    return Launch(tuple(Runner(plan) for plan in made), tuple(c.shape), work_elements(problem, config), torch.float32)
+        c = torch.empty(a.shape[0], b.shape[1], dtype=result, device="meta")
+        problem = replace(describe(a, b, c, "ieee"), result=NAMES[result])
+        launch = _remember(key, _make_runners(problem, (a, b, c), config))
+    return _run_launch(launch, a, b, a.new_empty(launch.shape, dtype=result), scale_a=scale_a, scale_b=scale_b)
 
 
 def supports_scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, result: torch.dtype) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import DescriptorArg, PointerArg, ScalarArg
+from .arguments import DescriptorArg, PointerArg, ScalarArg, is_group
 from .plan import Plan
 
 # Triton's codes of an element, as its metadata has them, to CUtensorMapDataType of the driver's API.
@@ -48,10 +48,10 @@ Parameter = Constant | Pointer | Descriptor
 
 @dataclass(frozen=True)
 class LaunchRecord:
-    """One launch: the driver's handle of the kernel, its grid and resources, and its parameters in order."""
+    """One launch: the driver's handle of the kernel, its programs and resources, and its parameters in order."""
 
     function: int
-    grid: tuple[int, int]
+    programs: int
     threads: int
     shared: int
     parameters: tuple[Parameter, ...]
@@ -72,40 +72,37 @@ def record_of(plan: Plan, compiled: Any) -> LaunchRecord | None:
     arguments = [pair for pair in zip(flat(plan.arguments), flat(passed), strict=True) if pair[1] != "constexpr"]
     if any(isinstance(argument, ScalarArg) for argument, _ in arguments):
         return None
-    described = iter(metadata.tensordesc_meta or [])
+    described = iter(metadata.tensordesc_meta or ())
     parameters: list[Parameter] = []
     for argument, _ in arguments:
         if isinstance(argument, PointerArg):
             parameters.append(Pointer(argument.name))
         elif isinstance(argument, DescriptorArg):
-            parameters += descriptor(argument, next(described, None))
+            parameters += descriptor(argument, next(described))
         else:
             parameters.append(Constant(argument))
     parameters += [Constant(0), Constant(0)]  # the addresses of two scratch buffers that these kernels do not have
-    return LaunchRecord(compiled.function, plan.grid, WARP * metadata.num_warps, metadata.shared, tuple(parameters))
+    return LaunchRecord(compiled.function, plan.programs, WARP * metadata.num_warps, metadata.shared, tuple(parameters))
 
 
 def flat(values: Iterable[Any]) -> Iterator[Any]:
     """Arguments, or their types, in the order in which a kernel takes them: tuples field by field."""
     for value in values:
-        if isinstance(value, tuple) and not isinstance(value, PointerArg | ScalarArg | DescriptorArg):
+        if is_group(value):
             yield from flat(value)
         else:
             yield value
 
 
-def descriptor(argument: DescriptorArg, metadata: dict[str, Any] | None) -> list[Parameter]:
+def descriptor(argument: DescriptorArg, metadata: dict[str, Any]) -> list[Parameter]:
     """The parameters of a descriptor: the encoded one, then its sizes and strides, which the kernel may or may not use.
 
-    Without metadata, where the GPU has no copy engine, the kernel takes an address in its place.
+    metadata: Triton's, which every kernel of path "tma" has: those GPUs have TMA.
     """
-    again = [Constant(x) for x in (*argument.shape, *argument.strides)]
-    if metadata is None:
-        return [Pointer(argument.name), *again, Constant(0), Constant(0), *again]
     item = metadata["elem_size"]
     strides = tuple(item * stride for stride in reversed(argument.strides[:-1]))
     encoded = Descriptor(
         argument.name, ELEMENTS[metadata["elem_type"]], metadata["swizzle"],
         tuple(reversed(argument.shape)), strides, tuple(reversed(metadata["block_size"])),
     )  # fmt: skip
-    return [encoded, *again]
+    return [encoded, *(Constant(x) for x in (*argument.shape, *argument.strides))]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import settings
 from .arguments import Strides
-from .config import ALIGNMENT, ITEM_BYTES, Problem, layout
+from .config import ALIGNMENT, ITEM_BYTES, PADDING, Problem, cdiv, layout
 from .gemm import gemm
 
 SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -97,3 +97,17 @@ def fits_tma(x: Tensor) -> bool:
     extents = (found[0], *found[1])
     whole = all(size > 0 and size * item % 16 == 0 and size * item < 2**40 for size in extents)
     return whole and (x.is_meta or x.data_ptr() % 16 == 0)
+
+
+def padded(x: Tensor) -> Tensor:
+    """A copy of a 16-bit matrix, or of a batch, that TMA can read: its adjacent dimension ends in zeros.
+
+    Layout "T" stays "T"; of the others rows are copied.
+    """
+    if layout(*x.stride()[-2:]) == "T":
+        return padded(x.mT).mT
+    cols = x.shape[-1]
+    copy = x.new_empty((*x.shape[:-1], cdiv(cols, PADDING) * PADDING))
+    copy[..., cols:].zero_()
+    copy[..., :cols].copy_(x)
+    return copy[..., :cols]

@@ -11,14 +11,25 @@ from .arguments import (
     MatvecStrides,
     Operands,
     PointerArg,
-    RowCol,
     ScalarArg,
     ScalePtrs,
     Strides,
     Vector,
 )
 from .backward import backward_tma
-from .config import Problem, Target, TileConfig, dtype_name, kernel_name, kind, workspace_bytes
+from .config import (
+    PADDING,
+    Problem,
+    Target,
+    TileConfig,
+    cdiv,
+    dtype_name,
+    kernel_name,
+    kind,
+    resident_blocks,
+    work_items,
+    workspace_bytes,
+)
 from .epilogue import SCALARS, Epilogue
 from .gemm import gemm
 from .reduce import reduce
@@ -26,16 +37,16 @@ from .tma import gemm_tma
 from .vector import matvec
 
 REDUCE_BLOCK = 1024
-# Left to itself, ptxas spills a few registers to fit one more block on a multiprocessor.
-MAX_REGISTERS = 255
+# Of a thread and of a multiprocessor, by the hardware.
+MAX_REGISTERS, REGISTERS = 255, 1 << 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One kernel launch: the kernel, its grid and arguments, constants by name, and the compiler's options."""
+    """One kernel launch: the kernel, its number of programs, its arguments, constants by name, compiler options."""
 
     kernel: Any
-    grid: tuple[int, int]
+    programs: int
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
@@ -93,19 +104,20 @@ def work_elements(problem: Problem, config: TileConfig) -> int:
     return workspace_bytes(problem, config) // (8 if problem.dtype == "float64" else 4)
 
 
-def cdiv(size: int, block: int) -> int:
-    return -(-size // block)
-
-
 def is_wide(extents: list[tuple[int, int]]) -> bool:
     """Whether an offset inside a block can exceed 32 bits: by its (size, stride) along each dimension."""
     return sum(size * stride for size, stride in extents) >= 2**31
 
 
 def options(config: TileConfig) -> dict[str, Any]:
-    """The compiler's options. Fused multiply-add is named because its default differs between versions."""
+    """The compiler's options. Fused multiply-add is named because its default differs between versions.
+
+    The limit of registers is what one block can have: left to itself, ptxas spills a few to fit one more of them on a
+    multiprocessor. More than all threads of a block can have together would not launch.
+    """
+    most = min(MAX_REGISTERS, REGISTERS // (32 * config.warps) // 8 * 8)
     named = {"num_warps": config.warps, "num_stages": config.stages}
-    return {**named, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
+    return {**named, "enable_fp_fusion": True, "maxnreg": most}
 
 
 def blocks(config: TileConfig) -> dict[str, int]:
@@ -139,11 +151,10 @@ def _gemm(
     )
     return Plan(
         gemm,
-        (cdiv(m, bm) * cdiv(n, bn), config.split_k * problem.batch),
+        work_items(problem, config),
         (
             Operands(PointerArg("a"), PointerArg("b"), PointerArg(result)), scale_ptrs(problem), m, n, k,
-            Operands(*(RowCol(x.row, x.col) for x in strides)), Operands(*(x.batch for x in strides)),
-            source_arg(epilogue), *scalar_args(epilogue),
+            Operands(*strides), source_arg(epilogue), *scalar_args(epilogue),
         ),
         {
             **blocks(config),
@@ -160,11 +171,13 @@ def _gemm(
 def descriptor_arg(name: str, shape: tuple[int, ...], strides: Strides, block: tuple[int, int]) -> DescriptorArg:
     """A TMA descriptor of a matrix, or of a batch, with the adjacent dimension last.
 
-    shape: rows, columns and the size of the batch. block: in the matrix's own order.
+    shape: rows, columns and the size of the batch. block: in the matrix's own order. What pads the adjacent dimension
+    of a copy is part of it; other matrices have no such rest.
     """
     (rows, cols, batch), leading = shape, strides.row
     if strides.col != 1:
         rows, cols, leading, block = cols, rows, strides.col, (block[1], block[0])
+    cols = cdiv(cols, PADDING) * PADDING
     if batch == 1:
         return DescriptorArg(name, (rows, cols), (leading, 1), block)
     return DescriptorArg(name, (batch, rows, cols), (strides.batch, leading, 1), (1, *block))
@@ -182,15 +195,15 @@ def _gemm_tma(
 ) -> Plan:
     (a, b, c), (m, n, k), batch = strides, (problem.m, problem.n, problem.k), problem.batch
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    items = cdiv(m, bm) * cdiv(n, bn) * config.split_k * batch
+    source = source_arg(epilogue)
     stored = descriptor_arg(result, (m, n, batch), c, (bm, bn // config.subtiles)) if store_tma else None
     return Plan(
         gemm_tma,
-        (programs(items, target), 1),
+        programs(work_items(problem, config), problem, config, target),
         (
             descriptor_arg("a", (m, k, batch), a, (bm, bk)), descriptor_arg("b", (k, n, batch), b, (bk, bn)), stored,
             Matrix() if store_tma else matrix_arg(result, c), scale_ptrs(problem), m, n, k,
-            batch if batch > 1 else None, source_arg(epilogue), *scalar_args(epilogue),
+            batch if batch > 1 else None, source, *scalar_args(epilogue),
         ),
         {
             **blocks(config),
@@ -198,6 +211,7 @@ def _gemm_tma(
             "A_TRANSPOSED": a.col != 1,
             "B_TRANSPOSED": b.col != 1,
             "SUBTILES": config.subtiles,
+            "FLATTEN": is_flattened(problem, config, target, source),
             "UPCAST": upcast,
             "NAME": with_suffix(kernel_name(problem, config), epilogue),
         },
@@ -205,9 +219,21 @@ def _gemm_tma(
     )  # fmt: skip
 
 
-def programs(items: int, target: Target) -> int:
-    """One program a multiprocessor where each has two tiles or more, else one a tile."""
-    return target.sms if items >= 2 * target.sms else items
+def programs(items: int, problem: Problem, config: TileConfig, target: Target) -> int:
+    """One program a multiprocessor, or one a tile where several fit on one: one multiplies while another stores."""
+    return items if resident_blocks(config, problem, target) > 1 else min(items, target.sms)
+
+
+def is_flattened(problem: Problem, config: TileConfig, target: Target, source: Matrix) -> bool:
+    """Whether the loops over tiles and over k become one.
+
+    Not where a program has one tile, nor where k is split, since the steps then differ from tile to tile. Nor where
+    what the epilogue loads takes more shared memory in the loop: a matrix to add, or on sm_100 the scales of 8-bit
+    operands. A row to add on sm_100, and 8-bit operands elsewhere, are left out with them.
+    """
+    is_plain = source.ptr is None or (target.arch < 100 and None in (source.row, source.col))
+    whole = config.split_k == 1 and kind(problem) == "half"
+    return whole and is_plain and resident_blocks(config, problem, target) == 1
 
 
 def _matvec(
@@ -222,26 +248,28 @@ def _matvec(
 ) -> Plan:
     a, b, c = strides
     added = None if epilogue is None else epilogue.source
-    s = Strides(0, 0) if added is None else added
-    rows, matrix, vector, step = problem.m, "a", "b", s.row
+    rows, matrix, vector = problem.m, "a", "b"
     along = MatvecStrides(a.row, a.col, b.row, c.row, c.batch)
     if problem.n != 1:
-        rows, matrix, vector, step = problem.n, "b", "a", s.col
+        rows, matrix, vector = problem.n, "b", "a"
         along = MatvecStrides(b.col, b.row, a.col, c.col, c.batch)
+    source = Vector()
+    if added is not None:
+        source = Vector(PointerArg("source"), added.row if problem.n == 1 else added.col)
     bm, bk = config.block_m, config.block_k
-    wide = is_wide([(bm, along.row), (bk, along.col)])
-    wide = wide or is_wide([(bk, along.x)]) or is_wide([(bm, max(along.y, step))])
+    wide = is_wide([(bm, along.row), (bk, along.col)]) or is_wide([(bk, along.x)])
     return Plan(
         matvec,
-        (cdiv(rows, bm), config.split_k),
+        work_items(problem, config),
         (
             Operands(PointerArg(matrix), PointerArg(vector), PointerArg(result)), rows, problem.k, along,
-            Vector() if added is None else Vector(PointerArg("source"), step), *scalar_args(epilogue),
+            source, *scalar_args(epilogue),
         ),
         {
             "BLOCK_M": bm,
             "BLOCK_K": bk,
             "SPLIT_K": config.split_k,
+            "STAGES": config.stages,
             "WIDE": wide,
             "NAME": with_suffix(kernel_name(problem, config), epilogue),
         },
@@ -255,7 +283,7 @@ def _reduce(problem: Problem, config: TileConfig, c: Strides, epilogue: Epilogue
     source = source_arg(epilogue, repeats=False)
     return Plan(
         reduce,
-        (cdiv(size, REDUCE_BLOCK), problem.batch),
+        cdiv(size, REDUCE_BLOCK) * problem.batch,
         (PointerArg("work"), PointerArg("c"), size, problem.n, c, source, *scalar_args(epilogue)),
         {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "NAME": name},
         {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
@@ -269,7 +297,6 @@ def backward_plan(
     strides: tuple[Strides, Strides, Strides],
     *,
     store_tma: tuple[bool, bool] = (True, True),
-    upcast: bool = False,
 ) -> Plan:
     """The plan of a backward pass in one launch: "grad", "a", "b" to "da" and "db".
 
@@ -282,7 +309,7 @@ def backward_plan(
     stored = (bm, bn // config.subtiles)
     return Plan(
         backward_tma,
-        (programs(items, target), 1),
+        programs(items, problem, config, target),
         (
             descriptor_arg("a", (m, k, 1), a, (bk, bm)), descriptor_arg("b", (k, n, 1), b, (bn, bk)),
             descriptor_arg("grad", (m, n, 1), grad, (bm, bk)), descriptor_arg("grad", (m, n, 1), grad, (bk, bn)),
@@ -297,7 +324,6 @@ def backward_plan(
             "B_TRANSPOSED": b.col != 1,
             "GRAD_TRANSPOSED": grad.col != 1,
             "SUBTILES": config.subtiles,
-            "UPCAST": upcast,
             "NAME": kernel_name(problem, config).replace("gemm_tma", "backward"),
         },
         options(config),

@@ -14,13 +14,14 @@ def reduce(
     """C[z, i, j] = round(P[z, 0, i, j] + P[z, 1, i, j] + ...), BLOCK elements a program.
 
     Shapes: P (batches, SPLIT_K, size) with size = m * n, contiguous; C (m, n). c: `Strides`, any. source: `Matrix`.
-    Grid: (ceil(size / BLOCK), batches).
+    Grid: ceil(size / BLOCK) * batches.
     Epilogue: as `gemm`; the source may be C.
     Dtypes: P float32 (float64 for a float64 C). Rounding: once, at the store.
     Edges: masks. Determinism: partial results are added upward; no atomics.
     """
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    batch = tl.program_id(1).to(tl.int64)
+    blocks = 1 + (size - 1) // BLOCK
+    index = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
     inside = index < size
     at = parts_ptr + batch * SPLIT_K * size + index
     total = tl.load(at, mask=inside, other=0.0)

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arguments import DescriptorArg, Matrix, Operands, PointerArg, ScalarArg, ScalePtrs, Vector
+from .arguments import DescriptorArg, PointerArg, ScalarArg, is_group
 from .launch_record import LaunchRecord, record_of
 from .plan import Plan
 
@@ -45,7 +45,7 @@ class Runner:
         self._tuples = [
             (i, x, pointers)
             for i, x in enumerate(plan.arguments)
-            if isinstance(x, Operands | Matrix | Vector | ScalePtrs)
+            if is_group(x)
             if (pointers := [(field, arg.name) for field, arg in enumerate(x) if isinstance(arg, PointerArg)])
         ]
         self._described = [
@@ -64,7 +64,7 @@ class Runner:
     def _build_and_launch(self, arguments: list[Any]) -> Any:
         plan = self._plan
         try:
-            return plan.kernel[plan.grid](*arguments, **plan.options)
+            return plan.kernel[plan.programs,](*arguments, **plan.options)
         except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
             reason = reason_not_to_build(error)
             if not reason:
@@ -91,7 +91,7 @@ class Runner:
             return
         stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         function, metadata = compiled.function, compiled.packed_metadata
-        compiled.run(*self._plan.grid, 1, stream, function, metadata, None, None, None, *arguments)
+        compiled.run(self._plan.programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
 
 def reason_not_to_build(error: Exception) -> str:

@@ -14,12 +14,14 @@ def gemm_tma(
     source, alpha_low, alpha_high, beta_low, beta_high,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr, A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, SUBTILES: tl.constexpr,
-    UPCAST: tl.constexpr, NAME: tl.constexpr,
+    FLATTEN: tl.constexpr, UPCAST: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """C[z, i, j] = sum over t < k of A[z, i, t] * B[z, t, j]; the programs divide the tiles of all products.
 
     Shapes: A (m, k), B (k, n), C (m, n), or a batch of each; m, n, k >= 1. batches: how many, None for one product.
     c, source: `Matrix`. scales: `ScalePtrs`. Grid: any number of programs, which take tiles in turn.
+    FLATTEN makes one loop of those over tiles and over k, so that the first loads of a tile are under way while the
+    one before is stored; `plan.is_flattened` is where it may be set.
     Strides: of the descriptors: adjacent columns, or adjacent rows and a TRANSPOSED descriptor; what a descriptor
     can hold is `operands.fits_tma`.
     Dtypes: 16-bit, a, b and c alike, accumulated in float32, or 8-bit a and b, whose sums are multiplied by the two
@@ -40,7 +42,7 @@ def gemm_tma(
     items = tiles * SPLIT_K * batches if BATCHED else tiles * SPLIT_K
     scalars = (alpha_low, alpha_high, beta_low, beta_high)
     MAX_IMPRECISE: tl.constexpr = None if scales.a is None else IMPRECISE
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
         part = item // tiles
         row, col = tile_coords(item % tiles, tiles_m, tiles_n, GROUP_M)
         first, last = split_k_range(part % SPLIT_K, k, BLOCK_K, SPLIT_K)

@@ -10,12 +10,13 @@ from .tiles import split_k_range
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALARS)
 def matvec(
     ptrs, rows, k, strides, source, alpha_low, alpha_high, beta_low, beta_high,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, WIDE: tl.constexpr, NAME: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
+    WIDE: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """y[i] = sum over t < k of A[i, t] * x[t], BLOCK_M rows and one split of k a program.
 
     Shapes: A (rows, k), x (k), y (rows). A row times a matrix is this with the matrix transposed. ptrs: `Operands`,
-    A, x and y. strides: `MatvecStrides`. source: `Vector`. Grid: (ceil(rows / BLOCK_M), SPLIT_K).
+    A, x and y. strides: `MatvecStrides`. source: `Vector`. Grid: ceil(rows / BLOCK_M) * SPLIT_K.
     Strides: any, in elements; offsets inside a block are 32-bit unless WIDE. With SPLIT_K > 1 y is the workspace:
     partial results strides.split apart.
     Dtypes: float16, bfloat16, float32, float64; sums in float32 (float64 for float64), products unrounded.
@@ -25,8 +26,9 @@ def matvec(
     """
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     ACC: tl.constexpr = tl.float64 if ptrs.a.dtype.element_ty == tl.float64 else tl.float32
-    row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
-    part = tl.program_id(1)
+    blocks = 1 + (rows - 1) // BLOCK_M
+    row0 = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_M
+    part = tl.program_id(0) // blocks
     first, last = split_k_range(part, k, BLOCK_K, SPLIT_K)
     row = tl.arange(0, BLOCK_M).to(OFFSET)
     depth = tl.arange(0, BLOCK_K).to(OFFSET)
@@ -35,7 +37,7 @@ def matvec(
     x_base = ptrs.b + first.to(tl.int64) * BLOCK_K * strides.x
     offset = row[:, None] * strides.row + depth[None, :] * strides.col
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=ACC)
-    for step in range(first, last):
+    for step in tl.range(first, last, num_stages=STAGES):  # the option alone pipelines loops that have a tl.dot
         in_depth = depth < k - step * BLOCK_K
         a = tl.load(a_base + offset, mask=in_rows[:, None] & in_depth[None, :], other=0.0).to(ACC)
         x = tl.load(x_base + depth * strides.x, mask=in_depth, other=0.0).to(ACC)

@@ -16,7 +16,7 @@ A record:
 
     KEY           dtype, device, mode, m, n, k, strides of a and b, alignments of a and b
     WORK …        elements of the workspace, torch's code of their dtype; how many launches; then each of them:
-    FUNCTION …    the driver's handle, grid, threads, shared bytes; how many parameters; then each of them
+    FUNCTION …    the driver's handle, programs, threads, shared bytes; how many parameters; then each of them
     KIND …        CONSTANT: its 8 bytes. POINTER: of which tensor. DESCRIPTOR: of which, and what the driver encodes
 """
 
@@ -37,8 +37,6 @@ from .launch_table import (
     ELEMENT,
     FIRST,
     FUNCTION,
-    GRID_X,
-    GRID_Y,
     HEADER,
     KEYS,
     KIND,
@@ -51,6 +49,7 @@ from .launch_table import (
     PARAMETERS,
     PLAIN_KEYS,
     POINTER,
+    PROGRAMS,
     RANK,
     SHARED,
     SLOT,
@@ -227,7 +226,7 @@ def launch(at, tensors, stream):
             put(arguments, index, target)
             target += MAP_BYTES
     return launch_kernel(
-        get(at, FUNCTION), get(at, GRID_X), get(at, GRID_Y), 1, get(at, THREADS), 1, 1, get(at, SHARED),
+        get(at, FUNCTION), get(at, PROGRAMS), 1, 1, get(at, THREADS), 1, 1, get(at, SHARED),
         stream, arguments, 0,
     ) == 0  # fmt: skip
 

@@ -15,9 +15,9 @@ MOST = SLOTS // 2  # records: beyond that a search would be long, and new shapes
 
 KEYS = 12
 WORK, WORK_DTYPE, LAUNCHES, FIRST = range(KEYS, KEYS + 4)
-FUNCTION, GRID_X, GRID_Y, THREADS, SHARED, PARAMETERS, HEADER = range(7)
+FUNCTION, PROGRAMS, THREADS, SHARED, PARAMETERS, HEADER = range(6)
 
-# A parameter: VALUE is what is passed, or which tensor's address is; the rest describes that tensor to the copy engine.
+# A parameter: VALUE is what is passed, or which tensor's address is; the rest describes that tensor to TMA.
 KIND, VALUE, ELEMENT, RANK, SWIZZLE = range(5)
 DIMENSIONS, STRIDES, BOX, STEPS, PARAMETER = 5, 10, 15, 18, 21  # five words each, then five halves each
 CONSTANT, POINTER, DESCRIPTOR = range(3)

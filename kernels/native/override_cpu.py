@@ -95,6 +95,7 @@ _loaded = Once(_load_entries)
 
 
 def _entries() -> build.Kernels:
+    register.compile_first_gemm_beside()
     from . import aten_entries, call
 
     return call.KERNELS | aten_entries.KERNELS

@@ -36,6 +36,7 @@ from .state import (
     NOT_ACCELERATED,
     PLAIN_KEYS,
     PYTHON_KEY,
+    RECORD,
     STRICT,
 )
 from .torch_c_api import (
@@ -73,6 +74,7 @@ ENTRY_SIGNATURE = types.void(INT64, INT64, INT64)
 OWN_SIGNATURE = INT64(INT64, INT64, INT64)
 
 linked_own = types.ExternalFunction("matmul_grad_own", OWN_SIGNATURE)
+linked_record = types.ExternalFunction("matmul_grad_record", OWN_SIGNATURE)
 linked_backward = types.ExternalFunction("matmul_grad_mm_backward", ENTRY_SIGNATURE)
 call_gemm = call_address(3)
 args_words = stack_words(GEMM_ARGS)
@@ -159,19 +161,25 @@ def is_direct(tensors, count, plain):
     for index in range(count):
         if get(get(get(tensors, index), 0), place) != plain or needs_gradient(get(tensors, index)):
             return False
+    return is_without_modes()
+
+
+@jit
+def is_without_modes():
     modes = key_included(get(state(), PYTHON_KEY)) | key_included(get(state(), FUNCTORCH_KEY))
     return modes | key_included(get(state(), FUNCTIONALIZE_KEY)) == 0
 
 
 def make_autograd_entry(op: Op) -> Callable:
-    """The Autograd key of an operator: straight on to its CPU kernel, or to the operator in Python, autograd.py."""
+    """The Autograd key of an operator: straight on to its CPU kernel, or recorded by torch's node or in autograd.py."""
     tensors, in_python = 2 + op.has_addend, text(f"matmul_grad::_{op.name}_in_python")
+    has_addend, kind = int(op.has_addend), op.kind
     linked = types.ExternalFunction(f"matmul_grad_{op.name}", ENTRY_SIGNATURE)
 
     def entry(stack, inputs, outputs):
         if is_direct(stack, tensors, get(state(), PLAIN_KEYS)):
             linked(stack, inputs, outputs)
-        else:
+        elif get(state(), RECORD) == 0 or linked_record(stack, kind, has_addend) == 0:
             forward_to(stack, in_python())
 
     return entry

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 
 import torch
 
-from ..cpu import build, driver, host
+from ..cpu import build, compile_beside, driver, host
 from ..cpu.fork_safety import fork_safe_lock
-from . import launch_table, pending, torch_layout
+from . import graph, launch_table, pending, python_functions, torch_layout
 from .op_table import OWN
 from .state import (
     ABI_VERSION,
@@ -72,22 +73,44 @@ def load_entries(name: str, kernels: Callable[[], build.Kernels], linked: Mappin
     return loaded
 
 
+def load_own_entries() -> build.Loaded:
+    """The entries of the operators of ``matmul_grad`` and of the functions of CPython."""
+    linked = symbols(torch_layout.MANGLED)
+    # What is missing stands for something that is never called.
+    more = {name: address or linked["matmul_grad_state"] for name, address in python_functions.symbols().items()}
+    return load_entries("own_entries", _entries, linked | more)
+
+
 def register() -> None:
     """Put the compiled entries under the operators of ``matmul_grad`` for the keys CPU and AutogradCPU.
 
     Raises Unavailable as ``symbols`` does.
     """
     with _lock:
-        loaded = load_entries("own_entries", _entries, symbols(torch_layout.MANGLED))
+        loaded = load_own_entries()
         for name in (*(op.name for op in OWN), "mm_backward"):
             _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
+        if graph.prepare():
+            for (namespace, name, key), entry in graph.ENTRIES.items():
+                _implement(name, key, loaded.address(entry), namespace)
+        python_functions.install(loaded.address)
+
+
+def compile_first_gemm_beside() -> None:
+    """Called where entries have to be compiled: the GEMM of the default dtype is likely to be needed next."""
+    compile_beside.start(str(torch.get_default_dtype()).removeprefix("torch."))
 
 
 def _entries() -> build.Kernels:
-    from . import call, own_entries
+    compile_first_gemm_beside()
+    from . import broadcast, call, graph_entries, own_entries, python_entries
 
-    return call.KERNELS | own_entries.KERNELS
+    sets = [module.KERNELS for module in (call, broadcast, own_entries, graph_entries, python_entries)]
+    names = list(itertools.chain.from_iterable(sets))
+    if len(names) != len(set(names)):
+        raise RuntimeError(f"two entries have one C name among {sorted(names)}")
+    return {name: kernel for kernels in sets for name, kernel in kernels.items()}
 
 
 def register_cuda(cuda_driver: Mapping[str, int]) -> None:
@@ -137,11 +160,11 @@ def _fill_state() -> None:
         state[GEMMS + code] = NOT_LOADED
 
 
-def _implement(name: str, key: str, entry: int) -> None:
+def _implement(name: str, key: str, entry: int, namespace: str = "matmul_grad") -> None:
     library = ctypes.c_void_p()
     functions = torch_layout.libtorch()
     init: Callable = functions.aoti_torch_library_init_impl
-    strings = b"matmul_grad", key.encode(), b"matmul_grad", name.encode()
+    strings = namespace.encode(), key.encode(), b"matmul_grad", name.encode()
     _kept.extend(strings)
     failed = init(strings[0], strings[1], strings[2], 0, ctypes.byref(library))
     version = ctypes.c_uint64(state[ABI_VERSION])

@@ -5,6 +5,10 @@ ABI_VERSION   torch's version as its C ABI takes it
 RAISE         address of torch's handle of the operator that raises the pending exception
 PYTHON_KEY    the dispatch key of Python modes; two more that may be on between autograd and CPU
 KEYS_AT       which word of a TensorImpl holds its dispatch keys, PLAIN_KEYS what is in that of an ordinary tensor
+RECORD        1 where products with two gradients are recorded by torch's own node, ``graph.py``; what that needs:
+RECORD_KEYS   the dispatch keys with which aten::matmul is called, REDISPATCH the address of what takes them
+HOOKS         that of the one whose result holds the hooks of saved tensors, KEY_EXCLUDED that of the one that
+              tells whether a key is excluded, AUTOCAST_KEY the key of autocast, ADD that of Tensor.add_, SCALE of a 1
 GEMMS + code  by dtype code: a driver's address, NOT_LOADED, or NOT_ACCELERATED
 FALLBACKS + 2i  of overload i of aten: the kernel that was replaced, a boxed function and its functor
 OVERRIDE      torch's handle of the registration while entries are under aten's operators, else 0
@@ -18,7 +22,8 @@ import ctypes
 
 from .op_table import OPS, OVERLOADS
 
-STRICT, ABI_VERSION, RAISE, PYTHON_KEY, FUNCTORCH_KEY, FUNCTIONALIZE_KEY, KEYS_AT, PLAIN_KEYS, GEMMS = range(9)
+STRICT, ABI_VERSION, RAISE, PYTHON_KEY, FUNCTORCH_KEY, FUNCTIONALIZE_KEY, KEYS_AT, PLAIN_KEYS = range(8)
+RECORD, RECORD_KEYS, REDISPATCH, HOOKS, KEY_EXCLUDED, AUTOCAST_KEY, ADD, SCALE, GEMMS = range(8, 17)
 # What stands for a driver: there is none, it is not loaded yet, loading it ended by an exception that is pending.
 NOT_ACCELERATED, NOT_LOADED, INTERRUPTED = range(3)
 DTYPE_CODES = {

@@ -29,6 +29,7 @@ get_mutable_data = _c("torch_get_mutable_data_ptr", INT32, INT64, INT64)
 empty_strided = _c("aoti_torch_empty_strided", INT32, INT64, INT64, INT64, INT32, INT32, INT32, INT64)
 copy_ = _c("aoti_torch_copy_", INT32, INT64, INT64, INT32)
 delete_tensor = _c("aoti_torch_delete_tensor_object", INT32, INT64)
+new_undefined = _c("aoti_torch_new_uninitialized_tensor", INT32, INT64)
 is_defined = _c("aoti_torch_is_defined", INT32, INT64, INT64)
 grad_mode = _c("aoti_torch_grad_mode_is_enabled", types.uint8)
 get_threads = _c("torch_get_num_threads", INT32, INT64)
@@ -201,9 +202,15 @@ def has_tangent(tensor):
     """Whether forward-mode AD has given this tensor a tangent."""
     if autograd_meta(get(tensor, 0)) == 0:
         return False
+    return is_tensor(forward_grad(get(tensor, 0), 0, tensor))
+
+
+@jit
+def is_tensor(handle):
+    """Whether a handle holds a tensor, and not an undefined one."""
     at = out_param()
     put(at, 0, 0)
-    is_defined(forward_grad(get(tensor, 0), 0, tensor), at)
+    is_defined(handle, at)
     return (get(at, 0) & 0xFF) != 0
 
 

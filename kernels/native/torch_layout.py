@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ STABLE = (
     "torch_get_mutable_data_ptr", "aoti_torch_empty_strided", "aoti_torch_copy_", "aoti_torch_delete_tensor_object",
     "aoti_torch_is_defined", "aoti_torch_grad_mode_is_enabled", "torch_get_num_threads", "torch_call_dispatcher",
     "torch_library_impl", "aoti_torch_library_init_impl", "aoti_torch_delete_library_object", "torch_parallel_for",
-    "torch_list_get_item", "torch_delete_list", "aoti_torch_get_device_index",
+    "torch_list_get_item", "torch_delete_list", "aoti_torch_get_device_index", "aoti_torch_new_uninitialized_tensor",
 )  # fmt: skip
 
 # Functions of c10, ATen and the C++ runtime. Every compiled entry needs these:
@@ -51,6 +52,33 @@ OVERRIDE_MANGLED = {
     # register a kernel that gets Scalars, which the stable C ABI does not carry
     "matmul_grad_library_impl": "_ZNR5torch7Library5_implEPKcONS_11CppFunctionENS_17_RegisterOrVerifyE",
 }
+# The functions of CPython in python_functions.py need these too:
+PYTHON_MANGLED = {
+    # a Python object for a tensor
+    "matmul_grad_wrap": "_Z16THPVariable_WrapRKN2at10TensorBaseE",
+    # whether a mode of torch functions, a profiler or autocast is active
+    "matmul_grad_function_mode_enabled": "_ZN2at4impl27torch_function_mode_enabledEv",
+    "matmul_grad_has_callbacks": "_ZN2at12hasCallbacksEv",
+    "matmul_grad_key_excluded": "_ZN3c104impl28tls_is_dispatch_key_excludedENS_11DispatchKeyE",
+    # of the stable C ABI
+    "matmul_grad_numel": "aoti_torch_get_numel",
+}
+
+# Recording by torch's own node (graph.py) needs these, of which one that is missing leaves the Functions in Python:
+GRAPH_MANGLED = {
+    # aten::matmul with other dispatch keys than those of its tensors
+    "redispatch": "_ZN2at4_ops6matmul10redispatchEN3c1014DispatchKeySetERKNS_6TensorES6_",
+    # the hooks of saved tensors, which are Python and may raise
+    "hooks": "_ZN2at23SavedTensorDefaultHooks13get_tls_stateEv",
+    # the in-place addition, and the number of a tensor, as an object for it
+    "add_": "_ZN2at4_ops11add__Tensor4callERNS_6TensorERKS2_RKN3c106ScalarE",
+    "item": "_ZN2at4_ops19_local_scalar_dense4callERKNS_6TensorE",
+    # whether autocast is on
+    "key_excluded": "_ZN3c104impl28tls_is_dispatch_key_excludedENS_11DispatchKeyE",
+}
+# Words of that result, a std::stack in a std::deque: where its first element is, and where the next one goes.
+FIRST_HOOK, NEXT_HOOK = 2, 6
+SCALAR_BYTES = 256  # more than a c10::Scalar of any torch
 
 IMPL_WORDS = 24  # of a TensorImpl that may be read: no torch known has a smaller one
 PYBIND_VALUE = 2  # which word of an object of pybind11's is the address of the C++ object
@@ -78,6 +106,43 @@ class CppFunction(ctypes.Structure):
         ("length", ctypes.c_int64),
         ("characters", ctypes.c_char * 16),
     ]
+
+
+def private_backend() -> tuple[str, int]:
+    """The dispatch key of a device that nobody has, and the keys of its tensors under autograd; 0: there is none."""
+    keys: Any = torch._C.DispatchKey
+    if not hasattr(keys, "PrivateUse3") or not hasattr(keys, "AutogradPrivateUse3"):
+        return "PrivateUse3", 0
+    both = torch._C.DispatchKeySet(keys.PrivateUse3) | torch._C.DispatchKeySet(keys.AutogradPrivateUse3)
+    return "PrivateUse3", int(both.raw_repr())
+
+
+@functools.cache
+def one() -> int:
+    """Address of a 1 as a C++ function takes a number, which lives as long as the process."""
+    with without_modes():
+        tensor = torch.ones((), dtype=torch.float64, device="cpu")
+        number, handle = ctypes.create_string_buffer(SCALAR_BYTES), ctypes.c_int64(tensor._cdata)
+        item = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(address(GRAPH_MANGLED["item"]))
+        item(ctypes.addressof(number), ctypes.addressof(handle))
+    _numbers.append(number)
+    return ctypes.addressof(number)
+
+
+_numbers: list[object] = []
+
+
+def is_autograd_compiled() -> bool:
+    """Whether compiled autograd traces every backward of the process."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return bool(getattr(module, "compiled_autograd_enabled", False))
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether tensors that this thread saves for backward are passed to hooks."""
+    kept = ctypes.CFUNCTYPE(ctypes.c_void_p)(address(GRAPH_MANGLED["hooks"]))()
+    words = (ctypes.c_int64 * (NEXT_HOOK + 1)).from_address(kept)
+    return words[FIRST_HOOK] != words[NEXT_HOOK]
 
 
 def const_data_ptr(tensor: torch.Tensor) -> int:
@@ -127,6 +192,15 @@ def dispatch_key(name: str) -> int:
     return int(getattr(keys, name))
 
 
+def parsed_dispatch_key(name: str) -> int:
+    """``dispatch_key``, of those too that Python's enumeration leaves out; 0 where torch has none of the name."""
+    try:
+        key: Any = torch._C._dispatch_key_parse(name)
+        return int(key)
+    except (AttributeError, RuntimeError):
+        return 0
+
+
 def cpp_object(wrapped: object) -> int:
     """Address of the C++ object in an object of pybind11's."""
     return ctypes.c_int64.from_address(id(wrapped) + PYBIND_VALUE * ctypes.sizeof(ctypes.c_void_p)).value
@@ -156,3 +230,24 @@ def plain_keys() -> tuple[int, int]:
         words = [(ctypes.c_uint64 * IMPL_WORDS).from_address(tensor._cdata)[:] for tensor in kinds]
     places = [place for place in range(IMPL_WORDS) if [found[place] for found in words] == known]
     return (places[0], known[0]) if len(places) == 1 else (0, 0)
+
+
+def inference_keys() -> int:
+    """The dispatch keys of an ordinary tensor that was made in inference mode."""
+    with without_modes(), torch.inference_mode():
+        return int(torch._C._dispatch_keys(torch.empty(1, device="cpu")).raw_repr())
+
+
+def tensor_offset() -> int:
+    """Bytes from the start of a Python object to the C++ tensor in it; 0 if unknown.
+
+    A tensor is one word, the address of its TensorImpl. Found by search in objects of both types that are ordinary.
+    """
+    with without_modes():
+        plain = torch.empty(1, device="cpu")
+        objects = [plain, torch.empty(1, device="cpu"), torch.nn.Parameter(plain)]
+    size = ctypes.sizeof(ctypes.c_void_p)
+    count = torch.Tensor.__basicsize__ // size
+    words = [(ctypes.c_uint64 * count).from_address(id(x))[:] for x in objects]
+    places = [at for at in range(count) if [found[at] for found in words] == [x._cdata for x in objects]]
+    return places[0] * size if len(places) == 1 else 0

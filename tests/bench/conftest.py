@@ -11,7 +11,19 @@ import pytest
 import torch
 
 from matmul_grad import machine
-from matmul_grad.bench import backends, commands, gpu_tasks, html, results, roofline, runner, session, stages, timer
+from matmul_grad.bench import (
+    backends,
+    commands,
+    gpu_tasks,
+    html,
+    memory,
+    results,
+    roofline,
+    runner,
+    session,
+    stages,
+    timer,
+)
 from matmul_grad.bench.backends import OfTorch
 from matmul_grad.bench.devices import Batch, Call, Cpu, Gpu
 from matmul_grad.bench.roofline import Device
@@ -55,6 +67,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Here]]:
     monkeypatch.setattr(roofline, "LEAST", 1 << 20)
     monkeypatch.setattr(roofline, "PAST", 0)
     monkeypatch.setattr(roofline, "SECONDS", 0.01)
+    monkeypatch.setattr(memory, "of_call", lambda name, workload: {"peak bytes": workload.given})
     monkeypatch.setattr(Cpu, "cache_bytes", lambda self: 1 << 20)
     with timer.threads(1):
         yield Here

@@ -30,7 +30,7 @@ def committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratio_row: Any, r
     """A folder of results with one committed run, at noon; later ones of other kinds beside it."""
     folder = tmp_path / "bench" / "results"
     folder.mkdir(parents=True)
-    path = results.Record(folder, ratio_result([ratio_row(2.0), ratio_row(4.0, "f64")])).finish(True)
+    path = results.Record(folder, ratio_result([ratio_row(2.0, n=128), ratio_row(4.0, "f64", n=128)])).finish(True)
     results.Record(folder, ratio_result([ratio_row(9.0)], "13:00:00")).finish(True, "quick")
     results.Record(folder, ratio_result([ratio_row(9.0)], "23:00:00")).write("late")
     git = ["git", "-C", str(folder), "-c", "user.name=n", "-c", "user.email=e"]
@@ -45,12 +45,12 @@ def test_run_is_held_against_the_committed_one(
     committed: Path, f64: float, status: int, ratio_row: Any, ratio_result: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file is written over, as a second run of that day does."""
-    rows = [ratio_row(2.0), ratio_row(f64, "f64")]
+    rows = [ratio_row(2.0, n=128), ratio_row(f64, "f64", n=128)]
     committed.write_text(json.dumps(ratio_result(rows, "14:00:00")), encoding="utf-8")
     assert command.main(["cpu-ratio", "--from", str(committed)]) == status
     output = capsys.readouterr()
     (line,) = (line for line in output.out.splitlines() if "float64 products" in line)
-    assert line.split() == ["float64", "products", "1", "1.200", f"{f64:.3f}", "4.000"]
+    assert line.split() == ["float64", "products", "1", "1.150", f"{f64:.3f}", "4.000", "met"]
     fell = "cpu-ratio: fell: float64 products, 1 thread: 3.500, 12% below the committed 4.000\n"
     assert output.err == (fell if status else "")
 
@@ -76,7 +76,7 @@ def test_files_from_before_the_schema_are_read(path: Path, capsys: pytest.Captur
         row["ratio"] for row in before["rows"]
     ]
     assert {next(iter(row["ratio"])) for row in found["rows"]} <= {"torch", "numpy"}
-    entries = targets.entries(targets.CPU, found["rows"])
+    entries = targets.entries(targets.of_cpu(found["stamp"]), found["rows"])
     assert {entry.target.name for entry in entries} >= {"float32 against OpenBLAS"}
     assert command.main(["cpu-ratio", "--from", str(path), "--shapes"]) in (0, 1)
     assert "float64 against OpenBLAS" in capsys.readouterr().out

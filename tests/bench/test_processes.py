@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from limits import scaled
+from processes import linux
 
 from matmul_grad.bench import backends, commands, results, runner, stats, worker
 from matmul_grad.bench.shapes import SETS
@@ -214,6 +215,27 @@ def test_processes_stay_small_beside_their_operands(k: int, names: list[str]) ->
     assert set(row["seconds"]) == {"matmul_grad", *names}
     assert workload.held == 4 * 18 * k + 4 * 32 and workload.given == 4 * 16 * k
     assert 0 < row["beyond"] < 2 * GIB
+
+
+@linux
+def test_memory_of_a_call_is_what_it_allocates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every row: what earlier calls had and freed is not at hand to be used again."""
+    code = """
+import torch
+from matmul_grad.bench import backends
+def mm(a, b):
+    held = torch.ones(24 << 20, dtype=torch.uint8)
+    return torch.mm(a, b)
+backends.IMPLEMENTATIONS["torch"] = mm
+"""
+    plant(tmp_path, code, monkeypatch)
+    selected, planned = backends.chosen(["torch"], "cpu"), Workload("forward", "f32", "NN", 256, 256, 256)
+    with runner.WorkerPool(selected, "cpu", 1, pin=True) as pool:
+        rows = [pool.measure(planned, 0.01) for _ in range(2)]
+    assert stats.troubles(rows) == []
+    for row in rows:
+        beside = {name: (peak - planned.given) / 2**20 for name, peak in row["peak bytes"].items()}
+        assert 23 < beside["torch"] < 26 and -0.1 < beside["matmul_grad"] < 8, beside
 
 
 @pytest.mark.slow

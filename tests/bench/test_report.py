@@ -385,3 +385,9 @@ def test_pictures_hold_a_product_in_one_precision(row: Any) -> None:
     rows = [row(), row(precision="tf32"), row(batch=3), row(mode="invariant")]
     assert list(plots.by_dtype(rows).values()) == [rows[:1], rows[1:2]]
     assert [key[-1] for key in plots.by_dtype(rows)] == ["f32", "f32 tf32"]
+
+
+@pytest.mark.parametrize(("peak", "extra"), [(None, None), (3 << 20, None), ((4 << 20) - 9, 0), (7 << 20, 3 << 20)])
+def test_memory_beside_the_result(row: Any, peak: int | None, extra: int | None) -> None:
+    found = row(n=1024, **{"peak bytes": {} if peak is None else {"torch": peak}})
+    assert stats.extra_bytes(found, "torch") == extra

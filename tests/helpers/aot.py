@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from gpu_targets import TARGETS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from matmul_grad.kernels.gpu.arguments import DescriptorArg, PointerArg, ScalarArg
+from matmul_grad.kernels.gpu.arguments import DescriptorArg, PointerArg, ScalarArg, is_group
 from matmul_grad.kernels.gpu.config import ALIGNMENT, Target
 from matmul_grad.kernels.gpu.plan import Plan
 
@@ -29,7 +29,7 @@ class CompiledReport:
 
     registers: a thread. spills: bytes of stack a thread, all of them spills, since the kernels have no arrays.
     shared: bytes a block. instruction: the PTX instruction that multiplies, "" for none. load_bytes: the narrowest
-    load of an operand, 0 where only the copy engine loads.
+    load of an operand, 0 where only TMA loads. ttgir: Triton's last form before machine code, with its loops.
     """
 
     name: str
@@ -38,6 +38,7 @@ class CompiledReport:
     shared: int
     instruction: str
     load_bytes: int
+    ttgir: str = field(repr=False)
 
 
 def target_of(arch: int) -> Target:
@@ -63,6 +64,7 @@ def compile_for(plan: Plan, types: dict[str, str], arch: int, *, aligned: bool =
         shared=kernel.metadata.shared,
         instruction=multiply_instruction(kernel.asm["ptx"]),
         load_bytes=narrowest_load(kernel.asm["ptx"]),
+        ttgir=kernel.asm["ttgir"],
     )
 
 
@@ -72,7 +74,7 @@ def source(plan: Plan, types: dict[str, str], aligned: bool) -> ASTSource:
     divisible = {}
 
     def type_at(path: tuple[int, ...], value: Any) -> Any:
-        if isinstance(value, tuple) and not isinstance(value, PointerArg | ScalarArg | DescriptorArg):
+        if is_group(value):
             return type(value)._make(type_at((*path, index), field) for index, field in enumerate(value))
         if value is None or (isinstance(value, int) and value == 1):
             constants[path] = value

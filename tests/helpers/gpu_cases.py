@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from case_process import serve
+from gpu_targets import DENSE as DENSE
 from products import assert_exact
 from torch import Tensor
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-DENSE = ("NN", "NT", "TN", "TT")
 # Contiguous rows, contiguous columns, every second row and column, stride 0 down or across.
 LAYOUTS = ("N", "T", "S", "R", "C")
 
@@ -41,6 +41,17 @@ def embed(values: Tensor, layout: str) -> Tensor:
     return view
 
 
+def embed_aligned(values: Tensor, layout: str) -> Tensor:
+    """``embed`` at an address and with strides that TMA can read; the sizes are the caller's. layout: "N" or "T"."""
+    if layout == "T":
+        return embed_aligned(values.t(), "N").t()
+    rows, cols = values.shape
+    buffer = values.new_full((rows + 6, (cols + 16 + 15) // 16 * 16), float("nan"))
+    view = buffer[3 : 3 + rows, 8 : 8 + cols]
+    view.copy_(values)
+    return view
+
+
 def integers(rows: int, cols: int, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """-1, 0 and 1: sums of up to 256 products are exact in every dtype, bfloat16 included."""
     generator = torch.Generator().manual_seed(seed)
@@ -51,6 +62,20 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
     assert got.shape == want.shape
     differ = (got != want).nonzero()
     assert len(differ) == 0, f"{len(differ)} elements differ, the first at {differ[0].tolist()}"
+
+
+def wide(x: Tensor) -> np.ndarray:
+    """The same values with a mantissa of 64 bits or more, so that float64 has an oracle too."""
+    return x.double().numpy().astype(np.longdouble)
+
+
+def assert_error_at_most_twice_that_of_torch(got: Tensor, a: Tensor, b: Tensor) -> None:
+    """Error against a wider product <= 2 * (torch's + one rounding)."""
+    exact = wide(a) @ wide(b)
+    one_rounding = torch.finfo(a.dtype).eps / 2 * abs(exact).max()
+    allowed = 2 * (abs(wide(a @ b) - exact).max() + one_rounding)
+    worst = abs(wide(got) - exact).max()
+    assert worst <= allowed, f"error {worst} > {allowed}"
 
 
 def tile(size: int = 16) -> Any:

@@ -1,6 +1,17 @@
-"""GPUs as sold in their largest common form, to choose tiles and compile for without one; imports no triton."""
+"""What the GPU tests choose and compile for: GPUs in their largest common form, dtypes, layouts; imports no triton."""
 
 from matmul_grad.kernels.gpu.config import Target
+
+# Every kind of product by its short name: dtype and precision.
+DTYPE_NAMES = {
+    "fp16": ("float16", "ieee"),
+    "bf16": ("bfloat16", "ieee"),
+    "fp32": ("float32", "ieee"),
+    "tf32": ("float32", "tf32"),
+    "tf32x3": ("float32", "tf32x3"),
+    "fp64": ("float64", "ieee"),
+}
+DENSE = ("NN", "NT", "TN", "TT")
 
 # Compute capability, multiprocessors, shared bytes that one block may have (CUDA programming guide).
 TARGETS = {

@@ -1,10 +1,13 @@
-"""Whether the override is on, as torch sees it, and how many products ran on these kernels."""
+"""Whether the override is on, as torch sees it, how many products ran on these kernels, and who records gradients."""
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 
 import matmul_grad
+from matmul_grad.kernels.native import state
 from matmul_grad.kernels.native.op_table import OVERLOADS
 
 
@@ -29,3 +32,15 @@ def runs_on_ours() -> bool:
     before = matmul_grad.info()["accelerated"]
     torch.mm(torch.ones(2, 2), torch.ones(2, 2))
     return matmul_grad.info()["accelerated"] != before
+
+
+@contextlib.contextmanager
+def recorded_by_functions() -> Iterator[None]:
+    """A block in which autograd.py records all products, as on a torch whose own node cannot be used."""
+    matmul_grad.mm(*(torch.ones(1, 1, requires_grad=True) for _ in range(2)))  # which tries the node of torch
+    before = state.words[state.RECORD]
+    state.words[state.RECORD] = 0
+    try:
+        yield
+    finally:
+        state.words[state.RECORD] = before

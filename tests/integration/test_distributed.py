@@ -212,7 +212,8 @@ def converted(net: nn.Module) -> Iterator[None]:
     ran = {event.key for event in profile.key_averages()}
     assert {"matmul_grad::addmm", "matmul_grad::mm"} <= ran, ran
     if isinstance(net, FSDPModule | nn.parallel.DistributedDataParallel):  # the other one asks aten for shapes
-        assert "matmul_grad::mm_backward" in ran and not ran & {"aten::addmm", "aten::mm"}, ran
+        assert ran & {"matmul_grad::mm_backward", "aten::matmul_backward"}, ran
+        assert not ran & {"aten::addmm", "aten::mm"}, ran
 
 
 WAYS = {"switched": switched, "converted": converted}

@@ -40,6 +40,47 @@ def test_peak_memory_of_a_step(threads: int, dtype: str) -> None:
     assert extra <= bound(threads), f"{extra / 2**20:.1f} MiB more than torch's {grown['torch.mm'] / 2**20:.1f}"
 
 
+BROADCAST = """
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) << 10
+torch.set_num_threads({threads})
+{setup}
+call = lambda: {call}
+call()  # loads the kernels, and allocates the workspace
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")
+before = status("VmRSS")
+c = call()
+print(status("VmHWM") - before, c.nbytes)
+"""
+CASES = {
+    "one-row": ("a, b = torch.ones(512, 64, 1, 50), torch.ones(64, 50, 50)", "matmul_grad.matmul(a, b)"),
+    "rows": ("a, b = torch.ones(512, 64, 4, 50), torch.ones(64, 50, 50)", "matmul_grad.matmul(a, b)"),
+    "outer": ("a, b = torch.ones(60, 1, 3, 300), torch.ones(60, 300, 3)", "matmul_grad.matmul(a, b)"),
+    "matrix-batch": ("a, b = torch.ones(300, 300), torch.ones(64, 300, 8)", "matmul_grad.matmul(a, b)"),
+    "vector": (
+        "a, b = torch.ones(900), torch.ones(1, 40, 900, 100).expand(9, 40, 900, 100)",
+        "matmul_grad.matmul(a, b)",
+    ),
+    "heads": ("a, b = (torch.ones(8, 128, 12, 64).transpose(1, 2) for _ in range(2))", "matmul_grad.matmul(a, b.mT)"),
+    "sliced-layer": (
+        "a, w = torch.ones(64, 128, 700)[:, ::2], torch.ones(9, 700)",
+        "matmul_grad.linear(a, w, w[:, 0])",
+    ),
+    "transposed-layer": ("a, w = torch.ones(128, 64, 700).mT, torch.ones(9, 64)", "matmul_grad.linear(a, w)"),
+}
+
+
+@linux
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_but_the_result_grows(case: str, threads: int) -> None:
+    """Operands that are broadcast or no matrix in memory are read in place. The rest is a page here and there."""
+    setup, call = CASES[case]
+    grown, result = map(int, assert_computes(BROADCAST.format(threads=threads, setup=setup, call=call)).split())
+    assert grown <= result + (512 << 10), f"{grown / 2**20:.2f} MiB for a result of {result / 2**20:.2f}"
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_workspace_does_not_grow_with_the_operands(threads: int) -> None:
     blocks = [config.choose(dtype, host.cpu()) for dtype in ("float32", "float64")]

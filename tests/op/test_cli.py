@@ -9,6 +9,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
+from switch import recorded_by_functions
 from torch import Tensor
 
 from matmul_grad import __version__, api, autograd, check, check_products, check_timing, check_training, cli, warmup
@@ -93,7 +94,8 @@ def test_wrong_gradient_is_found(capsys: pytest.CaptureFixture[str], monkeypatch
         return dgrad, None if wgrad is None else -wgrad
 
     monkeypatch.setattr(autograd.Mm, "backward", staticmethod(negated))
-    assert cli.main(QUICK) == 1
+    with recorded_by_functions():
+        assert cli.main(QUICK) == 1
     printed = capsys.readouterr().out
     assert "DISAGREES: example: dB differs" in last_line(printed)
     assert "NO, " in printed

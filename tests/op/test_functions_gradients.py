@@ -194,12 +194,12 @@ def test_saved_tensor_hooks(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
-@pytest.mark.parametrize(("name", "node"), [("bmm", "Mm"), ("addmm", "Addmm"), ("baddbmm", "Addmm")])
+@pytest.mark.parametrize(("name", "node"), [("bmm", "Mm|Matmul"), ("addmm", "Addmm|Add"), ("baddbmm", "Addmm")])
 def test_anomaly_mode(name: str, node: str) -> None:
     with torch.autograd.detect_anomaly():
         OURS[name](*leaves(name)).sum().backward()
         c = OURS[name](*leaves(name))
-        with pytest.raises(RuntimeError, match=f"Function '{node}Backward' returned nan values in its 0th output"):
+        with pytest.raises(RuntimeError, match=rf"Function '({node})Backward0?' returned nan values in its 0th output"):
             c.backward(torch.full_like(c, float("nan")))
 
 

@@ -243,7 +243,7 @@ def test_anomaly_mode() -> None:
     a, b = leaves()
     with torch.autograd.detect_anomaly():
         matmul_grad.mm(a, b).sum().backward()
-        with pytest.raises(RuntimeError, match="Function 'MmBackward' returned nan values in its 0th output"):
+        with pytest.raises(RuntimeError, match=r"Function 'M.*Backward0?' returned nan values in its 0th output"):
             matmul_grad.mm(a, b).backward(torch.full((3, 2), float("nan"), dtype=DOUBLE))
 
 

@@ -261,6 +261,37 @@ def test_storages_that_do_not_hold_their_tensors(name: str, kind: str) -> None:
     assert done.stdout.endswith("done\n")
 
 
+REPEATING = """
+import sys, torch, matmul_grad
+name, k = sys.argv[1], int(sys.argv[2])
+one = torch.ones
+operands, shape = {
+    "mm": lambda: ([one(4, k), one(k, 4)], (4, 4)), "bmm": lambda: ([one(2, 4, k), one(2, k, 4)], (2, 4, 4)),
+    "addmm": lambda: ([one(4, 4), one(4, k), one(k, 4)], (4, 4)),
+    "baddbmm": lambda: ([one(2, 4, 4), one(2, 4, k), one(2, k, 4)], (2, 4, 4)),
+    "matmul": lambda: ([one(2, 4, k), one(k, 4)], (2, 4, 4)),
+    "mv": lambda: ([one(4, k), one(k)], (4,)), "addmv": lambda: ([one(4), one(4, k), one(k)], (4,)),
+}[name]()
+for strides in {(0,) * len(shape), (0,) * (len(shape) - 1) + (1,)}:
+    out = torch.as_strided(one(16), shape, strides)
+    out.untyped_storage().resize_(0)
+    try:
+        getattr(matmul_grad, name)(*operands, out=out)
+        sys.exit("nothing was raised")
+    except RuntimeError:
+        pass
+print("done")
+"""
+
+
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm", "matmul", "mv", "addmv"])
+def test_an_out_that_repeats_elements_of_a_freed_storage(name: str, k: int) -> None:
+    """In a process of its own: torch.mv and torch.addmv write to it, and crash."""
+    done = processes.run(REPEATING, arguments=(name, str(k)))
+    assert (done.returncode, done.stdout) == (0, "done\n"), f"{done.returncode}: {done.stdout} {done.stderr[-500:]}"
+
+
 @pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="this torch makes no copy-on-write tensors")
 @pytest.mark.parametrize("name", NAMES)
 def test_copy_on_write_operands_are_not_copied(name: str) -> None:

@@ -51,7 +51,7 @@ def test_this_torch_passes() -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_probe_fails_on_a_wrong_layout(name: str, tmp_path: Path) -> None:
     """The entries are compiled anew: the cache goes by their sources, which are not what is wrong here."""
-    for path in build.cache_folder().glob("?gemm_*.o"):  # these know nothing of torch
+    for path in build.cache_folder().glob("*gemm*.o"):  # these know nothing of torch
         shutil.copy(path, tmp_path)
     done = child(WRONG[name], tmp_path)
     assert done.returncode != 0

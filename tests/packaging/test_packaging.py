@@ -4,28 +4,18 @@ import ast
 import functools
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from wheels import ROOT, build, copy_checkout, install, run
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = "matmul_grad"
 KERNELS = f"{PACKAGE}.kernels"
 TORCH_SIDE = ["ops", "autograd", "out_variants", "api", "functional", "nn"]  # each may import those before it
-
-
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def sources() -> dict[str, Path]:
@@ -42,11 +32,9 @@ def sources() -> dict[str, Path]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """direct/: a wheel of a copy of the checkout. sdist/: its sdist, and a wheel built from that alone."""
     folder = tmp_path_factory.mktemp("built")
-    generated = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, folder / "copy", ignore=generated)
-    build = (sys.executable, "-m", "build", "--no-isolation")
-    run(*build, "--wheel", "--outdir", folder / "direct", cwd=folder / "copy")
-    run(*build, "--outdir", folder / "sdist", cwd=folder / "copy")
+    copy_checkout(folder / "copy")
+    build(folder / "copy", folder / "direct", "--wheel")
+    build(folder / "copy", folder / "sdist")
     return folder
 
 
@@ -95,8 +83,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("installed")
     (target / "kernels").mkdir()
     (target / "kernels" / "__init__.py").write_text("owner = 'somebody else'\n")
-    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
-    run(*pip, "--target", target, wheel, cwd=target)
+    install(wheel, target)
     return target
 
 

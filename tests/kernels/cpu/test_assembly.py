@@ -9,7 +9,7 @@ import pytest
 
 from matmul_grad.kernels.cpu import build, host
 from matmul_grad.kernels.cpu.config import BlockConfig, choose
-from matmul_grad.kernels.cpu.gemm import make_kernels
+from matmul_grad.kernels.cpu.dtype_kernels import make_kernels
 from matmul_grad.kernels.cpu.microkernel import UNROLL
 
 X86 = [isa for isa in host.host_isas() if isa != "neon"]
@@ -19,7 +19,7 @@ REGISTER = {"avx512": "zmm", "avx2": "ymm", "generic": "xmm"}
 @functools.cache
 def assembly(block: BlockConfig) -> str:
     machine = host.machine(block.isa)
-    module = build.to_module(make_kernels(block), machine, ("matmul_grad_parallel_for", "matmul_grad_workspace"))
+    module = build.to_module(make_kernels(block), machine, ("matmul_grad_config",))
     return machine.llvm().emit_assembly(module)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,18 @@ from gpu_required import require_gpu
 
 
 @pytest.fixture
-def device() -> torch.device:
-    return require_gpu()
+def device() -> Iterator[torch.device]:
+    """The GPU. A test that breaks its context, as by an illegal address, ends the process: nothing can follow it there.
+
+    pytest-xdist reports that test alone and goes on in a new worker.
+    """
+    yield require_gpu()
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(3)
+        pytest.exit(f"the context of the GPU is broken: {error}", returncode=3)
 
 
 @pytest.fixture

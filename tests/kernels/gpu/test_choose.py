@@ -9,8 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from gpu_targets import TARGETS
+from gpu_targets import DTYPE_NAMES, TARGETS
 
+from matmul_grad.kernels.gpu import choose as module
 from matmul_grad.kernels.gpu import tuned_configs
 from matmul_grad.kernels.gpu.choose import (
     FP8_TMA_TILES,
@@ -21,20 +22,14 @@ from matmul_grad.kernels.gpu.choose import (
     candidates,
     choose,
     choose_backward,
+    choose_padded,
+    fastest_fused,
+    fastest_predicted,
     gradients,
     is_valid_backward,
     predicted_seconds,
 )
 from matmul_grad.kernels.gpu.config import Problem, TileConfig, is_valid
-
-DTYPE_NAMES = {
-    "fp16": ("float16", "ieee"),
-    "bf16": ("bfloat16", "ieee"),
-    "fp32": ("float32", "ieee"),
-    "tf32": ("float32", "tf32"),
-    "tf32x3": ("float32", "tf32x3"),
-    "fp64": ("float64", "ieee"),
-}
 
 CUBES = [(n, n, n) for n in (64, 128, 256, 512, 1024, 2048, 4096)]
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
@@ -45,7 +40,7 @@ WEIGHTS = (
 DEEPGEMM = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 ODD = [(4095, 4095, 4095), (4097, 4097, 4097), (1000, 1000, 1000), (257, 129, 513), (16, 2, 30_000_000)]
 SMALL = list(itertools.product((0, 1, 17, 64, 129), repeat=3))
-HUGE = [(2**31, 1, 1), (1, 2**31, 1), (1, 1, 2**31), (2**40, 1, 2**40)]
+HUGE = [(2**31, 1, 1), (1, 2**31, 1), (1, 1, 2**31), (2**35, 1, 2**40)]
 FORWARD = (
     CUBES
     + [(tokens, n, k) for tokens in TOKENS for n, k in WEIGHTS]
@@ -66,11 +61,11 @@ def tuned_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 def forget() -> None:
-    for cached in (tuned_configs.read_files, choose, choose_backward):
+    for cached in (tuned_configs.read_files, fastest_predicted, fastest_fused):
         cached.cache_clear()
 
 
-# Layouts, 16-byte loads, the copy engine.
+# Layouts, 16-byte loads, TMA.
 WAYS = (("NN", True, True), ("NN", True, False), ("TS", False, False))
 
 
@@ -99,7 +94,7 @@ def test_choose_is_total_and_valid(arch: str, dtype_name: str) -> None:
 @pytest.mark.parametrize("dtype_name", DTYPE_NAMES)
 def test_choose_is_pure(dtype_name: str) -> None:
     first = [choose(problem, TARGETS["sm90"]) for problem in problems(dtype_name)]
-    choose.cache_clear()
+    fastest_predicted.cache_clear()
     again = [choose(problem, TARGETS["sm90"]) for problem in reversed(problems(dtype_name))]
     assert first == again[::-1]
 
@@ -142,9 +137,60 @@ def test_a_large_problem_gets_a_large_tile_and_a_small_one_fills_the_gpu() -> No
     target = TARGETS["sm90"]
     large = Problem(8192, 8192, 8192, "bfloat16", tma=True)
     assert (choose(large, target).block_m, choose(large, target).block_n) == (128, 256)
-    assert choose(replace(large, m=16, n=4096, k=4096), target).block_n == 64
+    decode = choose(replace(large, m=16, n=4096, k=4096), target)
+    assert (decode.block_m, decode.block_n) == (64, 32)
     assert choose(replace(large, m=1, b="T"), target) == VECTOR_TILES["N"]
     assert choose(replace(large, m=64, n=64, k=1 << 20), target).split_k == 128
+
+
+def test_a_new_number_of_tokens_costs_no_new_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where m is tokens, and where k is: they are rounded up, and the tile is valid for every number of them."""
+    target, predicted = TARGETS["sm90"], []
+    real = predicted_seconds
+    monkeypatch.setattr(module, "predicted_seconds", lambda *args: predicted.append(1) or real(*args))
+    for dtype, letters in (("bfloat16", "NT"), ("float32", "NN")):
+        problem = Problem(1024, 4096, 4096, dtype, letters[0], letters[1], tma=dtype == "bfloat16")
+        chosen = choose(problem, target)
+        assert predicted
+        predicted.clear()
+        for m in range(1024 - 63, 1024):
+            assert choose(replace(problem, m=m), target) == chosen and is_valid(chosen, replace(problem, m=m), target)
+        assert predicted == []
+    wgrad = Problem(768, 768, 8192, "bfloat16", "T", "N", tma=True)
+    chosen = choose(wgrad, target)
+    assert chosen.split_k > 1
+    predicted.clear()
+    for k in range(8192 - 63, 8192):
+        assert choose(replace(wgrad, k=k), target) == chosen and is_valid(chosen, replace(wgrad, k=k), target)
+    choose_backward(Problem(1024, 1024, 1024, "bfloat16", tma=True), "N", target)
+    predicted.clear()
+    choose_backward(Problem(1000, 1024, 1024, "bfloat16", tma=True), "N", target)
+    assert predicted == []
+
+
+def test_rounded_sizes_choose_what_is_valid_for_the_exact_ones() -> None:
+    """Each side of every border: of a tile, of a number of steps, of a number of splits."""
+    sizes = sorted({size + more for size in (1, 16, 64, 256, 1024, 16384) for more in (-1, 0, 1)} - {0})
+    for (m, n, k), dtype in itertools.product(itertools.product(sizes, (1, 64, 65), sizes), ("bfloat16", "float32")):
+        problem = Problem(m, n, k, dtype)
+        assert is_valid(choose(problem, TARGETS["sm90"]), problem, TARGETS["sm90"]), problem
+
+
+def test_unaligned_operands_are_copied_where_the_product_is_large() -> None:
+    target, both = TARGETS["sm90"], (True, True)
+    problem = Problem(4097, 4097, 4097, "bfloat16", "S", "T", aligned=False)
+    tile = choose_padded(problem, target, both)
+    assert tile is not None and tile.path == "tma"
+    for left_alone in (
+        replace(problem, m=640, n=640, k=640),  # fewer than 2**28 multiplications
+        replace(problem, m=1, n=1 << 15, k=1 << 15),  # the copy takes longer than the product
+        replace(problem, dtype="float32"),
+        replace(problem, invariant=True),
+    ):
+        assert choose_padded(left_alone, target, both) is None, left_alone
+    assert choose_padded(problem, target, (False, False)) is None
+    assert choose_padded(problem, TARGETS["sm80"], both) is None
+    assert choose_padded(replace(problem, batch=8), target, (True, False)) is not None
 
 
 def test_the_model_grows_with_the_work_and_shrinks_with_the_gpu() -> None:
@@ -180,6 +226,13 @@ def test_one_launch_for_both_gradients_is_valid_for_both(arch: str) -> None:
     assert bool(found) == (90 <= target.arch < 120)
 
 
+def test_one_launch_for_both_gradients_only_of_few_tiles() -> None:
+    """Beyond two waves the persistent loops of two launches lose less than one launch saves."""
+    target = TARGETS["sm90"]
+    assert choose_backward(Problem(1024, 1024, 1024, "bfloat16", tma=True), "N", target) is not None
+    assert choose_backward(Problem(8192, 8192, 8192, "bfloat16", tma=True), "N", target) is None
+
+
 def test_tuned_config_takes_precedence_over_the_model(tuned_file: Path) -> None:
     problem, target = Problem(512, 512, 512, "bfloat16", tma=True), TARGETS["sm90"]
     usual = choose(problem, target)
@@ -187,7 +240,8 @@ def test_tuned_config_takes_precedence_over_the_model(tuned_file: Path) -> None:
     write(tuned_file, {tuned_configs.key(problem, target): asdict(tuned)})
     assert choose(problem, target) == tuned
     assert choose(replace(problem, m=513), target) != tuned
-    assert choose(problem, replace(target, sms=78)) == usual
+    fewer = replace(target, sms=78)
+    assert choose(problem, fewer) == fastest_predicted(problem, fewer) != tuned
 
 
 def test_invalid_tuned_config_is_ignored(tuned_file: Path) -> None:

@@ -1,4 +1,4 @@
-"""choose is pure, total and valid over every shape that matters; is_valid rejects what cannot run."""
+"""is_valid rejects what cannot run; names of kernels are unique."""
 
 from __future__ import annotations
 
@@ -9,20 +9,12 @@ import sys
 from dataclasses import replace
 
 import pytest
-from gpu_targets import TARGETS
+from gpu_targets import DTYPE_NAMES, TARGETS
 
 from matmul_grad.kernels.gpu import config as module
 from matmul_grad.kernels.gpu.choose import TILES, choose
 from matmul_grad.kernels.gpu.config import Problem, Target, TileConfig, is_valid, kernel_name
 
-DTYPE_NAMES = {
-    "fp16": ("float16", "ieee"),
-    "bf16": ("bfloat16", "ieee"),
-    "fp32": ("float32", "ieee"),
-    "tf32": ("float32", "tf32"),
-    "tf32x3": ("float32", "tf32x3"),
-    "fp64": ("float64", "ieee"),
-}
 LAYOUTS = ("NN", "NT", "TN", "TT", "SS", "NS")
 
 GOOD = TileConfig(128, 128, 64, stages=3, warps=8)
@@ -46,6 +38,7 @@ BAD_TILES = {
     "parts-too-short": (replace(GOOD, split_k=4), HALF),
     "parts-of-an-invariant-problem": (replace(GOOD, split_k=2), replace(HALF, k=8192, invariant=True)),
     "parts-beyond-the-workspace": (replace(GOOD, split_k=64), replace(HALF, k=1 << 20)),
+    "more-programs-than-a-grid-has": (GOOD, replace(HALF, m=128, n=128, batch=2**31)),
     "path": (replace(GOOD, path="textures"), HALF),
     "subtiles-of-pointers": (replace(GOOD, subtiles=2), HALF),
     "tma-of-what-it-cannot-read": (replace(GOOD, path="tma"), HALF),

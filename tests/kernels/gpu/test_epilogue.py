@@ -153,15 +153,15 @@ def check_scales(dtype: str, config: Any) -> None:
 
 
 def check_wide() -> None:
-    """64-bit offsets inside a block, which the source of a vector alone can need, give the same bits."""
-    from matmul_grad.kernels.gpu import launch, plan
+    """64-bit offsets inside a block give the same bits. Those of a vector's source and result always have 64 bits."""
+    from matmul_grad.kernels.gpu import plan
     from matmul_grad.kernels.gpu.arguments import Strides
     from matmul_grad.kernels.gpu.choose import VECTOR_TILES
     from matmul_grad.kernels.gpu.config import Problem, Target
 
-    problem, strides = Problem(4096, 1, 64, "float32"), (Strides(64, 1), Strides(1, 1), Strides(1, 1))
+    problem, epilogue = Problem(4096, 1, 64, "float32"), plan.Epilogue(source=Strides(2**40, 1))
     for row, wide in ((64, False), (2**28, True)):
-        epilogue = launch.Epilogue(source=Strides(row, 1))
+        strides = Strides(row, 1), Strides(1, 1), Strides(2**40, 1)
         (made,) = plan.plans(problem, VECTOR_TILES["N"], Target(80, 2, 227 << 10), strides, epilogue=epilogue)
         assert made.constants["WIDE"] is wide
     with pytest.MonkeyPatch.context() as patch:

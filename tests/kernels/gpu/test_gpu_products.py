@@ -6,10 +6,11 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
+import gpu_targets
 import numpy as np
 import pytest
 import torch
-from gpu_cases import DENSE, DTYPES, LAYOUTS, assert_same_bits, embed, integers
+from gpu_cases import DENSE, DTYPES, LAYOUTS, assert_same_bits, embed, embed_aligned, integers
 from torch import Tensor
 
 import matmul_grad
@@ -19,13 +20,9 @@ from matmul_grad.kernels.gpu.config import Problem, Target
 
 pytestmark = pytest.mark.gpu
 
-DTYPE_NAMES = {
-    **{name: (dtype, "ieee") for name, dtype in DTYPES.items()},
-    "tf32": (torch.float32, "tf32"),
-    "tf32x3": (torch.float32, "tf32x3"),
-}
+DTYPE_NAMES = {name: (getattr(torch, dtype), precision) for name, (dtype, precision) in gpu_targets.DTYPE_NAMES.items()}
 SIZES = (
-    (1, 1, 1), (1, 4096, 256), (257, 1, 129), (127, 128, 65), (128, 256, 64), (257, 129, 513),
+    (1, 1, 1), (1, 4096, 256), (257, 1, 129), (127, 128, 65), (128, 256, 64), (264, 136, 520), (257, 129, 513),
     (512, 512, 1024),
 )  # fmt: skip
 
@@ -35,18 +32,22 @@ def normal(rows: int, cols: int, dtype: torch.dtype, device: torch.device, seed:
 
 
 def assert_exact(m: int, n: int, k: int, dtype_name: str, layouts: str, device: torch.device, tile: Any = None) -> None:
-    """Bits of the exact product, from operands in NaN canaries, into an output in NaN canaries as well."""
+    """Bits of the exact product, from operands in NaN canaries, into an output in NaN canaries as well.
+
+    Where the sizes allow it also with all of them where TMA reads and writes them.
+    """
     dtype, precision = DTYPE_NAMES[dtype_name]
-    a = embed(integers(m, k, dtype, 1, device), layouts[0])
-    b = embed(integers(k, n, dtype, 2, device), layouts[1])
-    want = (a.double() @ b.double()).to(dtype)
-    assert_same_bits(launch.mm(a, b, precision, config=tile), want)
-    out = embed(torch.full_like(want, float("nan")), "N")
-    launch.mm(a, b, precision, config=tile, out=out)
-    assert_same_bits(out, want)
-    assert out._base is not None
-    out.fill_(float("nan"))
-    assert bool(out._base.isnan().all()), "written outside of out"
+    for place in (embed, embed_aligned) if set(layouts) <= set("NT") else (embed,):
+        a = place(integers(m, k, dtype, 1, device), layouts[0])
+        b = place(integers(k, n, dtype, 2, device), layouts[1])
+        want = (a.double() @ b.double()).to(dtype)
+        assert_same_bits(launch.mm(a, b, precision, config=tile), want)
+        out = place(torch.full_like(want, float("nan")), "N")
+        launch.mm(a, b, precision, config=tile, out=out)
+        assert_same_bits(out, want)
+        assert out._base is not None
+        out.fill_(float("nan"))
+        assert bool(out._base.isnan().all()), "written outside of out"
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
@@ -67,6 +68,7 @@ def problem_of(a: Tensor, b: Tensor, precision: str) -> tuple[Problem, Target]:
     return launch.describe(a, b, a.new_empty(a.shape[0], b.shape[1]), precision), launch.target_of(a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size", [(272, 272, 144), (271, 273, 145), (8, 136, 4096), (1, 72, 1032), (72, 1, 1031)], ids=str
 )
@@ -107,6 +109,28 @@ def test_batches_are_exact(dtype_name: str, layouts: str, device: torch.device) 
     assert bool(out.isnan().all()), "written outside of out"
 
 
+@pytest.mark.parametrize("dtype_name", ["bf16", "fp32"])
+def test_batches_of_more_than_65535_products_are_exact(dtype_name: str, device: torch.device) -> None:
+    """More than a grid has along y, by pointers and where TMA reads them."""
+    dtype, precision = DTYPE_NAMES[dtype_name]
+    for n in (3, 8):
+        a = integers(70_000 * n, n, dtype, 1, device).view(-1, n, n)
+        b = integers(70_000 * n, n, dtype, 2, device).view(-1, n, n)
+        assert_same_bits(launch.bmm(a, b, precision), (a.double() @ b.double()).to(dtype))
+
+
+@pytest.mark.parametrize("layouts", ["NN", "TT", "SR"])
+def test_large_unaligned_products_are_exact(layouts: str, device: torch.device) -> None:
+    """Through padded copies, where the GPU has TMA."""
+    m, n, k = 1031, 515, 1027
+    a = embed(integers(m, k, torch.float16, 1, device), layouts[0])
+    b = embed(integers(k, n, torch.float16, 2, device), layouts[1])
+    assert_same_bits(launch.mm(a, b), (a.double() @ b.double()).half())
+    kept = launch.launch_of(a, b)
+    assert kept is not None
+    assert kept.padded == ((True, True) if 90 <= launch.target_of(a).arch < 120 else (False, False))
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm", "matmul", "linear"])
 def test_functions_and_their_gradients_are_exact(name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -132,6 +156,7 @@ def test_functions_and_their_gradients_are_exact(name: str, dtype: torch.dtype, 
             assert_same_bits(ours(*found, out=out), results[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(272, 272, 144), (271, 273, 145), (8, 136, 4096), (1, 72, 1032), (72, 1, 1031)])
 @pytest.mark.parametrize("dtype_name", DTYPE_NAMES)
 def test_addmm_is_exact_in_every_tile(dtype_name: str, size: tuple[int, int, int], device: torch.device) -> None:
@@ -145,7 +170,8 @@ def test_addmm_is_exact_in_every_tile(dtype_name: str, size: tuple[int, int, int
         for source in (whole, whole.t().contiguous().t(), whole[:1], whole[:, :1], whole[0, 0]):
             for beta, alpha in ((1, 1), (-2, 0.5)):
                 want = (alpha * exact + beta * source.double()).to(dtype)
-                own = source.expand(m, n).clone()
+                # Row by row, or tiles that write C by rows are not valid for it.
+                own = source.expand(m, n).clone(memory_format=torch.contiguous_format)
                 for added, out in ((source, None), (own, own)):
                     epilogue = launch.Epilogue(alpha, beta, added)
                     assert_same_bits(launch.addmm(a, b, epilogue, out, precision, config=tile), want)
@@ -186,6 +212,7 @@ def test_linear_with_a_bias_is_one_launch(device: torch.device, monkeypatch: pyt
     assert runs == [1, 1] and len(names) == 1, names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(272, 256, 144), (16, 80, 8192), (1, 16, 32), (1000, 2048, 4096)], ids=str)
 def test_8_bit_products_are_exact(size: tuple[int, int, int], device: torch.device) -> None:
     """Exact sums of every candidate, scaled and rounded once, beside torch's."""
@@ -220,14 +247,18 @@ def test_error_is_at_most_twice_that_of_torch(
     dtype, precision = DTYPE_NAMES[dtype_name]
     matmul_setting.fp32_precision = precision
     for sign in (torch.abs, torch.clone):
-        a = embed(sign(normal(300, 1111, dtype, device, 3)), layouts[0])
-        b = embed(sign(normal(1111, 210, dtype, device, 4)), layouts[1])
-        exact = a.double() @ b.double()
-        error = (launch.mm(a, b).double() - exact).abs()
-        one_rounding = torch.finfo(dtype).eps / 2 * exact.abs().max()
-        allowed = 2 * ((torch.mm(a, b).double() - exact).abs().max() + one_rounding)
-        worst = int(error.argmax())
-        assert bool(error.max() <= allowed), f"error {error.max()} > {allowed} at {divmod(worst, error.shape[1])}"
+        a, b = sign(normal(304, 1112, dtype, device, 3)), sign(normal(1112, 208, dtype, device, 4))
+        assert_error_bound(embed_aligned(a, layouts[0]), embed_aligned(b, layouts[1]))
+        assert_error_bound(embed(a[:-1, :-1], layouts[0]), embed(b[:-1, :-1], layouts[1]))
+
+
+def assert_error_bound(a: Tensor, b: Tensor) -> None:
+    exact = a.double() @ b.double()
+    error = (launch.mm(a, b).double() - exact).abs()
+    one_rounding = torch.finfo(a.dtype).eps / 2 * exact.abs().max()
+    allowed = 2 * ((torch.mm(a, b).double() - exact).abs().max() + one_rounding)
+    worst = int(error.argmax())
+    assert bool(error.max() <= allowed), f"error {error.max()} > {allowed} at {divmod(worst, error.shape[1])}"
 
 
 def test_error_of_float64_is_at_most_twice_that_of_torch(device: torch.device) -> None:
@@ -254,12 +285,18 @@ def test_float32_follows_torch_setting(device: torch.device, matmul_setting: Any
 def test_nan_and_inf_go_where_torch_puts_them(dtype_name: str, device: torch.device) -> None:
     dtype, precision = DTYPE_NAMES[dtype_name]
     inf, nan = float("inf"), float("nan")
-    a, b = integers(70, 66, dtype, 5, device), integers(66, 67, dtype, 6, device)
-    a[0, 0], a[1, 65], a[2, :], a[69, 3] = nan, inf, 0, -inf
-    b[5, 0], b[6, 66], b[7, 2] = inf, nan, -inf
-    want = a.double() @ b.double()
-    got = launch.mm(a, b, precision).double()
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    for m, n, k in ((70, 67, 66), (72, 80, 64)):
+        a, b = integers(m, k, dtype, 5, device), integers(k, n, dtype, 6, device)
+        a[0, 0], a[1, -1], a[2, :], a[-1, 3] = nan, inf, 0, -inf
+        b[5, 0], b[6, -1], b[7, 2] = inf, nan, -inf
+        want = a.double() @ b.double()
+        for place in (embed, embed_aligned):
+            got = launch.mm(place(a, "N"), place(b, "N"), precision).double()
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    if precision == "tf32x3":  # whose operands have rests
+        a = torch.tensor([[inf, 1], [-inf, 1], [0, inf]], device=device)
+        b = torch.tensor([[1 + 2**-15, -1 - 2**-15], [1 - 2**-15, 1]], device=device)
+        assert_same_bits(launch.mm(a, b, precision).nan_to_num(7), (a.double() @ b.double()).float().nan_to_num(7))
 
 
 @pytest.mark.parametrize("dtype_name", DTYPE_NAMES)

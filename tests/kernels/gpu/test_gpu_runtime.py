@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from typing import Any
 
+import processes
 import pytest
 import torch
 from gpu_cases import DENSE, assert_same_bits, embed, integers
-from limits import scaled
 from torch import Tensor
 
 import matmul_grad
@@ -29,6 +26,7 @@ def test_linear_under_autocast_is_bfloat16(device: torch.device) -> None:
     assert (c.dtype, w.grad.dtype) == (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layouts", ["NNN", "NNT", "NTN", "NTT", "TNN", "TTT"])
 @pytest.mark.parametrize("size", [(256, 512, 384), (264, 136, 520), (255, 136, 520)], ids=str)
 def test_both_gradients_from_one_launch_are_exact(
@@ -224,10 +222,8 @@ assert table.counts()[1] == 0
 """
 
 
+@pytest.mark.slow
 def test_native_entry_gives_the_bits_of_the_launcher(device: torch.device) -> None:
     """Every path and layout through the compiled entry, on side streams, other threads, in a graph, under autograd."""
-    environment = os.environ | {"MATMUL_GRAD_NATIVE_CUDA": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", NATIVE], env=environment, capture_output=True, text=True, timeout=scaled(600)
-    )
+    done = processes.run(NATIVE, MATMUL_GRAD_NATIVE_CUDA="1")
     assert done.returncode == 0, done.stderr[-3000:]

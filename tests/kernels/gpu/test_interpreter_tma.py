@@ -7,13 +7,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from case_process import CaseProcess, assert_no_complaint
 from gpu_cases import (
     DTYPES,
+    assert_error_at_most_twice_that_of_torch,
     at_arch,
     check_exact,
+    embed,
+    embed_aligned,
     integers,
     pointers,
     rows_alike,
@@ -21,6 +25,7 @@ from gpu_cases import (
     tma,
 )
 from products import assert_exact
+from torch import Tensor
 
 from matmul_grad.testing import assert_same_bits
 
@@ -31,7 +36,7 @@ def check_tma(m: int, n: int, k: int, dtype: str, layouts: str, config: Any) -> 
 
     a, b = integers(m, k, DTYPES[dtype], 1), integers(k, n, DTYPES[dtype], 2)
     want = (a.long() @ b.long()).to(a.dtype)
-    a, b = (x.t().contiguous().t() if letter == "T" else x for x, letter in zip((a, b), layouts, strict=True))
+    a, b = embed_aligned(a, layouts[0]), embed_aligned(b, layouts[1])
     assert launch.fits_tma(a) and launch.fits_tma(b)
     with at_arch(90):
         assert_exact(launch.mm(a, b, config=config), want)
@@ -42,6 +47,58 @@ def check_tma(m: int, n: int, k: int, dtype: str, layouts: str, config: Any) -> 
         assert bool(out.isnan().all()), "written outside of out"
         with pytest.raises(ValueError, match="is not valid for"):
             launch.mm(a.contiguous()[:, 1:], b[1:], config=config)
+
+
+def check_nan_and_inf(dtype: str, parts: int) -> None:
+    """NaN and Inf go where torch.mm puts them; zeros that TMA reads beyond the edges multiply none of them."""
+    from matmul_grad.kernels.gpu import launch
+
+    inf, nan = float("inf"), float("nan")
+    a, b = integers(72, 136, DTYPES[dtype], 3), integers(136, 72, DTYPES[dtype], 4)
+    a[0, 0], a[1, 135], a[2, :], a[71, 3] = nan, inf, 0, -inf
+    b[5, 0], b[6, 71], b[7, 2] = inf, nan, -inf
+    with at_arch(90), np.errstate(invalid="ignore"):
+        got = launch.mm(embed_aligned(a, "N"), embed_aligned(b, "T"), config=tma(parts))
+    torch.testing.assert_close(got.double(), a.double() @ b.double(), rtol=0, atol=0, equal_nan=True)
+
+
+def check_rounding(dtype: str) -> None:
+    from matmul_grad.kernels.gpu import launch
+
+    generator = torch.Generator().manual_seed(5)
+    for make in (torch.rand, torch.randn):
+        a, b = make(40, 136, generator=generator), make(136, 40, generator=generator)
+        a, b = embed_aligned(a.to(DTYPES[dtype]), "N"), embed_aligned(b.to(DTYPES[dtype]), "T")
+        with at_arch(90):
+            assert_error_at_most_twice_that_of_torch(launch.mm(a, b, config=tma()), a, b)
+
+
+def full_of_nan(x: Tensor, size: Any, **more: Any) -> Tensor:
+    """Stands for `new_empty`."""
+    return x.new_full(size if isinstance(size, tuple) else (size,), float("nan"), **more)
+
+
+def check_padded(m: int, n: int, k: int, dtype: str, layouts: str) -> None:
+    """Operands that TMA cannot read, through padded copies: exact whatever memory held, into canaries, added to."""
+    from matmul_grad.kernels.gpu import launch
+
+    embeds = {"N": embed, "T": embed, "S": embed, "R": embed, "A": lambda x, _: embed_aligned(x, "N")}
+    values = integers(m, k, DTYPES[dtype], 1), integers(k, n, DTYPES[dtype], 2)
+    a, b = (embeds[letter](x, letter) for x, letter in zip(values, layouts, strict=True))
+    want, source = (a.long() @ b.long()).to(a.dtype), integers(1, n, a.dtype, 3)
+    with at_arch(90), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "choose_padded", lambda *asked: tma(subtiles=2))
+        patch.setattr(torch.Tensor, "new_empty", full_of_nan)
+        assert_exact(launch.mm(a, b), want)
+        (kept,) = launch._launches.values()
+        assert kept.padded == tuple(letter != "A" for letter in layouts)
+        out = embed(torch.full_like(want, float("nan")), "N")
+        assert_exact(launch.addmm(a, b, launch.Epilogue(2, -1, source), out), 2 * want - source)
+        assert out._base is not None
+        out.fill_(float("nan"))
+        assert bool(out._base.isnan().all()), "written outside of out"
+        batches = torch.stack([a, -a]), torch.stack([b, b])
+        assert_exact(launch.bmm(*batches), torch.stack([want, -want]))
 
 
 def check_split(dtype: str, layouts: str, path: str) -> None:
@@ -127,6 +184,14 @@ CASES: dict[str, Callable[[], None]] = {
             ((64, 32, 16, 1), (200, 136, 72, 2), (8, 72, 40, 1)), ("fp16", "bf16"), ("NN", "NT", "TN", "TT")
         )
     },
+    **{f"nan-{dtype}-{parts}": partial(check_nan_and_inf, dtype, parts) for dtype, parts in (("fp16", 1), ("bf16", 2))},
+    **{f"rounding-{dtype}": partial(check_rounding, dtype) for dtype in ("fp16", "bf16")},
+    **{
+        f"padded-{dtype}-{layouts}": partial(check_padded, 71, 39, 73, dtype, layouts)
+        for dtype, layouts in (("fp16", "NN"), ("fp16", "TT"), ("bf16", "NT"), ("fp16", "SR"))
+    },
+    # One operand is read where it is.
+    "padded-fp16-AN": partial(check_padded, 71, 39, 72, "fp16", "AN"),
     # Neither n nor the result's rows are whole chunks of 16 bytes: C is stored by pointers.
     "tma-fp16-NT-odd": partial(check_tma, 71, 39, 72, "fp16", "NT", tma()),
     **{

@@ -87,7 +87,7 @@ def test_parameters_match_those_that_the_kernel_declares(name: str) -> None:
         declared = bytes_of_parameters(kernel.ptx)
         assert len(declared) == len(written.parameters)
         assert [size_of(x, size) for x, size in zip(written.parameters, declared, strict=True)] == declared
-        assert written.grid == plan.grid and written.function == 7
+        assert written.programs == plan.programs and written.function == 7
         assert written.threads == 32 * plan.options["num_warps"] and written.shared == kernel.metadata.shared
 
 
@@ -96,7 +96,7 @@ def test_pointers_and_constants_are_in_the_order_of_the_arguments() -> None:
     names = [x.name for x in written.parameters if isinstance(x, Pointer)]
     numbers = [x.value for x in written.parameters if isinstance(x, Constant)]
     assert names == ["a", "b", "c"]
-    assert numbers == [256, 512, 1024, 1024, 512, 512, 0, 0, 0, 0, 0]  # sizes; strides but those of 1; batches; scratch
+    assert numbers == [256, 512, 1024, 1024, 0, 512, 0, 512, 0, 0, 0]  # sizes; strides but those of 1; scratch
 
 
 def test_descriptors_are_as_the_driver_encodes_them() -> None:

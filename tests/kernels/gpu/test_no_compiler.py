@@ -57,7 +57,7 @@ def fresh() -> Iterator[None]:
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
 def test_products_fall_back_with_one_warning(failure: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Broken(failure)
-    runner = run.Runner(Plan(kernel, (1, 1), (PointerArg("a"),), {}, {}))
+    runner = run.Runner(Plan(kernel, 1, (PointerArg("a"),), {}, {}))
 
     def product(a: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         runner({"a": a})
@@ -94,7 +94,7 @@ def test_both_gradients_are_left_to_two_products(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("fresh")
 def test_other_errors_of_a_launch_are_raised() -> None:
-    runner = run.Runner(Plan(Broken(RuntimeError("out of memory")), (1, 1), (PointerArg("a"),), {}, {}))
+    runner = run.Runner(Plan(Broken(RuntimeError("out of memory")), 1, (PointerArg("a"),), {}, {}))
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
         runner({"a": torch.zeros(1)})
     assert not run.build_failures

@@ -19,13 +19,16 @@ from triton.runtime.jit import create_function_from_signature
 
 from matmul_grad.kernels.gpu.arguments import PointerArg, ScalarArg, Strides
 from matmul_grad.kernels.gpu.backward import backward_tma
-from matmul_grad.kernels.gpu.config import Problem, TileConfig
+from matmul_grad.kernels.gpu.config import Problem, TileConfig, is_valid
 from matmul_grad.kernels.gpu.epilogue import SCALARS, Epilogue
 from matmul_grad.kernels.gpu.gemm import gemm
-from matmul_grad.kernels.gpu.plan import Plan, plans
+from matmul_grad.kernels.gpu.plan import Plan, options, plans
 from matmul_grad.kernels.gpu.reduce import reduce
 from matmul_grad.kernels.gpu.tma import gemm_tma
 from matmul_grad.kernels.gpu.vector import matvec
+
+# Of CUDA: programs of a grid along x; registers of a block, of which no thread has more than 255.
+MOST_ALONG_X, REGISTERS = 2**31 - 1, 65536
 
 KERNELS = (gemm, gemm_tma, matvec, reduce, backward_tma)
 FOLDER = ROOT / "kernels" / "gpu"
@@ -50,6 +53,33 @@ def test_every_module_is_imported_by_the_package() -> None:
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
 def test_kernels_have_at_most_25_parameters(kernel: Any) -> None:
     assert len(kernel.arg_names) <= 25
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("path", ["pointers", "tma"])
+def test_batches_may_have_more_products_than_a_grid_has_along_y(path: str, splits: int) -> None:
+    batch, n, k = 70_000, 4, 4096
+    tile = TileConfig(64, 64, 64, 2, 4, split_k=splits, path=path)
+    problem = Problem(n, n, k, "bfloat16", tma=True, batch=batch)
+    target, strides = aot.target_of(90), (Strides(k, 1, n * k), Strides(n, 1, n * k), Strides(n, 1, n * n))
+    assert is_valid(tile, problem, target)
+    made = plans(problem, tile, target, strides, store_tma=True)
+    assert len(made) == (1 if splits == 1 else 2)
+    assert [plan.programs for plan in made] == [batch * splits, batch][: len(made)]
+    assert all(plan.programs <= MOST_ALONG_X for plan in made)
+
+
+def test_no_kernel_reads_another_dimension_of_the_grid() -> None:
+    """Along y and z a grid has at most 65,535 programs."""
+    texts = [path.read_text("utf-8") for path in FOLDER.glob("*.py")]
+    used = {call for text in texts for call in re.findall(r"(?:program_id|num_programs)\(\w*\)", text)}
+    assert used == {"program_id(0)", "num_programs(0)"}
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4, 8, 16])
+def test_a_block_has_no_more_registers_than_there_are(warps: int) -> None:
+    most = options(TileConfig(64, 64, 16, 2, warps))["maxnreg"]
+    assert most == min(255, REGISTERS // (32 * warps)) and most * 32 * warps <= REGISTERS
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef]]:

@@ -25,7 +25,7 @@ class Kernel:
         self.slow: list[Any] = []
         self.fast: list[Any] = []
 
-    def __getitem__(self, grid: tuple[int, int]) -> Any:
+    def __getitem__(self, grid: tuple[int]) -> Any:
         def launch(*arguments: Any, **options: Any) -> Any:
             self.slow.append((grid, arguments, options))
             return SimpleNamespace(function="function", packed_metadata="metadata", run=lambda *x: self.fast.append(x))
@@ -43,7 +43,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
 def runner(kernel: Kernel) -> Runner:
     described = DescriptorArg("a", (8, 16), (16, 1), (8, 8))
     arguments = (described, Matrix(PointerArg("b"), 4, 1), ScalePtrs(), 7, None)
-    return Runner(Plan(kernel, (5, 6), arguments, {"NAME": "name", "BLOCK": 32}, {"num_warps": 4}))
+    return Runner(Plan(kernel, 5, arguments, {"NAME": "name", "BLOCK": 32}, {"num_warps": 4}))
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -54,13 +54,13 @@ def test_first_call_compiles_and_later_calls_go_to_the_driver(kernel: Kernel) ->
     call, first, second = runner(kernel), tensors(), tensors()
     call(first)
     ((grid, arguments, options),) = kernel.slow
-    assert (grid, options, kernel.fast) == ((5, 6), {"num_warps": 4}, [])
+    assert (grid, options, kernel.fast) == ((5,), {"num_warps": 4}, [])
     assert arguments[0].base is first["a"] and arguments[0].block_shape == [8, 8] and arguments[0].shape == [8, 16]
     assert arguments[1] == Matrix(first["b"], 4, 1) and arguments[1].ptr is first["b"]
     assert arguments[2:] == (ScalePtrs(), 7, None, 32, "name")
     call(second)
     ((*head, described, matrix, scales, m, none, block, name),) = kernel.fast
-    assert head == [5, 6, 1, "stream of 3", "function", "metadata", None, None, None]
+    assert head == [5, 1, 1, "stream of 3", "function", "metadata", None, None, None]
     assert {name: getattr(described, name) for name in vars(arguments[0]) if name != "base"} == {
         name: value for name, value in vars(arguments[0]).items() if name != "base"
     }
@@ -71,7 +71,7 @@ def test_first_call_compiles_and_later_calls_go_to_the_driver(kernel: Kernel) ->
 
 def test_scalars_are_those_of_the_call(kernel: Kernel) -> None:
     arguments = (PointerArg("b"), ScalarArg("alpha_low"), ScalarArg("alpha_high"), None, None)
-    call = Runner(Plan(kernel, (1, 1), arguments, {"NAME": "name", "BLOCK": 32, "none": None}, {}))
+    call = Runner(Plan(kernel, 1, arguments, {"NAME": "name", "BLOCK": 32, "none": None}, {}))
     for alpha in (1, 2, 3):
         call({"b": torch.ones(4), "alpha_low": alpha, "alpha_high": -alpha})
     (((_, (_, *slow), _),), fast) = kernel.slow, kernel.fast

@@ -136,9 +136,7 @@ def operands(m: int = 5, n: int = 3, k: int = 7) -> tuple[Tensor, Tensor]:
 
 def whole(m: int = 5, n: int = 3, k: int = 7) -> LaunchRecord:
     sizes = (Constant(m), Constant(n), Constant(k))
-    return LaunchRecord(
-        1, (11, 12), 128, 4096, (Pointer("a"), Pointer("b"), Pointer("c"), *sizes, Constant(0), Constant(0))
-    )
+    return LaunchRecord(1, 132, 128, 4096, (Pointer("a"), Pointer("b"), Pointer("c"), *sizes, Constant(0), Constant(0)))
 
 
 def teach(a: Tensor, b: Tensor, *records: LaunchRecord, work: int = 0) -> None:
@@ -159,7 +157,7 @@ def test_a_record_is_launched_on_the_tensors_of_the_call(driver: Driver, mm: Any
         assert_same_bits(mm(other, b), other @ b)
     assert len(driver.launches) == 3
     first = driver.launches[0]
-    assert (first.grid, first.threads, first.shared) == ((11, 12, 1), (128, 1, 1), 4096)
+    assert (first.grid, first.threads, first.shared) == ((132, 1, 1), (128, 1, 1), 4096)
     assert (first.stream, first.extra) == (STREAM, None)
 
 
@@ -211,8 +209,8 @@ def test_what_the_driver_refuses_is_pythons(refuses: str, driver: Driver, mm: An
 
 def test_parts_of_k_go_through_a_workspace(driver: Driver, mm: Any) -> None:
     a, b = operands()
-    first = LaunchRecord(1, (1, 2), 64, 0, (Pointer("a"), Pointer("b"), Pointer("work"), *whole().parameters[3:]))
-    second = LaunchRecord(2, (1, 1), 32, 0, (Pointer("work"), Pointer("c"), Constant(15), *[Constant(0)] * 3))
+    first = LaunchRecord(1, 2, 64, 0, (Pointer("a"), Pointer("b"), Pointer("work"), *whole().parameters[3:]))
+    second = LaunchRecord(2, 1, 32, 0, (Pointer("work"), Pointer("c"), Constant(15), *[Constant(0)] * 3))
     teach(a, b, first, second, work=15)
     assert_same_bits(mm(a, b), a @ b)
     assert [x.threads[0] for x in driver.launches] == [64, 32]
@@ -223,7 +221,7 @@ def test_parts_of_k_go_through_a_workspace(driver: Driver, mm: Any) -> None:
 def test_descriptors_are_encoded_for_the_tensors_of_the_call(driver: Driver, mm: Any) -> None:
     a, b = operands()
     described = Descriptor("a", 8, 3, (7, 5, 2), (56, 280), (4, 8, 1))
-    teach(a, b, LaunchRecord(1, (1, 1), 32, 0, (described, *whole().parameters[1:])))
+    teach(a, b, LaunchRecord(1, 1, 32, 0, (described, *whole().parameters[1:])))
     for other in (a, a + 1):
         assert_same_bits(mm(other, b), other @ b)
     seen = driver.encoded[0]
@@ -274,7 +272,7 @@ def test_what_python_has_launched_is_written_down(driver: Driver, mm: Any, monke
 
 def test_more_parameters_than_fit_stay_with_python() -> None:
     a, b = operands()
-    many = LaunchRecord(1, (1, 1), 32, 0, (Constant(0),) * (table.MOST_PARAMETERS + 1))
+    many = LaunchRecord(1, 1, 32, 0, (Constant(0),) * (table.MOST_PARAMETERS + 1))
     assert cuda.encoded(cuda.key_of(a, b), [many], 0, DOUBLE) is None
 
 

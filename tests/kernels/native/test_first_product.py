@@ -162,12 +162,13 @@ def test_dtype_whose_kernels_do_not_compile_falls_back() -> None:
         def fail():
             raise RuntimeError("no compiler")
         a = integers(8, 8, torch.float32, 1)
-        assert ops.native_status() == ""
+        matmul_grad.mm(a.double(), a.double())  # and so the driver of all dtypes is loaded
         load_with(fail)
         for _ in range(3):
             assert_same_bits(matmul_grad.mm(a, a), torch.mm(a, a))
         with matmul_grad.strict():
             matmul_grad.mm(a.double(), a.double())
+            matmul_grad.mm(a.bfloat16(), a.bfloat16())
             try: matmul_grad.mm(a, a)
             except RuntimeError: pass
             else: raise AssertionError("not refused")
@@ -243,6 +244,36 @@ def fork_and(child):
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status == 0, f"the child ended with {status}"
 """
+
+
+@posix
+def test_fork_while_another_thread_asks_llvm_for_the_cpu() -> None:
+    """Every function of llvmlite holds a lock of its own."""
+    assert_runs(
+        FORK
+        + """
+import llvmlite.binding as llvm
+from matmul_grad.kernels.cpu import host
+ops.native_status()  # which asks it too, where forks wait
+host.host_name.cache_clear()
+real, lock, asking = llvm.get_host_cpu_name, threading.Lock(), threading.Event()
+def slow():
+    with lock:
+        asking.set()
+        time.sleep(1)
+        return real()
+llvm.get_host_cpu_name = slow
+a = integers(64, 64, torch.float32, 1)
+def multiply():
+    with matmul_grad.strict():
+        matmul_grad.mm(a, a)
+first = threading.Thread(target=multiply)
+first.start()
+asking.wait()
+fork_and(multiply)
+first.join()
+"""
+    )
 
 
 @posix

@@ -1,0 +1,49 @@
+"""What is compiled for each dtype, as IR: its entry, and the functions whose inner loops depend on its elements.
+
+Everything else is the driver (gemm.py), which is compiled once and calls these by the addresses in a configuration.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from .config import BlockConfig, tile_sizes
+from .config_words import GEMM
+from .epilogue_ir import add_ir, store_ir
+from .microkernel import microkernel_ir
+from .operand import operand_of
+from .pack import pack_rows_ir, pack_steps_ir
+from .row import row_ir
+from .simd import I64, function_ir
+from .transposed import transposed_ir
+
+CONFIG = "matmul_grad_config"
+
+
+def make_kernels(config: BlockConfig) -> dict[str, str]:
+    """IR by C name: the entry ``config.name`` and each of ``config_words.FUNCTIONS``."""
+    operand, name = operand_of(config), config.name
+    rows = tile_sizes(config.mr)
+    return {
+        name: entry_ir(name),
+        f"{name}_microkernel": microkernel_ir(f"{name}_microkernel", operand.vector, rows, tile_sizes(config.vectors)),
+        f"{name}_transposed": transposed_ir(f"{name}_transposed", operand, rows),
+        f"{name}_row": row_ir(f"{name}_row", operand),
+        f"{name}_pack_steps": pack_steps_ir(f"{name}_pack_steps", operand),
+        f"{name}_pack_rows": pack_rows_ir(f"{name}_pack_rows", operand),
+        f"{name}_add": add_ir(f"{name}_add", operand),
+        f"{name}_store": store_ir(f"{name}_store", config),
+    }
+
+
+def entry_ir(name: str) -> str:
+    """IR of ``int64 name(products, count, threads)``: the driver, with the configuration of this dtype."""
+
+    def emit(builder: ir.IRBuilder, products: ir.Value, count: ir.Value, threads: ir.Value) -> ir.Value:
+        words = ir.GlobalVariable(builder.module, I64, CONFIG)
+        driver = builder.load(builder.gep(words, [I64(GEMM)], source_etype=I64), typ=I64)
+        kind = ir.FunctionType(I64, [I64] * 4)
+        arguments = [builder.ptrtoint(words, I64), products, count, threads]
+        return builder.call(builder.inttoptr(driver, kind.as_pointer()), arguments, tail=True)
+
+    return function_ir(name, 3, emit, I64)

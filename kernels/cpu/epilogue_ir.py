@@ -1,0 +1,113 @@
+"""The epilogue of one dtype, as IR: sums are added, scaled, rounded and stored, one vector at a time."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from .config import BlockConfig
+from .operand import Operand
+from .pack import copy_element, element_at, scratch
+from .simd import I64, Vector, each, function_ir, splat
+
+ADD_ARGUMENTS, STORE_ARGUMENTS = 3, 12
+
+
+def add_ir(name: str, operand: Operand) -> str:
+    """IR of ``void name(target, source, count)``: target += source, ``count`` lanes, whole vectors."""
+    vector = operand.vector
+
+    def emit(builder, target, source, count):
+        def one_vector(index):
+            to, at = (vector.at(builder, address, index) for address in (target, source))
+            vector.store(builder, builder.fadd(vector.load(builder, to), vector.load(builder, at)), to)
+
+        each(builder, count, vector.lanes, one_vector)
+
+    return function_ir(name, ADD_ARGUMENTS, emit)
+
+
+def store_ir(name: str, config: BlockConfig) -> str:
+    """IR of ``void name(m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta)``.
+
+    C[i, j] = round(alpha · partials[i, j] + beta · source[i, j]), where partials are lanes, ``row_lanes`` a row, and
+    alpha and beta the bits of a float64. Nothing is added where source is 0.
+    """
+    # an element a lane, also where the k-loop has two
+    operand = Operand(Vector(config.accumulator, config.lanes, config.fused), config.dtype)
+    lanes = config.lanes
+
+    def emit(builder, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta):
+        buffer, gathered = scratch(builder, operand), scratch(builder, operand)
+        alpha, beta = (_splat_bits(builder, operand.vector, bits) for bits in (alpha, beta))
+        adds = builder.icmp_signed("!=", source, I64(0))
+        adjacent = builder.icmp_signed("==", c_cs, I64(1))
+
+        def row(i):
+            def vector(j):
+                count = builder.sub(n, j)
+                at = operand.vector.at(builder, partials, builder.add(builder.mul(i, row_lanes), j))
+                value = builder.fmul(operand.vector.load(builder, at), alpha)
+                element = builder.add(builder.mul(i, s_rs), builder.mul(j, s_cs))
+                element = element_at(builder, operand, source, element)
+                with builder.if_else(adds) as (some, none):
+                    with some:
+                        address = _adjacent_source(builder, operand, element, s_cs, count, gathered)
+                        read = operand.read(builder, address, count)
+                        total = operand.vector.fma(builder, beta, read, value)
+                        added = builder.block
+                    with none:
+                        plain = builder.block
+                result = builder.phi(operand.vector.type)
+                result.add_incoming(total, added)
+                result.add_incoming(value, plain)
+                target = builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs))
+                _write(builder, operand, result, element_at(builder, operand, c, target), c_cs, count, buffer, adjacent)
+
+            each(builder, n, lanes, vector)
+
+        each(builder, m, 1, row)
+
+    return function_ir(name, STORE_ARGUMENTS, emit)
+
+
+def _adjacent_source(builder, operand, element, s_cs, count, gathered):
+    """Address of the elements of a vector of the source: where they are, or ``gathered``, to which they are copied."""
+    entry = builder.block
+    with builder.if_then(builder.icmp_signed("!=", s_cs, I64(1))):
+
+        def one_lane(lane):
+            at = element_at(builder, operand, element, builder.mul(lane, s_cs))
+            to = element_at(builder, operand, gathered, lane)
+            copy_element(builder, operand.size, to, at, builder.icmp_signed("<", lane, count))
+
+        each(builder, operand.vector.lanes, 1, one_lane)
+        copied = builder.block
+    address = builder.phi(I64)
+    address.add_incoming(element, entry)
+    address.add_incoming(gathered, copied)
+    return address
+
+
+def _write(builder, operand, value, target, c_cs, count, buffer, adjacent):
+    """A vector of C, at most ``count`` elements, where they lie together, or one by one."""
+    with builder.if_else(adjacent, likely=True) as (together, apart):
+        with together:
+            operand.write(builder, value, target, count)
+        with apart:
+            room = I64(operand.vector.lanes)
+            here = builder.select(builder.icmp_signed("<", count, room), count, room)
+            operand.write(builder, value, buffer, here)
+
+            def one_lane(lane):
+                to = element_at(builder, operand, target, builder.mul(lane, c_cs))
+                copy_element(builder, operand.size, to, element_at(builder, operand, buffer, lane))
+
+            each(builder, here, 1, one_lane)
+
+
+def _splat_bits(builder: ir.IRBuilder, vector: Vector, bits: ir.Value) -> ir.Value:
+    """A vector of one number, from the bits of a float64."""
+    number = builder.bitcast(bits, ir.DoubleType())
+    if vector.scalar != number.type:
+        number = builder.fptrunc(number, vector.scalar)
+    return splat(builder, number, vector.lanes)
