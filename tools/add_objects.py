@@ -43,7 +43,7 @@ def add_objects(wheel: Path, out: Path, levels: Sequence[str] = LEVELS, dtypes: 
 
 
 def compile_in(tree: Path, level: str, dtypes: Sequence[str]) -> None:
-    """Compile the kernels of a tree in a process of its own: Numba's choice of a CPU is fixed for a process."""
+    """Compile the kernels of a tree in a separate process: Numba's choice of a CPU is fixed for a process."""
     environment = os.environ | {"PYTHONPATH": str(tree)}
     code = f"import runpy; runpy.run_path({__file__!r})['compile_level']({level!r}, {list(dtypes)!r}, {str(tree)!r})"
     subprocess.run([sys.executable, "-B", "-c", code], env=environment, cwd=tree, check=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # not POSIX
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 LONGEST = 300.0  # seconds to wait for a holder: several times what a set takes on a busy machine
 STEP = 0.05

@@ -166,7 +166,7 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
 
 
 def opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """``value`` as a register of its own, which LLVM neither computes again nor takes apart."""
+    """``value`` in a separate register, which LLVM neither recomputes nor decomposes."""
     constraint = "=x,0" if isinstance(value.type, ir.VectorType) else "=r,0"
     return builder.asm(ir.FunctionType(value.type, [value.type]), "", constraint, [value], False)
 

@@ -1,4 +1,4 @@
-"""Whether a product with two gradients is recorded by torch's own node (``graph_entries.py``), and its self-test.
+"""Whether a product with two gradients is recorded by a C++ node of torch (``graph_entries.py``), and its self-test.
 
 No layout is guessed: functions are called by names that fix their arguments, keys are torch's, and where the hooks of
 saved tensors are is seen by comparing. So a torch that is not as expected fails the test, and is not corrupted by it.

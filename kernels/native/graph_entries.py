@@ -1,11 +1,11 @@
-"""A product with two gradients, recorded by torch's own node ``MatmulBackward0``: no Python in forward or backward.
+"""A product with two gradients, recorded by torch's C++ node ``MatmulBackward0``: no Python in forward or backward.
 
     matmul_grad::…      AutogradCPU     ``record``, if both operands need a gradient and nothing else follows them
     aten::matmul        PrivateUse3     the product, for CPU tensors: ``record`` alone calls it
     aten::matmul_backward  CPU, AutogradCPU  both gradients, or the one that is needed
 
 ``record`` calls aten::matmul with the dispatch keys of a device that nobody has. torch's autograd kernel takes the call
-as from any device with a kernel of its own: it makes the node, saves both operands and calls the kernel of that device.
+as from any device that has a kernel for it: it makes the node, saves both operands and calls the kernel of that device.
 In backward the node calls aten::matmul_backward, which torch has for nested tensors alone, so nothing is overridden.
 
 A small addmm with scales of 1 is recorded as that and torch's addition in place, which rounds as the epilogue does.

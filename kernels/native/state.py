@@ -5,7 +5,7 @@ ABI_VERSION   torch's version as its C ABI takes it
 RAISE         address of torch's handle of the operator that raises the pending exception
 PYTHON_KEY    the dispatch key of Python modes; two more that may be on between autograd and CPU
 KEYS_AT       which word of a TensorImpl holds its dispatch keys, PLAIN_KEYS what is in that of an ordinary tensor
-RECORD        1 where products with two gradients are recorded by torch's own node, ``graph.py``; what that needs:
+RECORD        1 where products with two gradients are recorded by a C++ node of torch, ``graph.py``; what that needs:
 RECORD_KEYS   the dispatch keys with which aten::matmul is called, REDISPATCH the address of what takes them
 HOOKS         that of the one whose result holds the hooks of saved tensors, KEY_EXCLUDED that of the one that
               tells whether a key is excluded, AUTOCAST_KEY the key of autocast, ADD that of Tensor.add_, SCALE of a 1

@@ -64,7 +64,7 @@ PYTHON_MANGLED = {
     "matmul_grad_numel": "aoti_torch_get_numel",
 }
 
-# Recording by torch's own node (graph.py) needs these, of which one that is missing leaves the Functions in Python:
+# Recording by a C++ node of torch (graph.py) needs these, of which one that is missing leaves the Functions in Python:
 GRAPH_MANGLED = {
     # aten::matmul with other dispatch keys than those of its tensors
     "redispatch": "_ZN2at4_ops6matmul10redispatchEN3c1014DispatchKeySetERKNS_6TensorES6_",

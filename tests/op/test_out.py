@@ -287,7 +287,7 @@ print("done")
 @pytest.mark.parametrize("k", [0, 3])
 @pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm", "matmul", "mv", "addmv"])
 def test_an_out_that_repeats_elements_of_a_freed_storage(name: str, k: int) -> None:
-    """In a process of its own: torch.mv and torch.addmv write to it, and crash."""
+    """In a separate process: torch.mv writes to it, and crashes."""
     done = processes.run(REPEATING, arguments=(name, str(k)))
     assert (done.returncode, done.stdout) == (0, "done\n"), f"{done.returncode}: {done.stdout} {done.stderr[-500:]}"
 

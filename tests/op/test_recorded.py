@@ -1,4 +1,4 @@
-"""Products with two gradients, recorded by torch's own node: every case in which it has to behave as torch.mm does."""
+"""Products with two gradients, recorded by a C++ node of torch: all cases in which it must behave as torch.mm."""
 
 import gc
 import platform

@@ -248,7 +248,7 @@ def fork_and(child):
 
 @posix
 def test_fork_while_another_thread_asks_llvm_for_the_cpu() -> None:
-    """Every function of llvmlite holds a lock of its own."""
+    """llvmlite locks in each of its functions, and a child cannot release what another thread held."""
     assert_runs(
         FORK
         + """
