@@ -77,12 +77,6 @@ plan_transposed_c = jit(prefer_transposed_c)
 
 
 @jit
-def args_of(schedule, index):
-    """The arguments and the plan of one product of a call."""
-    return schedule + 8 * (HEADER + index * PLANNED_ARGS)
-
-
-@jit
 def blocks_per_item(args):
     """Blocks of one product of a batch."""
     return get(args, ROW_BLOCKS) * get(args, COLUMN_BLOCKS) * get(args, K_CHUNKS)

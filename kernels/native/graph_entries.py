@@ -34,10 +34,7 @@ from .own_entries import (
 from .state import (
     ADD,
     AUTOCAST_KEY,
-    CODES,
-    GEMMS,
     HOOKS,
-    INTERRUPTED,
     KEY_EXCLUDED,
     KEYS_AT,
     PLAIN_KEYS,
@@ -57,6 +54,7 @@ from .torch_c_api import (
     forward_to,
     get_dim,
     grad_mode,
+    has_driver,
     has_tangent,
     is_tensor,
     is_within_storage,
@@ -171,19 +169,12 @@ def make_tried_entry(op: Op) -> Callable:
     return entry
 
 
-@jit
-def has_driver(info):
-    """Whether the kernels of a dtype are loaded, so that a call of them raises nothing."""
-    dtype = dtype_of(info)
-    return dtype < CODES and get(state(), GEMMS + dtype) > INTERRUPTED
-
-
 def matmul(stack, inputs, outputs):
     """``aten::matmul`` for the keys of ``record``: the product, or an undefined tensor where there is no kernel."""
     a, b, info = get(stack, 0), get(stack, 1), tensor_info()
     args, tensors, returned = args_words(), tensor_words(), out_param()
     result = 0
-    if describe(a, info) and has_driver(info) and MATRICES <= get(info, DIM) <= BATCHES:
+    if describe(a, info) and has_driver(dtype_of(info)) and MATRICES <= get(info, DIM) <= BATCHES:
         set_tensors(tensors, a, b, 0, 0)
         if linked_compute(tensors, args, get(info, DIM), NEW, 1, returned) == RUN:
             result = get(returned, HANDLE)

@@ -30,12 +30,13 @@ from .python_functions import (
     TENSOR_AT,
     entry_name,
 )
-from .state import CODES, GEMMS, INTERRUPTED, KEYS_AT
+from .state import KEYS_AT
 from .torch_c_api import (
     delete_tensor,
     get_dim,
     get_dtype,
     get_sizes,
+    has_driver,
     key_included,
     needs_gradient,
     out_param,
@@ -96,12 +97,11 @@ def is_followed():
 
 
 @jit
-def has_driver(tensor):
-    """Whether the kernels of its dtype are loaded. Loading them may raise, so another call does that."""
+def dtype_of_tensor(tensor):
     at = out_param()
     put(at, 0, 0)
     get_dtype(tensor, at)
-    return word(at) < CODES and get(state(), GEMMS + word(at)) > INTERRUPTED
+    return word(at)
 
 
 @jit
@@ -148,7 +148,8 @@ def compute(kind, a, b, source, args, returned):
 @jit
 def product(kind, a, b, source, args):
     """The result as a new Python object; 0 where these kernels do not compute it."""
-    if a == 0 or b == 0 or not has_driver(a) or is_followed():
+    # Loading kernels may raise, so the way through the dispatcher does that.
+    if a == 0 or b == 0 or not has_driver(dtype_of_tensor(a)) or is_followed():
         return 0
     returned = out_param()
     if multiplications(a, b) < LONG:

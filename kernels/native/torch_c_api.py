@@ -150,6 +150,12 @@ def driver_of(dtype):
 
 
 @jit
+def has_driver(dtype):
+    """Whether the kernels of a dtype are loaded, so that a call of them raises nothing."""
+    return dtype < CODES and get(state(), GEMMS + dtype) > INTERRUPTED
+
+
+@jit
 def threads():
     at = out_param()
     put(at, 0, 0)

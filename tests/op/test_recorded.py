@@ -3,12 +3,10 @@
 import gc
 import platform
 import sys
-import textwrap
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import processes
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import matmul_grad
-from matmul_grad.kernels.native import graph, state
 from matmul_grad.testing import assert_same_bits, exact_product, integers, normal
 
 DOUBLE = torch.float64
@@ -394,62 +391,3 @@ def test_nested_tensors_keep_the_backward_of_torch(layout: torch.layout) -> None
         torch.testing.assert_close(list(other.grad.unbind()), expected)
     else:
         torch.testing.assert_close(other.grad, sum(expected))
-
-
-def test_torch_s_own_kernels_are_where_they_were() -> None:
-    code = """
-        import torch, matmul_grad
-        from matmul_grad.kernels.native import state
-        names = ("matmul", "matmul_backward", "linear", "linear_backward", "mm", "bmm")
-        before = {name: torch._C._dispatch_dump(f"aten::{name}").splitlines() for name in names}
-        x = torch.ones(2, 2, requires_grad=True)
-        matmul_grad.mm(x, x)
-        assert state.words[state.RECORD] == 1
-        after = {name: torch._C._dispatch_dump(f"aten::{name}").splitlines() for name in names}
-        new = [(name, line.split(":")[0]) for name in names for line in after[name] if line not in before[name]]
-        assert not [line for name in names for line in before[name] if line not in after[name]]
-        keys = ("CPU", "AutogradCPU", "FuncTorchBatched", "Batched")
-        assert sorted(new) == sorted([("matmul", "PrivateUse3")] + [("matmul_backward", key) for key in keys]), new
-        assert type(torch.matmul(x, x).grad_fn).__name__ == "MmBackward0"
-        """
-    done = processes.run(textwrap.dedent(code))
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-UNFIT = {
-    "no such function": ("GRAPH_MANGLED['redispatch'] = 'no_such_function'", "has no redispatch"),
-    "hooks elsewhere": ("FIRST_HOOK = 6", "hooks are not where they are expected"),
-    "a kernel of another library": (
-        "lib = torch.library.Library('aten', 'IMPL'); lib.impl('matmul', lambda a, b: a, 'PrivateUse3')",
-        "has a kernel",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", UNFIT)
-def test_functions_record_on_a_torch_that_is_not_as_expected(name: str) -> None:
-    change, reason = UNFIT[name]
-    target = "torch_layout." if not change.startswith("lib") else ""
-    code = f"""
-        import re, torch, matmul_grad
-        from matmul_grad import autograd
-        from matmul_grad.kernels.native import graph, state, torch_layout
-        {target}{change}
-        x = torch.ones(2, 2, requires_grad=True)
-        for _ in range(2):
-            c = matmul_grad.mm(x, x)
-            assert type(c.grad_fn).__name__ == "MmBackward", c.grad_fn
-        c.sum().backward()
-        assert x.grad.tolist() == [[4, 4], [4, 4]]
-        assert state.words[state.RECORD] == 0
-        assert re.search({reason!r}, graph.reason()), graph.reason()
-        """
-    done = processes.run(textwrap.dedent(code))
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_it_is_on_here() -> None:
-    a, b, _ = leaves()
-    assert is_recorded(matmul_grad.mm(a, b))
-    assert state.words[state.RECORD] == 1
-    assert graph.reason() == ""
