@@ -76,7 +76,9 @@ def usable_cores() -> int:
     >>> usable_cores() >= 1
     True
     """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from .kernels.cpu import host
+
+    return host.usable_cores()
 
 
 def threads() -> str:

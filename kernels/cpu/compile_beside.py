@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 from . import build, compile_lock, driver
+from .host import usable_cores
 
 _started: list[subprocess.Popen[bytes]] = []  # one at most
 
@@ -38,10 +39,6 @@ def is_possible() -> bool:
     """
     runs_python = bool(sys.executable) and not getattr(sys, "frozen", False)
     return runs_python and usable_cores() > 1 and build.cache_folder() is not None and compile_lock.fcntl is not None
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stop(owner: int) -> None:

@@ -101,6 +101,11 @@ def machine(isa: str) -> Machine:
     return Machine(triple, "generic" if is_arm() else BASELINES[isa], "")
 
 
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @functools.cache
 def cache_share(level: int, caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
     """Bytes of the first core's cache of ``level``, divided by the cores that share it; 0 where Linux reports none."""
