@@ -40,11 +40,10 @@ def store_ir(name: str, config: BlockConfig) -> str:
         buffer, gathered = scratch(builder, operand), scratch(builder, operand)
         alpha, beta = (_splat_bits(builder, operand.vector, bits) for bits in (alpha, beta))
         adds = builder.icmp_signed("!=", source, I64(0))
-        adjacent = builder.icmp_signed("==", c_cs, I64(1))
+        adjacent, whole = builder.icmp_signed("==", c_cs, I64(1)), builder.and_(n, I64(-lanes))
 
         def row(i):
-            def vector(j):
-                count = builder.sub(n, j)
+            def vector(j, count=None):
                 at = operand.vector.at(builder, partials, builder.add(builder.mul(i, row_lanes), j))
                 value = builder.fmul(operand.vector.load(builder, at), alpha)
                 element = builder.add(builder.mul(i, s_rs), builder.mul(j, s_cs))
@@ -63,7 +62,9 @@ def store_ir(name: str, config: BlockConfig) -> str:
                 target = builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs))
                 _write(builder, operand, result, element_at(builder, operand, c, target), c_cs, count, buffer, adjacent)
 
-            each(builder, n, lanes, vector)
+            each(builder, whole, lanes, vector)
+            with builder.if_then(builder.icmp_signed("<", whole, n)):  # apart: masks of 16 bits are slow on AVX2
+                vector(whole, builder.sub(n, whole))
 
         each(builder, m, 1, row)
 
@@ -78,9 +79,9 @@ def _adjacent_source(builder, operand, element, s_cs, count, gathered):
         def one_lane(lane):
             at = element_at(builder, operand, element, builder.mul(lane, s_cs))
             to = element_at(builder, operand, gathered, lane)
-            copy_element(builder, operand.size, to, at, builder.icmp_signed("<", lane, count))
+            copy_element(builder, operand.size, to, at)
 
-        each(builder, operand.vector.lanes, 1, one_lane)
+        each(builder, operand.vector.lanes if count is None else count, 1, one_lane)
         copied = builder.block
     address = builder.phi(I64)
     address.add_incoming(element, entry)
@@ -89,20 +90,18 @@ def _adjacent_source(builder, operand, element, s_cs, count, gathered):
 
 
 def _write(builder, operand, value, target, c_cs, count, buffer, adjacent):
-    """A vector of C, at most ``count`` elements, where they lie together, or one by one."""
+    """A vector of C, or ``count`` elements of one, where they lie together, or one by one."""
     with builder.if_else(adjacent, likely=True) as (together, apart):
         with together:
             operand.write(builder, value, target, count)
         with apart:
-            room = I64(operand.vector.lanes)
-            here = builder.select(builder.icmp_signed("<", count, room), count, room)
-            operand.write(builder, value, buffer, here)
+            operand.write(builder, value, buffer)
 
             def one_lane(lane):
                 to = element_at(builder, operand, target, builder.mul(lane, c_cs))
                 copy_element(builder, operand.size, to, element_at(builder, operand, buffer, lane))
 
-            each(builder, here, 1, one_lane)
+            each(builder, operand.vector.lanes if count is None else count, 1, one_lane)
 
 
 def _splat_bits(builder: ir.IRBuilder, vector: Vector, bits: ir.Value) -> ir.Value:

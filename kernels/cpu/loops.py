@@ -45,7 +45,7 @@ from .gemm_args import A_CS, A_RS, B_CS, B_RS, C_RS, A, B, C, K, M, N
 from .memory import call_kernel, ceil_div, floor_div, get, jit
 from .microkernel import ARGUMENTS, WIDE
 from .pack import PACK_ROWS_ARGUMENTS, PACK_STEPS_ARGUMENTS
-from .row import multiply_row
+from .row import multiply_rows
 from .schedule import BY_COLUMNS, BY_ROWS, CHAIN, PACKED, lanes_along_k, plan_k, round_lanes
 from .transposed import TRANSPOSED_ARGUMENTS
 
@@ -82,8 +82,9 @@ def multiply(config, args, work):
     """C = A·B on this thread, for at most a chunk of k; C holds lanes."""
     n, nr = get(args, N), get(config, NR)
     sequential = n * get(config, SIZE) >= get(config, SEQUENTIAL_BYTES) or get(config, CONVERTS) != 0
-    if get(args, M) == 1 and get(args, B_CS) == 1 and sequential:
-        multiply_row(config, args, work)
+    few_steps = get(args, K) <= 2 and n * get(config, SIZE) >= 1024
+    if get(args, B_CS) == 1 and ((get(args, M) == 1 and sequential) or few_steps):
+        multiply_rows(config, args, work)
         return
     b_access, first, columns = choose_b_access(config, args), 0, n
     if b_access != PACKED:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from .config_words import B_OFFSET, KC, LANE_BYTES, PACK_ROWS, ROW, ROW_COLUMNS, SIZE
-from .gemm_args import A_CS, A_RS, B_RS, A, B, C, K, N
+from .gemm_args import A_CS, A_RS, B_RS, C_RS, A, B, C, K, M, N
 from .memory import call_kernel, ceil_div, get, jit
 from .microkernel import adds_to_c, chain_length, store_edge, store_full
 from .operand import Operand
@@ -159,25 +159,29 @@ def _add_to_vectors(builder, operand, arguments, steps, at, count=None):
 
 
 @jit
-def multiply_row(config, args, work):
-    """C = A·B for one row of A, on this thread, for at most a chunk of k."""
+def multiply_rows(config, args, work):
+    """C = A·B on this thread, row by row, for at most a chunk of k."""
+    a, c = get(args, A), get(args, C)
+    a_bytes, c_bytes = get(args, A_RS) * get(config, SIZE), get(args, C_RS) * get(config, LANE_BYTES)
+    for i in range(get(args, M)):
+        multiply_row(config, args, work, a + i * a_bytes, c + i * c_bytes)
+
+
+@jit
+def multiply_row(config, args, work, a_row, c_row):
     n, k, a_cs, b_rs = get(args, N), get(args, K), get(args, A_CS), get(args, B_RS)
     size, lane_bytes, columns_max = get(config, SIZE), get(config, LANE_BYTES), get(config, ROW_COLUMNS)
     sums = work + get(config, B_OFFSET)
-    in_place = a_cs == 1 and lanes_along_k(config, k, k, a_cs)  # one row has no stride
+    in_place = (a_cs == 1 or k == 1) and lanes_along_k(config, k, k, a_cs)  # one row has no stride
     step = k if in_place else get(config, KC)
     for block in range(ceil_div(k, step)):
         pc = block * step
-        kc, a = min(step, k - pc), get(args, A) + pc * a_cs * size
+        kc, a = min(step, k - pc), a_row + pc * a_cs * size
         if not in_place:
             call_pack_rows(get(config, PACK_ROWS), work, 1, 0, a, kc, a_cs, get(args, A_RS))
             a = work
         for piece in range(ceil_div(n, columns_max)):
             j = piece * columns_max
-            b, c, columns = (
-                get(args, B) + (pc * b_rs + j) * size,
-                get(args, C) + j * lane_bytes,
-                min(columns_max, n - j),
-            )
+            b, c, columns = get(args, B) + (pc * b_rs + j) * size, c_row + j * lane_bytes, min(columns_max, n - j)
             first = 1 if pc == 0 else 0
             call_row(get(config, ROW), kc, a, b, b_rs, c, columns, first, get(args, CHAIN), sums)

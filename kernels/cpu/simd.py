@@ -208,7 +208,7 @@ def function_ir(name: str, arguments: int, emit: Callable[..., ir.Value | None],
 
 
 def each(
-    builder: ir.IRBuilder, end: ir.Value | int, step: int, body: Callable[[ir.Value], None], start: int = 0
+    builder: ir.IRBuilder, end: ir.Value | int, step: int, body: Callable[[ir.Value], None], start: ir.Value | int = 0
 ) -> None:
     """``for i in range(start, end, step): body(i)``"""
 
@@ -216,7 +216,8 @@ def each(
         body(i)
         return []
 
-    repeat(builder, I64(start), I64(end) if isinstance(end, int) else end, step, [], once)
+    first, last = (I64(bound) if isinstance(bound, int) else bound for bound in (start, end))
+    repeat(builder, first, last, step, [], once)
 
 
 def repeat(
