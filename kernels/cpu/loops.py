@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .config import ALIASED, PAD
+from .config import ALIASED, OUTER_BYTES, OUTER_STEPS, PAD
 from .config_words import (
     A_LANES,
     ALIASED_ROWS,
@@ -82,8 +82,8 @@ def multiply(config, args, work):
     """C = A·B on this thread, for at most a chunk of k; C holds lanes."""
     n, nr = get(args, N), get(config, NR)
     sequential = n * get(config, SIZE) >= get(config, SEQUENTIAL_BYTES) or get(config, CONVERTS) != 0
-    few_steps = get(args, K) <= 2 and n * get(config, SIZE) >= 1024
-    if get(args, B_CS) == 1 and ((get(args, M) == 1 and sequential) or few_steps):
+    outer = get(args, K) <= OUTER_STEPS and n * get(config, SIZE) >= OUTER_BYTES
+    if get(args, B_CS) == 1 and (outer or (get(args, M) == 1 and sequential)):
         multiply_rows(config, args, work)
         return
     b_access, first, columns = choose_b_access(config, args), 0, n

@@ -100,9 +100,7 @@ class Operand:
         high_half = builder.shl(high_half, ir.Constant(wide, [I32(16)] * vector.lanes))
         return builder.bitcast(builder.or_(low_half, high_half), vector.type)
 
-    def write(
-        self, builder: ir.IRBuilder, value: ir.Value, address: ir.Value, count: ir.Value | None = None
-    ) -> None:
+    def write(self, builder: ir.IRBuilder, value: ir.Value, address: ir.Value, count: ir.Value | None = None) -> None:
         """Round lanes to the stored dtype, to nearest and even, and store them, or those below ``count``."""
         stored = self._stored(self.vector.lanes) if self.converts else self.vector
         pointer = stored.at(builder, address)

@@ -124,10 +124,10 @@ class Vector:
         callee = self._declare(builder, name, ir.VoidType(), [self.type, POINTER, I32, mask.type])
         builder.call(callee, [value, pointer, I32(self.size), mask])
 
-    def prefetch(self, builder: ir.IRBuilder, pointer: ir.Value) -> None:
-        """``prefetcht0 [pointer]``"""
+    def prefetch(self, builder: ir.IRBuilder, pointer: ir.Value, level: int = 1) -> None:
+        """``prefetcht0 [pointer]``, or ``prefetcht1`` where ``level`` is 2, the cache to fetch into."""
         callee = self._declare(builder, "llvm.prefetch.p0", ir.VoidType(), [POINTER, I32, I32, I32])
-        builder.call(callee, [pointer, I32(0), I32(3), I32(1)])
+        builder.call(callee, [pointer, I32(0), I32(4 - level), I32(1)])
 
     def transpose(self, builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
         """``lanes`` rows of ``lanes`` become columns, in log2(lanes) rounds of two-register shuffles.

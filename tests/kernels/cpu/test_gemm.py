@@ -50,6 +50,8 @@ def shapes(block: BlockConfig) -> list[tuple[int, int, int]]:
         (1, 4 * nr, 3 * block.lanes - 1),  # groups of columns alternate
         (3 * mr + 1, 2 * nr + 1, 3 * block.lanes + 1),  # rows of A are packed from columns
         (5 * block.lanes, 3, 40),  # C computed as its transpose
+        (2 * mr + 1, 601, 1),  # C row by row
+        (mr + 2, 520, 2),
         (7, 5, 4 * block.chain + 6),  # in small blocks: chunks of k
     ]
 
@@ -93,7 +95,7 @@ def test_integers_are_exact_and_canaries_untouched(block: BlockConfig) -> None:
 @pytest.mark.parametrize("b_striding", testing.STRIDINGS)
 def test_integers_of_any_strides_are_exact(block: BlockConfig, a_striding: str, b_striding: str) -> None:
     dtype = dtype_of(block)
-    for m, n, k in ((13, 70, 31), (1, 9, 50), (40, 1, 7)):
+    for m, n, k in ((13, 70, 31), (1, 9, 50), (40, 1, 7), (5, 530, 2)):
         a = testing.lay_out(testing.integers(m, k, dtype, seed=1), a_striding)
         b = testing.lay_out(testing.integers(k, n, dtype, seed=2), b_striding)
         out = a.new_empty(m, n)
@@ -124,6 +126,18 @@ def test_fused_instruction_sets_agree_in_bits(dtype: str) -> None:
         first, *others = [direct.multiply(block, a, b, a.new_empty(m, n)) for block in sets]
         for other in others:
             testing.assert_same_bits(other, first)
+
+
+@every_block
+def test_outer_products_row_by_row_have_the_bits_of_tiles(block: BlockConfig) -> None:
+    dtype = dtype_of(block)
+    for k in (1, 2):
+        a, b = testing.normal(13, k, dtype), testing.normal(k, 1030, dtype)
+        wide, narrow = a.new_empty(13, 1030), a.new_empty(13, 70)
+        direct.multiply(block, a, b, wide)
+        for start in (0, 500, 960):
+            direct.multiply(block, a, b[:, start : start + 70], narrow)
+            testing.assert_same_bits(narrow, wide[:, start : start + 70], f"{block.name} k {k} from {start}")
 
 
 class Guarded:
@@ -162,6 +176,8 @@ def test_no_access_beyond_operands(block: BlockConfig, layout: str, at_end: bool
         (4 * mr + 3, 2 * nr, 2 * lanes),
         (1, 4 * nr, 9),
         (1, 701, 3),
+        (3, 601, 1),
+        (3, 520, 2),
         (1, 2 * nr + lanes, 2 * lanes + 1),
         (mr + 1, 3 * nr, lanes + 1),
         (3 * lanes, 2, 18),
