@@ -244,10 +244,10 @@ def padded_problem(problem: Problem) -> Problem:
 
 def is_valid_backward(tile: TileConfig, problem: Problem, grad: str, target: Target) -> bool:
     """Whether one launch may compute both gradients in tiles of this shape. grad: the layout of dC, "N" or "T"."""
-    # Where the loads of both products look alike to the compiler, it keeps the operands of both in shared memory.
+    # Where the loads of both products look alike to the compiler, it keeps the operands of both in shared memory: of
+    # the left operands, and of the right ones too unless all blocks of these have one shape.
     left, right = (problem.a == "N") == (grad == "T"), (problem.b == "N") == (grad == "T")
-    square = tile.block_m == tile.block_n == tile.block_k
-    alike = (left or right) if square else (left and right)
+    alike = left and (right or tile.block_n == tile.block_k)
     return not alike and all(is_valid(tile, product, target) for product in gradients(problem))
 
 
