@@ -323,10 +323,13 @@ def matmul_backward(
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether nobody follows what is done with them: no graph, tangent, transform, Python mode or subclass."""
+    """Whether their memory holds their elements, and nobody follows what is done with them.
+
+    No negative view and no tensor of zeros without memory; no graph, tangent, transform, Python mode or subclass.
+    """
     return (
         not torch.compiler.is_compiling()
-        and all(type(tensor) is Tensor for tensor in tensors)
+        and all(type(x) is Tensor and not x.is_neg() and not x._is_zerotensor() for x in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
