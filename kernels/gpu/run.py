@@ -98,6 +98,8 @@ class Runner:
         kept.launcher(self._plan.programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
 
     def _keep(self, compiled: Any) -> None:
+        if compiled is None:  # Triton's interpreter
+            return
         found = launcher_of_encoded(compiled, [argument for _, argument in self._described])
         if found is None:
             self._kept = Kept(compiled, compiled.run, None)
