@@ -135,8 +135,9 @@ def kernel_name(problem: Problem, config: TileConfig) -> str:
     stem = {"pointers": "gemm", "tma": "gemm_tma", "vector": "matvec"}[config.path]
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
     split = f"_k{config.split_k}" if config.split_k > 1 else ""
+    group = f"_g{config.group_m}" if config.group_m != TileConfig.group_m else ""
     letters = (problem.a + problem.b).lower()
-    return f"{stem}_{letters}_{dtype_name(problem)}_{tile}_s{config.stages}_w{config.warps}{split}"
+    return f"{stem}_{letters}_{dtype_name(problem)}_{tile}_s{config.stages}_w{config.warps}{group}{split}"
 
 
 def cdiv(size: int, block: int) -> int:

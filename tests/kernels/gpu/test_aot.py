@@ -13,7 +13,7 @@ import pytest
 from gpu_targets import DENSE, DTYPE_NAMES
 
 from matmul_grad.kernels.gpu.arguments import Strides
-from matmul_grad.kernels.gpu.choose import FP8_TMA_TILES, TILES, TMA_TILES, VECTOR_TILES, is_valid_backward
+from matmul_grad.kernels.gpu.choose import FP8_TMA_TILES, GROUPS, TILES, TMA_TILES, VECTOR_TILES, is_valid_backward
 from matmul_grad.kernels.gpu.config import (
     ITEM_BYTES,
     SHORT_NAMES,
@@ -142,6 +142,7 @@ def products() -> Iterator[Case]:
                 yield from cases_of(arch, problem_of(dtype, precision, "NN", batch=8), tile)
             if every:
                 yield from cases_of(arch, problem_of("float16", "ieee", "NT"), tile)
+                yield from cases_of(arch, problem_of(dtype, precision, "NN"), replace(tile, group_m=GROUPS[-1]))
 
 
 def epilogues() -> Iterator[Case]:
@@ -248,7 +249,7 @@ def test_cases_cover_every_tile_layout_and_kind() -> None:
     assert aligned == set(itertools.product(ARCHES, kinds, (True, False))) | {(90, "fp8", True), (100, "fp8", True)}
     assert {case.problem.a + case.problem.b for case in found} >= {*DENSE, "SS"}
     listed = {tile for tiles in TILES.values() for tile in tiles} | {*TMA_TILES, *FP8_TMA_TILES, *VECTOR_TILES.values()}
-    assert {replace(case.tile, split_k=1) for case in found} == listed
+    assert {replace(case.tile, split_k=1, group_m=GROUPS[0]) for case in found} == listed
 
 
 def test_tile_that_is_too_large_is_reported_to_spill() -> None:

@@ -78,7 +78,8 @@ def problems(dtype_name: str, **fields: bool) -> list[Problem]:
 
 
 def whole(tile: TileConfig) -> TileConfig:
-    return replace(tile, split_k=1)
+    """As it stands in the tables."""
+    return replace(tile, split_k=1, group_m=TileConfig.group_m)
 
 
 @pytest.mark.parametrize("dtype_name", DTYPE_NAMES)
@@ -206,6 +207,27 @@ def test_candidates_hold_every_path() -> None:
     assert {tile.path for tile in found} == {"tma", "pointers", "vector"}
     assert {tile.split_k for tile in found} >= {1, 2, 16}
     assert len(set(found)) == len(found)
+
+
+def test_tiles_of_a_wave_are_nearly_a_square_of_the_result() -> None:
+    """Where the operands do not stay in the L2 cache: 16 rows of 128 x 256 tiles, 8 of 256 x 128."""
+    target, large = TARGETS["sm90"], Problem(8192, 8192, 8192, "bfloat16", tma=True)
+    tile = choose(large, target)
+    assert (tile.block_m, tile.block_n, tile.group_m) == (128, 256, 16)
+    other = replace(TMA_TILES[1], group_m=16)
+    assert (other.block_m, other.block_n) == (256, 128)
+    assert predicted_seconds(TMA_TILES[1], large, target) < predicted_seconds(other, large, target)
+    small = replace(large, m=2048, n=2048, k=2048)
+    assert choose(small, target).group_m == 8  # it fits, and the first of equals is taken
+    assert choose(replace(large, m=1024), target).group_m == 8
+
+
+def test_orders_of_tiles_are_candidates_where_they_differ() -> None:
+    target, large = TARGETS["sm90"], Problem(8192, 8192, 65536, "bfloat16", tma=True)
+    found = {(tile.path, tile.split_k > 1, tile.group_m) for tile in candidates(large, target)}
+    assert found == {("tma", False, 8), ("tma", False, 16), ("pointers", False, 8)}
+    few = candidates(replace(large, m=512, n=512), target)
+    assert {tile.group_m for tile in few} == {8} and len(set(few)) == len(few)
 
 
 def test_gradients_are_the_products_of_the_derivation() -> None:
