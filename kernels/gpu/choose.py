@@ -100,7 +100,7 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one multiprocessor: FLOP/s by kind, bytes/s from L2. Of the GPU: bytes/s from memory, bytes of the L2 cache."""
+    """Of one multiprocessor: FLOP/s by kind, bytes/s from L2. Of the GPU: bytes/s from memory, bytes of L2."""
 
     half: float
     tf32: float
@@ -190,7 +190,7 @@ def predicted_seconds(config: TileConfig, problem: Problem, target: Target) -> f
 
 
 def operand_bytes(config: TileConfig, problem: Problem, target: Target) -> float:
-    """Bytes of A and B that are read from memory: once where they fit into the L2 cache, else by each wave of tiles.
+    """Bytes of A and B that are read from memory: once where they fit into the L2 cache, else once a wave of tiles.
 
     A wave is group_m rows of tiles, by as many columns as there are programs for.
     """
