@@ -248,11 +248,20 @@ def test_one_launch_for_both_gradients_is_valid_for_both(arch: str) -> None:
     assert bool(found) == (90 <= target.arch < 120)
 
 
-def test_one_launch_for_both_gradients_only_of_few_tiles() -> None:
+@pytest.mark.parametrize(
+    ("limit", "without", "shape"), [("FUSED_WAVES", 1 << 40, (256, 1024, 8192)), ("FUSED_GAIN", 9, (256, 2048, 256))]
+)
+def test_one_launch_for_both_gradients_only_of_few_tiles_and_for_a_gain(
+    limit: str, without: float, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond two waves the persistent loops of two launches lose less than one launch saves."""
-    target = TARGETS["sm90"]
-    assert choose_backward(Problem(1024, 1024, 1024, "bfloat16", tma=True), "N", target) is not None
-    assert choose_backward(Problem(8192, 8192, 8192, "bfloat16", tma=True), "N", target) is None
+    target, problem = TARGETS["sm90"], Problem(*shape, "bfloat16", tma=True)
+    assert choose_backward(replace(problem, m=1024, n=1024, k=1024), "N", target) is not None
+    assert choose_backward(replace(problem, m=8192, n=8192, k=8192), "N", target) is None
+    assert choose_backward(problem, "N", target) is None
+    monkeypatch.setattr(module, limit, without)
+    fastest_fused.cache_clear()
+    assert choose_backward(problem, "N", target) is not None  # nothing else refuses it
 
 
 def test_tuned_config_takes_precedence_over_the_model(tuned_file: Path) -> None:
