@@ -83,6 +83,14 @@ def test_some_steps(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| bf16, fp16 dgrad | device | 1.000 |" in found["page"] and "| 1 of 1 |" in found["page"]
 
 
+def test_a_commit_that_no_repository_tells_is_named_by_the_environment(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that has the working tree without its repository."""
+    monkeypatch.setenv(results.COMMIT, "1234abc")
+    assert run("--steps=memory")[1]["stamp"]["commit"] == "1234abc"
+
+
 def test_every_step(run: Run) -> None:
     status, found = run()
     assert status == 0 and found["whole"] and list(statuses(found)) == [step.name for step in STAGES]
