@@ -128,7 +128,7 @@ def test_every_number_of_splits_is_chosen_somewhere() -> None:
 
 @pytest.mark.parametrize("dtype_name", ["bf16", "fp32"])
 def test_invariant_problems_have_one_order_of_k(dtype_name: str) -> None:
-    """Where the bits of a row may not depend on m, k is never cut and a vector is a matrix."""
+    """Where the bits of a row may not depend on m, k is never split and a vector is a matrix."""
     for problem in problems(dtype_name, invariant=True):
         tile = choose(problem, TARGETS["sm90"])
         assert tile.split_k == 1 and tile.path != "vector"
