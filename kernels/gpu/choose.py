@@ -154,15 +154,24 @@ def candidates(problem: Problem, target: Target) -> list[TileConfig]:
     if 1 in (problem.m, problem.n):
         letter = problem.a if problem.n == 1 else {"N": "T", "T": "N"}.get(problem.b, "S")
         tiles.append(VECTOR_TILES[letter])
-    split = [replace(tile, split_k=splits) for tile in tiles for splits in SPLITS]
-    every = [replace(tile, group_m=group) for tile in split for group in groups(tile, problem)]
-    return [tile for tile in every if is_valid(tile, problem, target)]
+    return [
+        variant
+        for tile in tiles
+        for variant in variants(tile, cdiv(problem.m, tile.block_m) > GROUPS[0])
+        if is_valid(variant, problem, target)
+    ]
 
 
-def groups(tile: TileConfig, problem: Problem) -> tuple[int, ...]:
-    """The values of group_m to compare: one where the others give the same order, or where k is split."""
-    several = tile.path == "tma" and tile.split_k == 1 and cdiv(problem.m, tile.block_m) > GROUPS[0]
-    return GROUPS if several else GROUPS[:1]
+@lru_cache(maxsize=256)
+def variants(tile: TileConfig, several: bool) -> tuple[TileConfig, ...]:
+    """A tile with every number of splits of k, and where k is whole with every order of tiles.
+
+    several: whether the orders differ, which they do where there are more rows of tiles than in the first one's group.
+    """
+    orders = {1: GROUPS} if several and tile.path == "tma" else {}
+    return tuple(
+        replace(tile, split_k=splits, group_m=group) for splits in SPLITS for group in orders.get(splits, GROUPS[:1])
+    )
 
 
 def predicted_seconds(config: TileConfig, problem: Problem, target: Target) -> float:
