@@ -21,6 +21,7 @@ Batch = Callable[[], float]
 REPLAY = 0.5e-3  # seconds that one replay of a graph lasts at least: a hundred times what its start costs
 MOST_CALLS = 256  # in one graph: of the smallest products more fit into the L2 cache, and recording takes time
 SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")
+MOVING = ("clocks.sm", "power.draw", "temperature.gpu")  # of those, what a comparison is told beside its times
 LOAD = 16384, 60  # size and number of products that keep any GPU busy while nvidia-smi looks at it
 UNKNOWN = 64 << 20  # bytes of a last cache, where Linux reports none
 
@@ -209,6 +210,12 @@ class Gpu:
             **at_rest,
             **{f"{name}, working": value for name, value in loaded.items() if value != at_rest.get(name)},
         }
+
+    def clocks(self) -> dict[str, str]:
+        """Clocks, power and temperature, as the driver reports them at this moment."""
+        properties: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found = nvidia_smi(str(getattr(properties, "uuid", "")))
+        return {name: value for name, value in found.items() if name in MOVING} or found
 
     def under_load(self, look: Callable[[], dict[str, str]]) -> dict[str, str]:
         """What ``look`` finds while the GPU multiplies."""

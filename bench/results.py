@@ -26,6 +26,7 @@ from .workloads import Workload
 SCHEMA = 1
 BENCH, CPU_RATIO, GPU_REPORT, CPU_PATHS = "bench", "cpu-ratio", "gpu-report", "cpu-paths"
 UNFINISHED = "unfinished"
+COMMIT = "MATMUL_GRAD_COMMIT"  # in the environment, where the sources lie without their repository
 PROTOCOL = (
     "right against float64 first; normal operands, rotated past the last cache; batches of ≥ 5 ms in turning order; "
     "medians and quartiles of a call"
@@ -67,6 +68,7 @@ def now(root: Path | None = None) -> dict[str, str]:
     moment = datetime.now(timezone.utc)
     facts = {"date": moment.date().isoformat(), "time": moment.time().isoformat("seconds")}
     commit = git(root, "describe", "--always", "--dirty", "--exclude=*") if root else None
+    commit = commit or os.environ.get(COMMIT)
     return facts | ({"commit": commit.strip()} if commit else {})
 
 

@@ -114,6 +114,10 @@ class WorkerPool:
         """What the device says of itself."""
         return self.demand(TORCH_PROCESS, {"facts": True})["facts"]
 
+    def clocks(self) -> dict[str, str]:
+        """Clocks, power and temperature at this moment."""
+        return self.demand(TORCH_PROCESS, {"clocks": True})["clocks"]
+
     def measure(self, workload: Workload, seconds: float) -> Row:
         """The row of a workload; ``seconds`` for all backends together, more where they are slow."""
         row: Row = {**asdict(workload), "flops": workload.flops, "bytes": workload.moved}

@@ -5,6 +5,7 @@
 {"memory": name, "of": {workload}}          → {"peak bytes": of a call}, on a CPU
 {"bandwidth": true}                         → GB/s of memory
 {"facts": true}                             → what it runs on
+{"clocks": true}                            → clocks, power and temperature of a GPU at this moment
 {"do": name, ...}                           → what a task of `gpu_tasks` found
 
 Where something cannot be done, the answer has a "skipped", "wrong" or "failed" that names the reason, and "broken"
@@ -66,6 +67,8 @@ class BackendSession:
             return roofline.bandwidth(self._device)
         if "do" in task:
             return self._do_task(**task)
+        if "clocks" in task:
+            return {"clocks": self._device.clocks() if isinstance(self._device, Gpu) else {}}
         return {"facts": self._device.facts()}
 
     def _do_task(self, do: str, **arguments: Any) -> worker.Message:

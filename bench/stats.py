@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 from . import timer, workloads
@@ -40,6 +41,18 @@ class Summary(NamedTuple):
     worst: float
     worst_cell: str
     cells: int
+
+
+def leading_number(text: str) -> float:
+    """The number that a text begins with, else infinity.
+
+    >>> leading_number("612.5 W"), leading_number("[N/A]")
+    (612.5, inf)
+    """
+    try:
+        return float(text.split()[0])
+    except (ValueError, IndexError):
+        return inf
 
 
 def clock(row: Row) -> str:

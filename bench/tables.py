@@ -226,6 +226,7 @@ def report(result: dict[str, Any], found: Sequence[Entry]) -> str:
     parts = [title("GPU report", result["stamp"]), *notes(result)]
     parts += ["## Figures", table([*TARGETS, "comparisons"], target_lines(found)), READING, GPU_READING]
     steps = [[step["name"], step["status"], f"{step['seconds']:.0f} s", step["note"]] for step in result["steps"]]
+    parts += [f"Beside the comparisons: {seen}."] if (seen := clocks(rows)) else []
     parts += ["## Steps", table(["step", "", "", ""], steps, left=4)]
     for head, columns, lines, left in (
         ("Launch costs", LAUNCHES, launches(rows), 2),
@@ -233,6 +234,20 @@ def report(result: dict[str, Any], found: Sequence[Entry]) -> str:
     ):
         parts += [f"## {head}", table(columns, lines, left)] if lines else []
     return "\n\n".join(parts + details(result)) + "\n"
+
+
+def clocks(rows: Sequence[stats.Row]) -> str:
+    """The least and the most of what the driver reported beside the comparisons.
+
+    >>> clocks([{"clocks": {"clocks.sm": "1755 MHz"}}, {"clocks": {"clocks.sm": "1410 MHz"}}, {}])
+    'clocks.sm 1410 MHz to 1755 MHz'
+    """
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for name, value in row.get("clocks", {}).items():
+            found.setdefault(name, []).append(value)
+    ordered = {name: sorted(values, key=stats.leading_number) for name, values in found.items()}
+    return ", ".join(f"{name} {values[0]} to {values[-1]}" for name, values in ordered.items())
 
 
 LAUNCHES = ["product", "called", "µs of the host", "quartiles", f"≤ {targets.HOST_SECONDS * 1e6:.0f} µs"]

@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from . import cuda, strict_mode
+from .fallback import PLAIN
 from .ops import (
     DTYPES,
     SCHEMAS,
@@ -36,6 +37,7 @@ from .ops import (
     eager,
     graph,
     library,
+    make_kernel,
     native_status,
     product,
     rank_of,
@@ -260,9 +262,22 @@ _recording = Once(_enable_recording)
 aten = torch.library.Library("aten", "IMPL")
 
 
+def is_seen_below_autograd(*tensors: Tensor) -> bool:
+    """Whether the dispatcher has more to do with a product below autograd than to call the kernel in Python.
+
+    It has with subclasses, modes, and tensors whose memory does not hold their elements. Else a call of it is saved.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    for x in tensors:  # noqa: SIM110  # a generator costs a microsecond
+        if type(x) not in PLAIN or x.is_neg() or x._is_zerotensor():
+            return True
+    return False
+
+
 def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
     """An operator's kernel under the Autograd key of every device; a compiled one replaces it for the CPU."""
-    rank, torch_impl = rank_of(name), torch_impl_of(name)
+    rank, torch_impl, kernel = rank_of(name), torch_impl_of(name), make_kernel(name)
 
     def product_autograd(self: Tensor, mat2: Tensor) -> Tensor:
         if not has_own_graph(self, mat2):
@@ -270,13 +285,14 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
             return torch_impl(self, mat2)
         if not self.dim() == mat2.dim() == rank:
             return torch_impl(self, mat2)  # which raises
+        is_dispatched = True
         if self.device.type == "cpu":
             native_status()
         elif self.is_cuda:
-            cuda.status()
+            is_dispatched = not cuda.status() or is_seen_below_autograd(self, mat2)
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat2.requires_grad)
         if not recorded and not may_have_tangents():
-            return forward_only(self, mat2)
+            return forward_only(self, mat2) if is_dispatched else kernel(self, mat2)
         result = with_graph(_record, self, mat2)
         if not _is_recording_tried:
             record_by_torch(result)
@@ -292,6 +308,8 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
             native_status()
         recorded = torch.is_grad_enabled() and (self.requires_grad or mat1.requires_grad or mat2.requires_grad)
         if not recorded and not may_have_tangents():
+            if self.is_cuda and not is_seen_below_autograd(self, mat1, mat2):
+                return kernel(self, mat1, mat2, beta=beta, alpha=alpha)
             return addition_forward_only(self, mat1, mat2, beta, alpha)
         result = with_graph(_record_addition, self, mat1, mat2, beta, alpha)
         if not _is_recording_tried:
@@ -323,10 +341,13 @@ def matmul_backward(
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether nobody follows what is done with them: no graph, tangent, transform, Python mode or subclass."""
+    """Whether their memory holds their elements, and nobody follows what is done with them.
+
+    No negative view and no tensor of zeros without memory; no graph, tangent, transform, Python mode or subclass.
+    """
     return (
         not torch.compiler.is_compiling()
-        and all(type(tensor) is Tensor for tensor in tensors)
+        and all(type(x) is Tensor and not x.is_neg() and not x._is_zerotensor() for x in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()

@@ -30,6 +30,7 @@ PLACES = {"a": table.A, "b": table.B, "c": table.C, "work": table.W}
 
 _lock = fork_safe_lock()
 _status: str | None = None
+_launched: list[Sequence] = []  # what records were made of: a kernel that nothing holds may be unloaded
 
 
 def status() -> str:
@@ -83,6 +84,7 @@ def offer(a: Tensor, b: Tensor, result: Tensor) -> None:
     records = [runner.record() for runner in found.runners]
     words = None if None in records else encoded(key, records, found.workspace, found.workspace_dtype)
     if words is not None and table.put(words):
+        _launched.append(found.runners)
         prove(key, a, b, result)
 
 

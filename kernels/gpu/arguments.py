@@ -1,4 +1,4 @@
-"""What the kernels take: the arguments of a plan, which stand for tensors and numbers of a call, and tuples of them."""
+"""The arguments of a plan: what stands for a tensor, a number or a descriptor of a call, and tuples of them."""
 
 from __future__ import annotations
 

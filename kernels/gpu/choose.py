@@ -92,12 +92,15 @@ VECTOR_TILES = {
     "T": TileConfig(128, 1, 32, stages=3, warps=4, path="vector"),
     "S": TileConfig(64, 1, 64, stages=3, warps=4, path="vector"),
 }
+# Rows of tiles that are visited together: so many that the tiles of one wave are nearly a square of C. On 132
+# multiprocessors that is 16 for tiles of 128 x 256 and 8 for 256 x 128. Which one matters where there are more rows.
+GROUPS = (8, 16)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one multiprocessor: FLOP/s by kind, bytes/s from the L2 cache. Of the GPU: bytes/s from memory."""
+    """Of one multiprocessor: FLOP/s by kind, bytes/s from L2. Of the GPU: bytes/s from memory, bytes of L2."""
 
     half: float
     tf32: float
@@ -105,6 +108,7 @@ class Rates:
     fp64: float
     cache: float
     memory: float
+    l2: float
 
     def of(self, kind: str) -> float:
         derived = {"tf32x3": self.tf32 / 3, "fp8": 2 * self.half}
@@ -114,12 +118,12 @@ class Rates:
 # Peak rates by the vendor's data sheets (A100, RTX 3090, RTX 4090, H100 SXM, B200, RTX 5090) over the multiprocessors
 # of each; 64 bytes a clock from the L2 cache.
 RATES = {
-    80: Rates(2.89e12, 1.44e12, 0.18e12, 0.18e12, 90e9, 2.0e12),
-    86: Rates(0.85e12, 0.42e12, 0.42e12, 0.007e12, 108e9, 0.94e12),
-    89: Rates(1.29e12, 0.65e12, 0.65e12, 0.010e12, 160e9, 1.0e12),
-    90: Rates(7.49e12, 3.75e12, 0.51e12, 0.51e12, 112e9, 3.35e12),
-    100: Rates(15.2e12, 7.6e12, 0.54e12, 0.27e12, 118e9, 8.0e12),
-    120: Rates(1.23e12, 0.62e12, 0.62e12, 0.010e12, 154e9, 1.8e12),
+    80: Rates(2.89e12, 1.44e12, 0.18e12, 0.18e12, 90e9, 2.0e12, 40e6),
+    86: Rates(0.85e12, 0.42e12, 0.42e12, 0.007e12, 108e9, 0.94e12, 6e6),
+    89: Rates(1.29e12, 0.65e12, 0.65e12, 0.010e12, 160e9, 1.0e12, 72e6),
+    90: Rates(7.49e12, 3.75e12, 0.51e12, 0.51e12, 112e9, 3.35e12, 50e6),
+    100: Rates(15.2e12, 7.6e12, 0.54e12, 0.27e12, 118e9, 8.0e12, 126e6),
+    120: Rates(1.23e12, 0.62e12, 0.62e12, 0.010e12, 154e9, 1.8e12, 96e6),
 }
 # The part of the peak that a tile of so many elements reaches in the matrix units, which read the operands of smaller
 # ones from shared memory more often. Estimates, as all below; to be fitted to the first report of a GPU.
@@ -143,15 +147,31 @@ def rates(target: Target) -> Rates:
 
 
 def candidates(problem: Problem, target: Target) -> list[TileConfig]:
-    """Every tile that `choose` compares and `tune` times, with every number of splits of k."""
+    """Every tile that `choose` compares and `tune` times, with every number of splits of k and every order of tiles."""
     tiles = list(TILES.get((kind(problem), problem.aligned), ()))
     if problem.tma:
         tiles = [*(FP8_TMA_TILES if kind(problem) == "fp8" else TMA_TILES), *tiles]
     if 1 in (problem.m, problem.n):
         letter = problem.a if problem.n == 1 else {"N": "T", "T": "N"}.get(problem.b, "S")
         tiles.append(VECTOR_TILES[letter])
-    split = [replace(tile, split_k=splits) for tile in tiles for splits in SPLITS]
-    return [tile for tile in split if is_valid(tile, problem, target)]
+    return [
+        variant
+        for tile in tiles
+        for variant in variants(tile, cdiv(problem.m, tile.block_m) > GROUPS[0])
+        if is_valid(variant, problem, target)
+    ]
+
+
+@lru_cache(maxsize=256)
+def variants(tile: TileConfig, several: bool) -> tuple[TileConfig, ...]:
+    """A tile with every number of splits of k, and where k is whole with every order of tiles.
+
+    several: whether the orders differ, which they do where there are more rows of tiles than in the first one's group.
+    """
+    orders = {1: GROUPS} if several and tile.path == "tma" else {}
+    return tuple(
+        replace(tile, split_k=splits, group_m=group) for splits in SPLITS for group in orders.get(splits, GROUPS[:1])
+    )
 
 
 def predicted_seconds(config: TileConfig, problem: Problem, target: Target) -> float:
@@ -161,7 +181,7 @@ def predicted_seconds(config: TileConfig, problem: Problem, target: Target) -> f
     the loads of a persistent program's next tile are under way while it stores.
     """
     rate, item = rates(target), ITEM_BYTES[problem.dtype]
-    m, n, k, batch = problem.m, problem.n, problem.k, problem.batch
+    m, n, batch = problem.m, problem.n, problem.batch
     tiles = cdiv(work_items(problem, config), target.sms)
     steps = cdiv(k_steps(problem, config), config.split_k)
     narrow = 1 if problem.aligned or config.path == "tma" else STRIDED
@@ -171,11 +191,27 @@ def predicted_seconds(config: TileConfig, problem: Problem, target: Target) -> f
     reads = (config.block_m + config.block_n) * config.block_k * item * narrow / (rate.cache * CACHE_SHARE)
     stores = config.block_m * config.block_n * item / (rate.cache * CACHE_SHARE)
     workspace = workspace_bytes(problem, config)
-    memory = (batch * (m * k + k * n + m * n) * item + 2 * workspace) / rate.memory
+    memory = (operand_bytes(config, problem, target) + batch * m * n * item + 2 * workspace) / rate.memory
     overlapped = resident_blocks(config, problem, target) > 1
     fills = 1 if config.path == "tma" and (overlapped or config.split_k == 1) else tiles
     run = fills * FILL + tiles * steps * max(compute, reads) + (1 if overlapped else tiles) * stores
     return max(run, memory) + OVERLAP * min(run, memory) + (LAUNCH if config.split_k > 1 else 0)
+
+
+def operand_bytes(config: TileConfig, problem: Problem, target: Target) -> float:
+    """Bytes of A and B that are read from memory: once where they fit into the L2 cache, else once a wave of tiles.
+
+    A wave is group_m rows of tiles, by as many columns as there are programs for.
+    """
+    m, n, k, item = problem.m, problem.n, problem.k, ITEM_BYTES[problem.dtype]
+    once = problem.batch * (m + n) * k * item
+    if once <= rates(target).l2 or config.path == "vector" or config.split_k > 1:
+        return once
+    wave = target.sms * resident_blocks(config, problem, target)
+    rows = min(cdiv(m, config.block_m), config.group_m)
+    cols = min(cdiv(n, config.block_n), wave / rows)
+    waves = work_items(problem, config) / wave
+    return max(once, waves * (rows * config.block_m + cols * config.block_n) * k * item)
 
 
 def efficiency(config: TileConfig, problem: Problem) -> float:
@@ -244,10 +280,10 @@ def padded_problem(problem: Problem) -> Problem:
 
 def is_valid_backward(tile: TileConfig, problem: Problem, grad: str, target: Target) -> bool:
     """Whether one launch may compute both gradients in tiles of this shape. grad: the layout of dC, "N" or "T"."""
-    # Where the loads of both products look alike to the compiler, it keeps the operands of both in shared memory.
-    left, right = (problem.a == "N") == (grad == "T"), (problem.b == "N") == (grad == "T")
-    square = tile.block_m == tile.block_n == tile.block_k
-    alike = (left or right) if square else (left and right)
+    # Where the loads of both products look alike to the compiler, it keeps the operands of both in shared memory. They
+    # Where the loads of both products look alike to the compiler, it keeps the operands of both in shared memory: where
+    # the left operands are transposed alike, and the right ones too; blocks of one shape on the right do anyway.
+    alike = left and (right or tile.block_n == tile.block_k)
     return not alike and all(is_valid(tile, product, target) for product in gradients(problem))
 
 

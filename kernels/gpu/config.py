@@ -135,8 +135,9 @@ def kernel_name(problem: Problem, config: TileConfig) -> str:
     stem = {"pointers": "gemm", "tma": "gemm_tma", "vector": "matvec"}[config.path]
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
     split = f"_k{config.split_k}" if config.split_k > 1 else ""
+    group = f"_g{config.group_m}" if config.group_m != TileConfig.group_m else ""
     letters = (problem.a + problem.b).lower()
-    return f"{stem}_{letters}_{dtype_name(problem)}_{tile}_s{config.stages}_w{config.warps}{split}"
+    return f"{stem}_{letters}_{dtype_name(problem)}_{tile}_s{config.stages}_w{config.warps}{group}{split}"
 
 
 def cdiv(size: int, block: int) -> int:
@@ -198,7 +199,7 @@ def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
     blocks = (config.block_m, config.block_n, config.block_k, config.warps)
     if any(size < 1 or size & (size - 1) for size in blocks):
         return False
-    if problem.dtype not in ITEM_BYTES or target.arch < 80:
+    if problem.dtype not in ITEM_BYTES or target.arch < 80 or not _is_valid_split(config, problem):
         return False
     if problem.precision not in PRECISIONS or (problem.precision != "ieee" and problem.dtype != "float32"):
         return False
@@ -210,7 +211,6 @@ def is_valid(config: TileConfig, problem: Problem, target: Target) -> bool:
         and on_path(config, problem, target)
         and 1 <= config.stages <= 8
         and config.group_m >= 1
-        and _is_valid_split(config, problem)
         and work_items(problem, config) <= MAX_PROGRAMS
         and shared_bytes(config, problem, target) <= target.shared_bytes
     )
@@ -230,6 +230,10 @@ def _is_valid_fp8(problem: Problem, target: Target) -> bool:
 
 
 def _is_valid_gemm(config: TileConfig, problem: Problem, target: Target) -> bool:
+    return config.subtiles == 1 and _fits_matrix_unit(config, problem, target)
+
+
+def _fits_matrix_unit(config: TileConfig, problem: Problem, target: Target) -> bool:
     # 64-row matrix instructions (wgmma, tcgen05) sum k in another order than 16-row ones (mma.sync): with
     # one family an architecture, a row's bits do not depend on m.
     rows = 64 if kind(problem) in ("fp8", "half", "tf32", "tf32x3") and 90 <= target.arch < 120 else 16
@@ -241,7 +245,6 @@ def _is_valid_gemm(config: TileConfig, problem: Problem, target: Target) -> bool
         config.block_m >= rows
         and min(config.block_n, config.block_k) >= 16
         and config.warps in ((4, 8) if rows == 64 else (1, 2, 4, 8, 16))
-        and config.subtiles == 1
         and accumulators <= most
     )
 
@@ -254,12 +257,8 @@ def _is_valid_tma(config: TileConfig, problem: Problem, target: Target) -> bool:
         and 90 <= target.arch < 120
         and max(config.block_m, config.block_n, config.block_k) <= 256
         and config.subtiles in (1, 2)
-        and _is_valid_gemm(_whole(config), problem, target)
+        and _fits_matrix_unit(config, problem, target)
     )
-
-
-def _whole(config: TileConfig) -> TileConfig:
-    return TileConfig(config.block_m, config.block_n, config.block_k, config.stages, config.warps)
 
 
 def _is_valid_vector(config: TileConfig, problem: Problem, target: Target) -> bool:

@@ -195,7 +195,6 @@ def _gemm_tma(
 ) -> Plan:
     (a, b, c), (m, n, k), batch = strides, (problem.m, problem.n, problem.k), problem.batch
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    source = source_arg(epilogue)
     stored = descriptor_arg(result, (m, n, batch), c, (bm, bn // config.subtiles)) if store_tma else None
     return Plan(
         gemm_tma,
@@ -203,7 +202,7 @@ def _gemm_tma(
         (
             descriptor_arg("a", (m, k, batch), a, (bm, bk)), descriptor_arg("b", (k, n, batch), b, (bk, bn)), stored,
             Matrix() if store_tma else matrix_arg(result, c), scale_ptrs(problem), m, n, k,
-            batch if batch > 1 else None, source, *scalar_args(epilogue),
+            batch if batch > 1 else None, source_arg(epilogue), *scalar_args(epilogue),
         ),
         {
             **blocks(config),
@@ -211,7 +210,7 @@ def _gemm_tma(
             "A_TRANSPOSED": a.col != 1,
             "B_TRANSPOSED": b.col != 1,
             "SUBTILES": config.subtiles,
-            "FLATTEN": is_flattened(problem, config, target, source),
+            "FLATTEN": is_flattened(problem, config, target, epilogue),
             "UPCAST": upcast,
             "NAME": with_suffix(kernel_name(problem, config), epilogue),
         },
@@ -224,16 +223,17 @@ def programs(items: int, problem: Problem, config: TileConfig, target: Target) -
     return items if resident_blocks(config, problem, target) > 1 else min(items, target.sms)
 
 
-def is_flattened(problem: Problem, config: TileConfig, target: Target, source: Matrix) -> bool:
+def is_flattened(problem: Problem, config: TileConfig, target: Target, epilogue: Epilogue | None) -> bool:
     """Whether the loops over tiles and over k become one.
 
     Not where a program has one tile, nor where k is split, since the steps then differ from tile to tile. Nor where
-    what the epilogue loads takes more shared memory in the loop: a matrix to add, or on sm_100 the scales of 8-bit
-    operands. A row to add on sm_100, and 8-bit operands elsewhere, are left out with them.
+    what the epilogue uses takes more shared memory in the loop: a matrix to add, or on sm_100 alpha alone and the
+    scales of 8-bit operands. 8-bit operands elsewhere are left out with them.
     """
-    is_plain = source.ptr is None or (target.arch < 100 and None in (source.row, source.col))
+    source = source_arg(epilogue)
+    fits = epilogue is None or (target.arch < 100 and None in (source.row, source.col))
     whole = config.split_k == 1 and kind(problem) == "half"
-    return whole and is_plain and resident_blocks(config, problem, target) == 1
+    return whole and fits and resident_blocks(config, problem, target) == 1
 
 
 def _matvec(

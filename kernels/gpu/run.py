@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .arguments import DescriptorArg, PointerArg, ScalarArg, is_group
+from .descriptors import CompiledDescriptor, PrecheckedDescriptor, launcher_of_encoded
 from .launch_record import LaunchRecord, record_of
 from .plan import Plan
 
@@ -22,21 +22,24 @@ class CannotBuild(RuntimeError):
     """Triton cannot build the launcher of a kernel, as where there is no C compiler; the message says why."""
 
 
-class PrecheckedDescriptor:
-    """The attributes of a TensorDescriptor that Triton's launcher reads, without the checks of its constructor."""
+class Kept(NamedTuple):
+    """What Triton compiled, and how later calls launch it.
 
-    __slots__ = ("base", "block_shape", "padding", "round_f32_to_tf32", "shape", "strides")
+    encoded: position, tensor and descriptor of each argument that is encoded before `launcher` is called, the last
+    one first, since each becomes several arguments; None where `launcher` encodes.
+    """
 
-    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> None:
-        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
-        self.padding, self.round_f32_to_tf32 = "zero", False
+    compiled: Any
+    launcher: Any
+    encoded: list[tuple[int, str, CompiledDescriptor]] | None
 
 
 class Runner:
     """Launches one plan. From call to call tensors keep shape, strides, dtype, device and alignment.
 
     The first call goes through Triton's JIT, which compiles; later ones call what it compiled, without binding,
-    specialising and looking it up again. Where a profiler has hooks in Triton's launches, all calls go through the JIT.
+    specialising and looking it up again, with descriptors that are kept by address. Where a profiler has hooks in
+    Triton's launches, all calls go through the JIT.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -48,18 +51,14 @@ class Runner:
             if is_group(x)
             if (pointers := [(field, arg.name) for field, arg in enumerate(x) if isinstance(arg, PointerArg)])
         ]
-        self._described = [
-            (i, x.name, list(x.shape), list(x.strides), list(x.block))
-            for i, x in enumerate(plan.arguments)
-            if isinstance(x, DescriptorArg)
-        ]
+        self._described = [(i, x) for i, x in enumerate(plan.arguments) if isinstance(x, DescriptorArg)]
         constants = [plan.constants[name] for name in plan.kernel.arg_names[len(plan.arguments) :]]
         self._arguments = [*plan.arguments, *constants]
-        self._compiled: Any = None
+        self._kept: Kept | None = None
 
     def record(self) -> LaunchRecord | None:
         """What the driver was given, but for the addresses; None before the first call, or where no record holds it."""
-        return None if self._compiled is None else record_of(self._plan, self._compiled)
+        return None if self._kept is None else record_of(self._plan, self._kept.compiled)
 
     def _build_and_launch(self, arguments: list[Any]) -> Any:
         plan = self._plan
@@ -81,17 +80,33 @@ class Runner:
             for field, name in pointers:
                 values[field] = tensors[name]
             arguments[position] = type(fields)(*values)
-        compiled = self._compiled
-        jit = compiled is None or has_profiler_hooks()
-        describe = TensorDescriptor if jit else PrecheckedDescriptor
-        for position, name, shape, strides, block in self._described:
-            arguments[position] = describe(tensors[name], shape, strides, block)
-        if jit:
-            self._compiled = self._build_and_launch(arguments)
+        kept = self._kept
+        if kept is None or has_profiler_hooks():
+            for position, argument in self._described:
+                layout = list(argument.shape), list(argument.strides), list(argument.block)
+                arguments[position] = TensorDescriptor(tensors[argument.name], *layout)
+            self._keep(self._build_and_launch(arguments))
             return
+        if kept.encoded is None:
+            for position, argument in self._described:
+                arguments[position] = PrecheckedDescriptor(tensors[argument.name], argument)
+        else:
+            for position, name, descriptor in kept.encoded:
+                arguments[position : position + 1] = descriptor.of(tensors[name])
         stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
-        function, metadata = compiled.function, compiled.packed_metadata
-        compiled.run(self._plan.programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+        function, metadata = kept.compiled.function, kept.compiled.packed_metadata
+        kept.launcher(self._plan.programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+    def _keep(self, compiled: Any) -> None:
+        if compiled is None:  # Triton's interpreter
+            return
+        found = launcher_of_encoded(compiled, [argument for _, argument in self._described])
+        if found is None:
+            self._kept = Kept(compiled, compiled.run, None)
+            return
+        launcher, descriptors = found
+        named = zip(self._described, descriptors, strict=True)
+        self._kept = Kept(compiled, launcher, [(i, x.name, descriptor) for (i, x), descriptor in named][::-1])
 
 
 def reason_not_to_build(error: Exception) -> str:

@@ -77,12 +77,12 @@ def accumulate_tile(
     a_desc, b_desc, batch, row0, col0, first, last,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, BATCHED: tl.constexpr, UPCAST: tl.constexpr,
-    IMPRECISE: tl.constexpr = None,
+    MAX_IMPRECISE: tl.constexpr = None,
 ):  # fmt: skip
     """Accumulate one tile in float32 over the steps [first, last) of k, read through descriptors.
 
-    IMPRECISE: how many 8-bit products the matrix unit may add in its own 14-bit accumulator before they are added to
-    the float32 one.
+    MAX_IMPRECISE: how many 8-bit products the matrix unit may add in its own 14-bit accumulator, before they are added
+    to the float32 one.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(first, last):
@@ -91,7 +91,7 @@ def accumulate_tile(
         if UPCAST:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
-        acc = tl.dot(a, b, acc, max_num_imprecise_acc=IMPRECISE)
+        acc = tl.dot(a, b, acc, max_num_imprecise_acc=MAX_IMPRECISE)
     return acc
 
 

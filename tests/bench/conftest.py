@@ -130,6 +130,9 @@ class FakeGpu(Gpu):
         call()
         return self.peaks.pop(0) if len(self.peaks) > 1 else self.peaks[0]
 
+    def clocks(self) -> dict[str, str]:
+        return {"clocks.sm": "1755 MHz", "power.draw": "612.5 W", "temperature.gpu": "61"}
+
     def facts(self) -> dict[str, str]:
         return {"GPU": "NVIDIA Fake 9000", "compute capability": "9.0", "driver_version": "1.2"}
 

@@ -8,14 +8,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from limits import scaled
 
 from matmul_grad import cli
 from matmul_grad.bench import (
     backends,
+    devices,
     gpu_report,
     gpu_tasks,
     results,
@@ -76,7 +79,16 @@ def test_some_steps(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert "bf16, fp16 dgrad" in printed.out
     assert printed.out.splitlines()[-1].endswith("-part.md")
     assert "ratios: complete: 3 done" in printed.err
+    assert "Beside the comparisons: clocks.sm 1755 MHz to 1755 MHz, power.draw 612.5 W" in found["page"]
     assert "| bf16, fp16 dgrad | device | 1.000 |" in found["page"] and "| 1 of 1 |" in found["page"]
+
+
+def test_a_commit_that_no_repository_tells_is_named_by_the_environment(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that has the working tree without its repository."""
+    monkeypatch.setenv(results.COMMIT, "1234abc")
+    assert run("--steps=memory")[1]["stamp"]["commit"] == "1234abc"
 
 
 def test_every_step(run: Run) -> None:
@@ -252,7 +264,9 @@ def test_another_package_that_is_wrong_is_left_out(gpu: Any, plant: Any) -> None
     assert outcome.status == COMPLETE and row["skipped"]["torch"].startswith("wrong: ") and "wrong" not in row
 
 
-def sanitized(gpu: Any, log: str, monkeypatch: pytest.MonkeyPatch, here: Any) -> tuple[Any, list[Any]]:
+def sanitized(
+    gpu: Any, log: str, monkeypatch: pytest.MonkeyPatch, here: Any, tool: str = "memcheck"
+) -> tuple[Any, list[Any]]:
     def leave(task: Any) -> None:
         (option,) = (part for part in here.begun[-1][2] if part.startswith("--log-file="))
         if log:
@@ -261,7 +275,7 @@ def sanitized(gpu: Any, log: str, monkeypatch: pytest.MonkeyPatch, here: Any) ->
     monkeypatch.setattr(here, "before", leave)
     monkeypatch.setattr(sanitizer, "cases", lambda: {"a": lambda gpu: None})
     monkeypatch.setattr(shutil, "which", lambda name, path=None: "/bin/compute-sanitizer")
-    context, rows = given("memcheck", gpu)
+    context, rows = given(tool, gpu)
     return stages.under_tool(context), rows
 
 
@@ -276,15 +290,23 @@ def test_sanitizer_that_finds_nothing(gpu: Any, here: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "summary", ["ERROR SUMMARY: 2 errors", "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", ""]
+    ("tool", "summary"), [("memcheck", "ERROR SUMMARY: 2 errors"), ("memcheck", ""), ("racecheck", "")]
 )
 def test_sanitizer_that_finds_something_or_ends_without_a_summary(
-    summary: str, gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch
+    tool: str, summary: str, gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = f"========= Invalid __global__ read of size 16 bytes\n========= {summary}\n" if summary else ""
-    outcome, rows = sanitized(gpu, log, monkeypatch, here)
+    outcome, rows = sanitized(gpu, log, monkeypatch, here, tool)
     assert outcome.status == FAILED and (summary or "it wrote no summary") in outcome.note
     assert ("failed" in rows[-1] and "Invalid __global__ read" in rows[-1]["log"]) == bool(summary)
+
+
+def test_hazards_are_reported_and_no_failure(gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """racecheck finds some in correct kernels that multiply from memory which TMA fills."""
+    summary = "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
+    outcome, rows = sanitized(gpu, f"========= a hazard\n========= {summary}\n", monkeypatch, here, "racecheck")
+    assert outcome == (COMPLETE, f"1 done; {summary}")
+    assert "failed" not in rows[-1] and "a hazard" in rows[-1]["log"] and rows[-1]["summary"] == [summary]
 
 
 def test_no_sanitizer(gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,6 +373,8 @@ pytestmark = pytest.mark.gpu
 def test_good(): pass
 @pytest.mark.parametrize("x", ["a b", "c"])
 def test_bad(x): assert x == "c"
+@pytest.mark.slow
+def test_of_thousands_of_kernels(): assert False
 """
 
 
@@ -367,6 +391,47 @@ def test_pytest_itself_is_understood(
     outcome = stages.gpu_tests(context)
     assert outcome.status == FAILED and rows[0]["counts"] == {"passed": 2, "failed": 1}, outcome
     assert len(rows[0]["tests"]) == 1 and "test_bad[a" in rows[0]["tests"][0]
+
+
+def test_figures_come_before_tools_and_tests() -> None:
+    names = [step.name for step in STAGES]
+    assert names[:5] == ["environment", "sanitized", "compile", "ratios", "launch"]
+    assert names[-3:] == ["memcheck", "racecheck", "tests"]
+
+
+@pytest.mark.parametrize("minutes", [1, 9])
+def test_environment_has_a_minute_at_least(minutes: int) -> None:
+    """A cold import, a context and the products of a GPU that nvidia-smi looks at."""
+    for others in ((), STAGES[4:6], STAGES[1:]):
+        assert stages.limit(STAGES[0], 60.0 * minutes, (STAGES[0], *others)) >= 60
+
+
+def test_clocks_stand_beside_the_ratios(gpu: Any, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first comparison, and of the next one after a while."""
+    now = [0.0]
+    monkeypatch.setattr(stages, "monotonic", lambda: now[0])
+    planned = [on_gpu("forward", "bf16", (8, 8, n)) for n in (8, 16, 24, 32)]
+    each = stages.CLOCKS_EVERY / 2
+    monkeypatch.setattr(here, "before", lambda task: now.__setitem__(0, now[0] + each * ("prepare" in task)))
+    context, rows = given("ratios", gpu, seconds=600.0)
+    assert stages.compared(lambda: planned)(context).status == COMPLETE
+    assert [row.get("clocks", {}).get("clocks.sm") for row in rows] == ["1755 MHz", None, "1755 MHz", None]
+    monkeypatch.setattr(gpu, "clocks", lambda: 1 / 0)
+    context, rows = given("ratios", gpu, seconds=600.0)
+    assert stages.compared(lambda: planned[:1])(context).status == COMPLETE
+    assert "ZeroDivisionError" in rows[0]["clocks"]["nvidia-smi"] and "failed" not in rows[0]
+
+
+def test_clocks_are_what_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(uuid="1-2")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    for reported, kept in (
+        ({"clocks.sm": "1755 MHz", "driver_version": "1"}, {"clocks.sm": "1755 MHz"}),
+        ({"nvidia-smi": "ended with status 9"},) * 2,
+    ):
+        monkeypatch.setattr(devices, "nvidia_smi", lambda _, reported=reported: reported)
+        assert devices.Gpu().clocks() == kept
 
 
 def test_shares_add_up_to_eight_minutes() -> None:

@@ -13,6 +13,7 @@ from outcomes import outcome
 from torch import Tensor
 
 import matmul_grad
+from matmul_grad.autograd import is_plain
 from matmul_grad.testing import assert_same_bits, integers
 
 NAMES = ("mm", "bmm", "addmm", "baddbmm", "matmul", "mv", "addmv", "dot", "vdot")
@@ -305,3 +306,20 @@ def test_copy_on_write_operands_are_not_copied(name: str) -> None:
     for named in ({}, {"out": torch.zeros_like(expected)}, {"out": torch.zeros(0)}):
         assert_same_bits(getattr(matmul_grad, name)(*lazy, **named), expected)
         assert all(torch._C._is_cow_tensor(x) for x in lazy), named
+
+
+@pytest.mark.parametrize("of_zeros", [False, True], ids=["negative-view", "zeros-without-memory"])
+@pytest.mark.parametrize("name", ["mm", "bmm", "addmm", "baddbmm"])
+def test_tensors_whose_memory_does_not_hold_their_elements(name: str, of_zeros: bool) -> None:
+    """A result that is a negative view, too; what writes past autograd would read or write the memory as it is."""
+    operands = square(name)
+    for place in range(len(operands)):
+        view = torch.complex(operands[place], operands[place]).conj().imag
+        assert view.is_neg()
+        given = [*operands]
+        given[place] = torch._efficientzerotensor(view.shape) if of_zeros else view
+        assert not is_plain(given[place])
+        expected = getattr(torch, name)(*given)
+        for out in (torch.zeros_like(operands[-1]), torch.complex(operands[-1], operands[-1]).conj().imag):
+            assert getattr(matmul_grad, name)(*given, out=out) is out
+            assert_same_bits(out.resolve_neg(), expected, f"{place} {out.is_neg()}")

@@ -13,12 +13,11 @@ import pytest
 from gpu_targets import DENSE, DTYPE_NAMES
 
 from matmul_grad.kernels.gpu.arguments import Strides
-from matmul_grad.kernels.gpu.choose import FP8_TMA_TILES, TILES, TMA_TILES, VECTOR_TILES, is_valid_backward
+from matmul_grad.kernels.gpu.choose import FP8_TMA_TILES, GROUPS, TILES, TMA_TILES, VECTOR_TILES, is_valid_backward
 from matmul_grad.kernels.gpu.config import (
     ITEM_BYTES,
     SHORT_NAMES,
     Problem,
-    Target,
     TileConfig,
     is_valid,
     kernel_name,
@@ -60,6 +59,13 @@ INSTRUCTIONS = {
     **({(100, "fp64"): r"fma\.rn\.f64"} if TRITON < (3, 8) else {}),
     (120, "fp64"): r"fma\.rn\.f64|mma\.sync\.aligned\.m\d+n8k\d+\.row\.col\.f64\.f64\.f64\.f64",
 }
+
+# Triton 3.8.0 alone keeps two or four registers too many, outside of the loop, where it adds a row to narrow loads.
+SPILLS = (
+    {f"gemm_nt_tf32x3_64x64x32_s3_w8_addmm-row-unaligned@sm_{arch}": spilled for arch, spilled in ((80, 8), (120, 16))}
+    if TRITON == (3, 8)
+    else {}
+)
 
 SOURCES = {
     "matrix": Strides(N, 1),
@@ -136,6 +142,7 @@ def products() -> Iterator[Case]:
                 yield from cases_of(arch, problem_of(dtype, precision, "NN", batch=8), tile)
             if every:
                 yield from cases_of(arch, problem_of("float16", "ieee", "NT"), tile)
+                yield from cases_of(arch, problem_of(dtype, precision, "NN"), replace(tile, group_m=GROUPS[-1]))
 
 
 def epilogues() -> Iterator[Case]:
@@ -150,7 +157,7 @@ def epilogues() -> Iterator[Case]:
         yield from cases_of(arch, problem, tile, "row", True, store_tma=False)
         for source in SOURCES if tile == TMA_TILES[0] else ():
             if source != "matrix":
-                yield from cases_of(arch, problem, tile, source, slow=arch != 90)
+                yield from cases_of(arch, problem, tile, source, slow=arch != 90 and source != "none")
     for arch, (dtype, precision), aligned in itertools.product(ARCHES, NUMBERS, (True, False)):
         kind_of = kind(problem_of(dtype, precision, "NN", aligned))
         for position, tile in enumerate(TILES[kind_of, aligned]):
@@ -183,7 +190,7 @@ def vectors() -> Iterator[Case]:
 
 
 def backwards() -> Iterator[Case]:
-    """Every tile, in two layouts of a, b and dC that one launch may serve, where there are so many."""
+    """Every tile, in every layout of a, b and dC that one launch may serve; two of each in turn, the rest are slow."""
     index = itertools.count()
     for arch, tile in itertools.product((90, 100), TMA_TILES):
         target, problem = aot.target_of(arch), problem_of("bfloat16", "ieee", "NN")
@@ -192,11 +199,12 @@ def backwards() -> Iterator[Case]:
             for letters in map("".join, itertools.product("NT", repeat=3))
             if is_valid_backward(tile, replace(problem, a=letters[0], b=letters[1]), letters[2], target)
         ]
-        two = [valid[next(index) % len(valid)] for _ in range(2)] if valid else []
-        for letters in dict.fromkeys(two):
+        two = {valid[next(index) % len(valid)] for _ in range(2)}
+        for letters in valid:
             strides = strides_of(letters[0]), strides_of(letters[1]), strides_of(letters[2])
             of_layout = replace(problem, a=letters[0], b=letters[1])
-            yield Case(arch, of_layout, tile, backward_plan(of_layout, tile, target, strides))
+            plan = backward_plan(of_layout, tile, target, strides)
+            yield Case(arch, of_layout, tile, plan, slow=letters not in two)
 
 
 CASES = {str(case): case for case in (*products(), *scaled(), *vectors(), *backwards(), *epilogues())}
@@ -212,14 +220,6 @@ def compiled(case: Case) -> aot.CompiledReport:
     return aot.compile_for(case.plan, types, case.arch)
 
 
-def bound_on_shared(case: Case, target: Target) -> int:
-    """For sm_100 the compiler may keep the operands of both gradients of one launch at a time."""
-    tile, problem = case.tile, case.problem
-    both = case.name.startswith("backward") and target.arch >= 100
-    operands = tile.stages * (tile.block_m + tile.block_n) * tile.block_k * ITEM_BYTES[problem.dtype]
-    return shared_bytes(tile, problem, target) + both * operands
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * case.slow) for name, case in CASES.items()]
 )
@@ -228,11 +228,11 @@ def test_kernel_compiles_to_the_expected_instruction_without_spills(name: str) -
     arch, problem, tile, *_ = case
     report, target = compiled(case), aot.target_of(arch)
     assert report.name == case.name
-    assert report.spills == 0, report
+    assert report.spills <= SPILLS.get(name, 0), report
     assert 0 < report.registers <= 255, report
     assert report.shared <= target.shared_bytes, report
     if not case.name.startswith("reduce"):
-        assert report.shared <= bound_on_shared(case, target), report
+        assert report.shared <= shared_bytes(tile, problem, target), report
         unit = kind(problem).removesuffix("x3")
         expected = r"fma\.rn\.f(32|64)(x2)?" if tile.path == "vector" else INSTRUCTIONS[arch, unit]
         assert re.fullmatch(expected, report.instruction), report
@@ -249,7 +249,7 @@ def test_cases_cover_every_tile_layout_and_kind() -> None:
     assert aligned == set(itertools.product(ARCHES, kinds, (True, False))) | {(90, "fp8", True), (100, "fp8", True)}
     assert {case.problem.a + case.problem.b for case in found} >= {*DENSE, "SS"}
     listed = {tile for tiles in TILES.values() for tile in tiles} | {*TMA_TILES, *FP8_TMA_TILES, *VECTOR_TILES.values()}
-    assert {replace(case.tile, split_k=1) for case in found} == listed
+    assert {replace(case.tile, split_k=1, group_m=GROUPS[0]) for case in found} == listed
 
 
 def test_tile_that_is_too_large_is_reported_to_spill() -> None:

@@ -78,7 +78,8 @@ def problems(dtype_name: str, **fields: bool) -> list[Problem]:
 
 
 def whole(tile: TileConfig) -> TileConfig:
-    return replace(tile, split_k=1)
+    """As it stands in the tables."""
+    return replace(tile, split_k=1, group_m=TileConfig.group_m)
 
 
 @pytest.mark.parametrize("dtype_name", DTYPE_NAMES)
@@ -127,7 +128,7 @@ def test_every_number_of_splits_is_chosen_somewhere() -> None:
 
 @pytest.mark.parametrize("dtype_name", ["bf16", "fp32"])
 def test_invariant_problems_have_one_order_of_k(dtype_name: str) -> None:
-    """Where the bits of a row may not depend on m, k is never cut and a vector is a matrix."""
+    """Where the bits of a row may not depend on m, k is never split and a vector is a matrix."""
     for problem in problems(dtype_name, invariant=True):
         tile = choose(problem, TARGETS["sm90"])
         assert tile.split_k == 1 and tile.path != "vector"
@@ -208,6 +209,27 @@ def test_candidates_hold_every_path() -> None:
     assert len(set(found)) == len(found)
 
 
+def test_tiles_of_a_wave_are_nearly_a_square_of_the_result() -> None:
+    """Where the operands do not stay in the L2 cache: 16 rows of 128 x 256 tiles, 8 of 256 x 128."""
+    target, large = TARGETS["sm90"], Problem(8192, 8192, 8192, "bfloat16", tma=True)
+    tile = choose(large, target)
+    assert (tile.block_m, tile.block_n, tile.group_m) == (128, 256, 16)
+    other = replace(TMA_TILES[1], group_m=16)
+    assert (other.block_m, other.block_n) == (256, 128)
+    assert predicted_seconds(TMA_TILES[1], large, target) < predicted_seconds(other, large, target)
+    small = replace(large, m=2048, n=2048, k=2048)
+    assert choose(small, target).group_m == 8  # it fits, and the first of equals is taken
+    assert choose(replace(large, m=1024), target).group_m == 8
+
+
+def test_orders_of_tiles_are_candidates_where_they_differ() -> None:
+    target, large = TARGETS["sm90"], Problem(8192, 8192, 65536, "bfloat16", tma=True)
+    found = {(tile.path, tile.split_k > 1, tile.group_m) for tile in candidates(large, target)}
+    assert found == {("tma", False, 8), ("tma", False, 16), ("pointers", False, 8)}
+    few = candidates(replace(large, m=512, n=512), target)
+    assert {tile.group_m for tile in few} == {8} and len(set(few)) == len(few)
+
+
 def test_gradients_are_the_products_of_the_derivation() -> None:
     dgrad, wgrad = gradients(Problem(2, 3, 5, "bfloat16", "N", "T"))
     assert (dgrad.m, dgrad.n, dgrad.k, dgrad.a + dgrad.b) == (2, 5, 3, "NN")
@@ -226,11 +248,20 @@ def test_one_launch_for_both_gradients_is_valid_for_both(arch: str) -> None:
     assert bool(found) == (90 <= target.arch < 120)
 
 
-def test_one_launch_for_both_gradients_only_of_few_tiles() -> None:
+@pytest.mark.parametrize(
+    ("limit", "without", "shape"), [("FUSED_WAVES", 1 << 40, (256, 1024, 8192)), ("FUSED_GAIN", 9, (256, 2048, 256))]
+)
+def test_one_launch_for_both_gradients_only_of_few_tiles_and_for_a_gain(
+    limit: str, without: float, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond two waves the persistent loops of two launches lose less than one launch saves."""
-    target = TARGETS["sm90"]
-    assert choose_backward(Problem(1024, 1024, 1024, "bfloat16", tma=True), "N", target) is not None
-    assert choose_backward(Problem(8192, 8192, 8192, "bfloat16", tma=True), "N", target) is None
+    target, problem = TARGETS["sm90"], Problem(*shape, "bfloat16", tma=True)
+    assert choose_backward(replace(problem, m=1024, n=1024, k=1024), "N", target) is not None
+    assert choose_backward(replace(problem, m=8192, n=8192, k=8192), "N", target) is None
+    assert choose_backward(problem, "N", target) is None
+    monkeypatch.setattr(module, limit, without)
+    fastest_fused.cache_clear()
+    assert choose_backward(problem, "N", target) is not None  # nothing else refuses it
 
 
 def test_tuned_config_takes_precedence_over_the_model(tuned_file: Path) -> None:

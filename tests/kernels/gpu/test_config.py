@@ -51,6 +51,7 @@ BAD_TILES = {
     "8-bits-of-two-sums-a-register": (TileConfig(128, 256, 128, stages=3, warps=8), EIGHT),
     "vector-of-tf32": (VECTOR, replace(HALF, n=1, dtype="float32", precision="tf32")),
     "dtype": (GOOD, replace(HALF, dtype="int32")),
+    "parts-of-an-unknown-dtype": (replace(GOOD, split_k=2), replace(HALF, dtype="int32")),
     "tf32-of-bf16": (GOOD, replace(HALF, precision="tf32")),
     "precision": (GOOD, replace(HALF, dtype="float32", precision="bf16x3")),
 }

@@ -30,11 +30,12 @@ def problem_of(letters: str) -> Problem:
     return Problem(N, N, N, "bfloat16", letters[0], letters[1], tma=True)
 
 
-def plan_of(tile: TileConfig, letters: str, arch: int, source: Strides | None = None, store_tma: bool = True) -> Plan:
+def plan_of(
+    tile: TileConfig, letters: str, arch: int, epilogue: Epilogue | None = None, store_tma: bool = True
+) -> Plan:
     target, problem = aot.target_of(arch), problem_of(letters)
     assert is_valid(tile, problem, target)
     strides = STRIDES[letters[0]], STRIDES[letters[1]], STRIDES["N"]
-    epilogue = None if source is None else Epilogue(source=source)
     return plans(problem, tile, target, strides, store_tma=store_tma, epilogue=epilogue)[0]
 
 
@@ -85,13 +86,24 @@ def test_persistent_loop_is_one_loop(arch: int, tile: TileConfig, letters: str) 
     assert_fits(kernel, tile, arch)
 
 
+ROW, MATRIX, ALPHA = Epilogue(source=Strides(0, 1)), Epilogue(source=Strides(N, 1)), Epilogue(alpha=2)
+
+
 @compiles
+@pytest.mark.parametrize("epilogue", [ROW, ALPHA], ids=["row", "alpha"])
 @pytest.mark.parametrize("store_tma", [True, False], ids=["tma", "rows"])
-def test_a_row_to_add_is_flattened_too(store_tma: bool) -> None:
+def test_a_row_to_add_and_alpha_are_flattened_too(store_tma: bool, epilogue: Epilogue) -> None:
     tile = PERSISTENT[0]
-    kernel = aot.compile_for(plan_of(tile, "NT", 90, Strides(0, 1), store_tma), TYPES, 90)
+    kernel = aot.compile_for(plan_of(tile, "NT", 90, epilogue, store_tma), TYPES, 90)
     assert loops(kernel, 90) == ({1}, {0})
     assert_fits(kernel, tile, 90)
+
+
+@compiles
+@pytest.mark.parametrize("tile", PERSISTENT, ids=str)
+def test_alpha_alone_fits_on_sm_100(tile: TileConfig) -> None:
+    """As one loop it would take 245,808 bytes of shared memory."""
+    assert_fits(aot.compile_for(plan_of(tile, "NT", 100, ALPHA), TYPES, 100), tile, 100)
 
 
 @compiles
@@ -109,8 +121,8 @@ def test_what_is_flattened_and_how_many_programs_there_are() -> None:
     large, small = PERSISTENT[0], SEVERAL[0]
     target = aot.target_of(90)
     assert [plan_of(tile, "NN", 90).constants["FLATTEN"] for tile in (large, small)] == [True, False]
-    assert not plan_of(large, "NN", 90, Strides(N, 1)).constants["FLATTEN"]
-    assert not plan_of(large, "NN", 100, Strides(0, 1)).constants["FLATTEN"]
+    assert not plan_of(large, "NN", 90, MATRIX).constants["FLATTEN"]
+    assert [plan_of(large, "NN", 100, epilogue).constants["FLATTEN"] for epilogue in (ROW, ALPHA)] == [False, False]
     eight = replace(problem_of("NT"), dtype="float8_e4m3fn", result="bfloat16"), FP8_TMA_TILES[1]
     assert is_valid(eight[1], eight[0], target) and resident_blocks(eight[1], eight[0], target) == 1
     (plan,) = plans(*eight, target, (STRIDES["N"], STRIDES["T"], STRIDES["N"]), store_tma=True)

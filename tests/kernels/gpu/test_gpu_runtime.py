@@ -85,6 +85,17 @@ def test_a_captured_graph_replays_with_new_values(device: torch.device) -> None:
     assert_same_bits(got[2][1], (a.t().double() @ grad.double()).bfloat16())
 
 
+def test_memory_that_is_used_again_in_another_shape(device: torch.device) -> None:
+    """Descriptors are kept by address: the same one holds operands of one shape after the other."""
+    left, right = (torch.empty(512 * 512, dtype=torch.bfloat16, device=device) for _ in range(2))
+    for m, n, k in ((256, 512, 512), (512, 256, 256), (128, 64, 1024)) * 2:
+        a, b = left[: m * k].view(m, k), right[: k * n].view(k, n)
+        a.copy_(integers(m, k, torch.bfloat16, m, device) * (torch.arange(k, device=device) % 8 == 0))
+        b.copy_(integers(k, n, torch.bfloat16, k, device))
+        for _ in range(2):
+            assert_same_bits(launch.mm(a, b), (a.double() @ b.double()).bfloat16())
+
+
 def assert_enough_memory(gib: int) -> None:
     torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < gib << 30:

@@ -100,7 +100,7 @@ def test_pointers_and_constants_are_in_the_order_of_the_arguments() -> None:
 
 
 def test_descriptors_are_as_the_driver_encodes_them() -> None:
-    """cuTensorMapEncodeTiled wants the innermost dimension first, and strides in bytes, of all but that."""
+    """cuTensorMapEncodeTiled takes the innermost dimension first, and strides in bytes, of all but that."""
     ((plan, written, _),) = made("tma-transposed")
     a, b, c = (x for x in written.parameters if isinstance(x, Descriptor))
     blocks = plan.constants
