@@ -1,15 +1,16 @@
-"""The epilogue of one dtype, as IR: sums are added, scaled, rounded and stored, one vector at a time."""
+"""The epilogue of one dtype, as IR: sums are added, scaled, activated, rounded and stored, one vector at a time."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
+from .activation import FORWARD, by_name
 from .config import BlockConfig
 from .operand import Operand
 from .pack import copy_element, element_at, scratch
 from .simd import I64, Vector, each, function_ir, splat
 
-ADD_ARGUMENTS, STORE_ARGUMENTS = 3, 12
+ADD_ARGUMENTS, STORE_ARGUMENTS = 3, 14
 
 
 def add_ir(name: str, operand: Operand) -> str:
@@ -27,16 +28,18 @@ def add_ir(name: str, operand: Operand) -> str:
 
 
 def store_ir(name: str, config: BlockConfig) -> str:
-    """IR of ``void name(m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta)``.
+    """IR of ``void name(m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre)``.
 
-    C[i, j] = round(alpha · partials[i, j] + beta · source[i, j]), where partials are lanes, ``row_lanes`` a row, and
-    alpha and beta the bits of a float64. Nothing is added where source is 0.
+    pre[i, j] = round(t), C[i, j] = round(activation(t))       t = alpha · partials[i, j] + beta · source[i, j]
+
+    where partials are lanes, ``row_lanes`` a row, and alpha and beta the bits of a float64. Nothing is added where
+    source is 0; only C is stored where pre is 0.
     """
     # an element a lane, also where the k-loop has two
     operand = Operand(Vector(config.accumulator, config.lanes, config.fused), config.dtype)
     lanes = config.lanes
 
-    def emit(builder, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta):
+    def emit(builder, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre):
         buffer, gathered = scratch(builder, operand), scratch(builder, operand)
         alpha, beta = (_splat_bits(builder, operand.vector, bits) for bits in (alpha, beta))
         adds = builder.icmp_signed("!=", source, I64(0))
@@ -51,7 +54,7 @@ def store_ir(name: str, config: BlockConfig) -> str:
                 element = element_at(builder, operand, source, element)
                 with builder.if_else(adds) as (some, none):
                     with some:
-                        address = _adjacent_source(builder, operand, element, s_cs, count, gathered)
+                        address = adjacent_elements(builder, operand, element, s_cs, count, gathered)
                         read = operand.read(builder, address, count)
                         total = operand.vector.fma(builder, beta, read, value)
                         added = builder.block
@@ -60,8 +63,15 @@ def store_ir(name: str, config: BlockConfig) -> str:
                 result = builder.phi(operand.vector.type)
                 result.add_incoming(total, added)
                 result.add_incoming(value, plain)
-                target = builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs))
-                _write(builder, operand, result, element_at(builder, operand, c, target), c_cs, count, buffer, adjacent)
+                place = builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs))
+
+                def write(value, matrix):
+                    target = element_at(builder, operand, matrix, place)
+                    _write(builder, operand, value, target, c_cs, count, buffer, adjacent)
+
+                with builder.if_then(builder.icmp_signed("!=", pre, I64(0))):
+                    write(result, pre)
+                write(by_name(builder, operand.vector, activation, FORWARD, result), c)
 
             each(builder, n, lanes, vector)
 
@@ -70,7 +80,7 @@ def store_ir(name: str, config: BlockConfig) -> str:
     return function_ir(name, STORE_ARGUMENTS, emit)
 
 
-def _adjacent_source(builder, operand, element, s_cs, count, gathered):
+def adjacent_elements(builder, operand, element, s_cs, count, gathered):
     """Address of the elements of a vector of the source: where they are, or ``gathered``, to which they are copied."""
     entry = builder.block
     with builder.if_then(builder.icmp_signed("!=", s_cs, I64(1))):

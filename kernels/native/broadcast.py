@@ -16,6 +16,7 @@ from ..cpu.gemm_args import (
     A_BS,
     A_CS,
     A_RS,
+    ACTIVATION,
     ALPHA,
     B_BS,
     B_CS,
@@ -27,6 +28,7 @@ from ..cpu.gemm_args import (
     C_RS,
     GEMM_ARGS,
     ONE,
+    PRE,
     S_BS,
     S_CS,
     S_RS,
@@ -287,6 +289,8 @@ def locate_all(a, b, bias, infos, args):
     put(args, A, get(info_a, DATA))
     put(args, B, get(info_b, DATA))
     put(args, ALPHA, ONE)
+    put(args, ACTIVATION, 0)
+    put(args, PRE, 0)
     put(args, SOURCE, 0)
     if bias != 0:
         if not locate(bias, info_bias):

@@ -13,6 +13,7 @@ from ..cpu.gemm_args import (
     A_BS,
     A_CS,
     A_RS,
+    ACTIVATION,
     ALPHA,
     B_BS,
     B_CS,
@@ -23,6 +24,7 @@ from ..cpu.gemm_args import (
     C_CS,
     C_RS,
     ONE,
+    PRE,
     S_BS,
     S_CS,
     S_RS,
@@ -310,6 +312,8 @@ def locate_operands(a, b, source, infos, args, kind):
         return False
     set_operands(args, infos + INFO_A, infos + INFO_B, kind)
     put(args, SOURCE, 0)
+    put(args, ACTIVATION, 0)
+    put(args, PRE, 0)
     if source == 0:
         put(args, ALPHA, ONE)
     elif number_of(get(args, BETA)) != 0.0:

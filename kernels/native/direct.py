@@ -9,7 +9,24 @@ import torch
 
 from ..cpu import driver
 from ..cpu.config import BlockConfig
-from ..cpu.gemm_args import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, GEMM_ARGS, S_BS, S_CS, S_RS, SOURCE, Epilogue
+from ..cpu.derivative_args import DERIVATIVE_ARGS
+from ..cpu.gemm_args import (
+    A_BS,
+    ACTIVATION,
+    ACTIVATIONS,
+    ALPHA,
+    B_BS,
+    BATCH,
+    BETA,
+    C_BS,
+    GEMM_ARGS,
+    PRE,
+    S_BS,
+    S_CS,
+    S_RS,
+    SOURCE,
+    Epilogue,
+)
 from .torch_layout import address, const_data_ptr, has_thread_pool
 
 CALL = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)
@@ -31,7 +48,7 @@ def multiply(
     threads: int = 1,
     epilogue: Epilogue = PLAIN,
 ) -> torch.Tensor:
-    """out = alpha · (a · b) + beta · source by the driver for ``block``.
+    """out = activation(alpha · (a · b) + beta · source) by the driver for ``block``.
 
     Dense (m, k) and (k, n) of ``block.dtype``, or a batch of each, and any strides, k > 0 in a batch or where something
     is added; out (m, n) with its elements apart. A source expands to out; where beta is 0 it is not read.
@@ -47,6 +64,8 @@ def multiply(
         expanded = epilogue.source.expand(out.shape)
         args[SOURCE], (args[S_RS], args[S_CS]) = _address(epilogue.source), expanded.stride()[-2:]
         args[S_BS] = expanded.stride(0)
+    args[ACTIVATION] = ACTIVATIONS.index(epilogue.activation)
+    args[PRE] = 0 if epilogue.pre is None else _address(epilogue.pre, is_written=True)
     if call(ctypes.addressof(args), 1, threads):
         raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
     return out
@@ -69,3 +88,17 @@ def product(
     threads = torch.get_num_threads() if has_thread_pool() else 1
     result = a.new_empty((*a.shape[:-1], b.shape[-1])) if out is None else out
     return multiply(block, a, b, result, threads, epilogue)
+
+
+def activation_gradient(
+    block: BlockConfig, activation: str, grad: torch.Tensor, kept: torch.Tensor, threads: int = 1
+) -> torch.Tensor:
+    """grad · activation', from the argument of the activation, or its result for those of BY_RESULT.
+
+    Two matrices of ``block.dtype``, of any strides; the result is contiguous.
+    """
+    (m, n), out = grad.shape, grad.new_empty(grad.shape)
+    matrices = (*(x for matrix in (grad, kept) for x in (_address(matrix), *matrix.stride())), out.data_ptr(), n)
+    args = (ctypes.c_int64 * DERIVATIVE_ARGS)(m, n, *matrices, ACTIVATIONS.index(activation))
+    CALL(driver.derivative_address(block))(ctypes.addressof(args), 1, threads)
+    return out
