@@ -84,8 +84,7 @@ def product(
     a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue = PLAIN, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``multiply`` with the configuration of a dtype, into new memory; threads where torch lends its pool."""
-    block = driver.config(str(a.dtype).removeprefix("torch."))
-    threads = torch.get_num_threads() if has_thread_pool() else 1
+    block, threads = _config(a), torch.get_num_threads() if has_thread_pool() else 1
     result = a.new_empty((*a.shape[:-1], b.shape[-1])) if out is None else out
     return multiply(block, a, b, result, threads, epilogue)
 
@@ -102,3 +101,13 @@ def activation_gradient(
     args = (ctypes.c_int64 * DERIVATIVE_ARGS)(m, n, *matrices, ACTIVATIONS.index(activation))
     CALL(driver.derivative_address(block))(ctypes.addressof(args), 1, threads)
     return out
+
+
+def gradient(activation: str, grad: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """``activation_gradient`` as ``product`` is of ``multiply``."""
+    threads = torch.get_num_threads() if has_thread_pool() else 1
+    return activation_gradient(_config(grad), activation, grad, kept, threads)
+
+
+def _config(tensor: torch.Tensor) -> BlockConfig:
+    return driver.config(str(tensor.dtype).removeprefix("torch."))
