@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from .elementary import Lanes, normal_cdf, normal_density, sigmoids, tanh
+from .elementary import Lanes, normal, sigmoids, tanh
 from .gemm_args import ACTIVATIONS
 from .simd import I64, Vector
 
@@ -33,7 +33,7 @@ def _relu(x: Lanes) -> Lanes:
 
 
 def _gelu(x: Lanes) -> Lanes:
-    return x * normal_cdf(x)
+    return x * normal(x)[0]
 
 
 def _gelu_tanh(x: Lanes) -> Lanes:
@@ -41,7 +41,7 @@ def _gelu_tanh(x: Lanes) -> Lanes:
 
 
 def _cubic(x: Lanes) -> Lanes:
-    return x * (x * x * CUBIC + SLOPE)
+    return x * (x * x).times_plus(CUBIC, SLOPE)
 
 
 def _silu(x: Lanes) -> Lanes:
@@ -54,18 +54,19 @@ def _relu_gradient(grad: Lanes, y: Lanes) -> Lanes:
 
 
 def _gelu_derivative(x: Lanes) -> Lanes:
-    return normal_cdf(x) + x * normal_density(x)
+    distribution, density = normal(x)
+    return x.times_plus(density, distribution)
 
 
 def _gelu_tanh_derivative(x: Lanes) -> Lanes:
     near = x.clamped(-SATURATED, SATURATED)
     this, other = sigmoids(_cubic(near))
-    return this + x * (this * other * (near * near * (3 * CUBIC) + SLOPE))
+    return x.times_plus(this * other * (near * near).times_plus(3 * CUBIC, SLOPE), this)
 
 
 def _silu_derivative(x: Lanes) -> Lanes:
     this, other = sigmoids(x)
-    return this + x * (this * other)
+    return x.times_plus(this * other, this)
 
 
 def _tanh_derivative(y: Lanes) -> Lanes:
@@ -90,16 +91,32 @@ def by_name(
     builder: ir.IRBuilder, vector: Vector, activation: ir.Value, functions: dict[str, Callable[..., Lanes]], *values
 ) -> ir.Value:
     """The function of ``values`` that an index of ACTIVATIONS names; the first value for any other index."""
-    done, operands = builder.append_basic_block("done"), [Lanes(builder, vector, value) for value in values]
-    choice, results = builder.switch(activation, done), [(values[0], builder.block)]
-    for name, function in functions.items():
-        block = builder.append_basic_block(name)
-        choice.add_case(I64(ACTIVATIONS.index(name)), block)
-        builder.position_at_end(block)
-        results.append((function(*operands).value, builder.block))
-        builder.branch(done)
-    builder.position_at_end(done)
+    operands, results = [Lanes(builder, vector, value) for value in values], [(values[0], builder.block)]
+
+    def one(function: Callable[..., Lanes]) -> None:
+        value = function(*operands).value
+        results.append((value, builder.block))
+
+    cases(builder, activation, functions, one)
     result = builder.phi(vector.type)
     for value, block in results:
         result.add_incoming(value, block)
     return result
+
+
+def cases(
+    builder: ir.IRBuilder,
+    activation: ir.Value,
+    functions: dict[str, Callable[..., Lanes]],
+    emit: Callable[[Callable[..., Lanes]], None],
+) -> None:
+    """``emit`` for the function that an index of ACTIVATIONS names; nothing for any other index."""
+    done = builder.append_basic_block("done")
+    choice = builder.switch(activation, done)
+    for name, function in functions.items():
+        block = builder.append_basic_block(name)
+        choice.add_case(I64(ACTIVATIONS.index(name)), block)
+        builder.position_at_end(block)
+        emit(function)
+        builder.branch(done)
+    builder.position_at_end(done)

@@ -5,9 +5,9 @@
     erf(x)   = x + x·p(x²)                         |x| < 1, else 1 - erfc(x)
     erfc(x)  = exp(-x²) · s·p(s - 1/6)             x ≥ 1, s = 1 / (x + 2)
 
-Additions, multiplications and divisions alone, each rounded, and none fused: so a lane has the same bits in vectors of
-any width on any instruction set. NaN stays NaN, and the sign of 0 is kept. Results below the normal numbers are rounded
-once.
+A lane has the same bits in vectors of any width, on all instruction sets with a fused multiply-add; where there is none
+(generic) it is rounded twice, as in the products. NaN stays NaN, and the sign of 0 is kept. Results below the normal
+numbers are rounded once.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ class Lanes:
     def __truediv__(self, other: Lanes | float) -> Lanes:
         return self.like(self.builder.fdiv(self.value, self._value(other)))
 
+    def times_plus(self, factor: Lanes | float, addend: Lanes | float) -> Lanes:
+        """self · factor + addend, fused where the CPU does that."""
+        return self.like(self.vector.fma(self.builder, self.value, self._value(factor), self._value(addend)))
+
     def _value(self, other: Lanes | float) -> ir.Value:
         return other.value if isinstance(other, Lanes) else self.number(other).value
 
@@ -124,7 +128,7 @@ class Lanes:
 def polynomial(name: str, x: Lanes) -> Lanes:
     *rest, result = (x.number(c) for c in POLYNOMIALS[x.vector.dtype][name])
     for coefficient in reversed(rest):
-        result = result * x + coefficient
+        result = result.times_plus(x, coefficient)
     return result
 
 
@@ -132,11 +136,11 @@ def exp(x: Lanes) -> Lanes:
     kind, builder = x.format, x.builder
     x = x.clamped(kind.zero_below, kind.infinite_above)
     shift = 1.5 * 2.0**kind.mantissa  # added to a number, it leaves the nearest integer in the lowest bits
-    shifted = x * (1 / math.log(2)) + shift
+    shifted = x.times_plus(1 / math.log(2), shift)
     n = shifted - shift
     high = Fraction(math.floor(LN2 * 2**kind.ln2_bits), 2**kind.ln2_bits)
-    r = x - n * float(high) - n * float(LN2 - high)
-    p = r * r * polynomial("exp", r) + r + 1.0
+    r = n.times_plus(-float(LN2 - high), n.times_plus(-float(high), x))
+    p = (r * r).times_plus(polynomial("exp", r), r) + 1.0
     # 2ⁿ by two halves of n, since it may be below or above the normal numbers; n is made positive to be halved.
     bits = builder.sub(shifted.bits(), x.number(shift).bits())
     half = builder.lshr(builder.add(bits, x.integer(2 * kind.bias + 2)), x.integer(1))
@@ -150,7 +154,7 @@ def exp(x: Lanes) -> Lanes:
 def tanh(x: Lanes) -> Lanes:
     a = abs(x)
     t = a * a
-    small = a + a * (t * polynomial("tanh", t))
+    small = a.times_plus(t * polynomial("tanh", t), a)
     large = 1.0 - 2.0 / (exp(a + a) + 1.0)
     return small.where(a.compare("<", TANH_LIMIT), large).with_sign_of(x)
 
@@ -163,24 +167,27 @@ def erf(x: Lanes) -> Lanes:
 
 
 def erf_near_zero(x: Lanes, square: Lanes) -> Lanes:
-    return x + x * polynomial("erf", square)
+    return x.times_plus(polynomial("erf", square), x)
 
 
 def erfc_far_from_zero(x: Lanes, square: Lanes) -> Lanes:
+    return exp(0.0 - square) * _erfc_scaled(x)
+
+
+def _erfc_scaled(x: Lanes) -> Lanes:
+    """exp(x²) · erfc(x)"""
     s = 1.0 / (x + 2.0)
-    return exp(0.0 - square) * (s * polynomial("erfc", s - 1 / 6))
+    return s * polynomial("erfc", s - 1 / 6)
 
 
-def normal_cdf(x: Lanes) -> Lanes:
-    """(1 + erf(x / √2)) / 2, without the cancellation where x is negative."""
+def normal(x: Lanes) -> tuple[Lanes, Lanes]:
+    """The normal distribution, (1 + erf(x / √2)) / 2 without the cancellation where x is negative, and its density."""
     a, half_square = abs(x) * INV_SQRT2, x * x * 0.5
-    tail = erfc_far_from_zero(a, half_square) * 0.5
-    near = erf_near_zero(x * INV_SQRT2, half_square) * 0.5 + 0.5
-    return near.where(a.compare("<", ERF_LIMIT), tail.where(x.compare("<", 0.0), 1.0 - tail))
-
-
-def normal_density(x: Lanes) -> Lanes:
-    return exp(x * x * -0.5) * INV_SQRT_2PI
+    e = exp(0.0 - half_square)
+    tail = e * _erfc_scaled(a) * 0.5
+    near = erf_near_zero(x * INV_SQRT2, half_square).times_plus(0.5, 0.5)
+    far = tail.where(x.compare("<", 0.0), 1.0 - tail)
+    return near.where(a.compare("<", ERF_LIMIT), far), e * INV_SQRT_2PI
 
 
 def sigmoids(x: Lanes) -> tuple[Lanes, Lanes]:

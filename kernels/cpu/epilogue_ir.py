@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .activation import FORWARD, by_name
+from .activation import FORWARD, cases
 from .config import BlockConfig
+from .elementary import Lanes
 from .operand import Operand
 from .pack import copy_element, element_at, scratch
 from .simd import I64, Vector, each, function_ir, splat
@@ -33,7 +34,8 @@ def store_ir(name: str, config: BlockConfig) -> str:
     pre[i, j] = round(t), C[i, j] = round(activation(t))       t = alpha · partials[i, j] + beta · source[i, j]
 
     where partials are lanes, ``row_lanes`` a row, and alpha and beta the bits of a float64. Nothing is added where
-    source is 0; only C is stored where pre is 0.
+    source is 0; only C is stored where pre is 0. An activation has a loop of its own over each row, whose argument
+    stays in the partials.
     """
     # an element a lane, also where the k-loop has two
     operand = Operand(Vector(config.accumulator, config.lanes, config.fused), config.dtype)
@@ -44,11 +46,18 @@ def store_ir(name: str, config: BlockConfig) -> str:
         alpha, beta = (_splat_bits(builder, operand.vector, bits) for bits in (alpha, beta))
         adds = builder.icmp_signed("!=", source, I64(0))
         adjacent = builder.icmp_signed("==", c_cs, I64(1))
+        activates = builder.icmp_signed("!=", activation, I64(0))
 
         def row(i):
-            def vector(j):
-                count = builder.sub(n, j)
-                at = operand.vector.at(builder, partials, builder.add(builder.mul(i, row_lanes), j))
+            def write(value, matrix, j):
+                at = element_at(builder, operand, matrix, builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs)))
+                _write(builder, operand, value, at, c_cs, builder.sub(n, j), buffer, adjacent)
+
+            def partials_at(j):
+                return operand.vector.at(builder, partials, builder.add(builder.mul(i, row_lanes), j))
+
+            def add_source(j):
+                count, at = builder.sub(n, j), partials_at(j)
                 value = builder.fmul(operand.vector.load(builder, at), alpha)
                 element = builder.add(builder.mul(i, s_rs), builder.mul(j, s_cs))
                 element = element_at(builder, operand, source, element)
@@ -63,17 +72,23 @@ def store_ir(name: str, config: BlockConfig) -> str:
                 result = builder.phi(operand.vector.type)
                 result.add_incoming(total, added)
                 result.add_incoming(value, plain)
-                place = builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs))
+                with builder.if_else(activates) as (more, done):
+                    with more:
+                        operand.vector.store(builder, result, at)
+                        with builder.if_then(builder.icmp_signed("!=", pre, I64(0))):
+                            write(result, pre, j)
+                    with done:
+                        write(result, c, j)
 
-                def write(value, matrix):
-                    target = element_at(builder, operand, matrix, place)
-                    _write(builder, operand, value, target, c_cs, count, buffer, adjacent)
+            def activate(function):
+                def one_vector(j):
+                    value = Lanes(builder, operand.vector, operand.vector.load(builder, partials_at(j)))
+                    write(function(value).value, c, j)
 
-                with builder.if_then(builder.icmp_signed("!=", pre, I64(0))):
-                    write(result, pre)
-                write(by_name(builder, operand.vector, activation, FORWARD, result), c)
+                each(builder, n, lanes, one_vector)
 
-            each(builder, n, lanes, vector)
+            each(builder, n, lanes, add_source)
+            cases(builder, activation, FORWARD, activate)
 
         each(builder, m, 1, row)
 

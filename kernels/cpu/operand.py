@@ -105,7 +105,12 @@ class Operand:
         stored = self._stored(self.vector.lanes) if self.converts else self.vector
         pointer = stored.at(builder, address)
         value = self._round(builder, value) if self.converts else value
-        stored.masked_store(builder, value, pointer, stored.mask(builder, count))
+        whole = builder.icmp_signed(">=", count, I64(stored.lanes))
+        with builder.if_else(whole, likely=True) as (all_lanes, some):  # a masked store takes as long as ten others
+            with all_lanes:
+                stored.store(builder, value, pointer)
+            with some:
+                stored.masked_store(builder, value, pointer, stored.mask(builder, count))
 
     def _stored(self, lanes: int) -> Vector:
         """float16 as it is; bfloat16, which LLVM's IR builder has no type for, as 16-bit integers."""
