@@ -27,7 +27,8 @@ SEQUENTIAL_BYTES, DIRECT_PANELS = 26, 27
 FUNCTIONS = ("microkernel", "transposed", "row", "pack_steps", "pack_rows", "add", "store", "derivative")
 MICROKERNEL, TRANSPOSED, ROW, PACK_STEPS, PACK_ROWS, ADD, STORE, DERIVATIVE = range(28, 36)  # their addresses
 BACKWARD = 36  # address of what runs the derivative on all threads
-CONFIG_WORDS = 37
+STORE_WIDE = 37  # address of what stores float32, of 16-bit operands
+CONFIG_WORDS = 38
 
 
 def config_words(config: BlockConfig) -> ctypes.Array[ctypes.c_int64]:

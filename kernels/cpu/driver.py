@@ -8,7 +8,7 @@ import os
 
 from . import build, fork_safety, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose, compiled_for
-from .config_words import BACKWARD, FUNCTIONS, GEMM, MICROKERNEL, config_words
+from .config_words import BACKWARD, FUNCTIONS, GEMM, MICROKERNEL, STORE_WIDE, config_words
 from .once import Once
 
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
@@ -90,6 +90,8 @@ def _load(block: BlockConfig) -> tuple[int, int]:
     loaded = build.load(repr(compiled), block.name, kernels, host.machine(block.isa), symbols)
     for at, function in enumerate(FUNCTIONS, MICROKERNEL):
         words[at] = loaded.address(f"{block.name}_{function}")
+    if block.accumulates_wider:
+        words[STORE_WIDE] = loaded.address(f"{block.name}_store_wide")
     _kept.extend((loaded, words))
     return loaded.address(block.name), loaded.address(f"{block.name}_backward")
 

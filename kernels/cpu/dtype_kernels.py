@@ -22,9 +22,13 @@ CONFIG = "matmul_grad_config"
 
 
 def make_kernels(config: BlockConfig) -> dict[str, str]:
-    """IR by C name: the entries ``config.name`` and ``…_backward``, and each of ``config_words.FUNCTIONS``."""
+    """IR by C name: the entries ``config.name`` and ``…_backward``, and each of ``config_words.FUNCTIONS``.
+
+    Of a dtype of 16 bits also what stores results in float32.
+    """
     operand, name = operand_of(config), config.name
     rows = tile_sizes(config.mr)
+    wide = {f"{name}_store_wide": store_ir(f"{name}_store_wide", config, config.accumulator)}
     return {
         name: entry_ir(name, GEMM),
         f"{name}_backward": entry_ir(f"{name}_backward", BACKWARD),
@@ -34,7 +38,8 @@ def make_kernels(config: BlockConfig) -> dict[str, str]:
         f"{name}_pack_steps": pack_steps_ir(f"{name}_pack_steps", operand),
         f"{name}_pack_rows": pack_rows_ir(f"{name}_pack_rows", operand),
         f"{name}_add": add_ir(f"{name}_add", operand),
-        f"{name}_store": store_ir(f"{name}_store", config),
+        f"{name}_store": store_ir(f"{name}_store", config, config.dtype),
+        **(wide if config.accumulates_wider else {}),
         f"{name}_derivative": derivative_ir(f"{name}_derivative", config),
     }
 

@@ -11,9 +11,9 @@ The argument of the activation can be stored beside its result, for backward.
 from __future__ import annotations
 
 from .config import PARTIAL_COLUMNS
-from .config_words import ADD, CHUNK, LANE_BYTES, LANES, MR, PARTIAL_LANES, SIZE, STORE, THREAD_BYTES
+from .config_words import ADD, CHUNK, LANE_BYTES, LANES, MR, PARTIAL_LANES, SIZE, STORE, STORE_WIDE, THREAD_BYTES
 from .epilogue_ir import ADD_ARGUMENTS, STORE_ARGUMENTS
-from .gemm_args import ACTIVATION, ALPHA, BATCH, BETA, C_CS, C_RS, PRE, S_CS, S_RS, SOURCE, C, K, M, N
+from .gemm_args import ACTIVATION, ALPHA, BATCH, BETA, C_CS, C_RS, PRE, S_CS, S_RS, SOURCE, WIDE, C, K, M, N
 from .memory import call_kernel, ceil_div, copy_words, floor_div, get, jit, put
 from .schedule import (
     K_CHUNKS,
@@ -84,6 +84,5 @@ def store(config, args, partials, row_lanes):
     m, n, c, c_rs, c_cs = get(args, M), get(args, N), get(args, C), get(args, C_RS), get(args, C_CS)
     source, s_rs, s_cs = get(args, SOURCE), get(args, S_RS), get(args, S_CS)
     alpha, beta, activation, pre = get(args, ALPHA), get(args, BETA), get(args, ACTIVATION), get(args, PRE)
-    call_store(
-        get(config, STORE), m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre
-    )
+    function = get(config, STORE) if get(args, WIDE) == 0 else get(config, STORE_WIDE)
+    call_store(function, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre)

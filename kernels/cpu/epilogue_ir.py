@@ -28,17 +28,17 @@ def add_ir(name: str, operand: Operand) -> str:
     return function_ir(name, ADD_ARGUMENTS, emit)
 
 
-def store_ir(name: str, config: BlockConfig) -> str:
+def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
     """IR of ``void name(m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre)``.
 
     pre[i, j] = round(t), C[i, j] = round(activation(t))       t = alpha · partials[i, j] + beta · source[i, j]
 
-    where partials are lanes, ``row_lanes`` a row, and alpha and beta the bits of a float64. Nothing is added where
-    source is 0; only C is stored where pre is 0. An activation has a loop of its own over each row, whose argument
-    stays in the partials.
+    where C, pre and source are of ``dtype``, partials are lanes, ``row_lanes`` a row, and alpha and beta the bits of a
+    float64. Nothing is added where source is 0; only C is stored where pre is 0. An activation has a loop of its own
+    over each row, whose argument stays in the partials.
     """
     # an element a lane, also where the k-loop has two
-    operand = Operand(Vector(config.accumulator, config.lanes, config.fused), config.dtype)
+    operand = Operand(Vector(config.accumulator, config.lanes, config.fused), dtype)
     lanes = config.lanes
 
     def emit(builder, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre):

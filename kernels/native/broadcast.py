@@ -16,7 +16,6 @@ from ..cpu.gemm_args import (
     A_BS,
     A_CS,
     A_RS,
-    ACTIVATION,
     ALPHA,
     B_BS,
     B_CS,
@@ -28,7 +27,6 @@ from ..cpu.gemm_args import (
     C_RS,
     GEMM_ARGS,
     ONE,
-    PRE,
     S_BS,
     S_CS,
     S_RS,
@@ -41,6 +39,7 @@ from ..cpu.gemm_args import (
     N,
 )
 from ..cpu.memory import INT64, call_address, get, jit, put, stack_words
+from ..cpu.schedule import set_plain_store
 from .call import FALLBACK, RUN, UNSUPPORTED, bounds_outcome, is_empty, item_size
 from .torch_c_api import (
     DATA,
@@ -289,8 +288,7 @@ def locate_all(a, b, bias, infos, args):
     put(args, A, get(info_a, DATA))
     put(args, B, get(info_b, DATA))
     put(args, ALPHA, ONE)
-    put(args, ACTIVATION, 0)
-    put(args, PRE, 0)
+    set_plain_store(args)
     put(args, SOURCE, 0)
     if bias != 0:
         if not locate(bias, info_bias):

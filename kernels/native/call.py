@@ -13,7 +13,6 @@ from ..cpu.gemm_args import (
     A_BS,
     A_CS,
     A_RS,
-    ACTIVATION,
     ALPHA,
     B_BS,
     B_CS,
@@ -24,7 +23,6 @@ from ..cpu.gemm_args import (
     C_CS,
     C_RS,
     ONE,
-    PRE,
     S_BS,
     S_CS,
     S_RS,
@@ -37,6 +35,7 @@ from ..cpu.gemm_args import (
     N,
 )
 from ..cpu.memory import INT64, call_address, get, jit, number_of, put, stack_words
+from ..cpu.schedule import set_plain_store
 from .aliasing import are_dense, is_non_overlapping, is_result, overlap, repeats_an_element, share_storage
 from .op_table import BATCHES, MATRICES, MATVEC
 from .state import DTYPE_CODES, INTERRUPTED, NOT_ACCELERATED
@@ -312,8 +311,7 @@ def locate_operands(a, b, source, infos, args, kind):
         return False
     set_operands(args, infos + INFO_A, infos + INFO_B, kind)
     put(args, SOURCE, 0)
-    put(args, ACTIVATION, 0)
-    put(args, PRE, 0)
+    set_plain_store(args)
     if source == 0:
         put(args, ALPHA, ONE)
     elif number_of(get(args, BETA)) != 0.0:

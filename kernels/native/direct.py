@@ -25,6 +25,7 @@ from ..cpu.gemm_args import (
     S_CS,
     S_RS,
     SOURCE,
+    WIDE,
     Epilogue,
 )
 from .torch_layout import address, const_data_ptr, has_thread_pool
@@ -51,7 +52,8 @@ def multiply(
     """out = activation(alpha · (a · b) + beta · source) by the driver for ``block``.
 
     Dense (m, k) and (k, n) of ``block.dtype``, or a batch of each, and any strides, k > 0 in a batch or where something
-    is added; out (m, n) with its elements apart. A source expands to out; where beta is 0 it is not read.
+    is added; out (m, n) with its elements apart, of that dtype, or float32 where it has 16 bits. A source has the dtype
+    of out, and expands to it; where beta is 0 it is not read.
     """
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     call = CALL(driver.gemm_address(block))
@@ -64,6 +66,7 @@ def multiply(
         expanded = epilogue.source.expand(out.shape)
         args[SOURCE], (args[S_RS], args[S_CS]) = _address(epilogue.source), expanded.stride()[-2:]
         args[S_BS] = expanded.stride(0)
+    args[WIDE] = int(out.dtype != a.dtype)
     args[ACTIVATION] = ACTIVATIONS.index(epilogue.activation)
     args[PRE] = 0 if epilogue.pre is None else _address(epilogue.pre, is_written=True)
     if call(ctypes.addressof(args), 1, threads):
