@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import EVERY
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
@@ -54,7 +55,7 @@ def squared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @every_activation
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", EVERY)
 def test_results_match_torch(name: str, dtype: torch.dtype) -> None:
     input, weight, bias = operands(dtype)
     for shape in ((4, 5), (2, 2, 5), (5,)):

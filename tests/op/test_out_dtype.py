@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dtypes import ACCELERATED
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.library import opcheck
@@ -18,7 +19,8 @@ from matmul_grad.testing import assert_same_bits, integers, normal
 WIDE = torch.float32
 NAMES = ("mm", "bmm", "addmm", "baddbmm")
 every_name = pytest.mark.parametrize("name", NAMES)
-every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+NARROW = [dtype for name, dtype in ACCELERATED.items() if name in ("bf16", "f16")]
+every_dtype = pytest.mark.parametrize("dtype", NARROW, ids=str)
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
