@@ -37,7 +37,8 @@ def mm(input: Tensor, mat2: Tensor, out_dtype: torch.dtype | None = None, *, out
     determinism on CPU the same bits for any m, n, strides and number of threads
     source      docs/derivation.md; kernels/cpu/gemm.py, kernels/gpu/gemm.py
 
-    Under autocast it casts as torch.mm does. An ``out_dtype`` is torch.mm's, which has it on CUDA.
+    Under autocast it casts as torch.mm does. With ``out_dtype`` = torch.float32 the sums of 16-bit operands are not
+    rounded to 16 bits: on a CPU, and with a gradient; on CUDA it is torch.mm's, which has no gradient.
 
     >>> import torch, matmul_grad
     >>> a = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)

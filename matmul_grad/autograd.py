@@ -117,13 +117,13 @@ def fused_gradients(
     return _mm_backward(grad, self, mat2, [True, True])
 
 
-def save_operands(ctx: Any, self: Tensor, mat2: Tensor, needs_self: bool, needs_mat2: bool) -> None:
-    """Save the operands that the gradients use; of one that is not used, its memory order."""
+def save_operands(ctx: Any, self: Tensor, mat2: Tensor, needs_self: bool, needs_mat2: bool, *others: Tensor) -> None:
+    """Save the operands that the gradients use, and ``others``; of one that is not used, its memory order."""
     if needs_self and needs_mat2:
-        ctx.save_for_backward(self, mat2)
+        ctx.save_for_backward(self, mat2, *others)
         ctx.column_major = False
     else:
-        ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None)
+        ctx.save_for_backward(self if needs_mat2 else None, mat2 if needs_self else None, *others)
         ctx.column_major = is_column_major(self if needs_self else mat2)
 
 

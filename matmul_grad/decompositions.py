@@ -2,6 +2,7 @@
 
     matmul_grad.mm, bmm, addmm, baddbmm    aten's operator of the same name
     matmul_grad.scaled_mm                  aten._scaled_mm
+    matmul_grad.addmm_activation           aten.addmm or mm, and the activation
 
 Consumers of exported graphs (ONNX, back ends, quantisers) know aten's. Inductor, whose table is made from the same
 default, keeps the operators, so that compiled code runs on these kernels.
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .activations import addmm_activation_by_torch
 from .import_hooks import on_import
 from .ops import SCHEMAS, scaled_mm_by_torch, torch_impl_of
 
@@ -28,7 +30,8 @@ def aten_decompositions() -> dict[Any, Callable[..., Any]]:
     """By operator, a function that computes it with aten's."""
     operators = torch.ops.matmul_grad
     products = {getattr(operators, name).default: torch_impl_of(name) for name in SCHEMAS}
-    return products | {operators.scaled_mm.default: scaled_mm_by_torch}
+    activated = {operators.addmm_activation.default: addmm_activation_by_torch}
+    return products | activated | {operators.scaled_mm.default: scaled_mm_by_torch}
 
 
 def register() -> None:

@@ -24,7 +24,8 @@ from .ops import DTYPES, require_storage
 
 PLAIN = frozenset((Tensor, Parameter))
 # Wrapper subclasses of PyTorch's for which torch.ops.matmul_grad is registered, or which pass on any operator.
-WRAPPERS = frozenset(("AsyncCollectiveTensor", "DTensor", "FakeTensor", "FunctionalTensor"))
+SHARDED = frozenset(("AsyncCollectiveTensor", "DTensor"))
+WRAPPERS = SHARDED | {"FakeTensor", "FunctionalTensor"}
 
 unsafe_view = torch.ops.aten._unsafe_view.default  # of a result that nothing else holds: not a view to autograd
 
@@ -55,6 +56,11 @@ def is_needed_to_compose(*operands: Any) -> bool:
             strict_mode.note_fallback(x, x)
             return True
     return False
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is a DTensor, or a result of its collectives: an operator without a rule for them takes none."""
+    return any(base.__name__ in SHARDED and _is_part_of_torch(base) for base in type(x).__mro__)
 
 
 def require_storages(*operands: Tensor) -> None:

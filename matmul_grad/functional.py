@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import fallback, strict_mode
+from .activations import BY_TORCH, linear_activation, require_name
 from .api import mm
 from .broadcast import broadcast_product, is_broadcastable
 from .fallback import alike, unsafe_view
@@ -50,24 +51,31 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
     return _matmul(input, other)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What ``torch.nn.Linear`` computes, differentiable to any order.
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """What ``torch.nn.Linear`` computes, and an activation of it; differentiable to any order.
 
-    C = A · Wᵀ + bias
+    C = activation(A · Wᵀ + bias)
 
     shapes      input (…, k), weight (n, k) or (k), bias (n) or () → (…, n), or (…)
     strides     as ``mm``; an input that cannot be seen as one matrix is copied, as in torch
     dtypes      as ``mm``; the rest is torch.nn.functional.linear
     aliasing    the result is new memory
-    rounding    as ``addmm``
-    errors      torch.nn.functional.linear's
+    rounding    as ``addmm``, after the activation
+    errors      torch.nn.functional.linear's; ValueError for an unknown activation
     determinism as ``mm``
-    source      as ``addmm``
+    source      as ``addmm``; kernels/cpu/activation.py
+
+    ``activation`` is None, "relu", "gelu", "gelu_tanh", "silu" or "tanh". On a CPU it is applied where the product is
+    stored, and backward keeps the result of relu and tanh, and A · Wᵀ + bias for the others.
 
     >>> import torch, matmul_grad
     >>> matmul_grad.linear(torch.ones(2, 3), torch.ones(1, 3), torch.tensor([0.5])).tolist()
     [[3.5], [3.5]]
+    >>> matmul_grad.linear(torch.ones(2, 3), torch.tensor([[1.0, 0, 0], [-1, 0, 0]]), activation="relu").tolist()
+    [[1.0, 0.0], [1.0, 0.0]]
     """
+    if activation is not None:
+        return _linear_activation(input, weight, bias, activation)
     if not is_dynamo_compiling():
         result = compiled.linear(input, weight, bias)
         if result is not None:
@@ -82,6 +90,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if result is not None:
             return result
     return torch.nn.functional.linear(input, weight, bias)
+
+
+def _linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """In one operator, or composed of two functions: for what is sharded, falls back, or has an error."""
+    require_name(activation)
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    if fallback.is_needed_to_compose(*operands) or any(fallback.is_sharded(x) for x in operands):
+        return BY_TORCH[activation](linear(input, weight, bias))
+    fallback.require_storages(*operands)
+    fits = input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1] and alike(input, weight)
+    if bias is not None:
+        fits = fits and bias.dim() == 1 and bias.shape[0] in (1, weight.shape[0]) and alike(input, bias)
+    if not fits:
+        return BY_TORCH[activation](linear(input, weight, bias))
+    return linear_activation(input, weight, bias, activation)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor | None:

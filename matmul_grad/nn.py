@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from . import decompositions
+from .activations import require_name
 from .functional import linear
 from .layers import KINDS, MARK, calls, is_class_forward, is_marked, make_mark
 
@@ -23,16 +24,40 @@ decompositions.register()
 class Linear(nn.Linear):
     """``torch.nn.Linear``, with its parameters, its initialisation and its name, computed by ``matmul_grad.linear``.
 
-    C = A · Wᵀ + bias
+    C = activation(A · Wᵀ + bias)
+
+    ``activation`` is one that ``matmul_grad.linear`` takes; it has no parameters, so the state_dict is torch's.
 
     >>> import torch, matmul_grad
     >>> layer = matmul_grad.Linear(3, 2)
     >>> layer, layer(torch.ones(5, 3)).shape
     (Linear(in_features=3, out_features=2, bias=True), torch.Size([5, 2]))
+    >>> matmul_grad.Linear(3, 2, activation="gelu")
+    Linear(in_features=3, out_features=2, bias=True, activation='gelu')
     """
 
+    activation: str | None = None  # of layers that were pickled without one, too
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        if activation is not None:
+            require_name(activation)
+            self.activation = activation
+
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        shown = super().extra_repr()
+        return shown if self.activation is None else f"{shown}, activation={self.activation!r}"
 
 
 def convert(model: Model, filter: Callable[[nn.Module, str], bool] | None = None) -> Model:

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import fallback, strict_mode
 from .autograd import is_plain
 from .ops import accelerated, can_be_added, compute, const_data_ptr, has_work, require_storage
+from .out_dtype import call as call_with_dtype
 from .scalars import real_scales
 
 Operands = tuple[Any, ...]
@@ -29,11 +30,15 @@ def run_with_out(
     """``torch.<name>(*operands, **scales, out=out)``, by these kernels where they can write to ``out``.
 
     The rest falls back to PyTorch (same results, same errors): an ``out`` of another dtype or device, one whose
-    elements share memory with each other; scales that are no real numbers; and every ``out_dtype``. Raises RuntimeError
-    where a storage holds fewer elements than its tensor has.
+    elements share memory with each other; scales that are no real numbers; and an ``out_dtype`` on CUDA. Raises
+    RuntimeError where a storage holds fewer elements than its tensor has.
     """
     if not is_left_to_torch(operands, out):
-        if out is None or out_dtype is not None:
+        if out_dtype is not None:
+            result = _with_dtype(name, operands, scales, out_dtype, out)
+            if result is not None:
+                return result
+        elif out is None:
             strict_mode.note_fallback(*operands[-2:])
         else:
             result = _computed(name, operands, scales, out)
@@ -41,6 +46,17 @@ def run_with_out(
                 return result
     more = {key: value for key, value in (("out_dtype", out_dtype), ("out", out)) if value is not None}
     return getattr(torch, name)(*operands, **non_default(scales), **more)
+
+
+def _with_dtype(
+    name: str, operands: Operands, scales: Scales, out_dtype: torch.dtype, out: Tensor | None
+) -> Tensor | None:
+    numbers = real_scales(operands[-1], *scales.values())
+    if numbers is None or (out is not None and (out.dtype != out_dtype or out.device != operands[-1].device)):
+        strict_mode.note_fallback(*operands[-2:])
+        return None
+    result = call_with_dtype(name, operands, dict(zip(scales, numbers, strict=True)), out_dtype)
+    return result if result is None or out is None else copy_to(result, out)
 
 
 def _computed(name: str, operands: Operands, scales: Scales, out: Tensor) -> Tensor | None:

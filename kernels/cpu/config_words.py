@@ -24,9 +24,11 @@ B_OFFSET = 21  # bytes behind which that buffer holds a panel of B
 ROW_COLUMNS = 22  # lanes whose sums are kept while one row of C is computed
 DIRECT_ROWS, ALIASED_ROWS, TRANSPOSED_ROWS = 23, 24, 25  # rows of C up to which B is read in place
 SEQUENTIAL_BYTES, DIRECT_PANELS = 26, 27
-FUNCTIONS = ("microkernel", "transposed", "row", "pack_steps", "pack_rows", "add", "store")
-MICROKERNEL, TRANSPOSED, ROW, PACK_STEPS, PACK_ROWS, ADD, STORE = range(28, 35)  # their addresses
-CONFIG_WORDS = 35
+FUNCTIONS = ("microkernel", "transposed", "row", "pack_steps", "pack_rows", "add", "store", "derivative")
+MICROKERNEL, TRANSPOSED, ROW, PACK_STEPS, PACK_ROWS, ADD, STORE, DERIVATIVE = range(28, 36)  # their addresses
+BACKWARD = 36  # address of what runs the derivative on all threads
+STORE_WIDE = 37  # address of what stores float32, of 16-bit operands
+CONFIG_WORDS = 38
 
 
 def config_words(config: BlockConfig) -> ctypes.Array[ctypes.c_int64]:

@@ -8,13 +8,13 @@ import os
 
 from . import build, fork_safety, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose, compiled_for
-from .config_words import FUNCTIONS, GEMM, MICROKERNEL, config_words
+from .config_words import BACKWARD, FUNCTIONS, GEMM, MICROKERNEL, STORE_WIDE, config_words
 from .once import Once
 
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
 parallel_for = ctypes.c_int64()  # the address of the thread pool's function, 0: one thread computes all
-_gemms: dict[BlockConfig, Once[int]] = {}
-_drivers: dict[str, Once[int]] = {}  # by instruction set
+_gemms: dict[BlockConfig, Once[tuple[int, int]]] = {}  # the GEMM and the gradient of activations
+_drivers: dict[str, Once[tuple[int, int]]] = {}  # by instruction set, likewise
 _addresses: dict[str, Once[int]] = {}
 _kept: list[object] = []  # loaded code, for the life of the process
 
@@ -69,36 +69,44 @@ def _address(dtype: str) -> int:
 
 def gemm_address(block: BlockConfig) -> int:
     """Address of the driver for ``block``, compiled or loaded at the first call; RuntimeError where that failed."""
-    return _gemms.setdefault(block, Once(functools.partial(_load, block))).result()
+    return _gemms.setdefault(block, Once(functools.partial(_load, block))).result()[0]
 
 
-def _load(block: BlockConfig) -> int:
+def derivative_address(block: BlockConfig) -> int:
+    """Likewise of the gradient of activations."""
+    return _gemms.setdefault(block, Once(functools.partial(_load, block))).result()[1]
+
+
+def _load(block: BlockConfig) -> tuple[int, int]:
     def kernels() -> build.Kernels:
         from .dtype_kernels import make_kernels
 
         return make_kernels(compiled)
 
     compiled, words = compiled_for(block), config_words(block)
-    words[GEMM] = _drivers.setdefault(block.isa, Once(functools.partial(_load_driver, block.isa))).result()
+    drivers = _drivers.setdefault(block.isa, Once(functools.partial(_load_driver, block.isa))).result()
+    words[GEMM], words[BACKWARD] = drivers
     symbols = {"matmul_grad_config": ctypes.addressof(words)}
     loaded = build.load(repr(compiled), block.name, kernels, host.machine(block.isa), symbols)
     for at, function in enumerate(FUNCTIONS, MICROKERNEL):
         words[at] = loaded.address(f"{block.name}_{function}")
+    if block.accumulates_wider:
+        words[STORE_WIDE] = loaded.address(f"{block.name}_store_wide")
     _kept.extend((loaded, words))
-    return loaded.address(block.name)
+    return loaded.address(block.name), loaded.address(f"{block.name}_backward")
 
 
-def _load_driver(isa: str) -> int:
-    """Address of the driver of all dtypes."""
+def _load_driver(isa: str) -> tuple[int, int]:
+    """Addresses of the drivers of all dtypes."""
 
     def kernels() -> build.Kernels:
-        from .gemm import KERNELS
+        from . import derivative, gemm
 
-        return KERNELS
+        return {**gemm.KERNELS, **derivative.KERNELS}
 
     loaded = build.load("gemm", "gemm", kernels, host.machine(isa), _symbols())
     _kept.append(loaded)
-    return loaded.address("matmul_grad_gemm")
+    return loaded.address("matmul_grad_gemm"), loaded.address("matmul_grad_derivative")
 
 
 def _forked() -> None:

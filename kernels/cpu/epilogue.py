@@ -1,18 +1,19 @@
 """The epilogue: what happens to a sum over k when it is stored.
 
-    C[i, j] = round(alpha · S + beta · source[i, j])      S = S₀ + S₁ + …, S_c = the sum over chunk c of k
+    C[i, j] = round(activation(alpha · S + beta · source[i, j]))   S = S₀ + S₁ + …, S_c = the sum over chunk c of k
 
 Where it is more than a store, the sums are kept in lanes, chunk of k by chunk, then rounded and stored once: for 16-bit
-results, which are rounded once; for more than one chunk of k; where something is added or scaled; and for a C whose
-columns are not adjacent, a transpose among them, whose elements are stored one by one.
+results, which are rounded once; for more than one chunk of k; where something is added or scaled, or there is an
+activation; and for a C whose columns are not adjacent, a transpose among them, whose elements are stored one by one.
+The argument of the activation can be stored beside its result, for backward.
 """
 
 from __future__ import annotations
 
 from .config import PARTIAL_COLUMNS
-from .config_words import ADD, CHUNK, LANE_BYTES, LANES, MR, PARTIAL_LANES, SIZE, STORE, THREAD_BYTES
+from .config_words import ADD, CHUNK, LANE_BYTES, LANES, MR, PARTIAL_LANES, SIZE, STORE, STORE_WIDE, THREAD_BYTES
 from .epilogue_ir import ADD_ARGUMENTS, STORE_ARGUMENTS
-from .gemm_args import ALPHA, BATCH, BETA, C_CS, C_RS, S_CS, S_RS, SOURCE, C, K, M, N
+from .gemm_args import ACTIVATION, ALPHA, BATCH, BETA, C_CS, C_RS, PRE, S_CS, S_RS, SOURCE, WIDE, C, K, M, N
 from .memory import call_kernel, ceil_div, copy_words, floor_div, get, jit, put
 from .schedule import (
     K_CHUNKS,
@@ -82,5 +83,6 @@ def store(config, args, partials, row_lanes):
     """The epilogue of sums whose rows are ``row_lanes`` apart, into C."""
     m, n, c, c_rs, c_cs = get(args, M), get(args, N), get(args, C), get(args, C_RS), get(args, C_CS)
     source, s_rs, s_cs = get(args, SOURCE), get(args, S_RS), get(args, S_CS)
-    alpha, beta = get(args, ALPHA), get(args, BETA)
-    call_store(get(config, STORE), m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta)
+    alpha, beta, activation, pre = get(args, ALPHA), get(args, BETA), get(args, ACTIVATION), get(args, PRE)
+    function = get(config, STORE) if get(args, WIDE) == 0 else get(config, STORE_WIDE)
+    call_store(function, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre)

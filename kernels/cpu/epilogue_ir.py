@@ -1,15 +1,17 @@
-"""The epilogue of one dtype, as IR: sums are added, scaled, rounded and stored, one vector at a time."""
+"""The epilogue of one dtype, as IR: sums are added, scaled, activated, rounded and stored, one vector at a time."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
+from .activation import FORWARD, cases
 from .config import BlockConfig
+from .elementary import Lanes
 from .operand import Operand
 from .pack import copy_element, element_at, scratch
-from .simd import I64, Vector, each, function_ir, splat
+from .simd import I64, Vector, choose, each, function_ir, splat
 
-ADD_ARGUMENTS, STORE_ARGUMENTS = 3, 12
+ADD_ARGUMENTS, STORE_ARGUMENTS = 3, 14
 
 
 def add_ir(name: str, operand: Operand) -> str:
@@ -26,52 +28,73 @@ def add_ir(name: str, operand: Operand) -> str:
     return function_ir(name, ADD_ARGUMENTS, emit)
 
 
-def store_ir(name: str, config: BlockConfig) -> str:
-    """IR of ``void name(m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta)``.
+def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
+    """IR of ``void name(m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre)``.
 
-    C[i, j] = round(alpha · partials[i, j] + beta · source[i, j]), where partials are lanes, ``row_lanes`` a row, and
-    alpha and beta the bits of a float64. Nothing is added where source is 0.
+    pre[i, j] = round(t), C[i, j] = round(activation(t))       t = alpha · partials[i, j] + beta · source[i, j]
+
+    where C, pre and source are of ``dtype``, partials are lanes, ``row_lanes`` a row, and alpha and beta the bits of a
+    float64. Nothing is added where source is 0; only C is stored where pre is 0. An activation has a loop of its own
+    over each row, whose argument stays in the partials.
     """
     # an element a lane, also where the k-loop has two
-    operand = Operand(Vector(config.accumulator, config.lanes, config.fused), config.dtype)
+    operand = Operand(Vector(config.accumulator, config.lanes, config.fused), dtype)
     lanes = config.lanes
 
-    def emit(builder, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta):
+    def emit(builder, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre):
         buffer, gathered = scratch(builder, operand), scratch(builder, operand)
         alpha, beta = (_splat_bits(builder, operand.vector, bits) for bits in (alpha, beta))
         adds = builder.icmp_signed("!=", source, I64(0))
-        adjacent, whole = builder.icmp_signed("==", c_cs, I64(1)), builder.and_(n, I64(-lanes))
+        adjacent = builder.icmp_signed("==", c_cs, I64(1))
+        activates = builder.icmp_signed("!=", activation, I64(0))
 
         def row(i):
-            def vector(j, count=None):
-                at = operand.vector.at(builder, partials, builder.add(builder.mul(i, row_lanes), j))
+            def write(value, matrix, j):
+                at = element_at(builder, operand, matrix, builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs)))
+                _write(builder, operand, value, at, c_cs, builder.sub(n, j), buffer, adjacent)
+
+            def partials_at(j):
+                return operand.vector.at(builder, partials, builder.add(builder.mul(i, row_lanes), j))
+
+            def add_source(j):
+                count, at = builder.sub(n, j), partials_at(j)
                 value = builder.fmul(operand.vector.load(builder, at), alpha)
                 element = builder.add(builder.mul(i, s_rs), builder.mul(j, s_cs))
                 element = element_at(builder, operand, source, element)
                 with builder.if_else(adds) as (some, none):
                     with some:
-                        address = _adjacent_source(builder, operand, element, s_cs, count, gathered)
-                        read = operand.read(builder, address, count)
-                        total = operand.vector.fma(builder, beta, read, value)
+                        address = adjacent_elements(builder, operand, element, s_cs, count, gathered)
+                        total = operand.vector.fma(builder, beta, _read(builder, operand, address, count), value)
                         added = builder.block
                     with none:
                         plain = builder.block
                 result = builder.phi(operand.vector.type)
                 result.add_incoming(total, added)
                 result.add_incoming(value, plain)
-                target = builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs))
-                _write(builder, operand, result, element_at(builder, operand, c, target), c_cs, count, buffer, adjacent)
+                with builder.if_else(activates) as (more, done):
+                    with more:
+                        operand.vector.store(builder, result, at)
+                        with builder.if_then(builder.icmp_signed("!=", pre, I64(0))):
+                            write(result, pre, j)
+                    with done:
+                        write(result, c, j)
 
-            each(builder, whole, lanes, vector)
-            with builder.if_then(builder.icmp_signed("<", whole, n)):  # apart: masks of 16 bits are slow on AVX2
-                vector(whole, builder.sub(n, whole))
+            def activate(function):
+                def one_vector(j):
+                    value = Lanes(builder, operand.vector, operand.vector.load(builder, partials_at(j)))
+                    write(function(value).value, c, j)
+
+                each(builder, n, lanes, one_vector)
+
+            each(builder, n, lanes, add_source)
+            cases(builder, activation, FORWARD, activate)
 
         each(builder, m, 1, row)
 
     return function_ir(name, STORE_ARGUMENTS, emit)
 
 
-def _adjacent_source(builder, operand, element, s_cs, count, gathered):
+def adjacent_elements(builder, operand, element, s_cs, count, gathered):
     """Address of the elements of a vector of the source: where they are, or ``gathered``, to which they are copied."""
     entry = builder.block
     with builder.if_then(builder.icmp_signed("!=", s_cs, I64(1))):
@@ -79,9 +102,9 @@ def _adjacent_source(builder, operand, element, s_cs, count, gathered):
         def one_lane(lane):
             at = element_at(builder, operand, element, builder.mul(lane, s_cs))
             to = element_at(builder, operand, gathered, lane)
-            copy_element(builder, operand.size, to, at)
+            copy_element(builder, operand.size, to, at, builder.icmp_signed("<", lane, count))
 
-        each(builder, operand.vector.lanes if count is None else count, 1, one_lane)
+        each(builder, operand.vector.lanes, 1, one_lane)
         copied = builder.block
     address = builder.phi(I64)
     address.add_incoming(element, entry)
@@ -89,19 +112,29 @@ def _adjacent_source(builder, operand, element, s_cs, count, gathered):
     return address
 
 
+def _read(builder, operand, address, count):
+    """The first ``count`` elements of a vector, or all: apart, since AVX2 has no mask of 16 bits."""
+    whole = builder.icmp_signed(">=", count, I64(operand.vector.lanes))
+    counts = (None, count)
+    (value,) = choose(builder, whole, *(lambda count=count: [operand.read(builder, address, count)] for count in counts))
+    return value
+
+
 def _write(builder, operand, value, target, c_cs, count, buffer, adjacent):
-    """A vector of C, or ``count`` elements of one, where they lie together, or one by one."""
+    """A vector of C, at most ``count`` elements, where they lie together, or one by one."""
     with builder.if_else(adjacent, likely=True) as (together, apart):
         with together:
             operand.write(builder, value, target, count)
         with apart:
-            operand.write(builder, value, buffer)
+            room = I64(operand.vector.lanes)
+            here = builder.select(builder.icmp_signed("<", count, room), count, room)
+            operand.write(builder, value, buffer, here)
 
             def one_lane(lane):
                 to = element_at(builder, operand, target, builder.mul(lane, c_cs))
                 copy_element(builder, operand.size, to, element_at(builder, operand, buffer, lane))
 
-            each(builder, operand.vector.lanes if count is None else count, 1, one_lane)
+            each(builder, here, 1, one_lane)
 
 
 def _splat_bits(builder: ir.IRBuilder, vector: Vector, bits: ir.Value) -> ir.Value:

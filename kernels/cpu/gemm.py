@@ -17,7 +17,7 @@ from .affinity import claim_core, clear_cores, move_to_free_core
 from .config import SPLIT_BYTES
 from .config_words import CHUNK, CONVERTS, LANE_BYTES, LANES, LONG, MR, NR, SHORT, SIZE, THREAD_BYTES
 from .epilogue import multiply_with_epilogue, reduce_chunks
-from .gemm_args import BATCH, C_CS, C_RS, GEMM_ARGS, C, K, M, N
+from .gemm_args import BATCH, C_CS, C_RS, GEMM_ARGS, WIDE, C, K, M, N
 from .loops import multiply
 from .memory import ceil_div, copy_words, fetch_increment, floor_div, get, jit, put, symbol
 from .schedule import (
@@ -128,7 +128,7 @@ def plan(config, args, threads):
     if m == 0 or n == 0 or batch == 0:
         return 0
     if k == 0:
-        size = get(config, SIZE)
+        size = get(config, SIZE) << get(args, WIDE)
         for i in range(m):
             memset(get(args, C) + i * get(args, C_RS) * size, 0, n * size)
         return 0

@@ -1,8 +1,10 @@
 """The arguments of the driver for one product, or for a batch of them: int64, sizes and strides in elements.
 
-    C = alpha · (A · B) + beta · source
+    C = activation(alpha · (A · B) + beta · source)
 
-SOURCE is 0 where nothing is added, and may be C itself. ALPHA and BETA hold the bits of a float64.
+SOURCE is 0 where nothing is added, and may be C itself. ALPHA and BETA hold the bits of a float64. ACTIVATION is an
+index of ACTIVATIONS. PRE is 0, or where the argument of the activation is stored, rounded, with the strides of C. WIDE
+is 1 where C, the source and PRE are float32 and the operands have 16 bits, else 0.
 """
 
 from __future__ import annotations
@@ -13,17 +15,23 @@ from typing import Any
 M, N, K, A, A_RS, A_CS, B, B_RS, B_CS, C, C_RS, C_CS = range(12)
 BATCH, A_BS, B_BS, C_BS = range(12, 16)  # number of products, and the distances between them
 SOURCE, S_RS, S_CS, S_BS, ALPHA, BETA = range(16, 22)
-GEMM_ARGS = 22
+ACTIVATION, PRE, WIDE = range(22, 25)
+GEMM_ARGS = 25
 ONE = 0x3FF0000000000000  # the bits of 1.0
+ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu", "tanh")
+BY_RESULT = ("relu", "tanh")  # whose derivative is a function of their result
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What is added to a product and how it is scaled, as C = alpha · (A · B) + beta · source.
+    """What happens to a product where it is stored, as C = activation(alpha · (A · B) + beta · source).
 
-    Nothing is added where ``source``, which expands to C, is None or beta is 0.
+    Nothing is added where ``source``, which expands to C, is None or beta is 0. activation: one of ACTIVATIONS. pre: a
+    tensor with the strides of C that gets the argument of the activation, or None.
     """
 
     alpha: float = 1.0
     beta: float = 1.0
     source: Any = None
+    activation: str = ""
+    pre: Any = None

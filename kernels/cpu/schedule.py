@@ -24,6 +24,7 @@ from .gemm_args import (
     A_BS,
     A_CS,
     A_RS,
+    ACTIVATION,
     ALPHA,
     B_BS,
     B_CS,
@@ -34,10 +35,12 @@ from .gemm_args import (
     C_RS,
     GEMM_ARGS,
     ONE,
+    PRE,
     S_BS,
     S_CS,
     S_RS,
     SOURCE,
+    WIDE,
     A,
     B,
     C,
@@ -88,6 +91,14 @@ def block_count(args):
 
 
 @jit
+def set_plain_store(args):
+    """No activation, and a result of the dtype of the operands."""
+    put(args, ACTIVATION, 0)
+    put(args, PRE, 0)
+    put(args, WIDE, 0)
+
+
+@jit
 def set_dense_c(args, c_rs):
     """One product without an epilogue, into a C whose columns are adjacent."""
     put(args, C_RS, c_rs)
@@ -95,13 +106,14 @@ def set_dense_c(args, c_rs):
     put(args, BATCH, 1)
     put(args, SOURCE, 0)
     put(args, ALPHA, ONE)
+    set_plain_store(args)
 
 
 @jit
 def stores_directly(args):
     """Whether the accumulators are the elements of C, and can be stored there as vectors."""
     stored = get(args, C_CS) == 1 or get(args, N) == 1
-    return stored and get(args, SOURCE) == 0 and get(args, ALPHA) == ONE
+    return stored and get(args, SOURCE) == 0 and get(args, ALPHA) == ONE and get(args, ACTIVATION) == 0
 
 
 @jit
@@ -121,9 +133,13 @@ def restrict(args, i, rows, j, columns, size):
     """Restrict a product to ``rows`` and ``columns`` of C from (i, j) on."""
     put(args, A, get(args, A) + i * get(args, A_RS) * size)
     put(args, B, get(args, B) + j * get(args, B_CS) * size)
-    put(args, C, get(args, C) + (i * get(args, C_RS) + j * get(args, C_CS)) * size)
+    c_size = size << get(args, WIDE)
+    offset = (i * get(args, C_RS) + j * get(args, C_CS)) * c_size
+    put(args, C, get(args, C) + offset)
+    if get(args, PRE) != 0:
+        put(args, PRE, get(args, PRE) + offset)
     if get(args, SOURCE) != 0:
-        put(args, SOURCE, get(args, SOURCE) + (i * get(args, S_RS) + j * get(args, S_CS)) * size)
+        put(args, SOURCE, get(args, SOURCE) + (i * get(args, S_RS) + j * get(args, S_CS)) * c_size)
     put(args, M, rows)
     put(args, N, columns)
 
@@ -135,9 +151,12 @@ def select_item(args, item, size, lane_bytes):
         return
     put(args, A, get(args, A) + item * get(args, A_BS) * size)
     put(args, B, get(args, B) + item * get(args, B_BS) * size)
-    put(args, C, get(args, C) + item * get(args, C_BS) * size)
+    c_size = size << get(args, WIDE)
+    put(args, C, get(args, C) + item * get(args, C_BS) * c_size)
+    if get(args, PRE) != 0:
+        put(args, PRE, get(args, PRE) + item * get(args, C_BS) * c_size)
     if get(args, SOURCE) != 0:
-        put(args, SOURCE, get(args, SOURCE) + item * get(args, S_BS) * size)
+        put(args, SOURCE, get(args, SOURCE) + item * get(args, S_BS) * c_size)
     if get(args, K_CHUNKS) > 1:
         put(args, PARTIALS, get(args, PARTIALS) + item * partial_bytes(args, lane_bytes))
 

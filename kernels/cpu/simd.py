@@ -208,7 +208,11 @@ def function_ir(name: str, arguments: int, emit: Callable[..., ir.Value | None],
 
 
 def each(
-    builder: ir.IRBuilder, end: ir.Value | int, step: int, body: Callable[[ir.Value], None], start: ir.Value | int = 0
+    builder: ir.IRBuilder,
+    end: ir.Value | int,
+    step: int,
+    body: Callable[[ir.Value], None],
+    start: ir.Value | int = 0,
 ) -> None:
     """``for i in range(start, end, step): body(i)``"""
 
@@ -216,7 +220,7 @@ def each(
         body(i)
         return []
 
-    first, last = (I64(bound) if isinstance(bound, int) else bound for bound in (start, end))
+    first, last = (I64(x) if isinstance(x, int) else x for x in (start, end))
     repeat(builder, first, last, step, [], once)
 
 

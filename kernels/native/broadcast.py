@@ -39,6 +39,7 @@ from ..cpu.gemm_args import (
     N,
 )
 from ..cpu.memory import INT64, call_address, get, jit, put, stack_words
+from ..cpu.schedule import set_plain_store
 from .call import FALLBACK, RUN, UNSUPPORTED, bounds_outcome, is_empty, item_size
 from .torch_c_api import (
     DATA,
@@ -287,6 +288,7 @@ def locate_all(a, b, bias, infos, args):
     put(args, A, get(info_a, DATA))
     put(args, B, get(info_b, DATA))
     put(args, ALPHA, ONE)
+    set_plain_store(args)
     put(args, SOURCE, 0)
     if bias != 0:
         if not locate(bias, info_bias):

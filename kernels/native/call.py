@@ -35,6 +35,7 @@ from ..cpu.gemm_args import (
     N,
 )
 from ..cpu.memory import INT64, call_address, get, jit, number_of, put, stack_words
+from ..cpu.schedule import set_plain_store
 from .aliasing import are_dense, is_non_overlapping, is_result, overlap, repeats_an_element, share_storage
 from .op_table import BATCHES, MATRICES, MATVEC
 from .state import DTYPE_CODES, INTERRUPTED, NOT_ACCELERATED
@@ -310,6 +311,7 @@ def locate_operands(a, b, source, infos, args, kind):
         return False
     set_operands(args, infos + INFO_A, infos + INFO_B, kind)
     put(args, SOURCE, 0)
+    set_plain_store(args)
     if source == 0:
         put(args, ALPHA, ONE)
     elif number_of(get(args, BETA)) != 0.0:

@@ -9,7 +9,25 @@ import torch
 
 from ..cpu import driver
 from ..cpu.config import BlockConfig
-from ..cpu.gemm_args import A_BS, ALPHA, B_BS, BATCH, BETA, C_BS, GEMM_ARGS, S_BS, S_CS, S_RS, SOURCE, Epilogue
+from ..cpu.derivative_args import DERIVATIVE_ARGS
+from ..cpu.gemm_args import (
+    A_BS,
+    ACTIVATION,
+    ACTIVATIONS,
+    ALPHA,
+    B_BS,
+    BATCH,
+    BETA,
+    C_BS,
+    GEMM_ARGS,
+    PRE,
+    S_BS,
+    S_CS,
+    S_RS,
+    SOURCE,
+    WIDE,
+    Epilogue,
+)
 from .torch_layout import address, const_data_ptr, has_thread_pool
 
 CALL = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 3)
@@ -31,10 +49,11 @@ def multiply(
     threads: int = 1,
     epilogue: Epilogue = PLAIN,
 ) -> torch.Tensor:
-    """out = alpha · (a · b) + beta · source by the driver for ``block``.
+    """out = activation(alpha · (a · b) + beta · source) by the driver for ``block``.
 
     Dense (m, k) and (k, n) of ``block.dtype``, or a batch of each, and any strides, k > 0 in a batch or where something
-    is added; out (m, n) with its elements apart. A source expands to out; where beta is 0 it is not read.
+    is added; out (m, n) with its elements apart, of that dtype, or float32 where it has 16 bits. A source has the dtype
+    of out, and expands to it; where beta is 0 it is not read.
     """
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     call = CALL(driver.gemm_address(block))
@@ -47,6 +66,9 @@ def multiply(
         expanded = epilogue.source.expand(out.shape)
         args[SOURCE], (args[S_RS], args[S_CS]) = _address(epilogue.source), expanded.stride()[-2:]
         args[S_BS] = expanded.stride(0)
+    args[WIDE] = int(out.dtype != a.dtype)
+    args[ACTIVATION] = ACTIVATIONS.index(epilogue.activation)
+    args[PRE] = 0 if epilogue.pre is None else _address(epilogue.pre, is_written=True)
     if call(ctypes.addressof(args), 1, threads):
         raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
     return out
@@ -65,7 +87,30 @@ def product(
     a: torch.Tensor, b: torch.Tensor, epilogue: Epilogue = PLAIN, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``multiply`` with the configuration of a dtype, into new memory; threads where torch lends its pool."""
-    block = driver.config(str(a.dtype).removeprefix("torch."))
-    threads = torch.get_num_threads() if has_thread_pool() else 1
+    block, threads = _config(a), torch.get_num_threads() if has_thread_pool() else 1
     result = a.new_empty((*a.shape[:-1], b.shape[-1])) if out is None else out
     return multiply(block, a, b, result, threads, epilogue)
+
+
+def activation_gradient(
+    block: BlockConfig, activation: str, grad: torch.Tensor, kept: torch.Tensor, threads: int = 1
+) -> torch.Tensor:
+    """grad · activation', from the argument of the activation, or its result for those of BY_RESULT.
+
+    Two matrices of ``block.dtype``, of any strides; the result is contiguous.
+    """
+    (m, n), out = grad.shape, grad.new_empty(grad.shape)
+    matrices = (*(x for matrix in (grad, kept) for x in (_address(matrix), *matrix.stride())), out.data_ptr(), n)
+    args = (ctypes.c_int64 * DERIVATIVE_ARGS)(m, n, *matrices, ACTIVATIONS.index(activation))
+    CALL(driver.derivative_address(block))(ctypes.addressof(args), 1, threads)
+    return out
+
+
+def gradient(activation: str, grad: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """``activation_gradient`` as ``product`` is of ``multiply``."""
+    threads = torch.get_num_threads() if has_thread_pool() else 1
+    return activation_gradient(_config(grad), activation, grad, kept, threads)
+
+
+def _config(tensor: torch.Tensor) -> BlockConfig:
+    return driver.config(str(tensor.dtype).removeprefix("torch."))

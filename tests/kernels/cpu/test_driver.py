@@ -19,7 +19,8 @@ CASES = list(itertools.product(DTYPES, TILES))
 def test_a_dtype_adds_no_function_for_numba(dtype: str, isa: str) -> None:
     block = choose(dtype, Cpu(isa, bf16_dot=isa == "avx512"))
     kernels = make_kernels(block)
-    assert set(kernels) == {block.name, *(f"{block.name}_{function}" for function in config_words.FUNCTIONS)}
+    functions = (*config_words.FUNCTIONS, "backward", *["store_wide"] * block.accumulates_wider)
+    assert set(kernels) == {block.name, *(f"{block.name}_{function}" for function in functions)}
     assert all(isinstance(text, str) and f'@"{name}"' in text for name, text in kernels.items())
 
 

@@ -207,3 +207,25 @@ def test_forced_isa_is_used_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MATMUL_GRAD_ISA", absent)
     with pytest.raises(RuntimeError, match=f"{absent} was asked for, but this CPU has only"):
         host.cpu()
+
+
+@pytest.mark.parametrize("block", [x for x in blocks.parameters(WITHOUT_DOT) if x.values[0].accumulates_wider])
+def test_results_of_16_bit_operands_in_float32(block: BlockConfig) -> None:
+    """The sums as they are, which otherwise are rounded; added to what is there; nothing is written beside them."""
+    dtype = dtype_of(block)
+    for m, n, k in ((13, 70, 31), (1, 33, 50), (40, 1, 7), (7, 5, 2 * block.chain + 9)):
+        a, b = testing.normal(m, k, dtype), testing.normal(k, n, dtype)
+        source = testing.normal(m, n, torch.float32)
+        first = torch.empty(m, n)
+        direct.multiply(block, a, b, first)
+        testing.assert_same_bits(first.to(dtype), direct.multiply(block, a, b, a.new_empty(m, n)))
+        assert (first.double() - a.double() @ b.double()).abs().max() <= 4e-6 * k**0.5
+        for threads, by_columns in ((1, False), (3, False), (2, True)):
+            shape = (n, m) if by_columns else (m, n)
+            out, whole = in_canary(torch.full(shape, float("nan")))
+            direct.multiply(block, a, b, out.t() if by_columns else out, threads)
+            testing.assert_same_bits(out.t() if by_columns else out, first)
+            assert_untouched(whole, *shape, f"{m}x{n}x{k}")
+        out = source.clone()
+        direct.multiply(block, a, b, out, 2, Epilogue(source=out))
+        testing.assert_same_bits(out, source + first)

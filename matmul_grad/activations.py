@@ -1,0 +1,372 @@
+"""``activation(input + A · B)`` as one operator: its kernel, its gradient, and the rules of vmap and autocast.
+
+    C  = f(S)         S = input + A · B; f is applied before the only rounding
+    dS = dC · f'      one pass; f' is computed from C for relu and tanh, from S for gelu, gelu_tanh and silu
+
+and then as for addmm: dA = dS · Bᵀ, dB = Aᵀ · dS, dinput = dS summed over what input was expanded by. Beside the
+operands one matrix is saved: C, which the caller has anyway, or S. S is a second result of the recorded operator, so
+that a further derivative of f' goes through the same node, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import autocast, strict_mode
+from .autograd import (
+    _below_autograd,
+    _Node,
+    fused_gradients,
+    may_have_tangents,
+    outer_levels_record,
+    save_operands,
+    with_graph,
+)
+from .flops import count_flops
+from .kernels.cpu.gemm_args import ACTIVATIONS, BY_RESULT
+from .ops import (
+    DTYPES,
+    NAMESPACE,
+    TAGS,
+    accelerated,
+    addition,
+    can_be_added,
+    compute,
+    has_work,
+    library,
+    product,
+    require_storage,
+)
+from .vmap import Dims, in_front
+
+NAMES = ACTIVATIONS[1:]
+ARGUMENTS = "(Tensor? self, Tensor mat1, Tensor mat2, str activation)"
+INV_SQRT2, INV_SQRT_2PI = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
+SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+
+BY_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+def require_name(activation: Any) -> None:
+    if activation not in NAMES:
+        raise ValueError(f"activation must be None or one of {', '.join(NAMES)}, got {activation!r}")
+
+
+# --- the gradient of f, composed of functions that have derivatives of every order ----------------------------------
+
+
+def _relu_gradient(grad: Tensor, y: Tensor) -> Tensor:
+    return torch.where(y <= 0, torch.zeros_like(grad), grad)
+
+
+def _gelu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    return grad * (torch.erfc(x * -INV_SQRT2) * 0.5 + x * torch.exp(x * x * -0.5) * INV_SQRT_2PI)
+
+
+def _gelu_tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(SLOPE * (x + CUBIC * x * x * x))
+    return grad * (sigmoid + x * sigmoid * (1 - sigmoid) * (SLOPE + 3 * SLOPE * CUBIC * x * x))
+
+
+def _silu_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(x)
+    return grad * (sigmoid + x * sigmoid * (1 - sigmoid))
+
+
+def _tanh_gradient(grad: Tensor, y: Tensor) -> Tensor:
+    return grad * (1 - y * y)
+
+
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": _relu_gradient,
+    "gelu": _gelu_gradient,
+    "gelu_tanh": _gelu_tanh_gradient,
+    "silu": _silu_gradient,
+    "tanh": _tanh_gradient,
+}
+
+
+def gradient_by_torch(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
+    """grad · f' in torch's functions; 16-bit operands are computed with in float32, as in the kernel."""
+    wide = torch.float32 if grad.dtype.itemsize == 2 else grad.dtype
+    return GRADIENTS[activation](grad.to(wide), kept.to(wide)).to(grad.dtype)
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+def argument(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> Tensor:
+    """S, by the differentiable operators."""
+    return product(mat1, mat2) if self is None else addition(self, mat1, mat2, 1, 1)
+
+
+def _by_torch(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> Tensor:
+    return torch.mm(mat1, mat2) if self is None else torch.addmm(self, mat1, mat2)
+
+
+def addmm_activation_by_torch(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> Tensor:
+    require_name(activation)
+    return BY_TORCH[activation](_by_torch(self, mat1, mat2))
+
+
+def _supported(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> bool:
+    """Whether these kernels compute S; they apply f on a CPU."""
+    if mat1.dim() != 2 or not accelerated(mat1, mat2) or not (self is None or can_be_added(self, mat1, mat2)):
+        strict_mode.note_fallback(mat1, mat2)
+        return False
+    return has_work(mat1, mat2)
+
+
+def _fused(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str, pre: Tensor | None) -> Tensor:
+    from .kernels.native import direct
+
+    require_storage(mat1, mat2, *(() if self is None else (self,)))
+    return direct.product(mat1, mat2, direct.Epilogue(1.0, 1.0, self, activation, pre))
+
+
+def _forward(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> Tensor:
+    require_name(activation)
+    if not _supported(self, mat1, mat2):
+        return addmm_activation_by_torch(self, mat1, mat2, activation)
+    if mat1.is_cuda:
+        return BY_TORCH[activation](compute(mat1, mat2, self))
+    return _fused(self, mat1, mat2, activation, None)
+
+
+def _forward_and_keep(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """f(S) and S."""
+    require_name(activation)
+    if not _supported(self, mat1, mat2):
+        pre = _by_torch(self, mat1, mat2)
+    elif mat1.is_cuda:
+        pre = compute(mat1, mat2, self)
+    else:
+        pre = mat1.new_empty(mat1.shape[0], mat2.shape[1])
+        return _fused(self, mat1, mat2, activation, pre), pre
+    return BY_TORCH[activation](pre), pre
+
+
+def _gradient(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
+    require_name(activation)
+    plain = grad.device.type == "cpu" and grad.dtype == kept.dtype and grad.layout == kept.layout == torch.strided
+    if not (plain and grad.shape == kept.shape and grad.dim() == 2 and grad.numel() and accelerated(grad, kept.t())):
+        return gradient_by_torch(grad, kept, activation).contiguous()
+    from .kernels.native import direct
+
+    require_storage(grad, kept)
+    return direct.gradient(activation, grad, kept)
+
+
+def _fake_forward(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> Tensor:
+    require_name(activation)
+    return _by_torch(self, mat1, mat2)
+
+
+def _fake_forward_and_keep(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    result = _fake_forward(self, mat1, mat2, activation)
+    return result, torch.empty_like(result)
+
+
+def _fake_gradient(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+class AddmmActivation(_Node):
+    """``addmm_activation`` as a node of the graph: its result, and for an activation that needs it S."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor | None, self: Tensor, mat2: Tensor, activation: str) -> Any:
+        _, needs_self, needs_mat2, _ = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)
+        ctx.activation, ctx.input_shape = activation, None if input is None else input.shape
+        by_result = activation in BY_RESULT
+        operator = _addmm_activation if by_result else _addmm_activation_kept
+        levels = torch._C._are_functorch_transforms_active()
+        with outer_levels_record() if levels else _below_autograd():
+            outputs = operator(input, self, mat2, activation)
+        kept = outputs if by_result else outputs[1]
+        save_operands(ctx, self, mat2, needs_self, needs_mat2, kept)
+        if may_have_tangents():
+            ctx.save_for_forward(self, mat2, kept)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_kept: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        self, mat2, kept = ctx.saved_tensors
+        terms = [] if grad is None else [_activation_gradient(grad, kept, ctx.activation)]
+        if grad_kept is not None:
+            terms.append(grad_kept)
+        if not terms:
+            return None, None, None, None
+        total = sum(terms[1:], terms[0])
+        needs_input, *needs = ctx.needs_input_grad[:3]
+        dinput = total.sum_to_size(ctx.input_shape) if needs_input else None
+        dself, dmat2 = fused_gradients(total, self, mat2, (needs[0], needs[1]), ctx.column_major)
+        return dinput, dself, dmat2, None
+
+    @staticmethod
+    def jvp(ctx: Any, dinput: Tensor | None, dself: Tensor | None, dmat2: Tensor | None, _: Any) -> Any:
+        """dS = dinput + dA · B + A · dB,  dC = dS · f'"""
+        self, mat2, kept = ctx.saved_tensors
+        functorch = torch._C._are_functorch_transforms_active()
+        with outer_levels_record() if functorch else contextlib.nullcontext():
+            terms = [] if dinput is None else [dinput]
+            if dself is not None:
+                terms.append(product(dself, mat2))
+            if dmat2 is not None:
+                terms.append(product(self, dmat2))
+            total = sum(terms[1:], terms[0]).expand(kept.shape)
+            tangent = gradient_by_torch(total, kept, ctx.activation)
+            return tangent if ctx.activation in BY_RESULT else (tangent, total)
+
+
+_record: Callable[..., Any] = AddmmActivation.apply  # type: ignore[attr-defined]  # which torch adds to the base
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return needed or may_have_tangents()
+
+
+def _is_own(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> bool:
+    """Dense real matrices of one dtype, as for the other operators; the graph of others is that of torch's."""
+    operands = [x for x in (self, mat1, mat2) if x is not None]
+    return (
+        mat1.dim() == mat2.dim() == 2
+        and mat1.dtype in DTYPES
+        and all(x.dtype == mat1.dtype and x.layout == torch.strided and not x.is_nested for x in operands)
+    )
+
+
+def _autograd(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> Tensor:
+    require_name(activation)
+    if not _is_own(self, mat1, mat2):
+        strict_mode.note_fallback(mat1, mat2)
+        return addmm_activation_by_torch(self, mat1, mat2, activation)
+    if not _is_recorded(self, mat1, mat2):
+        with _below_autograd():
+            return _addmm_activation(self, mat1, mat2, activation)
+    outputs = with_graph(_record, self, mat1, mat2, activation)
+    return outputs if activation in BY_RESULT else outputs[0]
+
+
+def _autograd_and_keep(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """At an outer level of transforms, where both results are needed."""
+    require_name(activation)
+    if not _is_own(self, mat1, mat2) or (_is_recorded(self, mat1, mat2) and activation in BY_RESULT):
+        pre = argument(self, mat1, mat2)
+        return BY_TORCH[activation](pre), pre
+    if not _is_recorded(self, mat1, mat2):
+        with _below_autograd():
+            return _addmm_activation_kept(self, mat1, mat2, activation)
+    result: tuple[Tensor, Tensor] = with_graph(_record, self, mat1, mat2, activation)  # type: ignore[assignment]
+    return result
+
+
+def _gradient_autograd(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
+    require_name(activation)
+    if _is_recorded(grad, kept):
+        return gradient_by_torch(grad, kept, activation)
+    with _below_autograd():
+        return _activation_gradient(grad, kept, activation)
+
+
+# --- vmap -----------------------------------------------------------------------------------------------------------
+
+
+def _batched_argument(info: Any, in_dims: Dims, *operands: Tensor | None) -> Tensor:
+    front = (None if x is None else in_front(x, dim, info.batch_size, 2) for x, dim in zip(operands, in_dims))
+    self, mat1, mat2 = front
+    assert mat1 is not None and mat2 is not None
+    return argument(self, mat1, mat2)
+
+
+def _rows_alone(in_dims: Dims) -> bool:
+    """Whether mat1 is batched alone: its items are more rows."""
+    return in_dims[1] is not None and in_dims[0] is None and in_dims[2] is None
+
+
+def _rule(info: Any, in_dims: Dims, self: Any, mat1: Tensor, mat2: Tensor, activation: str) -> tuple[Tensor, int]:
+    if _rows_alone(in_dims) and (self is None or self.dim() < 2):
+        items = mat1.movedim(in_dims[1] or 0, 0)
+        rows = _addmm_activation(self, items.flatten(0, 1), mat2, activation)
+        return rows.unflatten(0, items.shape[:2]), 0
+    return BY_TORCH[activation](_batched_argument(info, in_dims, self, mat1, mat2)), 0
+
+
+def _rule_and_keep(info: Any, in_dims: Dims, self: Any, mat1: Tensor, mat2: Tensor, activation: str) -> Any:
+    if _rows_alone(in_dims) and (self is None or self.dim() < 2):
+        items = mat1.movedim(in_dims[1] or 0, 0)
+        both = _addmm_activation_kept(self, items.flatten(0, 1), mat2, activation)
+        return tuple(rows.unflatten(0, items.shape[:2]) for rows in both), (0, 0)
+    pre = _batched_argument(info, in_dims, self, mat1, mat2)
+    return (BY_TORCH[activation](pre), pre), (0, 0)
+
+
+def _gradient_rule(info: Any, in_dims: Dims, grad: Tensor, kept: Tensor, activation: str) -> tuple[Tensor, int]:
+    both = (in_front(x, dim, info.batch_size, 2) for x, dim in zip((grad, kept), in_dims))
+    rows = (x.expand(info.batch_size, *x.shape[1:]).flatten(0, 1) for x in both)
+    result = _activation_gradient(*rows, activation)
+    return result.unflatten(0, (info.batch_size, -1)), 0
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def _register(name: str, schema: str, kernels: tuple[Callable[..., Any], ...]) -> Any:
+    """kernels: of every device, of Autograd, of tracing and of vmap."""
+    composite, recorded, fake, rule = kernels
+    library.define(f"{name}{schema}", tags=TAGS)
+    library.impl(name, composite, "CompositeExplicitAutograd")
+    library.impl(name, recorded, "Autograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=library)
+    return getattr(torch.ops.matmul_grad, name).default
+
+
+def _flops(_: Any, mat1: Any, mat2: Any, *__: Any) -> int:
+    return 2 * math.prod(mat1) * mat2[-1]
+
+
+_addmm_activation = _register("addmm_activation", f"{ARGUMENTS} -> Tensor", (_forward, _autograd, _fake_forward, _rule))
+_addmm_activation_kept = _register(
+    "_addmm_activation_kept",
+    f"{ARGUMENTS} -> (Tensor, Tensor)",
+    (_forward_and_keep, _autograd_and_keep, _fake_forward_and_keep, _rule_and_keep),
+)
+_activation_gradient = _register(
+    "_activation_gradient",
+    "(Tensor grad, Tensor kept, str activation) -> Tensor",
+    (_gradient, _gradient_autograd, _fake_gradient, _gradient_rule),
+)
+count_flops(torch.ops.matmul_grad.addmm_activation, _flops)
+count_flops(torch.ops.matmul_grad._addmm_activation_kept, _flops)
+for device, key in autocast.DEVICES.items():
+    library.impl("addmm_activation", autocast.make_cast("addmm_activation", device), key)
+
+
+def linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """``linear`` of operands that ``functional.linear`` has found to fit."""
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    result = _addmm_activation(bias, rows, weight.t(), activation)
+    return (
+        result
+        if input.dim() == 2
+        else torch.ops.aten._unsafe_view.default(result, (*input.shape[:-1], weight.shape[0]))
+    )

@@ -1,0 +1,170 @@
+"""Activations in the epilogue and their gradients: values, bits, the argument kept for backward, what is written."""
+
+from __future__ import annotations
+
+import blocks
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from matmul_grad import testing
+from matmul_grad.kernels.cpu import driver
+from matmul_grad.kernels.cpu.config import BlockConfig
+from matmul_grad.kernels.cpu.gemm_args import ACTIVATIONS, BY_RESULT, Epilogue
+from matmul_grad.kernels.native import direct
+
+TORCH = {
+    "relu": torch.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
+# In float64 without the cancellation that torch's formulas have for negative arguments.
+EXACT = {
+    **TORCH,
+    "gelu": lambda x: x * torch.erfc(x * -(0.5**0.5)) / 2,
+    "gelu_tanh": lambda x: x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)),
+}
+NAMES = list(TORCH)
+SHAPES = ((13, 70, 31), (1, 33, 50), (40, 1, 7), (7, 5, 1700))  # the last: chunks of k in small blocks
+every_block = pytest.mark.parametrize("block", blocks.parameters())
+every_activation = pytest.mark.parametrize("name", NAMES)
+
+
+def test_every_activation_is_tested() -> None:
+    assert ["", *NAMES] == list(ACTIVATIONS)
+
+
+def small_integers(m: int, n: int, block: BlockConfig, seed: int) -> Tensor:
+    return testing.integers(m, n, getattr(torch, block.dtype), seed=seed).clamp(-1, 1)
+
+
+def multiply(
+    block: BlockConfig, a: Tensor, b: Tensor, source: Tensor, name: str, threads: int = 1, column_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The result and the argument of the activation, between which and around which nothing is written."""
+    shape = (b.shape[1], a.shape[0]) if column_major else (a.shape[0], b.shape[1])
+    whole = a.new_full((2, shape[0] + 2, shape[1] + 5), float("nan"))
+    out, pre = whole[0, 1:-1, 2:-3], whole[1, 1:-1, 2:-3]
+    if column_major:
+        out, pre = out.t(), pre.t()
+    epilogue = Epilogue(alpha=0.25, source=source, activation=name, pre=pre)
+    direct.multiply(block, a, b, out, threads, epilogue)
+    result = out.clone(), pre.clone()
+    out.fill_(float("nan"))
+    pre.fill_(float("nan"))
+    assert whole.isnan().all(), "written outside of C"
+    return result
+
+
+@every_block
+@every_activation
+def test_results_and_kept_arguments(block: BlockConfig, name: str) -> None:
+    for m, n, k in SHAPES:
+        a, b, source = (small_integers(*shape, block, i) for i, shape in enumerate(((m, k), (k, n), (1, n))))
+        exact = testing.exact_product(a, b).double() * 0.25 + source.double()
+        truth = EXACT[name](exact)
+        out, pre = multiply(block, a, b, source, name)
+        testing.assert_same_bits(pre + 0.0, exact.to(a.dtype) + 0.0)
+        exponent = exact**2 + exact.abs() ** 3 / 4  # what is rounded in it is a factor of the result
+        allowed = (4 + exponent) * torch.finfo(a.dtype).eps * truth.abs() + torch.finfo(a.dtype).tiny
+        assert (out.double() - truth).abs().le(allowed).all(), f"{name} {m}x{n}x{k}"
+
+
+@every_block
+@every_activation
+def test_bits_do_not_depend_on_the_path(block: BlockConfig, name: str) -> None:
+    dtype = getattr(torch, block.dtype)
+    for m, n, k in SHAPES:
+        a, b, source = (testing.normal(*shape, dtype) for shape in ((m, k), (k, n), (1, n)))
+        first = multiply(block, a, b, source, name)
+        others = [
+            multiply(block, a, b, source, name, threads=3),
+            multiply(block, a, b, source, name, column_major=True),
+            multiply(block, a.t().contiguous().t(), b.t().contiguous().t(), source, name, threads=2),
+        ]
+        for result in others:
+            for got, expected in zip(result, first, strict=True):
+                testing.assert_same_bits(got, expected, f"{name} {m}x{n}x{k}")
+        row = multiply(block, a[:1], b, source, name)
+        testing.assert_same_bits(row[0], first[0][:1])
+        out = direct.multiply(block, a, b, a.new_empty(m, n), 1, Epilogue(0.25, 1.0, source, name))
+        testing.assert_same_bits(out, first[0], "without the argument")
+
+
+@every_activation
+def test_a_batch_keeps_the_arguments_of_each_item(name: str) -> None:
+    block = driver.config("float32")
+    a, b = torch.randn(3, 5, 20), torch.randn(3, 20, 33)
+    out, pre = torch.empty(2, 3, 5, 33).unbind()
+    direct.multiply(block, a, b, out, 2, Epilogue(activation=name, pre=pre))
+    for item in range(3):
+        alone = torch.empty(2, 5, 33).unbind()
+        direct.multiply(block, a[item], b[item], alone[0], 1, Epilogue(activation=name, pre=alone[1]))
+        testing.assert_same_bits(out[item], alone[0])
+        testing.assert_same_bits(pre[item], alone[1])
+
+
+def kept_for(name: str, x: Tensor) -> Tensor:
+    return TORCH[name](x.double()).to(x.dtype) if name in BY_RESULT else x
+
+
+def exact_gradient(name: str, grad: Tensor, x: Tensor) -> Tensor:
+    """In float64, from what the kernel is given."""
+    if name == "tanh":
+        return grad.double() * (1 - kept_for(name, x).double() ** 2)
+    leaf = x.double().requires_grad_()
+    TORCH[name](leaf).backward(grad.double())
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@every_block
+@every_activation
+def test_gradients(block: BlockConfig, name: str) -> None:
+    dtype = getattr(torch, block.dtype)
+    x = torch.cat([testing.normal(9, 37, dtype) * scale for scale in (0.1, 1, 5)])
+    grad, kept = testing.normal(*x.shape, dtype), kept_for(name, x)
+    expected = exact_gradient(name, grad, x)
+    result = direct.activation_gradient(block, name, grad, kept)
+    eps = torch.finfo(dtype).eps if block.dtype in ("float32", "float64") else torch.finfo(dtype).eps / 2
+    allowed = 16 * eps * grad.double().abs() if eps < 1e-5 else eps * expected.abs() + 1e-6
+    assert (result.double() - expected).abs().le(allowed).all(), (result.double() - expected).abs().max()
+    for threads in (2, 3, 64):
+        testing.assert_same_bits(direct.activation_gradient(block, name, grad, kept, threads), result)
+
+
+@every_activation
+@pytest.mark.parametrize("striding", testing.STRIDINGS)
+def test_gradients_of_any_strides(name: str, striding: str) -> None:
+    block = driver.config("bfloat16")
+    for m, n in ((6, 70), (300, 3), (1, 5000)):
+        x, grad = (testing.normal(m, n, torch.bfloat16) for _ in range(2))
+        grad = testing.lay_out(grad, striding)
+        kept = testing.lay_out(kept_for(name, x), striding)
+        result = direct.activation_gradient(block, name, grad, kept, threads=2)
+        dense = direct.activation_gradient(block, name, grad.contiguous(), kept.contiguous())
+        testing.assert_same_bits(result, dense, f"{name} {striding} {m}x{n}")
+
+
+@every_block
+@every_activation
+def test_special_values_are_those_of_torch(block: BlockConfig, name: str) -> None:
+    dtype = getattr(torch, block.dtype)
+    large = torch.finfo(dtype).max
+    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0, large, -large, 1e4, -1e4]], dtype=dtype)
+    out, pre = torch.empty_like(x), torch.empty_like(x)
+    direct.multiply(block, torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 8, dtype=dtype), out, 1,
+                    Epilogue(source=x, activation=name, pre=pre))  # fmt: skip
+    testing.assert_same_bits(pre, x)
+    torch.testing.assert_close(out, TORCH[name](x.double()).to(dtype), rtol=0, atol=0, equal_nan=True)
+    ones = torch.ones_like(x)
+    gradient = direct.activation_gradient(block, name, ones, out if name in BY_RESULT else pre)
+    leaf = x.double().clamp(-1e6, 1e6).requires_grad_()  # of the largest numbers torch's formulas are NaN
+    TORCH[name](leaf).sum().backward()
+    expected = leaf.grad.to(dtype)
+    if name in ("gelu", "gelu_tanh", "silu"):
+        expected[0, 1:3] = float("nan")  # ∞ · 0, as in torch
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
