@@ -33,24 +33,25 @@ def derivative_ir(name: str, config: BlockConfig) -> str:
             def place(matrix, rs, cs, j):
                 return element_at(builder, operand, matrix, builder.add(builder.mul(i, rs), builder.mul(j, cs)))
 
-            def write(result, j):
-                operand.write(builder, result, place(out, o_rs, I64(1), j), builder.sub(n, j))
-
             def whole_vectors(function):
                 def one(j):
                     grad_at, kept_at = place(grad, g_rs, I64(1), j), place(kept, k_rs, I64(1), j)
                     values = (Lanes(builder, vector, operand.read(builder, at)) for at in (grad_at, kept_at))
-                    operand.write(builder, function(*values).value, place(out, o_rs, I64(1), j), I64(lanes))
+                    operand.write(builder, function(*values).value, place(out, o_rs, I64(1), j))
 
                 each(builder, adjacent, lanes, one)
 
             def any_vector(j):
+                left = builder.sub(n, j)
+                count = builder.select(builder.icmp_signed("<", left, I64(lanes)), left, I64(lanes))
+
                 def read(matrix, rs, cs, gathered):
-                    count, at = builder.sub(n, j), place(matrix, rs, cs, j)
+                    at = place(matrix, rs, cs, j)
                     return operand.read(builder, adjacent_elements(builder, operand, at, cs, count, gathered), count)
 
                 values = read(grad, g_rs, g_cs, room[0]), read(kept, k_rs, k_cs, room[1])
-                write(by_name(builder, vector, activation, GRADIENT, *values), j)
+                result = by_name(builder, vector, activation, GRADIENT, *values)
+                operand.write(builder, result, place(out, o_rs, I64(1), j), count)
 
             cases(builder, activation, GRADIENT, whole_vectors)
             each(builder, n, lanes, any_vector, adjacent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 
 from .activation import FORWARD, cases
@@ -9,7 +11,7 @@ from .config import BlockConfig
 from .elementary import Lanes
 from .operand import Operand
 from .pack import copy_element, element_at, scratch
-from .simd import I64, Vector, choose, each, function_ir, splat
+from .simd import I64, Vector, each, function_ir, splat
 
 ADD_ARGUMENTS, STORE_ARGUMENTS = 3, 14
 
@@ -49,22 +51,22 @@ def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
         activates = builder.icmp_signed("!=", activation, I64(0))
 
         def row(i):
-            def write(value, matrix, j):
+            def write(value, matrix, j, count):
                 at = element_at(builder, operand, matrix, builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs)))
-                _write(builder, operand, value, at, c_cs, builder.sub(n, j), buffer, adjacent)
+                _write(builder, operand, value, at, c_cs, count, buffer, adjacent)
 
             def partials_at(j):
                 return operand.vector.at(builder, partials, builder.add(builder.mul(i, row_lanes), j))
 
-            def add_source(j):
-                count, at = builder.sub(n, j), partials_at(j)
+            def add_source(j, count=None):
+                at = partials_at(j)
                 value = builder.fmul(operand.vector.load(builder, at), alpha)
                 element = builder.add(builder.mul(i, s_rs), builder.mul(j, s_cs))
                 element = element_at(builder, operand, source, element)
                 with builder.if_else(adds) as (some, none):
                     with some:
                         address = adjacent_elements(builder, operand, element, s_cs, count, gathered)
-                        total = operand.vector.fma(builder, beta, _read(builder, operand, address, count), value)
+                        total = operand.vector.fma(builder, beta, operand.read(builder, address, count), value)
                         added = builder.block
                     with none:
                         plain = builder.block
@@ -75,23 +77,31 @@ def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
                     with more:
                         operand.vector.store(builder, result, at)
                         with builder.if_then(builder.icmp_signed("!=", pre, I64(0))):
-                            write(result, pre, j)
+                            write(result, pre, j, count)
                     with done:
-                        write(result, c, j)
+                        write(result, c, j, count)
 
             def activate(function):
-                def one_vector(j):
+                def one_vector(j, count=None):
                     value = Lanes(builder, operand.vector, operand.vector.load(builder, partials_at(j)))
-                    write(function(value).value, c, j)
+                    write(function(value).value, c, j, count)
 
-                each(builder, n, lanes, one_vector)
+                each_vector(builder, n, lanes, one_vector)
 
-            each(builder, n, lanes, add_source)
+            each_vector(builder, n, lanes, add_source)
             cases(builder, activation, FORWARD, activate)
 
         each(builder, m, 1, row)
 
     return function_ir(name, STORE_ARGUMENTS, emit)
+
+
+def each_vector(builder: ir.IRBuilder, n: ir.Value, lanes: int, body: Callable[..., None]) -> None:
+    """``body(j)`` for whole vectors of n lanes, ``body(j, count)`` for the rest: AVX2 has no mask of 16 bits."""
+    whole = builder.and_(n, I64(-lanes))
+    each(builder, whole, lanes, body)
+    with builder.if_then(builder.icmp_signed("<", whole, n)):
+        body(whole, builder.sub(n, whole))
 
 
 def adjacent_elements(builder, operand, element, s_cs, count, gathered):
@@ -102,9 +112,9 @@ def adjacent_elements(builder, operand, element, s_cs, count, gathered):
         def one_lane(lane):
             at = element_at(builder, operand, element, builder.mul(lane, s_cs))
             to = element_at(builder, operand, gathered, lane)
-            copy_element(builder, operand.size, to, at, builder.icmp_signed("<", lane, count))
+            copy_element(builder, operand.size, to, at)
 
-        each(builder, operand.vector.lanes, 1, one_lane)
+        each(builder, operand.vector.lanes if count is None else count, 1, one_lane)
         copied = builder.block
     address = builder.phi(I64)
     address.add_incoming(element, entry)
@@ -112,29 +122,19 @@ def adjacent_elements(builder, operand, element, s_cs, count, gathered):
     return address
 
 
-def _read(builder, operand, address, count):
-    """The first ``count`` elements of a vector, or all: apart, since AVX2 has no mask of 16 bits."""
-    whole = builder.icmp_signed(">=", count, I64(operand.vector.lanes))
-    counts = (None, count)
-    (value,) = choose(builder, whole, *(lambda count=count: [operand.read(builder, address, count)] for count in counts))
-    return value
-
-
 def _write(builder, operand, value, target, c_cs, count, buffer, adjacent):
-    """A vector of C, at most ``count`` elements, where they lie together, or one by one."""
+    """A vector of C, or ``count`` elements of one, where they lie together, or one by one."""
     with builder.if_else(adjacent, likely=True) as (together, apart):
         with together:
             operand.write(builder, value, target, count)
         with apart:
-            room = I64(operand.vector.lanes)
-            here = builder.select(builder.icmp_signed("<", count, room), count, room)
-            operand.write(builder, value, buffer, here)
+            operand.write(builder, value, buffer)
 
             def one_lane(lane):
                 to = element_at(builder, operand, target, builder.mul(lane, c_cs))
                 copy_element(builder, operand.size, to, element_at(builder, operand, buffer, lane))
 
-            each(builder, here, 1, one_lane)
+            each(builder, operand.vector.lanes if count is None else count, 1, one_lane)
 
 
 def _splat_bits(builder: ir.IRBuilder, vector: Vector, bits: ir.Value) -> ir.Value:

@@ -100,17 +100,15 @@ class Operand:
         high_half = builder.shl(high_half, ir.Constant(wide, [I32(16)] * vector.lanes))
         return builder.bitcast(builder.or_(low_half, high_half), vector.type)
 
-    def write(self, builder: ir.IRBuilder, value: ir.Value, address: ir.Value, count: ir.Value) -> None:
-        """Round lanes to the stored dtype, to nearest and even, and store those below ``count``."""
+    def write(self, builder: ir.IRBuilder, value: ir.Value, address: ir.Value, count: ir.Value | None = None) -> None:
+        """Round lanes to the stored dtype, to nearest and even, and store them, or those below ``count``."""
         stored = self._stored(self.vector.lanes) if self.converts else self.vector
         pointer = stored.at(builder, address)
         value = self._round(builder, value) if self.converts else value
-        whole = builder.icmp_signed(">=", count, I64(stored.lanes))
-        with builder.if_else(whole, likely=True) as (all_lanes, some):  # a masked store takes as long as ten others
-            with all_lanes:
-                stored.store(builder, value, pointer)
-            with some:
-                stored.masked_store(builder, value, pointer, stored.mask(builder, count))
+        if count is None:
+            stored.store(builder, value, pointer)
+        else:
+            stored.masked_store(builder, value, pointer, stored.mask(builder, count))
 
     def _stored(self, lanes: int) -> Vector:
         """float16 as it is; bfloat16, which LLVM's IR builder has no type for, as 16-bit integers."""
