@@ -280,9 +280,9 @@ def padded_problem(problem: Problem) -> Problem:
 
 def is_valid_backward(tile: TileConfig, problem: Problem, grad: str, target: Target) -> bool:
     """Whether one launch may compute both gradients in tiles of this shape. grad: the layout of dC, "N" or "T"."""
-    # Where the loads of both products look alike to the compiler, it keeps the operands of both in shared memory. They
     # Where the loads of both products look alike to the compiler, it keeps the operands of both in shared memory: where
     # the left operands are transposed alike, and the right ones too; blocks of one shape on the right do anyway.
+    left, right = (problem.a == "N") == (grad == "T"), (problem.b == "N") == (grad == "T")
     alike = left and (right or tile.block_n == tile.block_k)
     return not alike and all(is_valid(tile, product, target) for product in gradients(problem))
 
