@@ -4,8 +4,9 @@
     dS = dC · f'      one pass; f' is computed from C for relu and tanh, from S for gelu, gelu_tanh and silu
 
 and then as for addmm: dA = dS · Bᵀ, dB = Aᵀ · dS, dinput = dS summed over what input was expanded by. Beside the
-operands one matrix is saved: C, which the caller has anyway, or S. S is a second result of the recorded operator, so
-that a further derivative of f' goes through the same node, and nothing is computed twice.
+operands one matrix is saved: C, which the caller has anyway, or S. The graph has a node for S and one for f. Under
+transforms and in forward mode it has one for both, with S as a second result. Either way a further derivative of f'
+goes through the node of S, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from . import autocast, strict_mode
+from . import autocast, fallback, strict_mode
+from .activation_formulas import BY_TORCH, gradient_by_torch, require_name
 from .autograd import (
     _below_autograd,
     _Node,
@@ -30,7 +31,7 @@ from .autograd import (
     with_graph,
 )
 from .flops import count_flops
-from .kernels.cpu.gemm_args import ACTIVATIONS, BY_RESULT
+from .kernels.cpu.gemm_args import BY_RESULT
 from .ops import (
     DTYPES,
     NAMESPACE,
@@ -46,63 +47,7 @@ from .ops import (
 )
 from .vmap import Dims, in_front
 
-NAMES = ACTIVATIONS[1:]
 ARGUMENTS = "(Tensor? self, Tensor mat1, Tensor mat2, str activation)"
-INV_SQRT2, INV_SQRT_2PI = math.sqrt(0.5), 1 / math.sqrt(2 * math.pi)
-SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
-
-BY_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "silu": functional.silu,
-    "tanh": torch.tanh,
-}
-
-
-def require_name(activation: Any) -> None:
-    if activation not in NAMES:
-        raise ValueError(f"activation must be None or one of {', '.join(NAMES)}, got {activation!r}")
-
-
-# --- the gradient of f, composed of functions that have derivatives of every order ----------------------------------
-
-
-def _relu_gradient(grad: Tensor, y: Tensor) -> Tensor:
-    return torch.where(y <= 0, torch.zeros_like(grad), grad)
-
-
-def _gelu_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    return grad * (torch.erfc(x * -INV_SQRT2) * 0.5 + x * torch.exp(x * x * -0.5) * INV_SQRT_2PI)
-
-
-def _gelu_tanh_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(SLOPE * (x + CUBIC * x * x * x))
-    return grad * (sigmoid + x * sigmoid * (1 - sigmoid) * (SLOPE + 3 * SLOPE * CUBIC * x * x))
-
-
-def _silu_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(x)
-    return grad * (sigmoid + x * sigmoid * (1 - sigmoid))
-
-
-def _tanh_gradient(grad: Tensor, y: Tensor) -> Tensor:
-    return grad * (1 - y * y)
-
-
-GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "relu": _relu_gradient,
-    "gelu": _gelu_gradient,
-    "gelu_tanh": _gelu_tanh_gradient,
-    "silu": _silu_gradient,
-    "tanh": _tanh_gradient,
-}
-
-
-def gradient_by_torch(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
-    """grad · f' in torch's functions; 16-bit operands are computed with in float32, as in the kernel."""
-    wide = torch.float32 if grad.dtype.itemsize == 2 else grad.dtype
-    return GRADIENTS[activation](grad.to(wide), kept.to(wide)).to(grad.dtype)
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -236,7 +181,56 @@ class AddmmActivation(_Node):
             return tangent if ctx.activation in BY_RESULT else (tangent, total)
 
 
+class Argument(_Node):
+    """S, which is computed already, as a node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor | None, self: Tensor, mat2: Tensor, pre: Tensor) -> Tensor:
+        _, needs_self, needs_mat2, _ = ctx.needs_input_grad
+        save_operands(ctx, self, mat2, needs_self, needs_mat2)
+        ctx.input_shape = None if input is None else input.shape
+        return pre.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        self, mat2 = ctx.saved_tensors
+        needs_input, *needs = ctx.needs_input_grad[:3]
+        dinput = grad.sum_to_size(ctx.input_shape) if needs_input else None
+        return dinput, *fused_gradients(grad, self, mat2, (needs[0], needs[1]), ctx.column_major), None
+
+
+class Activated(_Node):
+    """f(S), which is computed already, as a node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, result: Tensor, activation: str) -> Tensor:
+        ctx.activation, result = activation, result.detach()
+        ctx.save_for_backward(result if activation in BY_RESULT else pre)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (kept,) = ctx.saved_tensors
+        return _activation_gradient(grad, kept, ctx.activation), None, None
+
+
 _record: Callable[..., Any] = AddmmActivation.apply  # type: ignore[attr-defined]  # which torch adds to the base
+_record_argument: Callable[..., Tensor] = Argument.apply  # type: ignore[attr-defined]  # likewise
+_record_activated: Callable[..., Tensor] = Activated.apply  # type: ignore[attr-defined]  # likewise
+
+
+def _in_two_nodes(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> Tensor:
+    """The second node releases dC and what it has kept before the first one multiplies: one node holds both till then.
+
+    Between them stands S, or where nobody reads that, a number expanded to its shape.
+    """
+    with _below_autograd():
+        if activation in BY_RESULT:
+            result = _addmm_activation(self, mat1, mat2, activation)
+            pre = result.new_empty(1).expand(result.shape)
+        else:
+            result, pre = _addmm_activation_kept(self, mat1, mat2, activation)
+    return _record_activated(_record_argument(self, mat1, mat2, pre), result, activation)
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
@@ -262,6 +256,8 @@ def _autograd(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) 
     if not _is_recorded(self, mat1, mat2):
         with _below_autograd():
             return _addmm_activation(self, mat1, mat2, activation)
+    if not may_have_tangents() and all(x is None or type(x) in fallback.PLAIN for x in (self, mat1, mat2)):
+        return _in_two_nodes(self, mat1, mat2, activation)
     outputs = with_graph(_record, self, mat1, mat2, activation)
     return outputs if activation in BY_RESULT else outputs[0]
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import fallback, strict_mode
-from .activations import BY_TORCH, linear_activation, require_name
+from .activation_formulas import BY_TORCH, require_name
+from .activations import linear_activation
 from .api import mm
 from .broadcast import broadcast_product, is_broadcastable
 from .fallback import alike, unsafe_view

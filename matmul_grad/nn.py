@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from . import decompositions
-from .activations import require_name
+from .activation_formulas import require_name
 from .functional import linear
 from .layers import KINDS, MARK, calls, is_class_forward, is_marked, make_mark
 

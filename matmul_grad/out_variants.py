@@ -34,11 +34,11 @@ def run_with_out(
     RuntimeError where a storage holds fewer elements than its tensor has.
     """
     if not is_left_to_torch(operands, out):
-        if out_dtype is not None:
+        if isinstance(out_dtype, torch.dtype):
             result = _with_dtype(name, operands, scales, out_dtype, out)
             if result is not None:
                 return result
-        elif out is None:
+        elif out is None or out_dtype is not None:
             strict_mode.note_fallback(*operands[-2:])
         else:
             result = _computed(name, operands, scales, out)

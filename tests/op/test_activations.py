@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import matmul_grad
-from matmul_grad.activations import BY_TORCH, GRADIENTS, NAMES
+from matmul_grad.activation_formulas import BY_TORCH, GRADIENTS, NAMES
 from matmul_grad.kernels.cpu.gemm_args import BY_RESULT
 from matmul_grad.testing import assert_same_bits, normal
 
@@ -165,6 +165,12 @@ def test_backward_keeps_one_matrix_beside_the_operands(name: str) -> None:
         found = saved(name, *some)
         assert [x.shape for x in found] == shapes
         torch.testing.assert_close(found[-1].detach(), kept)
+
+
+@every_activation
+def test_the_node_of_the_product_is_apart(name: str) -> None:
+    """So that dC and what f' needs are released before both gradients of the product are allocated."""
+    assert type(matmul_grad.linear(*operands(needs=True), name).grad_fn).__name__ == "ActivatedBackward"
 
 
 @every_activation
