@@ -289,10 +289,8 @@ CASES: dict[str, Callable[[], None]] = {
         if dtype == "fp32" or parts == 2
     },
     **{
-        f"batch-{path}-{dtype}": partial(
-            on, path, check_epilogue, (72, 24, 64 * parts), dtype, "NT", arch=arch, batch=2
-        )
-        for path, dtype, parts, arch in (
+        f"batch-{path}-{dtype}": partial(on, path, check_epilogue, (72, 24, k), dtype, "NT", arch=arch, batch=2)
+        for path, dtype, k, arch in (
             ("pointers", "fp32", 64, 80),
             ("pointers-split", "fp32", 192, 90),
             ("tma-halves", "fp16", 64, 90),
