@@ -124,7 +124,7 @@ def table() -> str:
 
 
 def thin() -> str:
-    """What the table leaves out: products of one column, one row by a square, or short k; nothing where none was measured."""
+    """What the table leaves out: one column, one row by a square, short k; nothing where none was measured."""
     found = []
     for isa, result in newest("*-cpu-ratio-*.json").items():
         rows = {dtype: products(result, dtype, 1, CPU_THIN) for dtype in DTYPES}

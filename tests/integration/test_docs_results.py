@@ -30,7 +30,7 @@ def test_readme_has_a_row_for_each_dtype_and_instruction_set(results_table: Modu
 
 
 def run_of(date: str, ratio: float, whole: bool = True) -> dict[str, Any]:
-    """A run of `cpu-ratio`: two products of the table, and what is none: a thin one, a small one, the cost of a call."""
+    """A run of `cpu-ratio`: two products of the table; a thin one, a small one and the cost of a call beside them."""
     stamp = {"date": date, "time": "12:00:00", "CPU": "Some CPU, 2 cores", "instruction set": "avx2 of avx2, generic"}
     result = results.begin(results.CPU_RATIO, stamp | {"device": "cpu"}, {}, 3)
     for workload, value in (
