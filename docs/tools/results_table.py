@@ -1,16 +1,18 @@
-"""The first numbers of README.md and its short table, from the files of bench/results.
+"""The first numbers of README.md, its short table and what follows on thin products, from the files of bench/results.
 
-python docs/tools/results_table.py    writes both anew
+python docs/tools/results_table.py    writes all three anew
 """
 
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from matmul_grad.bench import results, stats
 from matmul_grad.bench.results import Result
+from matmul_grad.bench.shapes import CPU_TARGETS, CPU_THIN, Shape
 from matmul_grad.bench.stats import NONE, Row
 from matmul_grad.bench.workloads import CAST, OURS, TORCH
 from matmul_grad.markdown import between
@@ -26,6 +28,7 @@ HEAD = (
     "memory beside the result", "machine", "date",
 )  # fmt: skip
 MIB = 1 << 20
+TELLING = 0.9  # the share of rows that have to tell the memory of a call
 
 
 def newest(pattern: str) -> dict[str, Result]:
@@ -43,12 +46,16 @@ def moment(result: Result) -> tuple[str, str]:
     return results.moment(result["stamp"])
 
 
-def products(result: Result, dtype: str, threads: int) -> list[Row]:
-    """Products of a run that were timed beside torch; not what a call of the operator costs."""
-    rows = [
-        row for row in result["rows"] if (row["product"], row["dtype"], row["threads"]) == ("forward", dtype, threads)
-    ]
-    return [row for row in rows if not row.get("mode") and (stats.ratio(row, CAST) or stats.ratio(row))]
+def group(result: Result, shapes: Sequence[Shape]) -> list[Row]:
+    """Products of these shapes; not steps, nor what a call of the operator costs."""
+    rows = [row for row in result["rows"] if (row["m"], row["n"], row["k"]) in shapes]
+    return [row for row in rows if row["product"] == "forward" and not row.get("mode")]
+
+
+def products(result: Result, dtype: str, threads: int, shapes: Sequence[Shape] = CPU_TARGETS) -> list[Row]:
+    """Products that were timed beside torch; without others asked for, of squares and of layers of transformers."""
+    rows = [row for row in group(result, shapes) if (row["dtype"], row["threads"]) == (dtype, threads)]
+    return [row for row in rows if stats.ratio(row, CAST) or stats.ratio(row)]
 
 
 def ratio(row: Row) -> float:
@@ -77,13 +84,20 @@ def worst(rows: Sequence[Row]) -> str:
 
 
 def memory(result: Result | None, dtype: str) -> str:
-    """The most that a call takes beside its result, and the most that torch, or casting, takes."""
-    rows = [row for row in result["rows"] if row["dtype"] == dtype and "peak bytes" in row] if result else []
+    """The most that a call takes beside its result, and the most that torch, or casting, takes.
+
+    A few rows may not tell, where a thread used memory that had been freed before: the others are taken. In older
+    files that is the rule, and nothing is shown.
+    """
+    rows = group(result, CPU_TARGETS) if result else []
+    rows = [row for row in rows if row["dtype"] == dtype and "peak bytes" in row]
     other, known = (CAST, "casting") if any(CAST in row["peak bytes"] for row in rows) else (TORCH, "torch")
     rows = [row for row in rows if {OURS, other} <= set(row["peak bytes"])]
-    if not rows or not stats.tells_memory(rows):
+    found = [(stats.extra_bytes(row, OURS), stats.extra_bytes(row, other)) for row in rows]
+    told = [(ours, theirs) for ours, theirs in found if ours is not None and theirs is not None]
+    if not told or len(told) < TELLING * len(rows):
         return NONE
-    ours, theirs = (max(stats.extra_bytes(row, name) or 0 for row in rows) / MIB for name in (OURS, other))
+    ours, theirs = (max(taken) / MIB for taken in zip(*told, strict=True))
     return f"{ours:.1f} MiB ({known} {theirs:.1f})"
 
 
@@ -109,6 +123,24 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (HEAD, ("---",) * len(HEAD), *rows))
 
 
+def thin() -> str:
+    """What the table leaves out: one column, one row by a square, short k; nothing where none was measured."""
+    found = []
+    for isa, result in newest("*-cpu-ratio-*.json").items():
+        rows = {dtype: products(result, dtype, 1, CPU_THIN) for dtype in DTYPES}
+        parts = [
+            f"{DTYPES[dtype]} {mean(those)} (worst {worst(those)}, against {against(those)})"
+            for dtype, those in rows.items()
+            if those
+        ]
+        if parts:
+            found.append(
+                "Other thin products (one column, one row by a square of 4096, k of 1 or 2) are not in the table. "
+                f"On {ISAS[isa]}, one thread, {result['stamp']['date']}, their means are: {'; '.join(parts)}."
+            )
+    return textwrap.fill(" ".join(found), 100, break_on_hyphens=False)
+
+
 def headline() -> str:
     """What one gains, in two numbers."""
     ratios = newest("*-cpu-ratio-*.json")
@@ -123,8 +155,10 @@ def headline() -> str:
 
 
 def written(page: str) -> str:
-    """``page`` with both parts as the committed results have them."""
-    return between(between(page, "headline", headline()), "results", table())
+    """``page`` with its three parts as the committed results have them."""
+    for name, text in (("headline", headline()), ("results", table()), ("thin", thin())):
+        page = between(page, name, text)
+    return page
 
 
 if __name__ == "__main__":

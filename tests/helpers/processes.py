@@ -27,7 +27,7 @@ OPERANDS = "from matmul_grad.testing import *\n"
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, forks")
 
 # Variables that nothing reads while torch is imported. Where others differ, the process is a new one.
-READ_LATER = ("MATMUL_GRAD_", "XDG_CACHE_HOME", "HOME", "PYTEST_CURRENT_TEST")
+READ_LATER = ("MATMUL_GRAD_", "NUMBA_", "XDG_CACHE_HOME", "HOME", "PYTEST_CURRENT_TEST")
 SERVER = """
 import gc, json, os, sys, warnings
 import torch
@@ -101,6 +101,7 @@ class Server:
         return int(status), *text
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
@@ -118,7 +119,10 @@ def run(
     if not sys.platform.startswith("linux"):
         return subprocess.run(command, env=given, cwd=folder, capture_output=True, text=True, timeout=LIMIT)
     server = _servers.get(options)
-    if server is None or server.process.poll() is not None:
+    if server is None or not server.is_usable(dict(os.environ)):
+        # Or a library has set a variable since: one new server for it, instead of a new process for each later call.
+        if server is not None:
+            server.close()
         server = _servers[options] = Server(options)
     if not server.is_usable(given):
         return subprocess.run(command, env=given, cwd=folder, capture_output=True, text=True, timeout=LIMIT)

@@ -5,6 +5,7 @@ import select
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from processes import Server, assert_runs, linux, run
 
@@ -21,6 +22,31 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             server.run("import sys; sys.exit(3)", (), environment, Path.cwd())
     assert not server.is_usable(environment), "the next call would read the answer to this one"
+
+
+@linux
+def test_a_changed_environment_takes_one_new_server_and_what_a_call_adds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What libraries set where they are imported, such as KMP_INIT_AT_FORK, would else cost each call a new process."""
+    started: list[Any] = []
+
+    class Counting(Server):
+        def __init__(self, *arguments: Any) -> None:
+            started.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(processes, "Server", Counting)
+    monkeypatch.setattr(processes, "_servers", {})
+    show = "import os; print(os.environ.get('SET_BY_A_LIBRARY'), os.environ.get('OF_ONE_CALL'), os.getppid())"
+    parents = []
+    for value, count in ((None, 1), ("1", 2), ("2", 3)):
+        if value is not None:
+            monkeypatch.setenv("SET_BY_A_LIBRARY", value)
+        for more in ({}, {"MATMUL_GRAD_TUNED": "x"}, {}):
+            *found, parent = run(show, **more).stdout.split()
+            assert found == [str(value), "None"]
+            parents.append(parent)
+        assert run(show, OF_ONE_CALL="y").stdout.split() == [str(value), "y", str(os.getpid())]
+        assert len(started) == count and len({*parents}) == count
 
 
 @linux

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from kernel_sets import as_wheel, copy_cache
 from processes import LIMIT, assert_computes
 
 from matmul_grad.kernels.cpu import build, host
@@ -20,6 +21,7 @@ print("numba" in sys.modules)
 """
 
 ONE = USE.format(dtypes="(torch.float32,)")
+THREE = USE.format(dtypes="(torch.float32, torch.float64, torch.bfloat16)")
 
 # Adds a line to a file for each set that is compiled, all of them by this process.
 COUNTING = """
@@ -43,9 +45,13 @@ def corrupt(folder: Path) -> None:
 
 
 def test_cache_is_shared_survives_damage_and_may_be_deleted(tmp_path: Path) -> None:
-    """Two processes compile once between them; a third only loads; damage is compiled anew, and so is what is gone."""
+    """Two processes compile once between them; a third only loads; damage is compiled anew, and so is what is gone.
+
+    The sets of three dtypes: the entries and the driver are kept in the same way, and take 20 times as long to compile.
+    """
     folder = tmp_path / "not" / "there" / "yet"
-    code = "import sys, torch, matmul_grad\nfrom matmul_grad.testing import *\n" + COUNTING + ONE
+    three = as_wheel(tmp_path / "objects") + THREE
+    code = "import sys, torch, matmul_grad\nfrom matmul_grad.testing import *\n" + COUNTING + three
     racing = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path / "compiled")],
@@ -58,33 +64,33 @@ def test_cache_is_shared_survives_damage_and_may_be_deleted(tmp_path: Path) -> N
         out, err = process.communicate(timeout=LIMIT)
         assert (process.returncode, out in ("True\n", "False\n"), err) == (0, True, "")
     compiled = (tmp_path / "compiled").read_text().split()
-    assert len(compiled) == len({*compiled}) == len(list(folder.glob("*.o"))) > 1
+    assert len(compiled) == len({*compiled}) == len(list(folder.glob("*.o"))) > 2
     objects = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert all(name.endswith(".o") for name in objects), f"nothing else is left over: {sorted(objects)}"
-    assert assert_computes(ONE, MATMUL_GRAD_CACHE=str(folder)) == "False\n", "a warm start imports no Numba"
+    assert assert_computes(three, MATMUL_GRAD_CACHE=str(folder)) == "False\n", "a warm start imports no Numba"
     corrupt(folder)
-    assert assert_computes(ONE, MATMUL_GRAD_CACHE=str(folder)) == "True\n"
+    assert assert_computes(three, MATMUL_GRAD_CACHE=str(folder)) == "True\n"
     assert {path.name for path in folder.iterdir()} == set(objects)
-    assert assert_computes(ONE, MATMUL_GRAD_CACHE=str(folder)) == "False\n", "what was damaged has been replaced"
+    assert assert_computes(three, MATMUL_GRAD_CACHE=str(folder)) == "False\n", "what was damaged has been replaced"
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     """A file stands where the folder should be: not even root can write there."""
     (tmp_path / "file").write_text("not a folder")
-    assert assert_computes(ONE, MATMUL_GRAD_CACHE=str(tmp_path / "file" / "cache")) == "True\n"
+    code = as_wheel(tmp_path / "objects") + ONE
+    assert assert_computes(code, MATMUL_GRAD_CACHE=str(tmp_path / "file" / "cache")) == "True\n"
 
 
 def test_cache_deleted_while_in_use(tmp_path: Path) -> None:
-    """Loaded kernels need their file no more."""
+    """A folder with all that a product needs is read without Numba; loaded kernels need their file no more."""
     folder = tmp_path / "cache"
-    folder.mkdir()
-    for path in build.cache_folder().glob("*.o"):
-        (folder / path.name).write_bytes(path.read_bytes())
+    copy_cache(folder, "float32")
     assert_computes(
         """
         import shutil
         a, b = integers(300, 200, torch.float32, 1), integers(200, 100, torch.float32, 2)
         assert_same_bits(matmul_grad.mm(a, b), exact_product(a, b))
+        assert "numba" not in sys.modules and matmul_grad.ops.native_status() == ""
         shutil.rmtree(os.environ["MATMUL_GRAD_CACHE"])
         assert_same_bits(matmul_grad.mm(b.t(), a.t()), exact_product(b.t(), a.t()))
         """,

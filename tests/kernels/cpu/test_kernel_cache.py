@@ -13,7 +13,7 @@ from pathlib import Path
 
 import processes
 import pytest
-import torch
+from kernel_sets import as_wheel
 
 import matmul_grad
 from matmul_grad.kernels.cpu import build, host, numba_settings
@@ -89,9 +89,10 @@ pwd.getpwuid = unknown
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="users of POSIX")
-def test_user_without_a_home_folder() -> None:
+def test_user_without_a_home_folder(tmp_path: Path) -> None:
     done = run(
         HOMELESS
+        + as_wheel(tmp_path)
         + """
 import torch, matmul_grad
 from matmul_grad.kernels.cpu import build
@@ -264,20 +265,18 @@ def test_code_of_settings_that_cannot_be_changed_is_kept_apart(name: str, value:
 
 
 def test_product_compiled_under_the_settings_of_a_debugger(tmp_path: Path) -> None:
-    matmul_grad.mm(torch.ones(2, 2), torch.ones(2, 2))
-    folder = build.cache_folder()
-    assert folder is not None
-    for path in folder.glob("own_entries-*.o"):
-        shutil.copy(path, tmp_path)
+    """The entries and the driver of all dtypes are those of a wheel; the set of a dtype is compiled."""
     done = run(
-        """
-        import torch, matmul_grad
-        from matmul_grad.testing import *
-        a, b = integers(40, 30, torch.float32, 1), integers(30, 20, torch.float32, 2)
-        with matmul_grad.strict():
-            assert_same_bits(matmul_grad.mm(a, b), exact_product(a, b))
-        """,
-        MATMUL_GRAD_CACHE=str(tmp_path),
+        as_wheel(tmp_path / "objects")
+        + """
+import sys, torch, matmul_grad
+from matmul_grad.testing import *
+a, b = integers(40, 30, torch.float32, 1), integers(30, 20, torch.float32, 2)
+with matmul_grad.strict():
+    assert_same_bits(matmul_grad.mm(a, b), exact_product(a, b))
+assert "numba" in sys.modules
+""",
+        MATMUL_GRAD_CACHE=str(tmp_path / "cache"),
         **SETTINGS,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr[-3000:]

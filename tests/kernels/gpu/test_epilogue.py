@@ -29,6 +29,7 @@ from gpu_cases import (
 from torch import Tensor
 
 SCALES = ((1, 1), (-0.5, 2), (3, -1))  # beta and alpha: exact for integers
+SOME, REST = ((1, 1), (2, 1), (0.5, 2)), ((0, 1), (0, -1))
 
 
 @contextlib.contextmanager
@@ -227,8 +228,10 @@ def check_addmm(dtype: str) -> None:
         product = (x.long() @ y.long()).double()
         whole = torch.stack([integers(20, 18, DTYPES[dtype], seed) for seed in (5, 6)])
         whole = whole if ranks == 3 else whole[0]
-        for source in (whole, whole.mT.contiguous().mT, whole[..., :1, :], whole[..., :1], whole.flatten()[0]):
-            for beta, alpha in ((1, 1), (0, 1), (2, 1), (0.5, 2), (0, -1)):
+        added = whole, whole.mT.contiguous().mT, whole[..., :1, :], whole[..., :1], whole.flatten()[0]
+        for place, source in enumerate(added):
+            # Every source with a beta that is 0 and one that is not: the dtypes and ranks go on where another ends.
+            for beta, alpha in (SOME[(place + ranks + list(DTYPES).index(dtype)) % 3], REST[place % 2]):
                 want = (alpha * product + beta * source.double()).to(x.dtype)
                 assert_same_bits(launch.addmm(x, y, launch.Epilogue(alpha, beta, source)), want)
                 out = torch.full_like(want.mT, float("nan")).mT
@@ -289,10 +292,8 @@ CASES: dict[str, Callable[[], None]] = {
         if dtype == "fp32" or parts == 2
     },
     **{
-        f"batch-{path}-{dtype}": partial(
-            on, path, check_epilogue, (72, 24, 64 * parts), dtype, "NT", arch=arch, batch=2
-        )
-        for path, dtype, parts, arch in (
+        f"batch-{path}-{dtype}": partial(on, path, check_epilogue, (72, 24, k), dtype, "NT", arch=arch, batch=2)
+        for path, dtype, k, arch in (
             ("pointers", "fp32", 64, 80),
             ("pointers-split", "fp32", 192, 90),
             ("tma-halves", "fp16", 64, 90),

@@ -1,10 +1,12 @@
 """Forks while another thread makes the first product of a dtype, and first products in a child."""
 
 import os
+from pathlib import Path
 
 import processes
 import pytest
 from first_product import LIMIT, assert_runs, run
+from kernel_sets import as_wheel
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks of POSIX")
 
@@ -82,10 +84,11 @@ first.join()
 
 
 @posix
-def test_fork_while_another_thread_compiles(tmp_path: object) -> None:
+def test_fork_while_another_thread_compiles(tmp_path: Path) -> None:
     """The child can compile with Numba, whose lock the compiling thread holds."""
     done = run(
         FORK
+        + as_wheel(tmp_path / "objects")
         + """
 entries, compiling = ops.native_status(), threading.Event()
 os.environ["MATMUL_GRAD_CACHE"] += "_empty"
@@ -104,7 +107,7 @@ def child():
 fork_and(child)
 first.join()
 """,
-        MATMUL_GRAD_CACHE=str(tmp_path),
+        MATMUL_GRAD_CACHE=str(tmp_path / "cache"),
     )
     assert done.returncode == 0, done.stderr
 
