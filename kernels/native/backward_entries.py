@@ -5,7 +5,7 @@
     aten::linear_backward          A, grad, W, mask        of a linear layer; with a tag for W, of one operand
     aten::mkldnn_linear_backward   A, grad, B, mask        of addmm and baddbmm
 
-torch has the last three for nested tensors and tensors of oneDNN alone, so nothing is overridden for the CPU. Each entry
+torch has the last three for nested tensors and tensors of oneDNN, so nothing is overridden for the CPU. Each entry
 computes by ``gradients.py`` where nothing follows the backward, and calls the operator in Python anywhere else. The
 gradient of what is added is ``grad`` itself: autograd's engine sums it to the sizes of what was expanded.
 """
@@ -186,10 +186,7 @@ def linear_backward(stack, inputs, outputs):
         return_undefined(stack, 3)
         return
     tag = rank_of(get(stack, 2)) - TAG_RANK
-    if tag >= 0:
-        outcome = one_gradient(stack, tag)
-    else:
-        outcome = three_gradients(stack, LINEAR)
+    outcome = one_gradient(stack, tag) if tag >= 0 else three_gradients(stack, LINEAR)
     finish(stack, outcome, linear_in_python())
 
 

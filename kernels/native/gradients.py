@@ -160,6 +160,12 @@ def is_column_major(info):
 
 
 @jit
+def is_column_weight(info):
+    """``is_column_major`` of the gradient of a linear layer's weight, which is a product of the transposed weight."""
+    return stride(info, 1) != 1 or stride(info, 0) != size(info, 1)
+
+
+@jit
 def allocate(shape, rank, is_column, dtype):
     """A new tensor of these sizes, the last dimension adjacent, or the first of two; 0 where torch has no memory."""
     handle, step = out_param(), 1
@@ -275,7 +281,8 @@ def gradients(grad, a, b, form, returned):
         if kind < 0:
             return IN_PYTHON
         form |= kind
-        columns = is_column_major(info_a) + 2 * is_column_major(info_b)
+        is_column_b = is_column_weight(info_b) if form & LINEAR != 0 else is_column_major(info_b)
+        columns = is_column_major(info_a) + 2 * is_column_b
     else:
         if b != 0:
             form |= VECTOR if get(info_b, DIM) == 1 else BATCHED if get(info_b, DIM) > 2 else 0

@@ -22,7 +22,7 @@ from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS, ONE
 from ..cpu.memory import call_address, get, jit, put, stack_words, text
 from .broadcast import linked_matmul
 from .call import FLOAT32, FLOAT64, HANDLE, NEW, RUN, item_size, linked_compute, set_tensors, tensor_words
-from .gradients import is_column_major
+from .gradients import is_column_major, is_column_weight
 from .op_table import BATCHES, COMPOSED, OWN, Op
 from .op_table import LINEAR as LAYER
 from .own_entries import (
@@ -135,7 +135,8 @@ def tag_of(tensor, is_b, is_linear):
     describe(tensor, info)
     if is_b and get(info, DIM) != 2:
         return TAG_OF_VECTOR if get(info, DIM) == 1 else TAG_OF_BATCHES
-    return (TAG_OF_B if is_b else 0) + 2 * is_linear + is_column_major(info)
+    is_column = is_column_weight(info) if is_b and is_linear != 0 else is_column_major(info)
+    return (TAG_OF_B if is_b else 0) + 2 * is_linear + is_column
 
 
 @jit

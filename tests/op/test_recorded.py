@@ -156,6 +156,37 @@ def test_gradient_of_one_operand_is_one_product(wanted: int) -> None:
     assert_same_bits(found, counted)
 
 
+ONE_GRADIENT: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+    "mm": ("mm", (3, 4), (4, 2)),
+    "bmm": ("bmm", (5, 3, 4), (5, 4, 2)),
+    "matmul of a vector": ("matmul", (5, 3, 4), (4,)),
+    "matmul of a matrix": ("matmul", (5, 3, 4), (4, 2)),
+    "matmul of batches": ("matmul", (2, 5, 3, 4), (2, 5, 4, 2)),
+    "linear": ("linear", (5, 3, 4), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("wanted", [0, 1], ids=["a", "b"])
+@pytest.mark.parametrize("case", ONE_GRADIENT)
+def test_one_gradient_saves_what_it_uses(case: str, wanted: int) -> None:
+    name, *shapes = ONE_GRADIENT[case]
+    function, torch_function = getattr(matmul_grad, name), getattr(torch, name, torch.nn.functional.linear)
+    pair = [integers(1, torch.Size(shape).numel(), DOUBLE, seed=len(shape)).view(shape).clone() for shape in shapes]
+    pair[wanted].requires_grad_()
+    c, expected = function(*pair), torch_function(*(x.detach().clone().requires_grad_(x.requires_grad) for x in pair))
+    assert type(c.grad_fn).__name__ == "LinearBackward0" and c._version == 0
+    assert_same_bits(c.detach(), expected.detach())
+    grad = integers(1, c.numel(), DOUBLE, seed=7).view(c.shape)
+    (right,) = torch.autograd.grad(torch_function(*pair), pair[wanted], grad)
+    with torch.no_grad():
+        pair[wanted].zero_()  # it is not saved
+    (found,) = torch.autograd.grad(c, pair[wanted], grad, retain_graph=True)
+    assert_same_bits(found, right)
+    pair[1 - wanted].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(c, pair[wanted], grad)
+
+
 NOT_RECORDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "one gradient": lambda a, b: matmul_grad.mm(a, b.detach()),
     "the other gradient": lambda a, b: matmul_grad.mm(a.detach(), b),
