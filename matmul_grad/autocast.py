@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import SCHEMAS, library
+from .ops import COMPOSED_SCHEMAS, SCHEMAS, library
 
 DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 
@@ -39,5 +39,5 @@ def make_cast(name: str, device: str) -> Callable[..., Any]:
 
 def register() -> None:
     for device, key in DEVICES.items():
-        for name in (*SCHEMAS, "mm_backward"):
+        for name in (*SCHEMAS, *COMPOSED_SCHEMAS, "mm_backward"):
             library.impl(name, make_cast(name, device), key)

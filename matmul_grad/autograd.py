@@ -29,6 +29,10 @@ from .fallback import PLAIN
 from .ops import (
     DTYPES,
     SCHEMAS,
+    TAG_OF_B,
+    TAG_OF_BATCHES,
+    TAG_OF_VECTOR,
+    TAG_RANK,
     Once,
     addition,
     backward_by_compiled_code,
@@ -253,7 +257,8 @@ def record_by_torch(result: Tensor) -> None:
 def _enable_recording() -> None:
     if not graph.reason():
         for key in graph.VMAP:
-            aten.impl("matmul_backward", matmul_backward, key)
+            for name, kernel in OF_ATEN.items():
+                aten.impl(name, kernel, key)
         graph.enable()
 
 
@@ -333,11 +338,77 @@ def mm_backward(
     return gradients(grad, self, mat2, (output_mask[0], output_mask[1]))
 
 
+def flattened(x: Tensor, kept: int) -> Tensor:
+    """With one dimension before the last ``kept`` ones. The older vmap has a rule of reshape and none of flatten."""
+    return x if x.dim() == kept + 1 else x.reshape(-1, *x.shape[-kept:])
+
+
+def recorded_gradients(
+    grad: Tensor, a: Tensor | None, b: Tensor | None, needs: tuple[bool, bool], column_major: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """``gradients`` of operands of any ranks that compiled code records, composed of differentiable products.
+
+    B is a matrix, a vector or has the batch of A; grad has that of A. One of them may be None where only the other
+    one is used.
+    """
+    is_vector = grad.dim() < a.dim() if a is not None else b is not None and b.dim() == 1
+    matrix = grad.unsqueeze(-1) if is_vector else grad
+    if b is not None and is_vector:
+        b = b.unsqueeze(1)
+    is_batched = matrix.dim() > 2 and (b.dim() > 2 if b is not None else not is_vector)
+    rank, kept = matrix.dim(), 2 if is_batched else 1
+    flat_a, flat_b = None if a is None else flattened(a, kept), b
+    if is_batched and b is not None:
+        flat_b = flattened(b, kept)
+    da, db = gradients(flattened(matrix, kept), flat_a, flat_b, needs, column_major)
+    if da is not None and rank != da.dim():
+        da = da.view(*matrix.shape[:-1], da.shape[-1])
+    if db is not None and is_batched and rank != db.dim():
+        db = db.view(*matrix.shape[:-2], *db.shape[-2:])
+    return da, db.squeeze(1) if db is not None and is_vector else db
+
+
 def matmul_backward(
     grad: Tensor | None, self: Tensor, other: Tensor, mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``aten::matmul_backward`` under vmap, for nodes that compiled code has recorded."""
-    return (None, None) if grad is None else mm_backward(grad, self, other, mask)
+    """``aten::matmul_backward`` for nodes that compiled code has recorded, where Python follows backward."""
+    return (None, None) if grad is None else recorded_gradients(grad, self, other, (mask[0], mask[1]))
+
+
+def addmm_backward(self: Tensor, grad: Tensor | None, weight: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+    """``aten::mkldnn_linear_backward`` likewise: of self · weight to which something is added."""
+    if grad is None:
+        return None, None, None
+    return (*recorded_gradients(grad, self, weight, (mask[0], mask[1])), grad if mask[2] else None)
+
+
+def linear_backward(self: Tensor, grad: Tensor | None, weight: Tensor, mask: list[bool]) -> tuple[Tensor | None, ...]:
+    """``aten::linear_backward`` likewise: of self · weightᵀ; or of the one operand that a tag is for."""
+    if grad is None:
+        return None, None, None
+    tag = weight.dim() - TAG_RANK
+    if tag < 0:
+        da, db = recorded_gradients(grad, self, weight.t(), (mask[0], mask[1]))
+        return da, None if db is None else db.t(), grad if mask[2] else None
+    return None, None, gradient_by_tag(grad, self, tag)
+
+
+def gradient_by_tag(grad: Tensor, saved: Tensor, tag: int) -> Tensor | None:
+    """The gradient of the operand that is not saved: see ``state.py``."""
+    is_b, column, linear = tag >= TAG_OF_B, bool(tag & 1), bool(tag & 2)
+    if not is_b:
+        return recorded_gradients(grad, None, saved.t() if linear else saved, (True, False), column)[0]
+    if tag in (TAG_OF_VECTOR, TAG_OF_BATCHES):
+        return recorded_gradients(grad, saved, None, (False, True))[1]
+    db = gradients(flattened(grad, 1), flattened(saved, 1), None, (False, True), column != linear)[1]
+    return db.t() if linear and db is not None else db
+
+
+OF_ATEN: dict[str, Callable[..., Any]] = {
+    "matmul_backward": matmul_backward,
+    "linear_backward": linear_backward,
+    "mkldnn_linear_backward": addmm_backward,
+}
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -359,10 +430,11 @@ for name in SCHEMAS:
     kernel = make_autograd_kernel(name)
     library.impl(name, kernel, "Autograd")
     by_compiled_code(f"_{name}_in_python", SCHEMAS[name], kernel, "CompositeImplicitAutograd")
-for name in ("mm", "addmm"):  # for the test of what compiled code records
-    library.define(f"_{name}_recorded{SCHEMAS[name]}")
-    library.impl(f"_{name}_recorded", make_autograd_kernel(name), "CompositeImplicitAutograd")
+    library.define(f"_{name}_recorded{SCHEMAS[name]}")  # for the test of what compiled code records
+    library.impl(f"_{name}_recorded", kernel, "CompositeImplicitAutograd")
 library.impl("mm_backward", mm_backward, "CompositeImplicitAutograd")
 for batched in ("FuncTorchBatched", "Batched"):  # a composite still under vmap, where the CPU has its own kernel
     library.impl("mm_backward", mm_backward, batched)
-backward_by_compiled_code(mm_backward)
+backward_by_compiled_code("mm", mm_backward)
+for name in ("matmul", "linear", "addmm"):
+    backward_by_compiled_code(name, OF_ATEN["mkldnn_linear_backward" if name == "addmm" else f"{name}_backward"])

@@ -12,13 +12,15 @@ from .activations import linear_activation
 from .api import mm
 from .broadcast import broadcast_product, is_broadcastable
 from .fallback import alike, unsafe_view
-from .ops import DTYPES, compiled, eager
+from .ops import COMPOSED_SCHEMAS, DTYPES, by_compiled_code, compiled, eager, library, native_status
 from .out_variants import copy_to, is_left_to_torch
 
 _mm = torch.ops.matmul_grad.mm.default
 _bmm = torch.ops.matmul_grad.bmm.default
 _addmm = torch.ops.matmul_grad.addmm.default
 _eager_mm, _eager_bmm, _eager_addmm = map(eager, (_mm, _bmm, _addmm))
+_eager_matmul = eager(torch.ops.matmul_grad.matmul.default)
+_eager_linear = eager(torch.ops.matmul_grad.linear.default)
 
 
 def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -49,7 +51,7 @@ def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor
             return result
     if fallback.is_needed_to_compose(input, other):
         return torch.matmul(input, other)
-    return _matmul(input, other)
+    return _matmul(input, other) if torch.compiler.is_compiling() else _eager_matmul(input, other)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -81,6 +83,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, activation
         result = compiled.linear(input, weight, bias)
         if result is not None:
             return result
+    if is_dynamo_compiling() or fallback.is_needed_to_compose(input, weight, *(() if bias is None else (bias,))):
+        return linear_composed(input, weight, bias)
+    return linear_composed(input, weight, bias) if torch.compiler.is_compiling() else _eager_linear(input, weight, bias)
+
+
+def matmul_composed(self: Tensor, other: Tensor) -> Tensor:
+    """``matmul`` as a composition of the other operators: where a transform, a mode or a tracer follows it."""
+    if self.device.type == "cpu":
+        native_status()
+    return torch.matmul(self, other) if fallback.is_needed_to_compose(self, other) else _matmul(self, other)
+
+
+def linear_composed(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear`` likewise."""
     if bias is None:
         if not fallback.is_needed_to_compose(input, weight):
             if input.dim() > 0 and 0 < weight.dim() <= 2:
@@ -181,3 +197,11 @@ def _matmul_out(input: Tensor, other: Tensor, out: Tensor) -> Tensor:
     with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=
         result = None if is_dynamo_compiling() else compiled.matmul(input, other)
         return copy_to(_matmul(input, other) if result is None else result, out)
+
+
+for name, kernel in (("matmul", matmul_composed), ("linear", linear_composed)):
+    for key in ("CompositeImplicitAutograd", "FuncTorchBatched", "Batched"):  # a composite under vmap too
+        library.impl(name, kernel, key)
+    by_compiled_code(f"_{name}_in_python", COMPOSED_SCHEMAS[name], kernel, "CompositeImplicitAutograd")
+    library.define(f"_{name}_recorded{COMPOSED_SCHEMAS[name]}")
+    library.impl(f"_{name}_recorded", kernel, "CompositeImplicitAutograd")

@@ -30,8 +30,12 @@ from .flops import count_flops
 from .kernels.cpu.once import Once as Once
 from .kernels.native import graph as graph
 from .kernels.native import pending
-from .kernels.native.op_table import OWN
+from .kernels.native.op_table import COMPOSED, OWN
 from .kernels.native.python_functions import functions as compiled  # noqa: F401  # for api.py, functional.py
+from .kernels.native.state import TAG_OF_B as TAG_OF_B
+from .kernels.native.state import TAG_OF_BATCHES as TAG_OF_BATCHES
+from .kernels.native.state import TAG_OF_VECTOR as TAG_OF_VECTOR
+from .kernels.native.state import TAG_RANK as TAG_RANK
 from .kernels.native.storage import require as require_storage
 from .kernels.native.torch_layout import const_data_ptr as const_data_ptr
 from .kernels.native.torch_layout import eager as eager
@@ -42,6 +46,13 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 BACKWARD = "(Tensor grad, Tensor self, Tensor mat2, bool[2] output_mask) -> (Tensor?, Tensor?)"
 SCHEMAS = {op.name: op.schema for op in OWN if op.schema is not None}
+COMPOSED_SCHEMAS = {op.name: op.schema for op in COMPOSED if op.schema is not None}
+BACKWARD_IN_PYTHON = {
+    "mm": BACKWARD,
+    "matmul": "(Tensor grad, Tensor self, Tensor other, bool[2] mask) -> (Tensor?, Tensor?)",
+    "linear": "(Tensor self, Tensor grad, Tensor weight, bool[3] mask) -> (Tensor?, Tensor?, Tensor?)",
+    "addmm": "(Tensor self, Tensor grad, Tensor weight, bool[3] mask) -> (Tensor?, Tensor?, Tensor?)",
+}
 # Keys that modes and transforms put in front of an operator without tensors; none of them is to see ``_raise``.
 ABOVE_ALL = ("Python", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "Functionalize")
 NESTED = ("NestedTensorCPU", "NestedTensorCUDA")
@@ -270,15 +281,17 @@ def by_compiled_code(name: str, schema: str, kernel: Callable[..., Any], key: st
     library.impl(name, pending.kept(kernel), key)
 
 
-def backward_by_compiled_code(kernel: Callable[..., tuple[Tensor | None, Tensor | None]]) -> None:
-    """``by_compiled_code`` for ``mm_backward``: a third result is None where it raised."""
+def backward_by_compiled_code(name: str, kernel: Callable[..., tuple[Tensor | None, ...]]) -> None:
+    """``by_compiled_code`` for one of BACKWARD_IN_PYTHON: one more result is None where it raised."""
+    schema = BACKWARD_IN_PYTHON[name]
+    count = schema[schema.index("->") :].count("Tensor?")
 
-    def mm_backward_and_mark(grad: Tensor, *others: Any) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        return (*kernel(grad, *others), grad)
+    def backward_and_mark(first: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+        return (*kernel(first, *others), first)
 
-    name = "_mm_backward_in_python"
-    library.define(f"{name}{BACKWARD[:-1]}, Tensor?)", tags=TAGS)
-    library.impl(name, pending.kept(mm_backward_and_mark, (None, None, None)), "CompositeImplicitAutograd")
+    library.define(f"_{name}_backward_in_python{schema[:-1]}, Tensor?)", tags=TAGS)
+    kept = pending.kept(backward_and_mark, (None,) * (count + 1))
+    library.impl(f"_{name}_backward_in_python", kept, "CompositeImplicitAutograd")
 
 
 def _register() -> None:
@@ -295,6 +308,8 @@ def _register() -> None:
         # Shape and errors of a traced product are PyTorch's.
         torch.library.register_fake(f"{NAMESPACE}::{name}", torch_impl_of(name), lib=library)
         count_flops(getattr(torch.ops.matmul_grad, name), _flops_of_addmm if adds else _flops)
+    for name, schema in COMPOSED_SCHEMAS.items():
+        library.define(f"{name}{schema}", tags=TAGS)
     library.define(f"mm_backward{BACKWARD}", tags=TAGS)
     library.define(
         "scaled_mm(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, ScalarType? out_dtype=None) -> Tensor",

@@ -1,13 +1,14 @@
 """The one list of operators: those registered as ``matmul_grad::*``, and those of aten that the override replaces.
 
-A kind is the rank of the result: 0 for a dot product, 1 for matrix times vector, 2 for matrices, 3 for batches.
+A kind is the rank of the result: 0 for a dot product, 1 for matrix times vector, 2 for matrices, 3 for batches. Two
+more are of any ranks: matmul, and linear, whose second operand is Bᵀ.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-DOT, MATVEC, MATRICES, BATCHES = range(4)
+DOT, MATVEC, MATRICES, BATCHES, MATMUL, LINEAR = range(6)
 
 REFUSAL = (
     "matmul_grad.strict(): this product goes to torch's kernel; these kernels take two dense matrices of one dtype "
@@ -45,8 +46,11 @@ OPS = (
     Op("addmv", MATVEC, True, None, ("addmv", "addmv.out", "addmv_")),
     Op("dot", DOT, False, None, ("dot",)),
     Op("vdot", DOT, False, None, ("vdot",)),
+    Op("matmul", MATMUL, False, "(Tensor self, Tensor other) -> Tensor", ()),
+    Op("linear", LINEAR, False, "(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", ()),
 )  # fmt: skip
-OWN = tuple(op for op in OPS if op.schema is not None)
+OWN = tuple(op for op in OPS if op.schema is not None and op.kind <= BATCHES)
+COMPOSED = tuple(op for op in OPS if op.kind > BATCHES)  # of OWN, where one compiled call does not compute them
 OVERLOADS = tuple(overload for op in OPS for overload in op.overloads)
 
 

@@ -16,7 +16,7 @@ from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS
 from ..cpu.memory import INT64, bits_of, get, jit, put, stack_words, symbol
 from .broadcast import linked_matmul
 from .call import HANDLE, NEW, RUN, linked_compute, set_tensors, tensor_words
-from .op_table import BATCHES, MATRICES
+from .op_table import BATCHES, LINEAR, MATMUL, MATRICES
 from .python_functions import (
     AUTOCAST_KEY,
     FLOAT,
@@ -34,19 +34,17 @@ from .state import KEYS_AT
 from .torch_c_api import (
     delete_tensor,
     get_dim,
-    get_dtype,
     get_sizes,
     has_driver,
     key_included,
     needs_gradient,
     out_param,
+    read_dtype,
     state,
-    word,
 )
 
 PYTHON_SIGNATURE = INT64(INT64, INT64, INT64)
 CALL_SIGNATURE = INT64(*[INT64] * 4)
-MATMUL, LINEAR = BATCHES + 1, BATCHES + 2  # kinds beside those of op_table.py
 LONG = 2**18  # multiplications from which on other Python threads may run meanwhile: 64³, 6 µs on Zen 3
 EXACT = 2.0**53  # integers below are float64, and none beyond is rounded to one below
 
@@ -97,14 +95,6 @@ def is_followed():
 
 
 @jit
-def dtype_of_tensor(tensor):
-    at = out_param()
-    put(at, 0, 0)
-    get_dtype(tensor, at)
-    return word(at)
-
-
-@jit
 def multiplications(a, b):
     """At least as many as the product has, unless it broadcasts."""
     at = out_param()
@@ -149,7 +139,7 @@ def compute(kind, a, b, source, args, returned):
 def product(kind, a, b, source, args):
     """The result as a new Python object; 0 where these kernels do not compute it."""
     # Loading kernels may raise, so the way through the dispatcher does that.
-    if a == 0 or b == 0 or not has_driver(dtype_of_tensor(a)) or is_followed():
+    if a == 0 or b == 0 or not has_driver(read_dtype(a)) or is_followed():
         return 0
     returned = out_param()
     if multiplications(a, b) < LONG:

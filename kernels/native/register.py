@@ -12,7 +12,7 @@ import torch
 from ..cpu import build, compile_beside, driver, host
 from ..cpu.fork_safety import fork_safe_lock
 from . import graph, launch_table, pending, python_functions, torch_layout
-from .op_table import OWN
+from .op_table import COMPOSED, OWN
 from .state import (
     ABI_VERSION,
     DTYPE_CODES,
@@ -88,7 +88,7 @@ def register() -> None:
     """
     with _lock:
         loaded = load_own_entries()
-        for name in (*(op.name for op in OWN), "mm_backward"):
+        for name in (*(op.name for op in (*OWN, *COMPOSED)), "mm_backward"):
             _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
         if graph.prepare():
@@ -104,9 +104,10 @@ def compile_first_gemm_beside() -> None:
 
 def _entries() -> build.Kernels:
     compile_first_gemm_beside()
-    from . import broadcast, call, graph_entries, own_entries, python_entries
+    from . import backward_entries, broadcast, call, gradients, graph_entries, own_entries, python_entries
 
-    sets = [module.KERNELS for module in (call, broadcast, own_entries, graph_entries, python_entries)]
+    modules = (call, broadcast, gradients, own_entries, backward_entries, graph_entries, python_entries)
+    sets = [module.KERNELS for module in modules]
     names = list(itertools.chain.from_iterable(sets))
     if len(names) != len(set(names)):
         raise RuntimeError(f"two entries have one C name among {sorted(names)}")

@@ -5,10 +5,14 @@ ABI_VERSION   torch's version as its C ABI takes it
 RAISE         address of torch's handle of the operator that raises the pending exception
 PYTHON_KEY    the dispatch key of Python modes; two more that may be on between autograd and CPU
 KEYS_AT       which word of a TensorImpl holds its dispatch keys, PLAIN_KEYS what is in that of an ordinary tensor
-RECORD        1 where products with two gradients are recorded by a C++ node of torch, ``graph.py``; what that needs:
-RECORD_KEYS   the dispatch keys with which aten::matmul is called, REDISPATCH the address of what takes them
+RECORD        1 where products are recorded by C++ nodes of torch, ``graph.py``; what that needs:
+RECORD_KEYS   the dispatch keys with which aten's operators are called
+MATMUL … ADDMM  addresses of what takes them: aten::matmul, aten::linear, aten::mkldnn_linear
 HOOKS         that of the one whose result holds the hooks of saved tensors, KEY_EXCLUDED that of the one that
-              tells whether a key is excluded, AUTOCAST_KEY the key of autocast, ADD that of Tensor.add_, SCALE of a 1
+              tells whether a key is excluded, AUTOCAST_KEY the key of autocast, ADD that of Tensor.add, SCALE of a 1
+TAGS + tag    tensors without elements, of rank TAG_RANK + tag: saved beside the one operand that a gradient uses, a
+              tag tells which one the other is. 1: in column-major order, 2: of a linear layer, + TAG_OF_B: it is B, a
+              matrix; TAG_OF_VECTOR, TAG_OF_BATCHES: it is B, of that kind. No weight has such a rank
 GEMMS + code  by dtype code: a driver's address, NOT_LOADED, or NOT_ACCELERATED
 FALLBACKS + 2i  of overload i of aten: the kernel that was replaced, a boxed function and its functor
 OVERRIDE      torch's handle of the registration while entries are under aten's operators, else 0
@@ -23,7 +27,10 @@ import ctypes
 from .op_table import OPS, OVERLOADS
 
 STRICT, ABI_VERSION, RAISE, PYTHON_KEY, FUNCTORCH_KEY, FUNCTIONALIZE_KEY, KEYS_AT, PLAIN_KEYS = range(8)
-RECORD, RECORD_KEYS, REDISPATCH, HOOKS, KEY_EXCLUDED, AUTOCAST_KEY, ADD, SCALE, GEMMS = range(8, 17)
+RECORD, RECORD_KEYS, MATMUL, LINEAR, ADDMM, HOOKS, KEY_EXCLUDED, AUTOCAST_KEY, ADD, SCALE, TAGS = range(8, 19)
+TAG_OF_B, TAG_OF_VECTOR, TAG_OF_BATCHES = 4, 8, 9
+TAG_COUNT, TAG_RANK = 10, 3
+GEMMS = TAGS + TAG_COUNT
 # What stands for a driver: there is none, it is not loaded yet, loading it ended by an exception that is pending.
 NOT_ACCELERATED, NOT_LOADED, INTERRUPTED = range(3)
 DTYPE_CODES = {

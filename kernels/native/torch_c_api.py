@@ -192,15 +192,15 @@ def forward_to(stack, name):
 
 
 @jit
-def forward_pair_to(stack, name):
-    """``forward_to`` for an operator with two results ``Tensor?``; a third one, any tensor, is None where it raised."""
+def forward_results_to(stack, name, count):
+    """``forward_to`` for an operator with results ``Tensor?``; one more, any tensor, is None where it raised."""
     if call_dispatcher(name, no_overload(), stack, get(state(), ABI_VERSION)) != 0:
         fail(unknown_error())
-    third = get(stack, 2)
-    if third == 0:
+    mark = get(stack, count)
+    if mark == 0:
         raise_pending()
-    delete_tensor(get(third, 0))
-    delete(third)
+    delete_tensor(get(mark, 0))
+    delete(mark)
 
 
 @jit
@@ -226,3 +226,27 @@ def needs_gradient(tensor):
     if autograd_meta(get(tensor, 0)) == 0:
         return False
     return (grad_mode() != 0 and requires_grad(get(tensor, 0)) != 0) or has_tangent(tensor)
+
+
+@jit
+def undefined():
+    """A handle of an undefined tensor."""
+    at = out_param()
+    new_undefined(at)
+    return get(at, 0)
+
+
+@jit
+def rank_of(tensor):
+    at = out_param()
+    get_dim(tensor, at)
+    return get(at, 0)
+
+
+@jit
+def read_dtype(tensor):
+    """torch's code of the dtype of a tensor."""
+    at = out_param()
+    put(at, 0, 0)
+    get_dtype(tensor, at)
+    return word(at)

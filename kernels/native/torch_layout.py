@@ -66,12 +66,14 @@ PYTHON_MANGLED = {
 
 # Recording by a C++ node of torch (graph.py) needs these, of which one that is missing leaves the Functions in Python:
 GRAPH_MANGLED = {
-    # aten::matmul with other dispatch keys than those of its tensors
-    "redispatch": "_ZN2at4_ops6matmul10redispatchEN3c1014DispatchKeySetERKNS_6TensorES6_",
+    # operators of aten with other dispatch keys than those of their tensors
+    "matmul": "_ZN2at4_ops6matmul10redispatchEN3c1014DispatchKeySetERKNS_6TensorES6_",
+    "linear": "_ZN2at4_ops6linear10redispatchEN3c1014DispatchKeySetERKNS_6TensorES6_RKSt8optionalIS4_E",
+    "addmm": "_ZN2at4_ops13mkldnn_linear10redispatchEN3c1014DispatchKeySetERKNS_6TensorES6_RKSt8optionalIS4_E",
     # the hooks of saved tensors, which are Python and may raise
     "hooks": "_ZN2at23SavedTensorDefaultHooks13get_tls_stateEv",
-    # the in-place addition, and the number of a tensor, as an object for it
-    "add_": "_ZN2at4_ops11add__Tensor4callERNS_6TensorERKS2_RKN3c106ScalarE",
+    # the addition, and the number of a tensor, as an object for it
+    "add": "_ZN2at4_ops10add_Tensor4callERKNS_6TensorES4_RKN3c106ScalarE",
     "item": "_ZN2at4_ops19_local_scalar_dense4callERKNS_6TensorE",
     # whether autocast is on
     "key_excluded": "_ZN3c104impl28tls_is_dispatch_key_excludedENS_11DispatchKeyE",
@@ -125,11 +127,20 @@ def one() -> int:
         number, handle = ctypes.create_string_buffer(SCALAR_BYTES), ctypes.c_int64(tensor._cdata)
         item = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(address(GRAPH_MANGLED["item"]))
         item(ctypes.addressof(number), ctypes.addressof(handle))
-    _numbers.append(number)
+    _kept.append(number)
     return ctypes.addressof(number)
 
 
-_numbers: list[object] = []
+_kept: list[object] = []  # what native code points at, for the life of the process
+
+
+@functools.cache
+def tags(count: int, rank: int) -> list[int]:
+    """TensorImpls of tensors without elements, of rank ``rank`` and up, which live as long as the process."""
+    with without_modes():
+        tensors = [torch.empty((0,) * (rank + index), dtype=torch.float32, device="cpu") for index in range(count)]
+    _kept.extend(tensors)
+    return [tensor._cdata for tensor in tensors]
 
 
 def is_autograd_compiled() -> bool:

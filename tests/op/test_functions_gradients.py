@@ -194,7 +194,9 @@ def test_saved_tensor_hooks(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
-@pytest.mark.parametrize(("name", "node"), [("bmm", "Mm|Matmul"), ("addmm", "Addmm|Add"), ("baddbmm", "Addmm")])
+@pytest.mark.parametrize(
+    ("name", "node"), [("bmm", "Mm|Matmul"), ("addmm", "Addmm|MkldnnLinear"), ("baddbmm", "Addmm|MkldnnLinear")]
+)
 def test_anomaly_mode(name: str, node: str) -> None:
     with torch.autograd.detect_anomaly():
         OURS[name](*leaves(name)).sum().backward()

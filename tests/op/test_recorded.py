@@ -81,7 +81,7 @@ def test_addmm_has_the_gradients_of_torch(shape: tuple[int, ...], needs: bool) -
     a, b, grad = leaves()
     added = integers(1, 6, DOUBLE, seed=9)[0, : torch.Size(shape).numel()].view(shape).clone().requires_grad_(needs)
     c, expected = (function(added, a, b) for function in (matmul_grad.addmm, torch.addmm))
-    assert (type(c.grad_fn).__name__ == "AddBackward0") == (shape in ((2,), (3, 2)))
+    assert type(c.grad_fn).__name__ == "MkldnnLinearBackward0" and c._version == 0
     assert_same_bits(c.detach(), expected.detach())
     inputs = (a, b, added) if needs else (a, b)
     for ours, theirs in zip(
@@ -98,8 +98,12 @@ def test_addmm_has_the_bits_of_the_epilogue(m: int, n: int, k: int, dtype: torch
     matmul_grad.mm(a, b)
     expected = matmul_grad.addmm(added, a, b)
     c = matmul_grad.addmm(added, a.requires_grad_(), b.requires_grad_())
-    assert (type(c.grad_fn).__name__ == "AddBackward0") == (dtype != torch.bfloat16 and m * n <= 1 << 15)
+    assert type(c.grad_fn).__name__ == "MkldnnLinearBackward0"
     assert_same_bits(c.detach(), expected)
+    one = matmul_grad.addmm(added, a.detach(), b)
+    assert (type(one.grad_fn).__name__ == "AddBackward0") == (dtype != torch.bfloat16 and m * n <= 1 << 15)
+    assert one._version == 0
+    assert_same_bits(one.detach(), expected)
 
 
 def test_other_addmms_are_recorded_by_functions() -> None:
@@ -109,9 +113,10 @@ def test_other_addmms_are_recorded_by_functions() -> None:
     def node(*operands: Tensor, **scales: float) -> str:
         return type(matmul_grad.addmm(*operands, **scales).grad_fn).__name__
 
-    assert node(added, a, b) == "AddBackward0"
+    assert node(added, a, b) == "MkldnnLinearBackward0"
+    assert node(added, a, b.detach()) == node(added, a.detach(), b) == "AddBackward0"
     assert node(added, a, b, beta=2) == node(added, a, b, alpha=0.5) == "AddmmBackward"
-    assert node(torch._neg_view(added), a, b) == node(added, a, b.detach()) == "AddmmBackward"
+    assert node(torch._neg_view(added), a, b) == node(added, a.detach(), b.detach()) == "AddmmBackward"
     with forward_ad.dual_level():
         assert node(forward_ad.make_dual(added, torch.ones_like(added)), a, b) == "AddmmBackward"
     for wrong in (torch.ones(3, dtype=DOUBLE), torch.ones(1, 3, 2, dtype=DOUBLE)):
@@ -149,6 +154,37 @@ def test_gradient_of_one_operand_is_one_product(wanted: int) -> None:
     assert seen.names == ["matmul_grad::mm"]
     (found,) = torch.autograd.grad(c, pair[wanted], grad)
     assert_same_bits(found, counted)
+
+
+ONE_GRADIENT: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
+    "mm": ("mm", (3, 4), (4, 2)),
+    "bmm": ("bmm", (5, 3, 4), (5, 4, 2)),
+    "matmul of a vector": ("matmul", (5, 3, 4), (4,)),
+    "matmul of a matrix": ("matmul", (5, 3, 4), (4, 2)),
+    "matmul of batches": ("matmul", (2, 5, 3, 4), (2, 5, 4, 2)),
+    "linear": ("linear", (5, 3, 4), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("wanted", [0, 1], ids=["a", "b"])
+@pytest.mark.parametrize("case", ONE_GRADIENT)
+def test_one_gradient_saves_what_it_uses(case: str, wanted: int) -> None:
+    name, *shapes = ONE_GRADIENT[case]
+    function, torch_function = getattr(matmul_grad, name), getattr(torch, name, torch.nn.functional.linear)
+    pair = [integers(1, torch.Size(shape).numel(), DOUBLE, seed=len(shape)).view(shape).clone() for shape in shapes]
+    pair[wanted].requires_grad_()
+    c, expected = function(*pair), torch_function(*(x.detach().clone().requires_grad_(x.requires_grad) for x in pair))
+    assert type(c.grad_fn).__name__ == "LinearBackward0" and c._version == 0
+    assert_same_bits(c.detach(), expected.detach())
+    grad = integers(1, c.numel(), DOUBLE, seed=7).view(c.shape)
+    (right,) = torch.autograd.grad(torch_function(*pair), pair[wanted], grad)
+    with torch.no_grad():
+        pair[wanted].zero_()  # it is not saved
+    (found,) = torch.autograd.grad(c, pair[wanted], grad, retain_graph=True)
+    assert_same_bits(found, right)
+    pair[1 - wanted].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(c, pair[wanted], grad)
 
 
 NOT_RECORDED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -24,7 +24,7 @@ reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 # --- registration --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*ops.SCHEMAS, "mm_backward"])
+@pytest.mark.parametrize("name", [*ops.SCHEMAS, *ops.COMPOSED_SCHEMAS, "mm_backward"])
 def test_compiled_kernels_are_registered(name: str) -> None:
     assert ops.native_status() == ""
     dump = torch._C._dispatch_dump(f"matmul_grad::{name}")
@@ -66,13 +66,20 @@ OPERANDS = {
     "bmm": lambda: (batches(2, 3, 4, seed=1), batches(2, 4, 2, seed=2).mT.contiguous().mT),
     "addmm": lambda: (batches(2, seed=3), *pair()),
     "baddbmm": lambda: (batches(3, 1, seed=3), batches(2, 3, 4, seed=1), batches(2, 4, 2, seed=2)),
+    "matmul": lambda: (batches(2, 3, 4, seed=1), batches(4, 2, seed=2)),
+    "linear": lambda: (batches(2, 3, 4, seed=1), batches(2, 4, seed=2), batches(2, seed=3)),
 }
+
+
+COMPOSED: list[tuple[str, dict[str, float]]] = [("matmul", {}), ("linear", {})]
 
 
 @reads_grad
 @compiles
 @pytest.mark.parametrize("needs", [True, False], ids=["requires_grad", "constants"])
-@pytest.mark.parametrize(("name", "scales"), [("bmm", {}), ("addmm", {}), ("baddbmm", {"beta": 0.5, "alpha": 2.0})])
+@pytest.mark.parametrize(
+    ("name", "scales"), [("bmm", {}), ("addmm", {}), ("baddbmm", {"beta": 0.5, "alpha": 2.0}), *COMPOSED]
+)
 def test_opcheck(name: str, scales: dict[str, float], needs: bool) -> None:
     operands = tuple(x.detach().requires_grad_(needs) for x in OPERANDS[name]())
     checked = opcheck(getattr(torch.ops.matmul_grad, name), operands, scales)
