@@ -67,7 +67,7 @@ from .launch_table import (
     W,
 )
 from .launch_table import mixed as mix
-from .own_entries import ENTRY_SIGNATURE, is_direct, matrix_shape
+from .own_entries import ENTRY_SIGNATURE, is_direct
 from .torch_c_api import (
     DATA,
     DIM,
@@ -107,6 +107,7 @@ value_words = stack_words(MOST_PARAMETERS)
 argument_words = stack_words(MOST_PARAMETERS)
 map_bytes = stack_words((DESCRIPTORS * MAP_BYTES + MAP_BYTES) // 8)
 mixed = jit(mix)
+matrix_shape = stack_words(4)
 
 
 @jit
