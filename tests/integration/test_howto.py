@@ -22,7 +22,7 @@ from matmul_grad.bench import backends, correctness, inputs
 from matmul_grad.bench.backends import call_of, products_of
 from matmul_grad.bench.workloads import Workload
 from matmul_grad.kernels.cpu import config, driver, gemm_args, host, schedule
-from matmul_grad.kernels.native import broadcast, call, direct, own_entries
+from matmul_grad.kernels.native import broadcast, call, direct, gradients
 
 HOWTO = ROOT / "docs" / "howto"
 ADDITIONS = sorted(HOWTO.glob("add-*.md"))
@@ -81,8 +81,8 @@ def test_every_argument_of_the_driver_is_set() -> None:
     plain = schedule.set_plain_store.py_func
     assert words_not_set_by(call, plain) == {"BETA"}
     assert all("set_plain_store(args)" in inspect.getsource(module) for module in (call, broadcast, schedule))
-    gradient = own_entries.set_gradient.py_func, schedule.set_dense_c.py_func, plain
-    assert words_not_set_by(*gradient) == {"BETA", "A_BS", "B_BS", "C_BS", "S_RS", "S_CS", "S_BS"}
+    gradient = gradients.set_product.py_func, schedule.set_dense_c.py_func, plain
+    assert words_not_set_by(*gradient) == {"BETA", "S_RS", "S_CS", "S_BS"}
 
 
 class Einsum(backends.Bare):

@@ -196,6 +196,7 @@ def test_operators_and_gemm_are_compiled_side_by_side(cache: Path) -> None:
 
 @pytest.mark.parametrize("lacks", ["core", "Python", "folder", "locks", "frozen"])
 def test_no_second_process_where_it_would_not_help(lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compile_beside, "_started", [])
     monkeypatch.setattr(compile_beside, "usable_cores", lambda: 2)
     monkeypatch.setenv("MATMUL_GRAD_CACHE", str(tmp_path))
     assert compile_beside.is_possible()
