@@ -271,7 +271,7 @@ def _autograd_and_keep(self: Tensor | None, mat1: Tensor, mat2: Tensor, activati
     if not _is_recorded(self, mat1, mat2):
         with _below_autograd():
             return _addmm_activation_kept(self, mat1, mat2, activation)
-    result: tuple[Tensor, Tensor] = with_graph(_record, self, mat1, mat2, activation)  # type: ignore[assignment]
+    result: tuple[Tensor, Tensor] = with_graph(_record, self, mat1, mat2, activation)  # type: ignore[assignment]  # two tensors
     return result
 
 

@@ -15,7 +15,7 @@ from .config_words import DERIVATIVE, SIZE
 from .derivative_args import ACTIVATION, GRAD, GRAD_CS, GRAD_RS, KEPT, KEPT_CS, KEPT_RS, OUT, OUT_RS, M, N
 from .derivative_ir import DERIVATIVE_ARGUMENTS
 from .memory import call_kernel, get, put, stack_words, symbol
-from .schedule import plan_threads, round_lanes, split_range
+from .schedule import parallel_for, plan_threads, round_lanes, split_range
 from .workspace import forked
 
 WORK = 64  # multiply-adds that take as long as an element
@@ -24,9 +24,6 @@ ARGS, CONFIG, COUNT = range(3)  # of the context that the threads share
 call_derivative = call_kernel(DERIVATIVE_ARGUMENTS)
 context_words = stack_words(3)
 task_address = symbol("matmul_grad_derivative_task")
-parallel_for = types.ExternalFunction(
-    "matmul_grad_parallel_for", types.int32(types.int64, types.int64, types.int64, types.int64, types.int64)
-)
 
 
 def task(begin, end, context):

@@ -36,7 +36,7 @@ def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
     pre[i, j] = round(t), C[i, j] = round(activation(t))       t = alpha · partials[i, j] + beta · source[i, j]
 
     where C, pre and source are of ``dtype``, partials are lanes, ``row_lanes`` a row, and alpha and beta the bits of a
-    float64. Nothing is added where source is 0; only C is stored where pre is 0. An activation has a loop of its own
+    float64. Nothing is added where source is 0; only C is stored where pre is 0. An activation has a separate loop
     over each row, whose argument stays in the partials.
     """
     # an element a lane, also where the k-loop has two

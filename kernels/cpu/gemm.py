@@ -38,6 +38,7 @@ from .schedule import (
     block_count,
     blocks_per_item,
     linked_multiply,
+    parallel_for,
     partial_bytes,
     plan_blocks,
     plan_chain,
@@ -57,9 +58,6 @@ from .schedule import (
 )
 from .workspace import acquire_slot, first_page, forked, release_slot
 
-parallel_for = types.ExternalFunction(
-    "matmul_grad_parallel_for", types.int32(types.int64, types.int64, types.int64, types.int64, types.int64)
-)
 memset = types.ExternalFunction("memset", types.int64(types.int64, types.int32, types.int64))
 
 GEMM_SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.int64)

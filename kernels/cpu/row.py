@@ -1,4 +1,4 @@
-"""One row of C where the columns of B are adjacent: B is read in the order in which it lies in memory.
+"""C row by row where the columns of B are adjacent: B is read in the order in which it lies in memory.
 
     for b in k by a chain
       for p in the chain by STEPS       so many rows of B side by side, from their first column to their last

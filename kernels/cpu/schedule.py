@@ -67,6 +67,10 @@ PACKED, BY_ROWS, BY_COLUMNS = range(3)  # how an operand is read
 MULTIPLY_SIGNATURE = types.void(types.int64, types.int64, types.int64)
 linked_multiply = types.ExternalFunction("matmul_grad_multiply", MULTIPLY_SIGNATURE)  # of loops.py
 
+parallel_for = types.ExternalFunction(
+    "matmul_grad_parallel_for", types.int32(types.int64, types.int64, types.int64, types.int64, types.int64)
+)
+
 schedule_words = stack_words(HEADER + MAX_PRODUCTS * PLANNED_ARGS)
 args_words = stack_words(PLANNED_ARGS)
 plan_k = jit(k_block)

@@ -96,24 +96,6 @@ def mm_backward(stack, inputs, outputs):
         forward_results_to(stack, mm_in_python(), 2)
 
 
-def matmul_backward(stack, inputs, outputs):
-    if not is_tensor(get(stack, 0)):
-        return_undefined(stack, 2)
-        return
-    returned = out_param()
-    form = needs_of(get(stack, 3))
-    outcome = linked_gradients(get(stack, 0), get(stack, 1), get(stack, 2), form, returned)
-    if outcome == DONE:
-        free(stack)
-        put(stack, 0, required(get(returned, 0)))
-        put(stack, 1, required(get(returned, 1)))
-    elif outcome == RAISED:
-        free(stack)
-        raise_pending()
-    else:
-        require_results(stack, matmul_in_python(), 2)
-
-
 @jit
 def require_results(stack, name, count):
     """``forward_results_to``, and ``Tensor`` results, undefined where there is none."""
@@ -125,6 +107,30 @@ def require_results(stack, name, count):
         else:
             put(stack, index, get(given, 0))
             delete(given)
+
+
+@jit
+def finish(stack, outcome, name, count):
+    """What is left to do for an outcome other than DONE."""
+    if outcome == RAISED:
+        free(stack)
+        raise_pending()
+    elif outcome != DONE:
+        require_results(stack, name, count)
+
+
+def matmul_backward(stack, inputs, outputs):
+    if not is_tensor(get(stack, 0)):
+        return_undefined(stack, 2)
+        return
+    returned = out_param()
+    form = needs_of(get(stack, 3))
+    outcome = linked_gradients(get(stack, 0), get(stack, 1), get(stack, 2), form, returned)
+    if outcome == DONE:
+        free(stack)
+        put(stack, 0, required(get(returned, 0)))
+        put(stack, 1, required(get(returned, 1)))
+    finish(stack, outcome, matmul_in_python(), 2)
 
 
 @jit
@@ -172,29 +178,20 @@ def three_gradients(stack, form):
     return outcome
 
 
-@jit
-def finish(stack, outcome, name):
-    if outcome == RAISED:
-        free(stack)
-        raise_pending()
-    elif outcome != DONE:
-        require_results(stack, name, 3)
-
-
 def linear_backward(stack, inputs, outputs):
     if not is_tensor(get(stack, 1)):
         return_undefined(stack, 3)
         return
     tag = rank_of(get(stack, 2)) - TAG_RANK
     outcome = one_gradient(stack, tag) if tag >= 0 else three_gradients(stack, LINEAR)
-    finish(stack, outcome, linear_in_python())
+    finish(stack, outcome, linear_in_python(), 3)
 
 
 def addmm_backward(stack, inputs, outputs):
     if not is_tensor(get(stack, 1)):
         return_undefined(stack, 3)
         return
-    finish(stack, three_gradients(stack, 0), addmm_in_python())
+    finish(stack, three_gradients(stack, 0), addmm_in_python(), 3)
 
 
 def mm_backward_autograd(stack, inputs, outputs):

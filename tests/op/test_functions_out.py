@@ -109,7 +109,7 @@ def test_wrong_out_raises_torch_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_an_out_of_another_dtype_than_out_dtype_is_torchs(name: str) -> None:
+def test_an_out_of_another_dtype_than_out_dtype_raises_as_in_torch(name: str) -> None:
     ours, theirs = pair_of(name)
     found = operands(name, torch.bfloat16)
     named = {"out_dtype": torch.float32, "out": torch.zeros(1, dtype=torch.float64)}
