@@ -87,7 +87,8 @@ def multiply(config, args, work):
     n, nr = get(args, N), get(config, NR)
     sequential = n * get(config, SIZE) >= get(config, SEQUENTIAL_BYTES) or get(config, CONVERTS) != 0
     outer = get(args, K) <= OUTER_STEPS and n * get(config, SIZE) >= OUTER_BYTES
-    if get(args, B_CS) == 1 and (outer or (get(args, M) == 1 and sequential)):
+    by_rows = get(args, B_CS) == 1 and get(args, A_PATCHES) == 0
+    if by_rows and (outer or (get(args, M) == 1 and sequential)):
         multiply_rows(config, args, work)
         return
     b_access, first, columns = choose_b_access(config, args), 0, n
@@ -118,7 +119,7 @@ def choose_b_access(config, args):
 def loops_5_to_3(config, args, work, first_column, columns, b_access):
     m, k, mc_max, nc_max = get(args, M), get(args, K), get(config, MC), get(config, NC)
     whole_k = b_access == BY_COLUMNS or (b_access == BY_ROWS and m <= get(config, MR))
-    if whole_k and get(config, CONVERTS) != 0:  # A must be packed for all of k, in either order
+    if whole_k and (get(config, CONVERTS) != 0 or get(args, A_PATCHES) != 0):  # A must be packed for all of k
         by_rows, by_columns = m * (k + get(config, LANES) + PAD), k * (round_lanes(config, m) + PAD)
         whole_k = max(by_rows, by_columns) <= get(config, A_LANES)
     step = k if whole_k else plan_k(k, get(config, KC), get(config, PANEL_CHAIN))

@@ -30,7 +30,6 @@ from .patches_args import (
 from .simd import I8, I32, I64, POINTER, choose, each, function_ir, repeat, splat
 
 PATCH_STEPS_ARGUMENTS, PATCH_ROWS_ARGUMENTS = 6, 6
-NOWHERE = 1 << 30  # a coordinate of no pixel
 X = DIMENSIONS - 1
 
 
@@ -72,7 +71,8 @@ class _Run:
     """Consecutive indices of one side, a vector of them: coordinates without the other side's part.
 
     offsets: where each is, in memory. Those of the first piece, and of the second, are adjacent from an offset on that
-    lane 0 would have. scattered: whether there are more pieces.
+    lane 0 would have. scattered: whether there are more pieces. every_second: whether all are in one row of the image,
+    at a distance of 2 elements.
     """
 
     coordinates: list[ir.Value]
@@ -80,15 +80,17 @@ class _Run:
     pieces: list[ir.Value]
     origins: list[ir.Value]
     scattered: ir.Value
+    every_second: ir.Value
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A run with one value of the other side's digits: the masks of its pieces, and whether the first has all lanes."""
+    """A run with one value of the other side's digits: the masks of its pieces, and what can be read without one."""
 
     run: _Run
     masks: list[ir.Value]
-    whole: ir.Value
+    whole: ir.Value  # all lanes, from the first piece
+    whole_second: ir.Value  # all lanes, every second element
     exists: ir.Value  # address of a byte a lane
 
 
@@ -110,11 +112,7 @@ def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
     def emit(builder, target, width_, source, k, exist, patches):
         image, room = _read_image(builder, operand, patches), _Room(builder, operand, width)
         first, step = _indices(builder, operand, source)
-        along_free = builder.mul(image.free.steps[X], image.strides[X])
-        along_k = builder.mul(image.k.steps[X], image.strides[X])
-        transposes = builder.and_(
-            builder.icmp_signed("!=", along_free, I64(1)), builder.icmp_signed("==", along_k, I64(1))
-        )
+        transposes = builder.icmp_signed(">", image.k.extents[X], image.free.extents[X])  # along pixels, not along taps
         with builder.if_else(transposes) as (deep, wide):
             with deep:
                 _pack_transposed(builder, image, room, (target, width_), (first, exist), (step, k))
@@ -132,17 +130,14 @@ def patch_rows_ir(name: str, operand: Operand, height: int) -> str:
         first, step = _indices(builder, operand, source)
         _set_others(builder, image, image.free, first, rows, rows, room)
 
-        def vector(p):
-            run = _prepare(builder, image, image.k, builder.add(step, p), room)
-
+        def some_pixels(p, run, count, inside):
             def row(i):
-                value = _read_other(builder, image, room, run, i, builder.sub(k, p))
                 to = operand.vector.at(builder, target, builder.add(builder.mul(i, stride), p))
-                operand.vector.store(builder, value, to)
+                operand.vector.store(builder, _read_other(builder, image, room, run, i, count, inside), to)
 
             each(builder, rows, 1, row)
 
-        each(builder, k, operand.vector.lanes, vector)
+        _rows_of_pixels(builder, image, room, step, k, some_pixels)
 
     return function_ir(name, PATCH_ROWS_ARGUMENTS, emit)
 
@@ -213,39 +208,120 @@ def _slot(builder: ir.IRBuilder, array: ir.Value, index: ir.Value, kind: ir.Type
 
 def _prepare(builder: ir.IRBuilder, image: _Image, side: _Side, first: ir.Value, room: _Room) -> _Run:
     """The run of ``lanes`` indices of a side from ``first`` on."""
-    wide = ir.VectorType(I64, image.lanes)
+    digits = _digits(builder, side, first)
+    in_row = builder.icmp_signed("<=", builder.add(digits[-1], I64(image.lanes)), side.extents[X])
+    *coordinates, one, other, origin, second, scattered = choose(
+        builder,
+        in_row,
+        lambda: _run_in_row(builder, image, side, digits, room),
+        lambda: _run_across_rows(builder, image, side, digits, room),
+    )
+    every_second = builder.and_(in_row, builder.icmp_signed("==", _distance(builder, image, side), I64(2)))
+    return _Run(coordinates, room.offsets, [one, other], [origin, second], scattered, every_second)
+
+
+def _distance(builder: ir.IRBuilder, image: _Image, side: _Side) -> ir.Value:
+    """Elements from one index to the next in a row."""
+    return builder.mul(side.steps[X], image.strides[X])
+
+
+def _rows_of_pixels(builder, image, room, step, k, emit):
+    """``emit(p, run, count, inside)`` for vectors along k, steps p to p + count of ``k`` from ``step`` on.
+
+    None crosses the end of a row of the image. inside: whether no digits of the free index lead out of the image.
+    """
+    extent, distance = image.k.extents[X], _distance(builder, image, image.k)
+
+    def row(p: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        digits = _digits(builder, image.k, builder.add(step, p))
+        left, to_end = builder.sub(k, p), builder.sub(extent, digits[-1])
+        length = builder.select(builder.icmp_signed("<", left, to_end), left, to_end)
+
+        def vector(v):
+            at = [*digits[:-1], builder.add(digits[-1], v)]
+            *coordinates, one, other, origin, _, scattered = _run_in_row(builder, image, image.k, at, room)
+            second = builder.icmp_signed("==", distance, I64(2))
+            run = _Run(coordinates, room.offsets, [one, other], [origin, origin], scattered, second)
+            count = builder.sub(length, v)
+            with builder.if_else(_is_inside(builder, image, image.free, run, count)) as (inside, outside):
+                with inside:
+                    emit(builder.add(p, v), run, count, True)
+                with outside:
+                    emit(builder.add(p, v), run, count, False)
+
+        each(builder, length, image.lanes, vector)
+        return [builder.add(p, length)]
+
+    _while(builder, I64(0), k, row)
+
+
+def _while(builder, start, end, body):
+    """``p = start; while p < end: p = body(p)``"""
+    before = builder.block
+    head, inside, done = (builder.append_basic_block(f"while.{part}") for part in ("head", "body", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    p = builder.phi(I64)
+    builder.cbranch(builder.icmp_signed("<", p, end), inside, done)
+    builder.position_at_end(inside)
+    (following,) = body(p, [])
+    p.add_incoming(start, before)
+    p.add_incoming(following, builder.block)
+    builder.branch(head)
+    builder.position_at_end(done)
+
+
+def _coordinates(builder: ir.IRBuilder, image: _Image, side: _Side, digits: list[ir.Value]) -> list[ir.Value]:
+    return [
+        builder.add(builder.mul(digit, step), start)
+        for digit, step, start in zip(digits[1:], side.steps, image.start, strict=True)
+    ]
+
+
+def _run_in_row(builder, image, side, digits, room):
+    """A run whose x alone counts."""
+    lanes, distance = image.lanes, _distance(builder, image, side)
+    coordinates = _coordinates(builder, image, side, digits)
+    offset = builder.add(builder.mul(digits[0], side.outer), image.offset(builder, coordinates))
+    wide, narrow = (ir.Constant(ir.VectorType(kind, lanes), [kind(i) for i in range(lanes)]) for kind in (I64, I32))
+    steps = builder.mul(wide, splat(builder, distance, lanes))
+    builder.store(builder.add(splat(builder, offset, lanes), steps), room.offsets, align=8)
+    vectors = [splat(builder, builder.trunc(coordinate, I32), lanes) for coordinate in coordinates]
+    x_steps = builder.mul(narrow, splat(builder, builder.trunc(side.steps[X], I32), lanes))
+    vectors[X] = builder.add(vectors[X], x_steps)
+    adjacent = builder.icmp_signed("==", distance, I64(1))
+    none = ir.Constant(ir.VectorType(ir.IntType(1), lanes), None)
+    return [*vectors, splat(builder, adjacent, lanes), none, offset, offset, builder.not_(adjacent)]
+
+
+def _run_across_rows(builder, image, side, digits, room):
+    """A run whose digits carry."""
 
     def lane(at: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
         second, pieces, *digits = state
-        coordinates = [
-            builder.add(builder.mul(digit, step), start)
-            for digit, step, start in zip(digits[1:], side.steps, image.start, strict=True)
-        ]
+        coordinates = _coordinates(builder, image, side, digits)
         for coordinate, array in zip(coordinates, room.coordinates, strict=True):
             builder.store(builder.trunc(coordinate, I32), _slot(builder, array, at, I32))
         offset = builder.add(builder.mul(digits[0], side.outer), image.offset(builder, coordinates))
         builder.store(offset, _slot(builder, room.offsets, at, I64))
-        origin, first_origin = builder.sub(offset, at), builder.load(room.offsets, typ=I64)
-        differs = builder.icmp_signed("!=", origin, first_origin)
-        new = builder.or_(
-            builder.icmp_signed("==", pieces, I64(1)), builder.icmp_signed("!=", origin, second)
-        )  # than the second
-        is_new = builder.and_(differs, new)
-        second = builder.select(builder.and_(is_new, builder.icmp_signed("==", pieces, I64(1))), origin, second)
+        origin, first = builder.sub(offset, at), builder.load(room.offsets, typ=I64)
+        is_one = builder.icmp_signed("==", pieces, I64(1))
+        is_new = builder.or_(is_one, builder.icmp_signed("!=", origin, second))
+        is_new = builder.and_(is_new, builder.icmp_signed("!=", origin, first))
+        second = builder.select(builder.and_(is_new, is_one), origin, second)
         return [second, builder.add(pieces, builder.zext(is_new, I64)), *_next(builder, side, digits)]
 
-    digits = _digits(builder, side, first)
-    _, state = repeat(builder, I64(0), I64(image.lanes), 1, [I64(0), I64(1), *digits], lane)
+    lanes, wide, narrow = image.lanes, ir.VectorType(I64, image.lanes), ir.VectorType(I32, image.lanes)
+    _, state = repeat(builder, I64(0), I64(lanes), 1, [I64(0), I64(1), *digits], lane)
     second, pieces, *_ = state
     origin = builder.load(room.offsets, typ=I64)
     second = builder.select(builder.icmp_signed("==", pieces, I64(1)), origin, second)
-    lanes = ir.Constant(wide, [I64(i) for i in range(image.lanes)])
-    origins = builder.sub(builder.load(room.offsets, typ=wide, align=8), lanes)
-    one = builder.icmp_signed("==", origins, splat(builder, origin, image.lanes))
-    other = builder.and_(builder.not_(one), builder.icmp_signed("==", origins, splat(builder, second, image.lanes)))
-    narrow = ir.VectorType(I32, image.lanes)
+    numbers = ir.Constant(wide, [I64(i) for i in range(lanes)])
+    origins = builder.sub(builder.load(room.offsets, typ=wide, align=8), numbers)
+    one = builder.icmp_signed("==", origins, splat(builder, origin, lanes))
+    other = builder.and_(builder.not_(one), builder.icmp_signed("==", origins, splat(builder, second, lanes)))
     coordinates = [builder.load(array, typ=narrow, align=4) for array in room.coordinates]
-    return _Run(coordinates, room.offsets, [one, other], [origin, second], builder.icmp_signed(">", pieces, I64(2)))
+    return [*coordinates, one, other, origin, second, builder.icmp_signed(">", pieces, I64(2))]
 
 
 def _line(builder: ir.IRBuilder, image: _Image, room: _Room, run: _Run, taps: list[ir.Value], count: ir.Value) -> _Line:
@@ -255,10 +331,14 @@ def _line(builder: ir.IRBuilder, image: _Image, room: _Room, run: _Run, taps: li
         at = builder.add(coordinate, splat(builder, tap, image.lanes))
         mask = builder.and_(mask, builder.icmp_unsigned("<", at, size))
     masks = [builder.and_(mask, piece) for piece in run.pieces]
-    bits = builder.bitcast(masks[0], ir.IntType(image.lanes))
     builder.store(builder.zext(mask, ir.VectorType(I8, image.lanes)), room.exists, align=1)
-    whole = builder.icmp_signed("==", bits, ir.IntType(image.lanes)(-1))
-    return _Line(run, masks, whole, room.exists)
+    whole_second = builder.and_(run.every_second, _all(builder, mask))
+    return _Line(run, masks, _all(builder, masks[0]), whole_second, room.exists)
+
+
+def _all(builder: ir.IRBuilder, mask: ir.Value) -> ir.Value:
+    bits = ir.IntType(mask.type.count)
+    return builder.icmp_signed("==", builder.bitcast(mask, bits), bits(-1))
 
 
 def _read_line(builder: ir.IRBuilder, image: _Image, room: _Room, line: _Line, offset: ir.Value) -> ir.Value:
@@ -291,12 +371,20 @@ def _read_line(builder: ir.IRBuilder, image: _Image, room: _Room, line: _Line, o
         each(builder, image.lanes, 1, lane)
         return [operand.read(builder, room.elements)]
 
+    def seconds() -> list[ir.Value]:
+        """Between two elements of a row, memory can be read."""
+        lanes = image.lanes
+        low = operand.read(builder, places[0])
+        high = operand.read(builder, element_at(builder, operand, places[0], I64(lanes - 1)))
+        even = [I32(2 * i if 2 * i < lanes else 2 * i + 1) for i in range(lanes)]
+        return [builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, lanes), even))]
+
     def partial() -> list[ir.Value]:
         if operand.converts:  # AVX2 has no masks of 16 bits: a branch an element
             return gathered()
         return choose(builder, run.scattered, gathered, pieces)
 
-    return choose(builder, line.whole, whole, partial)[0]
+    return choose(builder, line.whole, whole, lambda: choose(builder, line.whole_second, seconds, partial))[0]
 
 
 def _pack_wide(builder, image, room, target, free, k):
@@ -331,45 +419,63 @@ def _pack_wide(builder, image, room, target, free, k):
 
 
 def _set_others(builder, image, side, first, count, exist, room):
-    """For ``count`` indices of a side: what they add to coordinates and to offsets. From ``exist`` on, nowhere."""
+    """For ``count`` indices of a side: what they add to coordinates and to offsets. From ``exist`` on, as the last."""
 
     def one(at: ir.Value, digits: list[ir.Value]) -> list[ir.Value]:
         coordinates = [builder.mul(digit, by) for digit, by in zip(digits[1:], side.steps, strict=True)]
-        missing = builder.icmp_signed(">=", at, exist)
         for coordinate, array in zip(coordinates, room.other_taps, strict=True):
-            tap = builder.select(missing, I32(NOWHERE), builder.trunc(coordinate, I32))
-            builder.store(tap, _slot(builder, array, at, I32))
+            builder.store(builder.trunc(coordinate, I32), _slot(builder, array, at, I32))
         offset = builder.add(builder.mul(digits[0], side.outer), image.offset(builder, coordinates))
         builder.store(offset, _slot(builder, room.other_offsets, at, I64))
-        return _next(builder, side, digits)
+        is_last = builder.icmp_signed(">=", builder.add(at, I64(1)), exist)
+        following = _next(builder, side, digits)
+        return [builder.select(is_last, old, new) for old, new in zip(digits, following, strict=True)]
 
     repeat(builder, I64(0), count, 1, _digits(builder, side, first), one)
 
 
-def _read_other(builder, image, room, run, at, count):
-    """The vector of a run for index ``at`` of those of ``_set_others``."""
+def _is_inside(builder, image, other, run, count):
+    """Whether a run is one piece in the image up to ``count``, whatever of the ``other`` side's digits is added."""
+    missing = builder.not_(image.operand.vector.mask(builder, count))
+    mask = run.pieces[0]
+    for d in range(DIMENSIONS):
+        reach = builder.mul(builder.sub(other.extents[d], I64(1)), other.steps[d])
+        for tap in (I32(0), builder.trunc(reach, I32)):
+            at = builder.add(run.coordinates[d], splat(builder, tap, image.lanes))
+            mask = builder.and_(mask, builder.icmp_unsigned("<", at, image.sizes[d]))
+    return _all(builder, builder.or_(mask, missing))
+
+
+def _read_other(builder, image, room, run, at, count, inside):
+    """The vector of a run for index ``at`` of those of ``_set_others``; lanes from ``count`` on are 0."""
+    offset = builder.load(_slot(builder, room.other_offsets, at, I64), typ=I64)
+    if inside:
+        place = element_at(builder, image.operand, image.address, builder.add(run.origins[0], offset))
+        whole = builder.icmp_signed(">=", count, I64(image.lanes))
+        read = image.operand.read
+        return choose(builder, whole, lambda: [read(builder, place)], lambda: [read(builder, place, count)])[0]
     taps = [builder.load(_slot(builder, array, at, I32), typ=I32) for array in room.other_taps]
     line = _line(builder, image, room, run, taps, count)
-    offset = builder.load(_slot(builder, room.other_offsets, at, I64), typ=I64)
     return _read_line(builder, image, room, line, offset)
 
 
 def _pack_transposed(builder, image, room, target, free, k):
-    """Vectors along k, transposed: a block of pixels after the other, all columns of each."""
+    """Vectors along k, transposed: some pixels after the other, all columns of each.
+
+    Columns that do not exist are as the last one.
+    """
     (to, width), (first, exist), (step, steps) = target, free, k
     vector, lanes = image.operand.vector, image.lanes
     _set_others(builder, image, image.free, first, width, exist, room)
 
-    def block(p):
-        run, left = _prepare(builder, image, image.k, builder.add(step, p), room), builder.sub(steps, p)
-
+    def some_pixels(p, run, count, inside):
         def columns(j):
-            read = [_read_other(builder, image, room, run, builder.add(j, I64(i)), left) for i in range(lanes)]
+            read = [_read_other(builder, image, room, run, builder.add(j, I64(i)), count, inside) for i in range(lanes)]
             for i, row in enumerate(vector.transpose(builder, read)):
-                at = builder.add(builder.mul(builder.add(p, I64(i)), width), j)
-                with builder.if_then(builder.icmp_signed("<", I64(i), left), likely=True):
-                    vector.store(builder, row, vector.at(builder, to, at))
+                at = vector.at(builder, to, builder.add(builder.mul(builder.add(p, I64(i)), width), j))
+                with builder.if_then(builder.icmp_signed("<", I64(i), count), likely=True):
+                    vector.store(builder, row, at)
 
         each(builder, width, lanes, columns)
 
-    each(builder, steps, lanes, block)
+    _rows_of_pixels(builder, image, room, step, steps, some_pixels)

@@ -7,8 +7,7 @@
 Sums run in the order in which their indices stand here, so an element of C depends on its window and its filter, and
 one of dX on the gradients that reach it: not on the batch, the size of the image, the layout or the number of threads.
 dX is gathered: pixels whose coordinates have one remainder of division by the stride are reached by the same taps, so
-each of those phases is one product. Nothing is allocated but the result, and the filter in the order of k where it is
-not in that order.
+each of those phases is one product. Nothing is allocated but the result.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def forward(
     start = [-pad for pad in padding]
     for x, w, c, added in zip(*_grouped(groups, (input, 1), (weight, 0), (out, 1)), _parts(bias, groups), strict=True):
         free, k = Side(x.stride(0), pixels, stride), Side(x.stride(1), kernel, dilation)
-        _multiply(_filter(w), Patches(x, free, k, start, image), c, added)
+        _multiply(_filter(w, 0, w.shape[2:]), Patches(x, free, k, start, image, x.stride()[2:]), c, added)
     return out
 
 
@@ -81,20 +80,18 @@ def input_gradient(
         list(_phases(*of_dimension))
         for of_dimension in zip(input_size[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ))  # fmt: skip
+    image = grad.shape[2:]
     for phase in phases:
-        pixels = tuple(slice(x.first, None, x.step) for x in phase)
-        taps = tuple(x.taps for x in phase)
-        start, by = [x.start for x in phase], [x.by for x in phase]
-        part = out[(..., *pixels)]
-        reached = weight[(..., *taps)]
-        if reached.numel() == 0:
-            part.copy_(torch.zeros((), dtype=out.dtype) if bias is None else bias.view(-1, *[1] * len(pixels)))
+        part = out[(..., *(slice(x.first, None, x.step) for x in phase))]
+        if not all(x.count for x in phase):
+            part.copy_(torch.zeros((), dtype=out.dtype) if bias is None else bias.view(-1, *[1] * len(phase)))
             continue
-        extents = part.shape[2:]
-        tensors = _grouped(groups, (grad, 1), (reached, 0), (part, 1))
+        taps, start, by = [x.count for x in phase], [x.start for x in phase], [x.by for x in phase]
+        tensors = _grouped(groups, (grad, 1), (weight, 0), (part, 1))
         for dy, w, c, added in zip(*tensors, _parts(bias, groups), strict=True):
-            free, k = Side(dy.stride(0), extents, [1] * len(by)), Side(dy.stride(1), reached.shape[2:], by)
-            _multiply(_filter(w.transpose(0, 1)), Patches(dy, free, k, start, grad.shape[2:]), c, added)
+            free, k = Side(dy.stride(0), part.shape[2:], [1] * len(by)), Side(dy.stride(1), taps, by)
+            rows = _filter(w, 1, taps, [x.every for x in phase], [x.tap for x in phase])
+            _multiply(rows, Patches(dy, free, k, start, image, dy.stride()[2:]), c, added)
     return out
 
 
@@ -104,11 +101,11 @@ def weight_gradient(
     """The gradient of a convolution's filter; no size is 0."""
     out = grad.new_empty(weight_size)
     kernel, pixels = weight_size[2:], grad.shape[2:]
-    ones, start = [1] * len(kernel), [-pad for pad in padding]
+    start = [-pad for pad in padding]
     for dy, x, c in zip(*_grouped(groups, (grad, 1), (input, 1), (out, 0)), strict=True):
-        rows = Patches(dy, Side(dy.stride(1), ones, ones), Side(dy.stride(0), pixels, ones), [0] * len(ones), pixels)
+        rows = _dense_rows(dy, 1, pixels)
         free, k = Side(x.stride(1), kernel, dilation), Side(x.stride(0), pixels, stride)
-        columns = Patches(x, free, k, start, input.shape[2:])
+        columns = Patches(x, free, k, start, input.shape[2:], x.stride()[2:])
         matrix = c.reshape(c.shape[0], -1)
         a = rows if (flat := _one_matrix(dy)) is None else flat
         shape = c.shape[0], matrix.shape[1], dy.shape[0] * math.prod(pixels)
@@ -121,11 +118,16 @@ def weight_gradient(
 
 @dataclass(frozen=True)
 class Phase:
-    """Pixels first, first + step, … of a dimension of dX: pixel q sums taps u at start + q + u · by of dY."""
+    """Pixels first, first + step, … of a dimension of dX.
+
+    Pixel q sums over u < count the products of tap tap + u · every and of dY at start + q + u · by.
+    """
 
     first: int
     step: int
-    taps: slice
+    tap: int
+    every: int
+    count: int
     start: int
     by: int
 
@@ -133,8 +135,8 @@ class Phase:
 def _phases(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Iterator[Phase]:
     """The phases of one dimension, those of no tap included.
 
-    >>> [(x.first, x.taps, x.start, x.by) for x in _phases(5, 3, 2, 1, 1)]
-    [(0, slice(1, 3, 2), 0, -1), (1, slice(0, 3, 2), 1, -1)]
+    >>> [(x.first, x.tap, x.every, x.count, x.start, x.by) for x in _phases(5, 3, 2, 1, 1)]
+    [(0, 1, 2, 1, 0, -1), (1, 0, 2, 2, 1, -1)]
     """
     common = math.gcd(stride, dilation)
     every = stride // common  # taps of one phase are so far apart
@@ -142,7 +144,8 @@ def _phases(size: int, kernel: int, stride: int, padding: int, dilation: int) ->
         reached = [tap for tap in range(min(every, kernel)) if (first + padding - tap * dilation) % stride == 0]
         tap = reached[0] if reached else kernel
         start = (first + padding - tap * dilation) // stride
-        yield Phase(first, stride, slice(tap, kernel, every), start, -(dilation // common))
+        count = len(range(tap, kernel, every))
+        yield Phase(first, stride, tap, every, count, start, -(dilation // common))
 
 
 # --- products -------------------------------------------------------------------------------------------------
@@ -166,6 +169,11 @@ class Patches:
     k: Side
     start: Sizes
     sizes: Sizes
+    strides: Sizes
+
+    def steps(self) -> int:
+        """Of k; as many channels as the image has."""
+        return self.image.shape[1] * math.prod(self.k.extents)
 
     def words(self) -> Any:
         rank = len(self.sizes)
@@ -178,7 +186,7 @@ class Patches:
         for at, values, default in (
             (p.FREE_EXTENT, self.free.extents, 1), (p.K_EXTENT, self.k.extents, 1), (p.FREE_STEP, self.free.steps, 0),
             (p.K_STEP, self.k.steps, 0), (p.START, self.start, 0), (p.SIZE, self.sizes, 1),
-            (p.STRIDE, self.image.stride()[2:], 0),
+            (p.STRIDE, self.strides, 0),
         ):  # fmt: skip
             words[at : at + p.DIMENSIONS] = [default] * (p.DIMENSIONS - rank) + list(values)
         return words
@@ -227,11 +235,11 @@ class _Call:
         return ctypes.addressof(self.kept[-1])
 
 
-def _multiply(a: Tensor, b: Patches, c: Tensor, bias: Tensor | None) -> None:
+def _multiply(a: Tensor | Patches, b: Patches, c: Tensor, bias: Tensor | None) -> None:
     """c[sample, i, pixel] = Σ_p a[i, p] · b[p, (sample, pixel)] + bias[i]"""
     samples, pixels = c.shape[0], math.prod(c.shape[2:])
     dense = _one_stride(c)
-    m, k = a.shape
+    m, k = c.shape[1], b.steps()
     if dense is not None and (samples == 1 or pixels >= MANY_PIXELS):
         strides, batch = (c.stride(1), dense), (samples, pixels, c.stride(0))
         _Call(c, (m, pixels, k), a, b, c, strides, bias, batch).run()
@@ -272,9 +280,32 @@ def _one_matrix(grad: Tensor) -> Tensor | None:
     return grad.as_strided((grad.shape[1], math.prod(grad.shape[2:])), (grad.stride(1), dense))
 
 
-def _filter(weight: Tensor) -> Tensor:
-    """(rows, channels and taps), copied where taps are not in their order in memory."""
-    return weight.reshape(weight.shape[0], -1)
+def _filter(
+    weight: Tensor, rows: int, taps: Sizes, every: Sizes | None = None, first: Sizes | None = None
+) -> Tensor | Patches:
+    """Rows of a filter, of its output channels (0) or its input channels (1), by the other channel and the tap."""
+    kernel, rank = weight.shape[2:], len(taps)
+    if math.prod(taps) == 1:
+        matrix = weight[(..., *(first or [0] * rank))]
+        return matrix if rows == 0 else matrix.t()
+    if list(taps) == list(kernel):
+        dense, count = _one_stride(weight), math.prod(kernel)
+        if dense is not None and weight.stride(1 - rows) == dense * count:
+            return weight.as_strided((weight.shape[rows], weight.shape[1 - rows] * count), (weight.stride(rows), dense))
+        return _dense_rows(weight, rows, kernel)
+    k = Side(weight.stride(1 - rows), taps, every or [1] * rank)
+    free = Side(weight.stride(rows), [1] * rank, [0] * rank)
+    return Patches(weight, free, k, first or [0] * rank, kernel, weight.stride()[2:])
+
+
+def _dense_rows(image: Tensor, rows: int, extents: Sizes) -> Patches:
+    """Rows along dimension ``rows`` of an image's first two, by the other of them and all its pixels."""
+    strides, dense = image.stride()[2:], _one_stride(image)
+    if dense is not None:
+        extents, strides = [math.prod(extents)], (dense,)
+    ones, zeros = [1] * len(extents), [0] * len(extents)
+    free, k = Side(image.stride(rows), ones, zeros), Side(image.stride(1 - rows), extents, ones)
+    return Patches(image, free, k, zeros, extents, strides)
 
 
 def _grouped(groups: int, *tensors: tuple[Tensor, int]) -> Iterator[tuple[Tensor, ...]]:
