@@ -137,14 +137,17 @@ def locate_a(config, args, whole_k, panels, start, work):
     """``ARows``, and whether they have yet to be packed.
 
     A is only broadcast from. With adjacent steps of k it is read in place; otherwise it is packed along its contiguous
-    dimension: columns here, rows with the first panel of B.
+    dimension: columns and patches here, rows with the first panel of B.
     """
     a_rs, a_cs, ic, pc, kc = get(args, A_RS), get(args, A_CS), start.ic, start.pc, start.kc
     pairs = get(config, PAIRS)
     source = get(args, A) + (ic * a_rs + pc * a_cs) * get(config, SIZE)
     address, row_stride, k_stride, missing = work, round_lanes(config, (kc + pairs) >> pairs) + PAD, 1, True
-    in_place = a_cs == 1 or ((whole_k or panels <= get(config, DIRECT_PANELS)) and get(args, A_PATCHES) == 0)
-    if in_place and lanes_along_k(config, get(args, K), a_rs, a_cs):
+    in_place = a_cs == 1 or whole_k or panels <= get(config, DIRECT_PANELS)
+    if get(args, A_PATCHES) != 0:
+        rows, missing = min(get(config, MC), get(args, M) - ic), False
+        call_patch_rows(get(config, PACK_PATCH_ROWS), work, rows, row_stride, source, kc, get(args, A_PATCHES))
+    elif in_place and lanes_along_k(config, get(args, K), a_rs, a_cs):
         address, row_stride, k_stride, missing = source, a_rs >> pairs, a_cs, False
     elif a_rs == 1 and a_cs != 1:
         rows, missing = min(get(config, MC), get(args, M) - ic), False
@@ -216,10 +219,7 @@ def one_panel(config, args, b_access, start, columns, a_rows, missing, b_panel):
         a_tile, c_tile = a + i * a_rs * lane_bytes, c + i * c_rs * lane_bytes
         if missing:
             source = get(args, A) + ((ic + i) * a_row + pc * a_step) * get(config, SIZE)
-            if get(args, A_PATCHES) != 0:
-                call_patch_rows(get(config, PACK_PATCH_ROWS), a_tile, height, a_rs, source, kc, get(args, A_PATCHES))
-            else:
-                call_pack_rows(get(config, PACK_ROWS), a_tile, height, a_rs, source, kc, a_step, a_row)
+            call_pack_rows(get(config, PACK_ROWS), a_tile, height, a_rs, source, kc, a_step, a_row)
         if b_access == BY_COLUMNS or (transposes_b and b_copy != 0):
             tile = row_sizes if b_copy != 0 else row_tile
             call_transposed(

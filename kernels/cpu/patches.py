@@ -32,6 +32,7 @@ from .patches_args import DIMENSIONS
 from .simd import I32, I64, choose, each, function_ir, repeat, repeat_to
 
 PATCH_STEPS_ARGUMENTS, PATCH_ROWS_ARGUMENTS = 6, 6
+ROWS = 64  # at a time, for which a run is found once
 
 
 def make_kernels(config: BlockConfig) -> dict[str, str]:
@@ -39,7 +40,7 @@ def make_kernels(config: BlockConfig) -> dict[str, str]:
     operand, name = operand_of(config), config.name
     return {
         f"{name}_patch_steps": patch_steps_ir(f"{name}_patch_steps", operand, config.nr),
-        f"{name}_patch_rows": patch_rows_ir(f"{name}_patch_rows", operand, max(config.mr, config.nr)),
+        f"{name}_patch_rows": patch_rows_ir(f"{name}_patch_rows", operand),
     }
 
 
@@ -62,22 +63,29 @@ def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
     return function_ir(name, PATCH_STEPS_ARGUMENTS, emit)
 
 
-def patch_rows_ir(name: str, operand: Operand, height: int) -> str:
+def patch_rows_ir(name: str, operand: Operand) -> str:
     """IR of ``void name(target, rows, stride, source, k, patches)``: a row's steps of k are adjacent."""
 
     def emit(builder, target, rows, stride, source, k, patches):
-        image, room = read_image(builder, operand, patches), Room(builder, operand, height)
+        image, room = read_image(builder, operand, patches), Room(builder, operand, ROWS)
         first, step = indices_of(builder, operand, source)
-        _set_others(builder, image, image.free, first, rows, rows, room)
 
-        def some_pixels(p, run, count, inside):
-            def row(i):
-                to = operand.vector.at(builder, target, builder.add(builder.mul(i, stride), p))
-                operand.vector.store(builder, _read_other(builder, image, room, run, i, count, inside), to)
+        def some_rows(i):
+            left, begin = builder.sub(rows, i), builder.mul(i, stride)
+            count = builder.select(builder.icmp_signed("<", left, I64(ROWS)), left, I64(ROWS))
+            _set_others(builder, image, image.free, builder.add(first, i), count, count, room)
 
-            each(builder, rows, 1, row)
+            def some_pixels(p, run, exist, inside):
+                def row(i):
+                    to = builder.add(begin, builder.add(builder.mul(i, stride), p))
+                    value = _read_other(builder, image, room, run, i, exist, inside)
+                    operand.vector.store(builder, value, operand.vector.at(builder, target, to))
 
-        _rows_of_pixels(builder, image, room, step, k, some_pixels)
+                each(builder, count, 1, row)
+
+            _rows_of_pixels(builder, image, room, step, k, some_pixels)
+
+        each(builder, rows, ROWS, some_rows)
 
     return function_ir(name, PATCH_ROWS_ARGUMENTS, emit)
 
