@@ -109,7 +109,7 @@ def conv_transpose1d(
 ) -> Tensor:
     """Transposed convolution over one dimension, differentiable to any order: what ``conv1d`` does to a gradient.
 
-    Y[n, co, q] = bias[co] + Σ W[ci, co, u] · X[n, ci, p]   over ci and all u, p with p · stride + u · dilation = q + padding
+    Y[n, co, q] = bias[co] + Σ_{ci, u, p} W[ci, co, u] · X[n, ci, p]      q = p · stride + u · dilation - padding
 
     shapes      input (n, ci, size) or (ci, size), weight (ci, co / groups, taps), bias (co)
     strides     as ``conv1d``

@@ -1,11 +1,16 @@
-"""Convolutions by torch's kernels: the fallback for what this package's do not support. None of them is differentiable."""
+"""Convolutions by torch's kernels: the fallback for what this package's do not support.
+
+The functions have the arguments of the operators, whose decompositions for export they are.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .convolution_shapes import Geometry, Sizes
+from .convolution_shapes import Sizes, untransposed
 
 _convolution = torch.ops.aten.convolution.default
 _backward = torch.ops.aten.convolution_backward.default
@@ -19,17 +24,20 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     """``aten::convolution``, in the memory format of the input."""
-    result = _convolution(input, weight, bias, *geometry)
+    result = _convolution(input, weight, bias, *arguments)
     return result.contiguous(memory_format=memory_format_of(input))
 
 
-def weight_gradient(grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry) -> Tensor:
+def weight_gradient(
+    grad: Tensor, input: Tensor, weight_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:
     """The gradient of the filter of a convolution of ``input``, from that of its result.
 
     A result that has less pixels than the convolution gives is the input of a transposed one.
     """
+    geometry = untransposed(stride, padding, dilation, groups)
     weight = input.new_empty(1).expand(list(weight_size))
     back = geometry.gradient(grad.shape, weight_size, input.shape)
     if any(more >= step for more, step in zip(back.output_padding, geometry.stride)):

@@ -23,14 +23,13 @@ from torch import Tensor
 from . import autocast, convolution_by_torch, strict_mode
 from .autograd import _below_autograd, _Node, may_have_tangents, outer_levels_record, with_graph
 from .convolution_by_torch import memory_format_of
-from .convolution_shapes import Geometry, Sizes, channels, fits, fits_gradient, pixels
+from .convolution_shapes import Geometry, Sizes, channels, fits, fits_gradient, pixels, untransposed
 from .flops import count_flops
 from .ops import DTYPES, NAMESPACE, TAGS, library, require_storage
 
 WINDOW = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
-SCHEMA = (
-    f"(Tensor input, Tensor weight, Tensor? bias, {WINDOW}, bool transposed, SymInt[] output_padding, SymInt groups)"
-)
+TRANSPOSED = "bool transposed, SymInt[] output_padding"
+SCHEMA = f"(Tensor input, Tensor weight, Tensor? bias, {WINDOW}, {TRANSPOSED}, SymInt groups)"
 GRADIENT_SCHEMA = f"(Tensor grad, Tensor input, SymInt[] weight_size, {WINDOW}, SymInt groups)"
 
 
@@ -108,22 +107,17 @@ def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
             return kernels.forward(input, weight, bias, *window)
         size = input.shape[0], channels(weight.shape, geometry)[1], *pixels(input.shape, weight.shape, geometry)
         return kernels.input_gradient(input, weight, size, *window, bias=bias)
-    return convolution_by_torch.convolution(input, weight, bias, geometry)
+    return convolution_by_torch.convolution(input, weight, bias, *arguments)
 
 
 def _gradient(grad: Tensor, input: Tensor, weight_size: Sizes, *arguments: Any) -> Tensor:
-    geometry = _plain(*arguments)
+    geometry = untransposed(*arguments)
     if not is_one_kind(grad, input) or not fits_gradient(grad.shape, input.shape, weight_size, geometry):
         strict_mode.note_fallback(grad, input)
     elif grad.shape[0] and (kernels := _supported(grad, input, weight_size, geometry)) is not None:
         require_storage(grad, input)
         return kernels.weight_gradient(grad, input, tuple(weight_size), *arguments)
-    return convolution_by_torch.weight_gradient(grad, input, weight_size, geometry)
-
-
-def _plain(stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Geometry:
-    """Of a convolution that is not transposed."""
-    return Geometry(stride, padding, dilation, False, (0,) * len(stride), groups)
+    return convolution_by_torch.weight_gradient(grad, input, weight_size, *arguments)
 
 
 def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
@@ -140,9 +134,8 @@ def _fake_gradient(grad: Tensor, input: Tensor, weight_size: Sizes, *_: Any) -> 
 
 # --- autograd -------------------------------------------------------------------------------------------------------
 
-_autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
+_keys: Any = torch._C.DispatchKey
+_autocast_keys = torch._C.DispatchKeySet(_keys.AutocastCPU) | torch._C.DispatchKeySet(_keys.AutocastCUDA)
 
 
 def _as_recorded() -> Any:
@@ -253,7 +246,7 @@ def _autograd(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: An
 
 
 def _gradient_autograd(grad: Tensor, input: Tensor, weight_size: Sizes, *arguments: Any) -> Tensor:
-    geometry = _plain(*arguments)
+    geometry = untransposed(*arguments)
     if _is_recorded(grad, input):
         return with_graph(_record_gradient, grad, input, tuple(weight_size), geometry)
     with _below_autograd():

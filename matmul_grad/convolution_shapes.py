@@ -41,6 +41,10 @@ class Geometry(NamedTuple):
         return self._replace(groups=groups)
 
 
+def untransposed(stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Geometry:
+    return Geometry(stride, padding, dilation, False, (0,) * len(stride), groups)
+
+
 def pixels(input: Sizes, weight: Sizes, geometry: Geometry) -> tuple[int, ...]:
     """The spatial sizes of a result.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .convolution_ops import convolve, weight_gradient
-from .convolution_shapes import Geometry, Sizes
+from .convolution_shapes import Geometry, Sizes, untransposed
 from .ops import NAMESPACE, library
 from .vmap import Dims
 
@@ -68,7 +68,7 @@ def gradient_rule(
     groups: int,
 ) -> tuple[Tensor, int]:  # fmt: skip
     grad_dim, input_dim = in_dims[:2]
-    geometry, batch = Geometry(stride, padding, dilation, False, [0] * len(stride), groups), info.batch_size
+    geometry, batch = untransposed(stride, padding, dilation, groups), info.batch_size
     rows, columns, *taps = size
     if input_dim is None and grad_dim is not None:
         pixels = _among_groups(grad.movedim(grad_dim, 0), groups, 1)
