@@ -7,6 +7,8 @@ strided shards and partial sums included. torch does not promise the tables that
 the rules of this file are registered. Over one dimension of a mesh every rule shards one letter. What has the letter
 is sharded along it, what has not is replicated. A letter that the result has not, k, is summed over: there each
 device holds a partial sum.
+
+Convolutions are sharded along the batch alone; the gradient of a filter is a partial sum there.
 """
 
 from __future__ import annotations
@@ -78,14 +80,39 @@ def register_rules(name: str, equation: str) -> None:
     register_sharding(getattr(torch.ops.matmul_grad, name).default)(rules)
 
 
+def convolution_rules(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Of a convolution: (input, weight, bias or None, …) with the filters whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    whole, rest = Replicate(), [None] * (len(arguments) - 3)
+    bias = None if arguments[2] is None else whole
+    return [([placement], [placement, whole, bias, *rest]) for placement in (whole, Shard(0))]
+
+
+def weight_gradient_rules(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Of the gradient of a filter: (grad, input, …), a sum over the batch."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    rest = [None] * (len(arguments) - 2)
+    both = ((Replicate(), Replicate()), (Partial(), Shard(0)))
+    return [([result], [operand, operand, *rest]) for result, operand in both]
+
+
 def register_with(tensor: ModuleType) -> None:
     """Every operator with DTensor."""
+    from torch.distributed.tensor.experimental import register_sharding
+
     dispatcher = getattr(tensor.DTensor, "_op_dispatcher", None)
     propagator = getattr(dispatcher, "sharding_propagator", None)
     for name, equation in EQUATIONS.items():
         ours, atens = (getattr(getattr(torch.ops, space), name).default for space in ("matmul_grad", "aten"))
         if propagator is None or not share_strategy(propagator, ours, atens):
             register_rules(name, equation)
+    for name, rules in {
+        "convolution": convolution_rules,
+        "convolution_weight_gradient": weight_gradient_rules,
+    }.items():
+        register_sharding(getattr(torch.ops.matmul_grad, name).default)(rules)
 
 
 def register() -> None:
