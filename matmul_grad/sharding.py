@@ -100,21 +100,26 @@ def weight_gradient_rules(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
 
 def register_with(tensor: ModuleType) -> None:
     """Every operator with DTensor."""
-    from torch.distributed.tensor.experimental import register_sharding
-
     dispatcher = getattr(tensor.DTensor, "_op_dispatcher", None)
     propagator = getattr(dispatcher, "sharding_propagator", None)
     for name, equation in EQUATIONS.items():
         ours, atens = (getattr(getattr(torch.ops, space), name).default for space in ("matmul_grad", "aten"))
         if propagator is None or not share_strategy(propagator, ours, atens):
             register_rules(name, equation)
-    for name, rules in {
-        "convolution": convolution_rules,
-        "convolution_weight_gradient": weight_gradient_rules,
-    }.items():
-        register_sharding(getattr(torch.ops.matmul_grad, name).default)(rules)
+
+
+def register_convolutions_with(_: ModuleType) -> None:
+    from torch.distributed.tensor.experimental import register_sharding
+
+    register_sharding(torch.ops.matmul_grad.convolution.default)(convolution_rules)
+    register_sharding(torch.ops.matmul_grad.convolution_weight_gradient.default)(weight_gradient_rules)
 
 
 def register() -> None:
     """Register with DTensor, now or when it is imported."""
     on_import(TENSOR, register_with)
+
+
+def register_convolutions() -> None:
+    """Likewise, once they are defined."""
+    on_import(TENSOR, register_convolutions_with)

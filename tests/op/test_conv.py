@@ -44,7 +44,7 @@ def step(function: Callable[..., Tensor], tensors: list[Tensor], **named: Any) -
 @pytest.mark.parametrize("dtype", EVERY)
 @pytest.mark.parametrize("name", NAMES)
 def test_exact(name: str, dtype: torch.dtype) -> None:
-    """Strides, paddings, dilations and groups: values and gradients are whole numbers, so they are torch's in float64."""
+    """Strides, paddings, dilations, groups: values and gradients are whole numbers, so they are torch's in float64."""
     choices = itertools.product((1, 2, 3), (0, 2), (1, 2), (1, 2))
     for number, (stride, padding, dilation, groups) in enumerate(choices):
         named: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -90,7 +90,7 @@ def test_unbatched_and_empty(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_padding_by_name(name: str) -> None:
-    given = operands(name)
+    given = operands(name, size=8)
     for padding, dilation in itertools.product(("same", "valid"), (1, 2, 3)):
         found, expected = (
             step(getattr(module, name), given, padding=padding, dilation=dilation)
@@ -100,16 +100,18 @@ def test_padding_by_name(name: str) -> None:
             assert_same_bits(ours + 0.0, theirs + 0.0, f"{padding} {dilation}")
 
 
+TENSORS = ("input", "weight", "bias")
 WRONG: list[tuple[str, dict[str, Any]]] = [
     (name, named)
     for name in ("conv2d", "conv_transpose2d")
     for named in (
         {"stride": 0}, {"stride": (1, 2, 3)}, {"stride": -1}, {"stride": 1.5}, {"stride": "1"}, {"padding": -1},
-        {"padding": (1, 2, 3)}, {"padding": "same", "stride": 2}, {"padding": "none"}, {"padding": 1.0}, {"dilation": 0},
-        {"dilation": 9}, {"groups": 0}, {"groups": 3}, {"groups": -1}, {"groups": 2}, {"groups": None}, {"stride": []},
-        {"stride": (True, 1)}, {"stride": [2]}, {"padding": [1, 2]}, {"bias": torch.ones(5)}, {"bias": torch.ones(6, 1)},
-        {"bias": torch.ones(6).double()}, {"bias": 1.0}, {"bias": torch.ones(())}, {"weight": torch.ones(6, 4)},
-        {"weight": torch.ones(6, 5, 3, 3)}, {"weight": torch.ones(6, 4, 3, 3).double()}, {"weight": None},
+        {"padding": (1, 2, 3)}, {"padding": "same", "stride": 2}, {"padding": "none"}, {"padding": 1.0},
+        {"dilation": 0}, {"dilation": 9}, {"groups": 0}, {"groups": 3}, {"groups": -1}, {"groups": 2}, {"groups": None},
+        {"stride": []}, {"stride": (True, 1)}, {"stride": [2]}, {"padding": [1, 2]}, {"bias": torch.ones(5)},
+        {"bias": torch.ones(6, 1)}, {"bias": torch.ones(6).double()}, {"bias": 1.0}, {"bias": torch.ones(())},
+        {"weight": torch.ones(6, 4)}, {"weight": torch.ones(6, 5, 3, 3)},
+        {"weight": torch.ones(6, 4, 3, 3).double()}, {"weight": None},
         {"weight": torch.ones(6, 4, 9, 9)}, {"weight": torch.ones(6, 4, 0, 3)}, {"weight": torch.ones(0, 4, 3, 3)},
         {"input": torch.ones(4, 4)}, {"input": torch.ones(2, 5, 6, 7)}, {"input": torch.ones(2, 4, 0, 7)},
         {"input": torch.ones(1, 2, 4, 6, 7)}, {"input": 3}, {"input": torch.ones(2, 0, 6, 7)}, {"nothing": 1},
@@ -120,9 +122,9 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "named"), WRONG, ids=lambda x: x if isinstance(x, str) else next(iter(x)))
 def test_wrong_arguments(name: str, named: dict[str, Any]) -> None:
     """torch's error in every letter, or its result."""
-    x, w, b = operands(name)
+    tensors = [named.get(key, given) for key, given in zip(TENSORS, operands(name), strict=True)]
     found, expected = (
-        outcome(getattr(module, name), **{"input": x, "weight": w, "bias": b, **named})
+        outcome(getattr(module, name), *tensors, **{k: v for k, v in named.items() if k not in TENSORS})
         for module in (matmul_grad, functional)
     )
     if isinstance(expected, Tensor):

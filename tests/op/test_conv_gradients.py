@@ -16,17 +16,22 @@ WEIGHT_GRADIENT = torch.ops.matmul_grad.convolution_weight_gradient
 Case = tuple[str, tuple[int, ...], tuple[int, ...], dict[str, Any]]
 CASES: dict[str, Case] = {
     "conv1d": ("conv1d", (2, 2, 5), (3, 2, 2), {"padding": 1}),
-    "conv2d": ("conv2d", (2, 4, 5, 4), (2, 2, 3, 2), {"stride": (2, 1), "padding": (1, 0), "groups": 2}),
+    "conv2d": ("conv2d", (1, 4, 4, 3), (2, 2, 3, 2), {"stride": (2, 1), "padding": (1, 0), "groups": 2}),
     "conv2d-dilated": ("conv2d", (1, 2, 5, 5), (2, 2, 2, 2), {"stride": 2, "dilation": (1, 3)}),
     "conv2d-same": ("conv2d", (1, 2, 3, 4), (2, 2, 2, 3), {"padding": "same"}),
     "conv3d": ("conv3d", (1, 2, 3, 3, 2), (2, 2, 2, 2, 2), {"stride": (2, 1, 1)}),
     "conv_transpose1d": ("conv_transpose1d", (2, 2, 3), (2, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
-    "conv_transpose2d": ("conv_transpose2d", (1, 4, 2, 3), (4, 2, 2, 2), {"stride": (3, 1), "groups": 2}),
+    "conv_transpose2d": ("conv_transpose2d", (1, 4, 2, 2), (4, 1, 2, 2), {"stride": (3, 1), "groups": 2}),
     "conv_transpose2d-over": (  # what a stride of 1 would not reach is cut off from the gradient
         "conv_transpose2d", (1, 2, 2, 2), (2, 2, 2, 2), {"dilation": 3, "output_padding": (2, 1)},
     ),
     "conv_transpose3d": ("conv_transpose3d", (1, 2, 2, 1, 2), (2, 2, 2, 2, 1), {"stride": 2}),
 }  # fmt: skip
+# Forward mode scripts parts of torch that torch itself has deprecated; "same" with even kernels pads, and warns.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*"),
+    pytest.mark.filterwarnings("ignore:Using padding='same'"),
+]
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -41,7 +46,6 @@ def drawn(*size: int, seed: int = 0) -> Tensor:
     return normal(1, torch.Size(size).numel(), torch.float64, seed=seed + 1).view(size)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @every_case
 def test_gradcheck(case: str) -> None:
     function, tensors = operands(case)
@@ -57,10 +61,10 @@ def test_gradgradcheck(case: str) -> None:
 
 
 def test_weight_gradient_gradcheck() -> None:
-    grad, input = drawn(2, 2, 2, 2).requires_grad_(), drawn(2, 4, 5, 4, seed=1).requires_grad_()
+    grad, input = drawn(1, 2, 2, 2).requires_grad_(), drawn(1, 4, 3, 3, seed=1).requires_grad_()
 
     def function(grad: Tensor, input: Tensor) -> Tensor:
-        return WEIGHT_GRADIENT(grad, input, [2, 2, 3, 3], [2, 1], [0, 0], [1, 1], 2)
+        return WEIGHT_GRADIENT(grad, input, [2, 2, 2, 2], [2, 1], [1, 0], [1, 1], 2)
 
     assert gradcheck(function, (grad, input), check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(function, (grad, input))
