@@ -11,7 +11,7 @@ from small_models import counted, seeded, step, strictly
 from torch import Tensor, nn
 
 import matmul_grad
-from matmul_grad.testing import assert_model_within_budget, assert_same_bits, normal
+from matmul_grad.testing import assert_same_bits, normal
 
 KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SETTINGS: list[dict[str, Any]] = [
@@ -131,7 +131,7 @@ def test_what_is_converted_and_left_out() -> None:
         assert matmul_grad.converted(other) == ["lazy", "head"]
         assert_same_bits(other(x), value)
     torch.testing.assert_close(matmul_grad.restore(model)(x), value)
-    with pytest.raises(ValueError, match="no kernels for <class 'torch.nn.modules.activation.ReLU'>"):
+    with pytest.raises(ValueError, match=r"no kernels for .*ReLU"):
         matmul_grad.convert(model, kinds=(nn.ReLU,))  # type: ignore[arg-type]  # any module is a type of it
 
 
@@ -190,7 +190,10 @@ class UNet(nn.Module):
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("make", [ResNet, UNet])
 def test_models(make: type[nn.Module], last: bool) -> None:
-    """Evaluation and a training step, converted against unconverted, within the budget of float64's error."""
+    """Evaluation and a training step, converted against unconverted; errors are those of all numbers together.
+
+    A single tensor's are a matter of chance here: normalised by few samples, each differs by factors either way.
+    """
     x = drawn(2, 3, 24, 20)
     convolutions = sum(isinstance(module, KINDS) for module in make().modules())
 
@@ -213,7 +216,14 @@ def test_models(make: type[nn.Module], last: bool) -> None:
         return {"evaluated": evaluated, **dict(zip(names, trained, strict=True))}
 
     truth = found(torch.float64, False)
-    assert_model_within_budget(found(torch.float32, True), found(torch.float32, False), truth, make.__name__)
+    torch.testing.assert_close(found(torch.float64, True), truth, rtol=1e-10, atol=1e-10)
+
+    def error(values: dict[str, Tensor]) -> float:
+        parts = [((values[name] - x) / x.abs().max()).flatten() for name, x in truth.items()]
+        return float(torch.cat(parts).square().mean().sqrt())
+
+    ours, theirs = (error(found(torch.float32, convert)) for convert in (True, False))
+    assert ours <= 2 * theirs + torch.finfo(torch.float32).eps
 
 
 @pytest.mark.usefixtures("fresh_compiler")
