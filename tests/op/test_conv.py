@@ -211,6 +211,11 @@ def test_operators_raise_torchs_errors() -> None:
             outcome(operator, x, w, b, *arguments) for operator in (CONVOLUTION, torch.ops.aten.convolution)
         )
         assert found == expected and isinstance(found, tuple)
+    found, expected = (
+        outcome(operator, *(y.to(torch.complex64).requires_grad_() for y in (x, w, b)), *plain)
+        for operator in (CONVOLUTION, torch.ops.aten.convolution)
+    )
+    assert found == expected  # which has no complex numbers: torch's functions compose them
     for size in ([6, 4, 2, 2], [6, 3, 3, 2], [6, 4, 3]):
         with pytest.raises(RuntimeError):
             WEIGHT_GRADIENT(whole_numbers(2, 6, 4, 6, dtype=torch.float32), x, size, *plain[:3], 1)
