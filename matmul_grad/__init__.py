@@ -5,6 +5,7 @@ from types import ModuleType
 
 from .api import addmm, baddbmm, bmm, mm, mm_backward, scaled_mm
 from .aten_override import disable, enable, enabled, info
+from .convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .functional import linear, matmul
 from .nn import Linear, convert, converted, restore
 from .settings import deterministic, float32_products
@@ -19,6 +20,12 @@ __all__ = [
     "addmv",
     "baddbmm",
     "bmm",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
     "convert",
     "converted",
     "deterministic",

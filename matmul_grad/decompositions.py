@@ -3,6 +3,7 @@
     matmul_grad.mm, bmm, addmm, baddbmm    aten's operator of the same name
     matmul_grad.scaled_mm                  aten._scaled_mm
     matmul_grad.addmm_activation           aten.addmm or mm, and the activation
+    matmul_grad.convolution                aten.convolution, and its gradient of the filter aten.convolution_backward
 
 Consumers of exported graphs (ONNX, back ends, quantisers) know aten's. Inductor, whose table is made from the same
 default, keeps the operators, so that compiled code runs on these kernels.
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from . import convolution_by_torch
 from .activations import addmm_activation_by_torch
 from .import_hooks import on_import
 from .ops import SCHEMAS, scaled_mm_by_torch, torch_impl_of
@@ -31,7 +33,11 @@ def aten_decompositions() -> dict[Any, Callable[..., Any]]:
     operators = torch.ops.matmul_grad
     products = {getattr(operators, name).default: torch_impl_of(name) for name in SCHEMAS}
     activated = {operators.addmm_activation.default: addmm_activation_by_torch}
-    return products | activated | {operators.scaled_mm.default: scaled_mm_by_torch}
+    convolutions = {
+        operators.convolution.default: convolution_by_torch.convolution,
+        operators.convolution_weight_gradient.default: convolution_by_torch.weight_gradient,
+    }
+    return products | activated | convolutions | {operators.scaled_mm.default: scaled_mm_by_torch}
 
 
 def register() -> None:

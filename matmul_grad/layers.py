@@ -1,8 +1,8 @@
 """The forward of torch's layers, which runs these kernels in modules that ``convert`` has marked.
 
 A converted module keeps its class and carries one mark in its ``__dict__``. From the first ``convert`` on, the
-``forward`` of the classes in ``CONVERTED`` looks for the mark: marked modules run on ``matmul_grad.linear``, all
-others run torch's function. docs/design.md, "Converted modules", has the reasons.
+``forward`` of the classes in ``CONVERTED`` looks for the mark: marked modules run on ``matmul_grad.linear`` or one of
+this package's convolutions, all others run torch's function. docs/design.md, "Converted modules", has the reasons.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .convolution import FUNCTIONS
 from .functional import linear
 
 MARK = "_matmul_grad"
-KINDS: tuple[type[nn.Module], ...] = (nn.Linear, nn.MultiheadAttention)
+Kinds = tuple[type[nn.Module], ...]
+KINDS: Kinds = (nn.Linear, nn.MultiheadAttention)
+CONVOLUTIONS: Kinds = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+EVERY_KIND = (*KINDS, *CONVOLUTIONS)
 
 Forward = Callable[..., Any]
 
@@ -54,7 +60,7 @@ def is_marked(module: nn.Module) -> bool:
 
 def is_class_forward(module: nn.Module, forward: Any) -> bool:
     """Whether this is the forward of the module's own class, bound to it, as it is now or was before the first mark."""
-    functions = {type(module).forward, *(_torch_impl.get(kind) for kind in KINDS if isinstance(module, kind))}
+    functions = {type(module).forward, *(_torch_impl.get(kind) for kind in EVERY_KIND if isinstance(module, kind))}
     return getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) in functions
 
 
@@ -78,12 +84,17 @@ def calls() -> dict[str, dict[str, int]]:
 
 def counted_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear``, and one more call where it runs in eager mode; torch's where TorchScript traces for ONNX."""
+    return (functional.linear if _is_left_to_torch("linear", input) else linear)(input, weight, bias)
+
+
+def _is_left_to_torch(name: str, input: Tensor) -> bool:
+    """Whether TorchScript traces for ONNX; if not, the call is counted."""
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-            return functional.linear(input, weight, bias)
+            return True
         if type(input) is Tensor:
-            _calls["linear", str(input.dtype).removeprefix("torch.")] += 1
-    return linear(input, weight, bias)
+            _calls[name, str(input.dtype).removeprefix("torch.")] += 1
+    return False
 
 
 def _replace(torch_impl: Forward, converted: Forward) -> Forward:
@@ -169,8 +180,38 @@ def _encoder_layer(torch_impl: Forward) -> Forward:
     return _unless_nested(torch_impl, _with_globals(torch_impl, torch=_without_fused_kernels()))
 
 
+# --- convolutions: torch's forward, with our function for torch's --------------------------------------------------
+
+
+def with_convolution(kind: type[nn.Module], method: Forward, is_counted: bool = False) -> Forward:
+    """A method of torch's class for convolutions, in which ``F``'s convolution is ours."""
+    name = kind.__name__.lower().replace("transpose", "_transpose")
+    ours, torch_impl = FUNCTIONS[name], getattr(functional, name)
+
+    def counted(input: Tensor, *arguments: Any) -> Tensor:
+        return (torch_impl if _is_left_to_torch(name, input) else ours)(input, *arguments)
+
+    return _with_globals(method, F=_Namespace(functional, **{name: counted if is_counted else ours}))
+
+
+def _convolution(kind: type[nn.Module]) -> Callable[[Forward], Forward]:
+    def make(torch_impl: Forward) -> Forward:
+        inner = getattr(kind, "_conv_forward", None)
+        if inner is None:
+            return with_convolution(kind, torch_impl, is_counted=True)
+        convolved = with_convolution(kind, inner, is_counted=True)
+
+        def forward(layer: Any, input: Tensor) -> Any:
+            return convolved(layer, input, layer.weight, layer.bias)
+
+        return forward
+
+    return make
+
+
 CONVERTED: dict[type[nn.Module], Callable[[Forward], Forward]] = {
     nn.Linear: lambda _: _linear,
     nn.MultiheadAttention: _attention,
     nn.TransformerEncoderLayer: _encoder_layer,
+    **{kind: _convolution(kind) for kind in CONVOLUTIONS},
 }

@@ -1,4 +1,4 @@
-"""``torch.nn.Linear`` on these kernels, and models whose linear maps are switched to them, in place and back."""
+"""torch's linear and convolutional layers on these kernels, and models that are switched to them, in place and back."""
 
 from __future__ import annotations
 
@@ -11,9 +11,23 @@ from torch import Tensor, nn
 from . import decompositions
 from .activation_formulas import require_name
 from .functional import linear
-from .layers import KINDS, MARK, calls, is_class_forward, is_marked, make_mark
+from .layers import EVERY_KIND, KINDS, MARK, Kinds, calls, is_class_forward, is_marked, make_mark
+from .layers import with_convolution as _with
 
-__all__ = ["Linear", "calls", "convert", "converted", "left_out", "restore"]
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Linear",
+    "calls",
+    "convert",
+    "converted",
+    "left_out",
+    "restore",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 _log = logging.getLogger("matmul_grad")
@@ -60,7 +74,80 @@ class Linear(nn.Linear):
         return shown if self.activation is None else f"{shown}, activation={self.activation!r}"
 
 
-def convert(model: Model, filter: Callable[[nn.Module, str], bool] | None = None) -> Model:
+class Conv1d(nn.Conv1d):
+    """``torch.nn.Conv1d``, with its parameters, computed by ``matmul_grad.conv1d``.
+
+    >>> import torch, matmul_grad
+    >>> matmul_grad.nn.Conv1d(2, 3, 3, stride=2, padding=1)(torch.ones(1, 2, 5)).shape
+    torch.Size([1, 3, 3])
+    """
+
+    _conv_forward = _with(nn.Conv1d, nn.Conv1d._conv_forward)
+
+
+class Conv2d(nn.Conv2d):
+    """``torch.nn.Conv2d``, with its parameters, computed by ``matmul_grad.conv2d``.
+
+    >>> import torch, matmul_grad
+    >>> matmul_grad.nn.Conv2d(2, 3, 3, stride=2, padding=1)(torch.ones(1, 2, 5, 5)).shape
+    torch.Size([1, 3, 3, 3])
+    """
+
+    _conv_forward = _with(nn.Conv2d, nn.Conv2d._conv_forward)
+
+
+class Conv3d(nn.Conv3d):
+    """``torch.nn.Conv3d``, with its parameters, computed by ``matmul_grad.conv3d``.
+
+    >>> import torch, matmul_grad
+    >>> matmul_grad.nn.Conv3d(2, 3, 3, stride=2, padding=1)(torch.ones(1, 2, 5, 5, 5)).shape
+    torch.Size([1, 3, 3, 3, 3])
+    """
+
+    _conv_forward = _with(nn.Conv3d, nn.Conv3d._conv_forward)
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """``torch.nn.ConvTranspose1d``, with its parameters, computed by ``matmul_grad.conv_transpose1d``.
+
+    >>> import torch, matmul_grad
+    >>> matmul_grad.nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1)(torch.ones(1, 2, 5)).shape
+    torch.Size([1, 3, 9])
+    """
+
+    forward = _with(nn.ConvTranspose1d, nn.ConvTranspose1d.forward)
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d``, with its parameters, computed by ``matmul_grad.conv_transpose2d``.
+
+    >>> import torch, matmul_grad
+    >>> matmul_grad.nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1)(torch.ones(1, 2, 5, 5)).shape
+    torch.Size([1, 3, 9, 9])
+    """
+
+    forward = _with(nn.ConvTranspose2d, nn.ConvTranspose2d.forward)
+
+
+class ConvTranspose3d(nn.ConvTranspose3d):
+    """``torch.nn.ConvTranspose3d``, with its parameters, computed by ``matmul_grad.conv_transpose3d``.
+
+    >>> import torch, matmul_grad
+    >>> matmul_grad.nn.ConvTranspose3d(2, 3, 3, stride=2, padding=1)(torch.ones(1, 2, 5, 5, 5)).shape
+    torch.Size([1, 3, 9, 9, 9])
+    """
+
+    forward = _with(nn.ConvTranspose3d, nn.ConvTranspose3d.forward)
+
+
+OWN: Kinds = (Linear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
+
+
+def convert(
+    model: Model,
+    filter: Callable[[nn.Module, str], bool] | None = None,
+    kinds: Kinds = KINDS,
+) -> Model:
     """Compute every ``torch.nn.Linear`` and ``torch.nn.MultiheadAttention`` of a model by ``matmul_grad.linear``.
 
     In place; returns the model. A converted module keeps its class and gets one private attribute; nothing else about
@@ -69,6 +156,9 @@ def convert(model: Model, filter: Callable[[nn.Module, str], bool] | None = None
     made on top of torch's (``fully_shard``'s, a mixin's), unless they have a ``forward`` of their own. Of an attention
     in_proj and out_proj are converted, and torch's fused kernels for evaluation are not used: the same values within
     rounding, except that nested tensors still take them.
+
+    ``kinds`` are the classes of torch's to convert: besides these two, which are the default, ``torch.nn.Conv1d`` to
+    ``ConvTranspose3d``. A convolution with a ``padding_mode`` is padded first, as in torch.
 
     ``filter(module, name)`` leaves out those for which it is False; for an attention it is asked of its ``out_proj``.
     ``converted`` names the modules that were converted, ``left_out`` those that cannot be, with the reason. The logger
@@ -79,9 +169,13 @@ def convert(model: Model, filter: Callable[[nn.Module, str], bool] | None = None
     >>> model = matmul_grad.convert(model, lambda module, name: module.out_features > 2)
     >>> matmul_grad.converted(model)
     ['0']
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    >>> matmul_grad.converted(matmul_grad.convert(model, kinds=(torch.nn.Linear, torch.nn.Conv2d)))
+    ['0', '2']
     """
+    _require_kinds(kinds)
     mark, reasons = make_mark(), {}
-    for name, module in _layers(model):
+    for name, module in _layers(model, kinds):
         if is_marked(module) or not (filter is None or _is_chosen(filter, module, name)):
             continue
         if reason := _obstacle(module):
@@ -117,11 +211,11 @@ def converted(model: nn.Module) -> list[str]:
     >>> matmul_grad.converted(torch.nn.Linear(4, 8)), matmul_grad.converted(matmul_grad.convert(torch.nn.Linear(4, 8)))
     ([], [''])
     """
-    return [name for name, module in model.named_modules() if isinstance(module, KINDS) and is_marked(module)]
+    return [name for name, module in model.named_modules() if isinstance(module, EVERY_KIND) and is_marked(module)]
 
 
-def left_out(model: nn.Module) -> dict[str, str]:
-    """Names of the linear layers and attentions that ``convert`` cannot convert, and why.
+def left_out(model: nn.Module, kinds: Kinds = KINDS) -> dict[str, str]:
+    """Names of the layers of these kinds that ``convert`` cannot convert, and why.
 
     >>> import torch, matmul_grad
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
@@ -129,18 +223,26 @@ def left_out(model: nn.Module) -> dict[str, str]:
     >>> matmul_grad.nn.left_out(model)
     {'0': 'its forward was replaced: convert first, and replace it then'}
     """
-    found = {name: _obstacle(module) for name, module in _layers(model) if not is_marked(module)}
+    found = {name: _obstacle(module) for name, module in _layers(model, kinds) if not is_marked(module)}
     return {name: reason for name, reason in found.items() if reason}
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that have a weight to multiply by, once each, without the ones whose class is ours.
+def _require_kinds(kinds: Kinds) -> None:
+    """Raise ValueError for a class that no layer is converted by."""
+    for kind in kinds:
+        if kind not in EVERY_KIND:
+            known = ", ".join(each.__name__ for each in EVERY_KIND)
+            raise ValueError(f"convert() has no kernels for {kind!r}; kinds are of torch.nn: {known}")
+
+
+def _layers(model: nn.Module, kinds: Kinds) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of these kinds, once each, without the ones whose class is ours.
 
     The projection within an attention is a module that nobody calls: the attention reads its weight.
     """
     within = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     for name, module in model.named_modules():
-        if isinstance(module, KINDS) and not isinstance(module, Linear) and id(module) not in within:
+        if isinstance(module, kinds) and not isinstance(module, OWN) and id(module) not in within:
             yield name, module
 
 
@@ -153,8 +255,9 @@ def _is_chosen(filter: Callable[[nn.Module, str], bool], module: nn.Module, name
 
 def _obstacle(module: nn.Module) -> str:
     """Why a layer cannot be converted, or ""."""
-    kind = next(kind for kind in KINDS if isinstance(module, kind))
-    if type(module).forward is not kind.forward:
+    kind, own = next(kind for kind in EVERY_KIND if isinstance(module, kind)), type(module)
+    inner = "_conv_forward"  # which the forward of a convolution calls
+    if own.forward is not kind.forward or getattr(own, inner, None) is not getattr(kind, inner, None):
         return f"its class {type(module).__qualname__} has a forward of its own"
     if "forward" in vars(module) and not is_class_forward(module, vars(module)["forward"]):
         return "its forward was replaced: convert first, and replace it then"

@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import fallback, strict_mode
 from .fallback import alike, unsafe_view
-from .ops import DTYPES, are_too_large
+from .ops import DTYPES, are_too_large, compiled, eager
 from .out_variants import copy_to, is_left_to_torch, non_default, repeats_an_element
 from .scalars import real_scales
 
 _mm = torch.ops.matmul_grad.mm.default
 _addmm = torch.ops.matmul_grad.addmm.default
+_eager_matmul = eager(torch.ops.matmul_grad.matmul.default)
 
 
 def mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -40,9 +42,15 @@ def mv(input: Tensor, vec: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     if out is not None:
         return _run_with_out(mv, (input, vec), {}, out)
+    if not is_dynamo_compiling():
+        result = compiled.mv(input, vec)
+        if result is not None:
+            return result
     if _is_left_to_torch((2, 1), input, vec):
         return torch.mv(input, vec)
     with _own_autocast(input):
+        if not torch.compiler.is_compiling():
+            return _eager_matmul(input, vec)
         return unsafe_view(_mm(input, vec.unsqueeze(1)), (input.shape[0],))
 
 
@@ -70,6 +78,10 @@ def addmv(
     """
     if out is not None:
         return _run_with_out(addmv, (input, mat, vec), {"beta": beta, "alpha": alpha}, out)
+    if not is_dynamo_compiling():
+        result = compiled.addmv(input, mat, vec, beta, alpha)
+        if result is not None:
+            return result
     if not _is_left_to_torch((2, 1), mat, vec, input):
         scales = real_scales(mat, beta, alpha)
         if scales is not None and are_too_large(mat.dtype, scales[0], scales[1], is_vector=True):
@@ -105,6 +117,10 @@ def dot(input: Tensor, tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     if out is not None:
         return _run_with_out(dot, (input, tensor), {}, out)
+    if not is_dynamo_compiling():
+        result = compiled.dot(input, tensor)
+        if result is not None:
+            return result
     if _is_left_to_torch((1, 1), input, tensor):
         return torch.dot(input, tensor)
     return _dot(input, tensor)
@@ -130,6 +146,10 @@ def vdot(input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     if out is not None:
         return _run_with_out(vdot, (input, other), {}, out)
+    if not is_dynamo_compiling():
+        result = compiled.dot(input, other)  # of real numbers, the dtypes that it takes
+        if result is not None:
+            return result
     if _is_left_to_torch((1, 1), input, other):
         return torch.vdot(input, other)
     return _dot(input, other)

@@ -28,7 +28,8 @@ FUNCTIONS = ("microkernel", "transposed", "row", "pack_steps", "pack_rows", "add
 MICROKERNEL, TRANSPOSED, ROW, PACK_STEPS, PACK_ROWS, ADD, STORE, DERIVATIVE = range(28, 36)  # their addresses
 BACKWARD = 36  # address of what runs the derivative on all threads
 STORE_WIDE = 37  # address of what stores float32, of 16-bit operands
-CONFIG_WORDS = 38
+PACK_PATCH_STEPS, PACK_PATCH_ROWS = 38, 39  # addresses of patches.py, 0 until they are loaded
+CONFIG_WORDS = 40
 
 
 def config_words(config: BlockConfig) -> ctypes.Array[ctypes.c_int64]:

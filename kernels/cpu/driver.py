@@ -8,7 +8,16 @@ import os
 
 from . import build, fork_safety, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose, compiled_for
-from .config_words import BACKWARD, FUNCTIONS, GEMM, MICROKERNEL, STORE_WIDE, config_words
+from .config_words import (
+    BACKWARD,
+    FUNCTIONS,
+    GEMM,
+    MICROKERNEL,
+    PACK_PATCH_ROWS,
+    PACK_PATCH_STEPS,
+    STORE_WIDE,
+    config_words,
+)
 from .once import Once
 
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
@@ -16,6 +25,8 @@ parallel_for = ctypes.c_int64()  # the address of the thread pool's function, 0:
 _gemms: dict[BlockConfig, Once[tuple[int, int]]] = {}  # the GEMM and the gradient of activations
 _drivers: dict[str, Once[tuple[int, int]]] = {}  # by instruction set, likewise
 _addresses: dict[str, Once[int]] = {}
+_patches: dict[BlockConfig, Once[None]] = {}  # what packs the patches of convolutions
+_words: dict[BlockConfig, ctypes.Array[ctypes.c_int64]] = {}
 _kept: list[object] = []  # loaded code, for the life of the process
 
 
@@ -72,6 +83,13 @@ def gemm_address(block: BlockConfig) -> int:
     return _gemms.setdefault(block, Once(functools.partial(_load, block))).result()[0]
 
 
+def patches_address(block: BlockConfig) -> int:
+    """Likewise, with what packs patches."""
+    address = gemm_address(block)
+    _patches.setdefault(block, Once(functools.partial(_load_patches, block))).result()
+    return address
+
+
 def derivative_address(block: BlockConfig) -> int:
     """Likewise of the gradient of activations."""
     return _gemms.setdefault(block, Once(functools.partial(_load, block))).result()[1]
@@ -92,8 +110,22 @@ def _load(block: BlockConfig) -> tuple[int, int]:
         words[at] = loaded.address(f"{block.name}_{function}")
     if block.accumulates_wider:
         words[STORE_WIDE] = loaded.address(f"{block.name}_store_wide")
-    _kept.extend((loaded, words))
+    _kept.append(loaded)
+    _words[block] = words
     return loaded.address(block.name), loaded.address(f"{block.name}_backward")
+
+
+def _load_patches(block: BlockConfig) -> None:
+    def kernels() -> build.Kernels:
+        from .patches import make_kernels
+
+        return make_kernels(compiled)
+
+    compiled, name = compiled_for(block), f"{block.name}_patches"
+    loaded = build.load(f"patches {compiled!r}", name, kernels, host.machine(block.isa), {})
+    _words[block][PACK_PATCH_STEPS] = loaded.address(f"{block.name}_patch_steps")
+    _words[block][PACK_PATCH_ROWS] = loaded.address(f"{block.name}_patch_rows")
+    _kept.append(loaded)
 
 
 def _load_driver(isa: str) -> tuple[int, int]:

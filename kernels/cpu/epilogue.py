@@ -13,8 +13,27 @@ from __future__ import annotations
 from .config import PARTIAL_COLUMNS
 from .config_words import ADD, CHUNK, LANE_BYTES, LANES, MR, PARTIAL_LANES, SIZE, STORE, STORE_WIDE, THREAD_BYTES
 from .epilogue_ir import ADD_ARGUMENTS, STORE_ARGUMENTS
-from .gemm_args import ACTIVATION, ALPHA, BATCH, BETA, C_CS, C_RS, PRE, S_CS, S_RS, SOURCE, WIDE, C, K, M, N
+from .gemm_args import (
+    ACTIVATION,
+    ALPHA,
+    BATCH,
+    BETA,
+    C_COLUMN,
+    C_CS,
+    C_RS,
+    C_RUNS,
+    PRE,
+    S_CS,
+    S_RS,
+    SOURCE,
+    WIDE,
+    C,
+    K,
+    M,
+    N,
+)
 from .memory import call_kernel, ceil_div, copy_words, floor_div, get, jit, put
+from .patches_args import RUN_EXTENT, RUN_OUTER, RUN_STRIDE
 from .schedule import (
     K_CHUNKS,
     PARTIALS,
@@ -81,6 +100,30 @@ def reduce_chunks(config, args):
 @jit
 def store(config, args, partials, row_lanes):
     """The epilogue of sums whose rows are ``row_lanes`` apart, into C."""
+    if get(args, C_RUNS) == 0:
+        store_columns(config, args, partials, row_lanes)
+        return
+    block, runs, column, lane_bytes = args_words(), get(args, C_RUNS), get(args, C_COLUMN), get(config, LANE_BYTES)
+    size, extent, left = get(config, SIZE) << get(args, WIDE), get(runs, RUN_EXTENT + 2), get(args, N)
+    copy_words(block, args, PLANNED_ARGS)
+    put(block, C_CS, get(runs, RUN_STRIDE + 2))
+    while left > 0:
+        row = floor_div(column, extent)
+        x, plane = column - row * extent, floor_div(row, get(runs, RUN_EXTENT + 1))
+        y, sample = row - plane * get(runs, RUN_EXTENT + 1), floor_div(plane, get(runs, RUN_EXTENT))
+        z, count = plane - sample * get(runs, RUN_EXTENT), min(left, extent - x)
+        at = sample * get(runs, RUN_OUTER) + z * get(runs, RUN_STRIDE) + y * get(runs, RUN_STRIDE + 1)
+        put(block, C, get(args, C) + (at + x * get(runs, RUN_STRIDE + 2)) * size)
+        put(block, N, count)
+        store_columns(config, block, partials, row_lanes)
+        partials += count * lane_bytes
+        put(block, SOURCE, get(block, SOURCE) + (count * get(args, S_CS) * size if get(block, SOURCE) != 0 else 0))
+        column, left = column + count, left - count
+
+
+@jit
+def store_columns(config, args, partials, row_lanes):
+    """``store`` for columns of C at one distance."""
     m, n, c, c_rs, c_cs = get(args, M), get(args, N), get(args, C), get(args, C_RS), get(args, C_CS)
     source, s_rs, s_cs = get(args, SOURCE), get(args, S_RS), get(args, S_CS)
     alpha, beta, activation, pre = get(args, ALPHA), get(args, BETA), get(args, ACTIVATION), get(args, PRE)

@@ -17,7 +17,7 @@ from .affinity import claim_core, clear_cores, move_to_free_core
 from .config import SPLIT_BYTES
 from .config_words import CHUNK, CONVERTS, LANE_BYTES, LANES, LONG, MR, NR, SHORT, SIZE, THREAD_BYTES
 from .epilogue import multiply_with_epilogue, reduce_chunks
-from .gemm_args import BATCH, C_CS, C_RS, GEMM_ARGS, WIDE, C, K, M, N
+from .gemm_args import BATCH, C_CS, C_RS, C_RUNS, GEMM_ARGS, WIDE, C, K, M, N
 from .loops import multiply
 from .memory import ceil_div, copy_words, fetch_increment, floor_div, get, jit, put, symbol
 from .schedule import (
@@ -130,7 +130,8 @@ def plan(config, args, threads):
         for i in range(m):
             memset(get(args, C) + i * get(args, C_RS) * size, 0, n * size)
         return 0
-    if plan_transposed_c(m, n, get(args, C_RS), get(args, C_CS), get(config, LANES)):
+    is_transposed = plan_transposed_c(m, n, get(args, C_RS), get(args, C_CS), get(config, LANES))
+    if is_transposed and get(args, C_RUNS) == 0:
         swap_operands(args)
         m, n = n, m
     put(args, CHAIN, plan_chain(k, get(config, SHORT), get(config, LONG)))

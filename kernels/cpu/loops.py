@@ -30,6 +30,8 @@ from .config_words import (
     MR,
     NC,
     NR,
+    PACK_PATCH_ROWS,
+    PACK_PATCH_STEPS,
     PACK_ROWS,
     PACK_STEPS,
     PAIRS,
@@ -41,16 +43,18 @@ from .config_words import (
     TRANSPOSED_ROWS,
     VECTOR_SIZES,
 )
-from .gemm_args import A_CS, A_RS, B_CS, B_RS, C_RS, A, B, C, K, M, N
+from .gemm_args import A_CS, A_PATCHES, A_RS, B_CS, B_PATCHES, B_RS, C_RS, A, B, C, K, M, N
 from .memory import call_kernel, ceil_div, floor_div, get, jit
 from .microkernel import ARGUMENTS, WIDE
 from .pack import PACK_ROWS_ARGUMENTS, PACK_STEPS_ARGUMENTS
+from .patches import PATCH_ROWS_ARGUMENTS, PATCH_STEPS_ARGUMENTS
 from .row import multiply_rows
 from .schedule import BY_COLUMNS, BY_ROWS, CHAIN, PACKED, lanes_along_k, plan_k, round_lanes
 from .transposed import TRANSPOSED_ARGUMENTS
 
 call_microkernel, call_transposed = call_kernel(ARGUMENTS), call_kernel(TRANSPOSED_ARGUMENTS)
 call_pack_steps, call_pack_rows = call_kernel(PACK_STEPS_ARGUMENTS), call_kernel(PACK_ROWS_ARGUMENTS)
+call_patch_steps, call_patch_rows = call_kernel(PATCH_STEPS_ARGUMENTS), call_kernel(PATCH_ROWS_ARGUMENTS)
 
 
 class Position(NamedTuple):
@@ -83,7 +87,8 @@ def multiply(config, args, work):
     n, nr = get(args, N), get(config, NR)
     sequential = n * get(config, SIZE) >= get(config, SEQUENTIAL_BYTES) or get(config, CONVERTS) != 0
     outer = get(args, K) <= OUTER_STEPS and n * get(config, SIZE) >= OUTER_BYTES
-    if get(args, B_CS) == 1 and (outer or (get(args, M) == 1 and sequential)):
+    by_rows = get(args, B_CS) == 1 and get(args, A_PATCHES) == 0
+    if by_rows and (outer or (get(args, M) == 1 and sequential)):
         multiply_rows(config, args, work)
         return
     b_access, first, columns = choose_b_access(config, args), 0, n
@@ -114,7 +119,7 @@ def choose_b_access(config, args):
 def loops_5_to_3(config, args, work, first_column, columns, b_access):
     m, k, mc_max, nc_max = get(args, M), get(args, K), get(config, MC), get(config, NC)
     whole_k = b_access == BY_COLUMNS or (b_access == BY_ROWS and m <= get(config, MR))
-    if whole_k and get(config, CONVERTS) != 0:  # A must be packed for all of k, in either order
+    if whole_k and (get(config, CONVERTS) != 0 or get(args, A_PATCHES) != 0):  # A must be packed for all of k
         by_rows, by_columns = m * (k + get(config, LANES) + PAD), k * (round_lanes(config, m) + PAD)
         whole_k = max(by_rows, by_columns) <= get(config, A_LANES)
     step = k if whole_k else plan_k(k, get(config, KC), get(config, PANEL_CHAIN))
@@ -138,7 +143,7 @@ def locate_a(config, args, whole_k, panels, start, work):
     pairs = get(config, PAIRS)
     source = get(args, A) + (ic * a_rs + pc * a_cs) * get(config, SIZE)
     address, row_stride, k_stride, missing = work, round_lanes(config, (kc + pairs) >> pairs) + PAD, 1, True
-    in_place = a_cs == 1 or whole_k or panels <= get(config, DIRECT_PANELS)
+    in_place = a_cs == 1 or ((whole_k or panels <= get(config, DIRECT_PANELS)) and get(args, A_PATCHES) == 0)
     if in_place and lanes_along_k(config, get(args, K), a_rs, a_cs):
         address, row_stride, k_stride, missing = source, a_rs >> pairs, a_cs, False
     elif a_rs == 1 and a_cs != 1:
@@ -175,7 +180,10 @@ def loops_2_to_1(config, args, work, b_access, whole_k, nc, start):
                 b_ks = b_cs
         else:
             b, b_ks = target, nr
-            if ic == 0:
+            patches = get(args, B_PATCHES)
+            if ic == 0 and patches != 0:
+                call_patch_steps(get(config, PACK_PATCH_STEPS), target, nr, source, kc, columns, patches)
+            elif ic == 0:
                 call_pack_steps(get(config, PACK_STEPS), target, nr, nr, source, kc, b_rs, b_cs, columns)
         at = Position(first_column + j, pc, kc, ic)
         one_panel(config, args, b_access, at, columns, a, missing and j == 0, BPanel(b, b_ks, b_copy))
@@ -208,7 +216,10 @@ def one_panel(config, args, b_access, start, columns, a_rows, missing, b_panel):
         a_tile, c_tile = a + i * a_rs * lane_bytes, c + i * c_rs * lane_bytes
         if missing:
             source = get(args, A) + ((ic + i) * a_row + pc * a_step) * get(config, SIZE)
-            call_pack_rows(get(config, PACK_ROWS), a_tile, height, a_rs, source, kc, a_step, a_row)
+            if get(args, A_PATCHES) != 0:
+                call_patch_rows(get(config, PACK_PATCH_ROWS), a_tile, height, a_rs, source, kc, get(args, A_PATCHES))
+            else:
+                call_pack_rows(get(config, PACK_ROWS), a_tile, height, a_rs, source, kc, a_step, a_row)
         if b_access == BY_COLUMNS or (transposes_b and b_copy != 0):
             tile = row_sizes if b_copy != 0 else row_tile
             call_transposed(

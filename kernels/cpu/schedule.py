@@ -23,16 +23,20 @@ from .config_words import CONVERTS, LANES, PAIRS
 from .gemm_args import (
     A_BS,
     A_CS,
+    A_PATCHES,
     A_RS,
     ACTIVATION,
     ALPHA,
     B_BS,
     B_CS,
+    B_PATCHES,
     B_RS,
     BATCH,
     C_BS,
+    C_COLUMN,
     C_CS,
     C_RS,
+    C_RUNS,
     GEMM_ARGS,
     ONE,
     PRE,
@@ -96,7 +100,9 @@ def block_count(args):
 
 @jit
 def set_plain_store(args):
-    """No activation, and a result of the dtype of the operands."""
+    """Operands and a result with two strides each, of one dtype, and no activation."""
+    for word in range(A_PATCHES, C_COLUMN + 1):
+        put(args, word, 0)
     put(args, ACTIVATION, 0)
     put(args, PRE, 0)
     put(args, WIDE, 0)
@@ -116,7 +122,7 @@ def set_dense_c(args, c_rs):
 @jit
 def stores_directly(args):
     """Whether the accumulators are the elements of C, and can be stored there as vectors."""
-    stored = get(args, C_CS) == 1 or get(args, N) == 1
+    stored = (get(args, C_CS) == 1 or get(args, N) == 1) and get(args, C_RUNS) == 0
     return stored and get(args, SOURCE) == 0 and get(args, ALPHA) == ONE and get(args, ACTIVATION) == 0
 
 
@@ -125,6 +131,7 @@ def swap_operands(args):
     """C = A·B becomes Cᵀ = Bᵀ·Aᵀ: the same products in the same order, so the same bits."""
     swap(args, M, N)
     swap(args, A, B)
+    swap(args, A_PATCHES, B_PATCHES)
     swap(args, A_BS, B_BS)
     swap(args, A_RS, B_CS)
     swap(args, A_CS, B_RS)
@@ -144,6 +151,7 @@ def restrict(args, i, rows, j, columns, size):
         put(args, PRE, get(args, PRE) + offset)
     if get(args, SOURCE) != 0:
         put(args, SOURCE, get(args, SOURCE) + (i * get(args, S_RS) + j * get(args, S_CS)) * c_size)
+    put(args, C_COLUMN, get(args, C_COLUMN) + j)
     put(args, M, rows)
     put(args, N, columns)
 

@@ -250,3 +250,26 @@ def repeat(
     builder.branch(head)
     builder.position_at_end(done)
     return p, now
+
+
+def repeat_to(
+    builder: ir.IRBuilder,
+    start: ir.Value,
+    end: ir.Value,
+    state: list[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+) -> None:
+    """``while p < end: p, *state = body(p, state)`` from p = start on, held in registers."""
+    before = builder.block
+    head, inside, done = (builder.append_basic_block(f"while.{part}") for part in ("head", "body", "done"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    now = [builder.phi(value.type) for value in (start, *state)]
+    builder.cbranch(builder.icmp_signed("<", now[0], end), inside, done)
+    builder.position_at_end(inside)
+    new = body(now[0], now[1:])
+    for phi, first, again in zip(now, (start, *state), new, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(again, builder.block)
+    builder.branch(head)
+    builder.position_at_end(done)

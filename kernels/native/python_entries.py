@@ -16,7 +16,7 @@ from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS
 from ..cpu.memory import INT64, bits_of, get, jit, put, stack_words, symbol
 from .broadcast import linked_matmul
 from .call import HANDLE, NEW, RUN, linked_compute, set_tensors, tensor_words
-from .op_table import BATCHES, LINEAR, MATMUL, MATRICES
+from .op_table import BATCHES, DOT, LINEAR, MATMUL, MATRICES, MATVEC
 from .python_functions import (
     AUTOCAST_KEY,
     FLOAT,
@@ -194,6 +194,9 @@ KINDS = {
     "bmm": (BATCHES, 0),
     "addmm": (MATRICES, 1),
     "baddbmm": (BATCHES, 1),
+    "mv": (MATVEC, 0),
+    "addmv": (MATVEC, 1),
+    "dot": (DOT, 0),
     "matmul": (MATMUL, 0),
     "linear": (LINEAR, 0),
 }

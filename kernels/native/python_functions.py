@@ -39,7 +39,7 @@ MODES = (
     "DeferredInit",
     "TESTING_ONLY_GenericMode",
 )
-NAMES = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear")
+NAMES = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "matmul", "linear")
 CPYTHON = (
     "Py_IncRef",
     "PyEval_SaveThread",

@@ -99,6 +99,18 @@ def test_linear_is_exact(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", EVERY)
+def test_vectors_are_exact(dtype: torch.dtype) -> None:
+    for (m, k), first, second in itertools.product(((1, 1), (3, 5), (70, 65)), LAYOUTS, ("plain", "sliced")):
+        a, v = laid_out(drawn((m, k), dtype, 1), first), laid_out(drawn((k,), dtype, 2), second)
+        added = laid_out(drawn((m,), dtype, 3), second)
+        column, source, what = v.unsqueeze(1), added.unsqueeze(1), f"{m} {k} {first} {second}"
+        assert_exact(functions.mv(a, v), exact(a, column)[:, 0], what)
+        assert_exact(functions.addmv(added, a, v, 2, -1), exact(a, column, source, 2, -1)[:, 0], what)
+        assert_exact(functions.addmv(added[:1], a, v, 1, 1), exact(a, column, source[:1])[:, 0], what)
+        assert_exact(functions.dot(a[0], v), exact(a[:1], column)[0, 0], what)
+
+
 def test_an_item_has_the_bits_of_mm() -> None:
     a, b = torch.randn(3, 1, 37, 129), torch.randn(4, 129, 53)
     c = functions.matmul(a, b)
@@ -126,8 +138,8 @@ def test_operators_and_functions_give_the_same_bits(name: str) -> None:
 
 
 def calls(a: Tensor, b: Tensor) -> dict[str, Tensor | None]:
-    """Every function of two matrices."""
-    bias = torch.ones(b.shape[-1], dtype=b.dtype)
+    """Every function of two matrices, or of their rows and columns."""
+    bias, row, column = torch.ones(b.shape[-1], dtype=b.dtype), a[0], b[:, 0]
     return {
         "mm": functions.mm(a, b),
         "addmm": functions.addmm(bias, a, b, 1, 1),
@@ -136,6 +148,9 @@ def calls(a: Tensor, b: Tensor) -> dict[str, Tensor | None]:
         "linear with bias": functions.linear(a, b, bias),
         "bmm": functions.bmm(a.unsqueeze(0), b.unsqueeze(0)),
         "baddbmm": functions.baddbmm(bias, a.unsqueeze(0), b.unsqueeze(0), 1, 1),
+        "mv": functions.mv(a, column),
+        "addmv": functions.addmv(bias[:1], a, column, 1, 1),
+        "dot": functions.dot(row, column),
     }
 
 
@@ -143,7 +158,7 @@ def taken(a: Tensor, b: Tensor) -> set[str]:
     return {name for name, result in calls(a, b).items() if result is not None}
 
 
-ALL = {"mm", "addmm", "matmul", "linear", "linear with bias", "bmm", "baddbmm"}
+ALL = {"mm", "addmm", "matmul", "linear", "linear with bias", "bmm", "baddbmm", "mv", "addmv", "dot"}
 Pair = tuple[Tensor, Tensor]
 
 
@@ -266,6 +281,8 @@ def test_other_operands_are_not_taken(other: Callable[[Tensor], Any]) -> None:
         assert getattr(functions, name)(other(b), a if other(b) is None or b.shape == () else a[:0]) is None
     assert functions.linear(a, other(b), None) is functions.linear(a, b, "bias") is None
     assert functions.addmm(other(b), a, b[:, :3], 1, 1) is None
+    assert functions.mv(a, other(b)) is functions.dot(other(b), a[0]) is None
+    assert functions.addmv(other(b), a, a[0], 1, 1) is None
 
 
 def test_a_freed_storage_is_not_taken() -> None:
@@ -297,7 +314,7 @@ def test_numbers_that_float64_does_not_hold_are_not_taken(number: Any) -> None:
 def test_calls_with_other_arguments_are_not_taken() -> None:
     a, b = pair()
     for name in NAMES:
-        for count in (0, 1, 4, 6):
+        for count in (0, 1, 4, 6):  # of two-dimensional tensors
             assert getattr(functions, name)(*[a] * count) is None
     assert functions.matmul(torch.ones([1] * 17), b) is functions.matmul(torch.ones(()), b) is None
 

@@ -1,0 +1,195 @@
+"""Packing of operands that are patches of an image: panels as in pack.py, of elements found by digits.
+
+Vectors lie along the index that counts pixels. Along columns of B they are stored as they are: which lanes exist
+depends on the tap alone, so it is computed once for all channels. Along k they are transposed for B, and stored as they
+are for A; none crosses the end of a row of the image.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from .config import BlockConfig
+from .operand import Operand, operand_of
+from .pack import element_at
+from .patch_runs import (
+    Room,
+    Run,
+    X,
+    digits_of,
+    distance_of,
+    following,
+    indices_of,
+    is_inside,
+    line_of,
+    read_image,
+    read_line,
+    run_from,
+    run_in_row,
+    slot,
+)
+from .patches_args import DIMENSIONS
+from .simd import I32, I64, choose, each, function_ir, repeat, repeat_to
+
+PATCH_STEPS_ARGUMENTS, PATCH_ROWS_ARGUMENTS = 6, 6
+
+
+def make_kernels(config: BlockConfig) -> dict[str, str]:
+    """IR by C name of both functions for a dtype."""
+    operand, name = operand_of(config), config.name
+    return {
+        f"{name}_patch_steps": patch_steps_ir(f"{name}_patch_steps", operand, config.nr),
+        f"{name}_patch_rows": patch_rows_ir(f"{name}_patch_rows", operand, max(config.mr, config.nr)),
+    }
+
+
+def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
+    """IR of ``void name(target, width, source, k, exist, patches)``: rows are steps of k, as of ``pack_steps``.
+
+    source is what ``patches_args`` has in the place of an address; width is that of a panel.
+    """
+
+    def emit(builder, target, width_, source, k, exist, patches):
+        image, room = read_image(builder, operand, patches), Room(builder, operand, width)
+        first, step = indices_of(builder, operand, source)
+        transposes = builder.icmp_signed(">", image.k.extents[X], image.free.extents[X])  # along pixels, not along taps
+        with builder.if_else(transposes) as (deep, wide):
+            with deep:
+                _pack_transposed(builder, image, room, (target, width_), (first, exist), (step, k))
+            with wide:
+                _pack_wide(builder, image, room, (target, width_), (first, exist), (step, k))
+
+    return function_ir(name, PATCH_STEPS_ARGUMENTS, emit)
+
+
+def patch_rows_ir(name: str, operand: Operand, height: int) -> str:
+    """IR of ``void name(target, rows, stride, source, k, patches)``: a row's steps of k are adjacent."""
+
+    def emit(builder, target, rows, stride, source, k, patches):
+        image, room = read_image(builder, operand, patches), Room(builder, operand, height)
+        first, step = indices_of(builder, operand, source)
+        _set_others(builder, image, image.free, first, rows, rows, room)
+
+        def some_pixels(p, run, count, inside):
+            def row(i):
+                to = operand.vector.at(builder, target, builder.add(builder.mul(i, stride), p))
+                operand.vector.store(builder, _read_other(builder, image, room, run, i, count, inside), to)
+
+            each(builder, rows, 1, row)
+
+        _rows_of_pixels(builder, image, room, step, k, some_pixels)
+
+    return function_ir(name, PATCH_ROWS_ARGUMENTS, emit)
+
+
+def _pack_wide(builder, image, room, target, free, k):
+    """Vectors along the free index, a tap after the other, all channels of each."""
+    (to, width), (first, exist), (step, steps) = target, free, k
+    operand, taps = image.operand, builder.mul(*image.k.extents[:2])
+    taps = builder.mul(taps, image.k.extents[X])
+    end, last = builder.add(step, steps), builder.sub(taps, I64(1))
+
+    def vector(j):
+        run = run_from(builder, image, image.free, builder.add(first, j), room)
+        count = builder.sub(exist, j)
+
+        def tap(t: ir.Value, digits: list[ir.Value]) -> list[ir.Value]:
+            coordinates = [builder.mul(digit, by) for digit, by in zip(digits[1:], image.k.steps, strict=True)]
+            line = line_of(builder, image, room, run, [builder.trunc(x, I32) for x in coordinates], count)
+            offset, before = image.offset(builder, coordinates), builder.sub(last, t)
+            begin, stop = (builder.udiv(builder.add(p, before), taps) for p in (step, end))
+
+            def channel(c):
+                row = builder.sub(builder.add(builder.mul(c, taps), t), step)
+                at = builder.add(offset, builder.mul(c, image.k.outer))
+                lane = operand.vector.at(builder, to, builder.add(builder.mul(row, width), j))
+                operand.vector.store(builder, read_line(builder, image, room, line, at), lane)
+
+            each(builder, stop, 1, channel, begin)
+            return following(builder, image.k, digits)
+
+        repeat(builder, I64(0), taps, 1, [I64(0)] * (1 + DIMENSIONS), tap)
+
+    each(builder, width, operand.vector.lanes, vector)
+
+
+def _pack_transposed(builder, image, room, target, free, k):
+    """Vectors along k, transposed: some pixels after the other, all columns of each.
+
+    Columns that do not exist are as the last one.
+    """
+    (to, width), (first, exist), (step, steps) = target, free, k
+    vector, lanes = image.operand.vector, image.lanes
+    _set_others(builder, image, image.free, first, width, exist, room)
+
+    def some_pixels(p, run, count, inside):
+        def columns(j):
+            read = [_read_other(builder, image, room, run, builder.add(j, I64(i)), count, inside) for i in range(lanes)]
+            for i, row in enumerate(vector.transpose(builder, read)):
+                at = vector.at(builder, to, builder.add(builder.mul(builder.add(p, I64(i)), width), j))
+                with builder.if_then(builder.icmp_signed("<", I64(i), count), likely=True):
+                    vector.store(builder, row, at)
+
+        each(builder, width, lanes, columns)
+
+    _rows_of_pixels(builder, image, room, step, steps, some_pixels)
+
+
+def _rows_of_pixels(builder, image, room, step, k, emit):
+    """``emit(p, run, count, inside)`` for vectors along k, steps p to p + count of ``k`` from ``step`` on.
+
+    None crosses the end of a row of the image. inside: whether no digits of the free index lead out of the image.
+    """
+    extent, distance = image.k.extents[X], distance_of(builder, image, image.k)
+
+    def row(p: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+        *outer, x = state
+        left, to_end = builder.sub(k, p), builder.sub(extent, x)
+        length = builder.select(builder.icmp_signed("<", left, to_end), left, to_end)
+
+        def vector(v):
+            at = [*outer, builder.add(x, v)]
+            *coordinates, one, other, origin, _, scattered = run_in_row(builder, image, image.k, at, room)
+            second = builder.icmp_signed("==", distance, I64(2))
+            run = Run(coordinates, room.offsets, [one, other], [origin, origin], scattered, second)
+            count = builder.sub(length, v)
+            with builder.if_else(is_inside(builder, image, image.free, run, count)) as (inside, outside):
+                with inside:
+                    emit(builder.add(p, v), run, count, True)
+                with outside:
+                    emit(builder.add(p, v), run, count, False)
+
+        each(builder, length, image.lanes, vector)
+        last = [*outer, builder.sub(extent, I64(1))]
+        return [builder.add(p, length), *following(builder, image.k, last)]
+
+    repeat_to(builder, I64(0), k, digits_of(builder, image.k, step), row)
+
+
+def _set_others(builder, image, side, first, count, exist, room):
+    """For ``count`` indices of a side: what they add to coordinates and to offsets. From ``exist`` on, as the last."""
+
+    def one(at: ir.Value, digits: list[ir.Value]) -> list[ir.Value]:
+        coordinates = [builder.mul(digit, by) for digit, by in zip(digits[1:], side.steps, strict=True)]
+        for coordinate, array in zip(coordinates, room.other_taps, strict=True):
+            builder.store(builder.trunc(coordinate, I32), slot(builder, array, at, I32))
+        offset = builder.add(builder.mul(digits[0], side.outer), image.offset(builder, coordinates))
+        builder.store(offset, slot(builder, room.other_offsets, at, I64))
+        is_last = builder.icmp_signed(">=", builder.add(at, I64(1)), exist)
+        then = following(builder, side, digits)
+        return [builder.select(is_last, old, new) for old, new in zip(digits, then, strict=True)]
+
+    repeat(builder, I64(0), count, 1, digits_of(builder, side, first), one)
+
+
+def _read_other(builder, image, room, run, at, count, inside):
+    """The vector of a run for index ``at`` of those of ``_set_others``; lanes from ``count`` on are 0."""
+    offset = builder.load(slot(builder, room.other_offsets, at, I64), typ=I64)
+    if inside:
+        place = element_at(builder, image.operand, image.address, builder.add(run.origins[0], offset))
+        whole = builder.icmp_signed(">=", count, I64(image.lanes))
+        read = image.operand.read
+        return choose(builder, whole, lambda: [read(builder, place)], lambda: [read(builder, place, count)])[0]
+    taps = [builder.load(slot(builder, array, at, I32), typ=I32) for array in room.other_taps]
+    line = line_of(builder, image, room, run, taps, count)
+    return read_line(builder, image, room, line, offset)

@@ -1,0 +1,289 @@
+"""The operators of convolution: ``convolution``, with the schema of aten's, and ``convolution_weight_gradient``.
+
+    Y = W ∗ X      convolution, transposed or not
+
+The gradient of X is the convolution of dY by the same filter, transposed where that of X is not: the same operator.
+The gradient of W has an operator of its own, whose two derivatives are convolutions again:
+
+    dX = Wᵀ ∗ dY        convolution, with the other ``transposed``
+    dW = dY ⋆ X         convolution_weight_gradient; of a transposed convolution X ⋆ dY
+    d(dY) = dW ∗ X,  d(X) = dWᵀ ∗ dY
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autocast, convolution_by_torch, strict_mode
+from .autograd import _below_autograd, _Node, may_have_tangents, outer_levels_record, with_graph
+from .convolution_by_torch import memory_format_of
+from .convolution_shapes import Geometry, Sizes, channels, fits, fits_gradient, pixels, untransposed
+from .flops import count_flops
+from .ops import DTYPES, NAMESPACE, TAGS, library, require_storage
+
+WINDOW = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
+TRANSPOSED = "bool transposed, SymInt[] output_padding"
+SCHEMA = f"(Tensor input, Tensor weight, Tensor? bias, {WINDOW}, {TRANSPOSED}, SymInt groups)"
+GRADIENT_SCHEMA = f"(Tensor grad, Tensor input, SymInt[] weight_size, {WINDOW}, SymInt groups)"
+
+
+def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The differentiable operator."""
+    result: Tensor = _convolution(input, weight, bias, *geometry)
+    return result
+
+
+def weight_gradient(grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry) -> Tensor:
+    """The differentiable operator, for the filter of a convolution or of a transposed one."""
+    if geometry.transposed:
+        grad, input, geometry = input, grad, geometry.plain()
+    result: Tensor = _weight_gradient(grad, input, list(weight_size), *geometry[:3], geometry.groups)
+    return result
+
+
+def input_gradient(grad: Tensor, weight: Tensor, input_size: Sizes, geometry: Geometry) -> Tensor:
+    """By the differentiable operator; what lies beyond the input is cut off.
+
+    That is where ``output_padding`` of a transposed convolution, which may reach the dilation, reaches the stride.
+    """
+    result = convolve(grad, weight, None, geometry.gradient(grad.shape, weight.shape, input_size))
+    return _cut(result, input_size)
+
+
+def _cut(tensor: Tensor, size: Sizes) -> Tensor:
+    for dim in range(2, tensor.dim()):
+        if tensor.shape[dim] != size[dim]:
+            tensor = tensor.narrow(dim, 0, size[dim])
+    return tensor
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+def _kernels() -> Any:
+    """The module of the kernels, or None: no LLVM."""
+    try:
+        from .kernels.native import convolution
+    except Exception:
+        return None
+    return convolution
+
+
+def _supported(one: Tensor, other: Tensor, weight: Sizes, geometry: Geometry) -> Any:
+    """The kernels for operands that fit, or None for torch's: other devices and dtypes, one channel a group."""
+    kernels = _kernels() if one.device.type == other.device.type == "cpu" else None
+    depthwise = geometry.groups > 1 and weight[1] == 1
+    if kernels is None or depthwise or not kernels.supports(one, other):
+        strict_mode.note_fallback(one, other)
+        return None
+    return kernels
+
+
+def is_one_kind(*tensors: Tensor | None) -> bool:
+    """Whether they are dense tensors of one device and one dtype, which has a kernel."""
+    given = [x for x in tensors if x is not None]
+    first = given[0]
+    return first.dtype in DTYPES and all(
+        x.dtype == first.dtype and x.device == first.device and x.layout == torch.strided and not x.is_nested
+        for x in given
+    )
+
+
+def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    geometry = Geometry(*arguments)
+    bias_size = None if bias is None else bias.shape
+    if not is_one_kind(input, weight, bias) or not fits(input.shape, weight.shape, bias_size, geometry):
+        strict_mode.note_fallback(input, weight)
+    elif input.shape[0] and (kernels := _supported(input, weight, weight.shape, geometry)) is not None:
+        require_storage(input, weight, *(() if bias is None else (bias,)))
+        window = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+        if not geometry.transposed:
+            return kernels.forward(input, weight, bias, *window)
+        size = input.shape[0], channels(weight.shape, geometry)[1], *pixels(input.shape, weight.shape, geometry)
+        return kernels.input_gradient(input, weight, size, *window, bias=bias)
+    return convolution_by_torch.convolution(input, weight, bias, *arguments)
+
+
+def _gradient(grad: Tensor, input: Tensor, weight_size: Sizes, *arguments: Any) -> Tensor:
+    geometry = untransposed(*arguments)
+    if not is_one_kind(grad, input) or not fits_gradient(grad.shape, input.shape, weight_size, geometry):
+        strict_mode.note_fallback(grad, input)
+    elif grad.shape[0] and (kernels := _supported(grad, input, weight_size, geometry)) is not None:
+        require_storage(grad, input)
+        return kernels.weight_gradient(grad, input, tuple(weight_size), *arguments)
+    return convolution_by_torch.weight_gradient(grad, input, weight_size, *arguments)
+
+
+def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    """Size and errors are torch's."""
+    size = torch.ops.aten.convolution.default(input, weight, bias, *arguments).shape
+    return torch.empty(
+        size, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input), layout=input.layout
+    )
+
+
+def _fake_gradient(grad: Tensor, input: Tensor, weight_size: Sizes, *_: Any) -> Tensor:
+    return grad.new_empty(list(weight_size))
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+_keys: Any = torch._C.DispatchKey
+_autocast_keys = torch._C.DispatchKeySet(_keys.AutocastCPU) | torch._C.DispatchKeySet(_keys.AutocastCUDA)
+
+
+def _as_recorded() -> Any:
+    """A derivative has the dtype of what was recorded: autocast, as of torch's, does not cast it."""
+    return torch._C._ExcludeDispatchKeyGuard(_autocast_keys)
+
+
+def _outer_levels() -> Any:
+    functorch = torch._C._are_functorch_transforms_active()
+    return outer_levels_record() if functorch else contextlib.nullcontext()
+
+
+def _below() -> Any:
+    return outer_levels_record() if torch._C._are_functorch_transforms_active() else _below_autograd()
+
+
+class Convolution(_Node):
+    """``convolution`` as a node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        needs_input, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
+        ctx.sizes, ctx.geometry = (input.shape, weight.shape), geometry
+        if may_have_tangents():
+            ctx.save_for_forward(input, weight)
+        with _below():
+            return convolve(input, weight, bias, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        input_size, weight_size = ctx.sizes
+        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        with _as_recorded():
+            dinput = input_gradient(grad, weight, input_size, ctx.geometry) if needs_input else None
+            dweight = weight_gradient(grad, input, weight_size, ctx.geometry) if needs_weight else None
+        dbias = grad.sum([0, *range(2, grad.dim())]) if needs_bias else None
+        return dinput, dweight, dbias, None
+
+    @staticmethod
+    def jvp(ctx: Any, dinput: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, _: Any) -> Tensor:
+        """dY = W ∗ dX + dW ∗ X + dbias"""
+        input, weight = ctx.saved_tensors
+        with _outer_levels(), _as_recorded():
+            terms = [] if dinput is None else [convolve(dinput, weight, dbias, ctx.geometry)]
+            if dweight is not None:
+                terms.append(convolve(input, dweight, None if terms else dbias, ctx.geometry))
+            if terms:
+                return sum(terms[1:], terms[0])
+            assert dbias is not None
+            size = input.shape[0], -1, *pixels(input.shape, weight.shape, ctx.geometry)
+            return dbias.view(-1, *[1] * (input.dim() - 2)).expand(size).clone()
+
+
+class WeightGradient(_Node):
+    """``convolution_weight_gradient`` as a node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry) -> Tensor:
+        needs_grad, needs_input, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(grad if needs_input else None, input if needs_grad else None)
+        ctx.sizes, ctx.geometry, ctx.weight_size = (grad.shape, input.shape), geometry, weight_size
+        if may_have_tangents():
+            ctx.save_for_forward(grad, input)
+        with _below():
+            return weight_gradient(grad, input, weight_size, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, dweight: Tensor) -> tuple[Tensor | None, ...]:
+        grad, input = ctx.saved_tensors
+        grad_size, input_size = ctx.sizes
+        with _as_recorded():
+            dgrad = _cut(convolve(input, dweight, None, ctx.geometry), grad_size) if ctx.needs_input_grad[0] else None
+            dinput = input_gradient(grad, dweight, input_size, ctx.geometry) if ctx.needs_input_grad[1] else None
+        return dgrad, dinput, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dgrad: Tensor | None, dinput: Tensor | None, *_: Any) -> Tensor:
+        grad, input = ctx.saved_tensors
+        with _outer_levels(), _as_recorded():
+            terms = [] if dgrad is None else [weight_gradient(dgrad, input, ctx.weight_size, ctx.geometry)]
+            if dinput is not None:
+                terms.append(weight_gradient(grad, dinput, ctx.weight_size, ctx.geometry))
+            return sum(terms[1:], terms[0])
+
+
+_record: Callable[..., Tensor] = Convolution.apply  # type: ignore[attr-defined]  # which torch adds to the base
+_record_gradient: Callable[..., Tensor] = WeightGradient.apply  # type: ignore[attr-defined]  # likewise
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return needed or may_have_tangents()
+
+
+def _autograd(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    geometry = Geometry(*arguments)
+    bias_size = None if bias is None else bias.shape
+    if not is_one_kind(input, weight, bias) or not fits(input.shape, weight.shape, bias_size, geometry):
+        strict_mode.note_fallback(input, weight)
+        result: Tensor = torch.ops.aten.convolution.default(input, weight, bias, *arguments)
+        return result
+    if _is_recorded(input, weight, bias):
+        return with_graph(_record, input, weight, bias, geometry)
+    with _below_autograd():
+        return convolve(input, weight, bias, geometry)
+
+
+def _gradient_autograd(grad: Tensor, input: Tensor, weight_size: Sizes, *arguments: Any) -> Tensor:
+    geometry = untransposed(*arguments)
+    if _is_recorded(grad, input):
+        return with_graph(_record_gradient, grad, input, tuple(weight_size), geometry)
+    with _below_autograd():
+        return weight_gradient(grad, input, weight_size, geometry)
+
+
+# --- FLOPs, registration --------------------------------------------------------------------------------------------
+
+
+def _flops(input: Sizes, weight: Sizes, _: Any, *arguments: Any) -> int:
+    """2 for each tap of each pixel of the side that has the filter's columns: a transposed one's input."""
+    geometry = Geometry(*arguments)
+    side = input[2:] if geometry.transposed else pixels(input, weight, geometry)
+    return 2 * input[0] * math.prod(weight) * math.prod(side)
+
+
+def _flops_of_gradient(grad: Sizes, _: Any, weight_size: Sizes, *__: Any) -> int:
+    return 2 * grad[0] * math.prod(weight_size) * math.prod(grad[2:])
+
+
+def _register(name: str, schema: str, kernels: tuple[Callable[..., Any], ...], flops: Callable[..., int]) -> Any:
+    """kernels: of every device, of Autograd and of tracing."""
+    kernel, recorded, fake = kernels
+    library.define(f"{name}{schema} -> Tensor", tags=TAGS)
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    library.impl(name, recorded, "Autograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    count_flops(getattr(torch.ops.matmul_grad, name), flops)
+    return getattr(torch.ops.matmul_grad, name).default
+
+
+_convolution = _register("convolution", SCHEMA, (_forward, _autograd, _fake_forward), _flops)
+_weight_gradient = _register(
+    "convolution_weight_gradient",
+    GRADIENT_SCHEMA,
+    (_gradient, _gradient_autograd, _fake_gradient),
+    _flops_of_gradient,
+)
+for device, key in autocast.DEVICES.items():
+    library.impl("convolution", autocast.make_cast("convolution", device), key)

@@ -1,0 +1,95 @@
+"""Sizes of convolutions: which operands torch convolves, and the size of a result.
+
+    pixels of a convolution               (size + 2 · padding - reach) // stride + 1
+    pixels of a transposed convolution    (size - 1) · stride - 2 · padding + reach + 1 + output_padding
+
+in each dimension, where reach = dilation · (taps - 1). The second is the size of an input whose convolution has
+``size`` pixels; ``output_padding`` tells such inputs apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Sizes = Sequence[int]
+
+
+class Geometry(NamedTuple):
+    """The arguments of a convolution that are no tensors, in the order of ``aten::convolution``."""
+
+    stride: Sizes
+    padding: Sizes
+    dilation: Sizes
+    transposed: bool
+    output_padding: Sizes
+    groups: int
+
+    def plain(self) -> Geometry:
+        """The convolution whose gradient of the input is this transposed one; of a convolution, itself."""
+        return self._replace(transposed=False, output_padding=(0,) * len(self.stride))
+
+    def gradient(self, grad: Sizes, weight: Sizes, input: Sizes) -> Geometry:
+        """Of the convolution that takes a gradient of the result to one of the input; all three are sizes."""
+        if self.transposed:
+            return self.plain()
+        turned = self._replace(transposed=True, output_padding=(0,) * len(self.stride))
+        least = pixels(grad, weight, turned)
+        return turned._replace(output_padding=tuple(whole - size for whole, size in zip(input[2:], least)))
+
+    def with_groups(self, groups: int) -> Geometry:
+        return self._replace(groups=groups)
+
+
+def untransposed(stride: Sizes, padding: Sizes, dilation: Sizes, groups: int) -> Geometry:
+    return Geometry(stride, padding, dilation, False, (0,) * len(stride), groups)
+
+
+def pixels(input: Sizes, weight: Sizes, geometry: Geometry) -> tuple[int, ...]:
+    """The spatial sizes of a result.
+
+    >>> pixels((1, 3, 8), (5, 3, 3), Geometry((2,), (1,), (1,), False, (0,), 1))
+    (4,)
+    >>> pixels((1, 5, 4), (5, 3, 3), Geometry((2,), (1,), (1,), True, (1,), 1))
+    (8,)
+    """
+    stride, padding, dilation, transposed, output_padding, _ = geometry
+    reach = [by * (taps - 1) for by, taps in zip(dilation, weight[2:])]
+    if transposed:
+        each = zip(input[2:], stride, padding, reach, output_padding)
+        return tuple((size - 1) * step - 2 * pad + far + 1 + more for size, step, pad, far, more in each)
+    return tuple((n + 2 * p - far) // s + 1 for n, s, p, far in zip((x - 1 for x in input[2:]), stride, padding, reach))
+
+
+def channels(weight: Sizes, geometry: Geometry) -> tuple[int, int]:
+    """Of the input and of the result."""
+    ends = weight[0], weight[1] * geometry.groups
+    return ends if geometry.transposed else (ends[1], ends[0])
+
+
+def fits(input: Sizes, weight: Sizes, bias: Sizes | None, geometry: Geometry) -> bool:
+    """Whether torch takes operands of these sizes, of which only the batch may be 0."""
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    rank = len(input) - 2
+    if rank not in (1, 2, 3) or len(weight) != rank + 2:
+        return False
+    if any(len(x) != rank for x in (stride, padding, dilation, output_padding)):
+        return False
+    if groups < 1 or min(stride) < 1 or min(dilation) < 1 or min(padding) < 0 or min(output_padding) < 0:
+        return False
+    if transposed and any(more >= max(s, d) for more, s, d in zip(output_padding, stride, dilation)):
+        return False
+    takes, gives = channels(weight, geometry)
+    if weight[0] % groups or input[1] != takes or not (bias is None or tuple(bias) == (gives,)):
+        return False
+    sizes = (*weight, *input[1:], *pixels(input, weight, geometry))
+    return all(size > 0 for size in sizes)
+
+
+def fits_gradient(grad: Sizes, input: Sizes, weight: Sizes, geometry: Geometry) -> bool:
+    """Whether a filter of this size has a gradient from these; ``geometry`` is that of the convolution of the input."""
+    ranks = {len(grad), len(input), len(weight), *(len(x) + 2 for x in geometry[:3])}
+    if len(ranks) != 1 or grad[0] != input[0]:
+        return False
+    back = geometry.gradient(grad, weight, input)
+    return channels(weight, geometry)[0] == input[1] and fits(grad, weight, None, back)
