@@ -260,16 +260,16 @@ def _multiply(a: Tensor | Patches, b: Patches, c: Tensor, bias: Tensor | None) -
 
 def _one_stride(c: Tensor) -> int | None:
     """The distance of the pixels of a sample, where they have one."""
-    distance, extent = 0, 1
+    distance, extent = None, 1  # an expanded gradient has distance 0
     for size, stride in zip(reversed(c.shape[2:]), reversed(c.stride()[2:])):
         if size == 1:
             continue
-        if distance == 0:
+        if distance is None:
             distance = stride
         elif stride != distance * extent:
             return None
         extent *= size
-    return distance or 1
+    return 1 if distance is None else distance
 
 
 def _one_matrix(grad: Tensor) -> Tensor | None:
