@@ -173,6 +173,9 @@ def conv_transpose3d(
 FUNCTIONS = {f.__name__: f for f in (conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d)}
 
 
+DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "output_padding": 0}
+
+
 def _convolve(
     name: str, rank: int, operands: tuple[Any, Any, Any], stride: Any, padding: Any, dilation: Any, groups: Any,
     output_padding: Any = None,
@@ -185,10 +188,12 @@ def _convolve(
         if result is not None:
             return result
         strict_mode.note_fallback(input, weight)
-    function = getattr(functional, name)
-    if output_padding is None:
-        return function(input, weight, bias, stride, padding, dilation, groups)
-    return function(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    named = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    if output_padding is not None:
+        named["output_padding"] = output_padding
+    given = {key: value for key, value in named.items() if type(value) is not int or value != DEFAULTS[key]}
+    tensors = operands if bias is not None else operands[:2]  # as they are called most often: so its errors name them
+    return getattr(functional, name)(*tensors, **given)
 
 
 def _by_operator(

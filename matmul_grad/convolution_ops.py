@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, convolution_by_torch, strict_mode
+from . import autocast, convolution_by_torch, sharding, strict_mode
 from .autograd import _below_autograd, _Node, may_have_tangents, outer_levels_record, with_graph
 from .convolution_by_torch import memory_format_of
 from .convolution_shapes import Geometry, Sizes, channels, fits, fits_gradient, pixels, untransposed
@@ -287,3 +287,4 @@ _weight_gradient = _register(
 )
 for device, key in autocast.DEVICES.items():
     library.impl("convolution", autocast.make_cast("convolution", device), key)
+sharding.register_convolutions()

@@ -75,9 +75,10 @@ def fits(input: Sizes, weight: Sizes, bias: Sizes | None, geometry: Geometry) ->
         return False
     if any(len(x) != rank for x in (stride, padding, dilation, output_padding)):
         return False
-    if groups < 1 or min(stride) < 1 or min(dilation) < 1 or min(padding) < 0 or min(output_padding) < 0:
+    # One comparison a size: the smaller one of two symbolic sizes would be a guard of compiled code.
+    if groups < 1 or any(x < 1 for x in (*stride, *dilation)) or any(x < 0 for x in (*padding, *output_padding)):
         return False
-    if transposed and any(more >= max(s, d) for more, s, d in zip(output_padding, stride, dilation)):
+    if transposed and any(more >= s and more >= d for more, s, d in zip(output_padding, stride, dilation)):
         return False
     takes, gives = channels(weight, geometry)
     if weight[0] % groups or input[1] != takes or not (bias is None or tuple(bias) == (gives,)):

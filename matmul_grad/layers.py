@@ -196,7 +196,7 @@ def with_convolution(kind: type[nn.Module], method: Forward, is_counted: bool = 
 
 def _convolution(kind: type[nn.Module]) -> Callable[[Forward], Forward]:
     def make(torch_impl: Forward) -> Forward:
-        inner = getattr(kind, "_conv_forward", None)
+        inner = vars(kind).get("_conv_forward")  # which transposed ones do not have
         if inner is None:
             return with_convolution(kind, torch_impl, is_counted=True)
         convolved = with_convolution(kind, inner, is_counted=True)

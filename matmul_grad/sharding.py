@@ -7,6 +7,8 @@ strided shards and partial sums included. torch does not promise the tables that
 the rules of this file are registered. Over one dimension of a mesh every rule shards one letter. What has the letter
 is sharded along it, what has not is replicated. A letter that the result has not, k, is summed over: there each
 device holds a partial sum.
+
+Convolutions are sharded along the batch alone; the gradient of a filter is a partial sum there.
 """
 
 from __future__ import annotations
@@ -78,6 +80,24 @@ def register_rules(name: str, equation: str) -> None:
     register_sharding(getattr(torch.ops.matmul_grad, name).default)(rules)
 
 
+def convolution_rules(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Of a convolution: (input, weight, bias or None, …) with the filters whole."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    whole, rest = Replicate(), [None] * (len(arguments) - 3)
+    bias = None if arguments[2] is None else whole
+    return [([placement], [placement, whole, bias, *rest]) for placement in (whole, Shard(0))]
+
+
+def weight_gradient_rules(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Of the gradient of a filter: (grad, input, …), a sum over the batch."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    rest = [None] * (len(arguments) - 2)
+    both = ((Replicate(), Replicate()), (Partial(), Shard(0)))
+    return [([result], [operand, operand, *rest]) for result, operand in both]
+
+
 def register_with(tensor: ModuleType) -> None:
     """Every operator with DTensor."""
     dispatcher = getattr(tensor.DTensor, "_op_dispatcher", None)
@@ -88,6 +108,18 @@ def register_with(tensor: ModuleType) -> None:
             register_rules(name, equation)
 
 
+def register_convolutions_with(_: ModuleType) -> None:
+    from torch.distributed.tensor.experimental import register_sharding
+
+    register_sharding(torch.ops.matmul_grad.convolution.default)(convolution_rules)
+    register_sharding(torch.ops.matmul_grad.convolution_weight_gradient.default)(weight_gradient_rules)
+
+
 def register() -> None:
     """Register with DTensor, now or when it is imported."""
     on_import(TENSOR, register_with)
+
+
+def register_convolutions() -> None:
+    """Likewise, once they are defined."""
+    on_import(TENSOR, register_convolutions_with)

@@ -153,6 +153,23 @@ def placements_case(name: str) -> Callable[[DeviceMesh], None]:
     return case
 
 
+def case_convolution(mesh: DeviceMesh) -> None:
+    """Each device convolves its samples, with the filters whole; nothing is communicated."""
+    for name, size in (("conv2d", (4, 3, 2, 2)), ("conv_transpose2d", (3, 4, 2, 2))):
+        values = [whole_numbers(s, seed, mesh.device_type) for seed, s in enumerate([(4, 3, 5, 5), size, (4,)])]
+        whole = [x.clone().requires_grad_() for x in values]
+        expected = getattr(nn.functional, name)(*whole, stride=2, padding=1)
+        expected = [expected, *torch.autograd.grad(expected, whole, torch.ones_like(expected))]
+        parts = [arranged(x, mesh, p).requires_grad_() for x, p in zip(values, (S0, R, R), strict=True)]
+        with CommDebugMode() as moved:
+            result = getattr(matmul_grad, name)(*parts, stride=2, padding=1)
+            grads = torch.autograd.grad(result, parts, torch.ones_like(result))
+        assert moved.get_total_counts() == 0, moved.get_comm_counts()
+        assert [x.placements for x in (result, *grads)] == [(S0,), (S0,), (Partial(),), (Partial(),)]
+        for x, y in zip((result, *grads), expected, strict=True):
+            assert_same_bits(x.detach().full_tensor() + 0.0, y.detach() + 0.0, name)
+
+
 # --- models --------------------------------------------------------------------------------------------------
 
 WIDTH, HIDDEN, TOKENS, BATCH = 24, 40, 5, 8
@@ -271,6 +288,7 @@ def case_fully_shard_and_convert(mesh: DeviceMesh) -> None:
 
 CASES: dict[str, Callable[[DeviceMesh], None]] = {
     **{f"operator-{name}": operator_case(name) for name in sharding.EQUATIONS},
+    "convolution": case_convolution,
     "nothing-moves": case_nothing_moves_that_need_not,
     **{f"placements-{name}": placements_case(name) for name in FUNCTIONS},
     "fully-shard": case_fully_shard_and_convert,
