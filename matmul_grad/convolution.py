@@ -37,7 +37,7 @@ def conv1d(
     shapes      input (n, ci, size) or (ci, size), weight (co, ci / groups, taps), bias (co)
     strides     any; the result has the memory format of the input
     dtypes      float16, bfloat16, float32, float64 on CPU; the rest is torch.nn.functional.conv1d, and so are
-                convolutions with one channel a group
+                one channel a group, and bfloat16 on CPUs with instructions for it
     aliasing    the result is new memory
     rounding    as ``mm``
     errors      torch.nn.functional.conv1d's

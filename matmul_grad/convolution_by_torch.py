@@ -1,6 +1,7 @@
 """Convolutions by torch's kernels: the fallback for what this package's do not support.
 
-The functions have the arguments of the operators, whose decompositions for export they are.
+The functions have the arguments of the operators, whose decompositions for export they are. Where they are recorded,
+the graph is that of torch's operators.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import autocast, convolution_by_torch, sharding, strict_mode
-from .autograd import _below_autograd, _Node, may_have_tangents, outer_levels_record, with_graph
+from .autograd import _below_autograd, _Node, is_seen_below_autograd, may_have_tangents, outer_levels_record, with_graph
 from .convolution_by_torch import memory_format_of
 from .convolution_shapes import Geometry, Sizes, channels, fits, fits_gradient, pixels, untransposed
 from .flops import count_flops
@@ -148,8 +148,11 @@ def _outer_levels() -> Any:
     return outer_levels_record() if functorch else contextlib.nullcontext()
 
 
-def _below() -> Any:
-    return outer_levels_record() if torch._C._are_functorch_transforms_active() else _below_autograd()
+def _compute(operator: Any, kernel: Callable[..., Tensor], one: Tensor, other: Tensor, *others: Any) -> Tensor:
+    """The operator below autograd; its kernel, where the dispatcher has no more to do."""
+    with _below_autograd():
+        seen = is_seen_below_autograd(one, other, *(x for x in others[:1] if isinstance(x, Tensor)))
+        return (operator if seen else kernel)(one, other, *others)
 
 
 class Convolution(_Node):
@@ -162,7 +165,9 @@ class Convolution(_Node):
         ctx.sizes, ctx.geometry = (input.shape, weight.shape), geometry
         if may_have_tangents():
             ctx.save_for_forward(input, weight)
-        with _below():
+        if not torch._C._are_functorch_transforms_active():
+            return _compute(_convolution, _forward, input, weight, bias, *geometry)
+        with outer_levels_record():
             return convolve(input, weight, bias, geometry)
 
     @staticmethod
@@ -201,7 +206,10 @@ class WeightGradient(_Node):
         ctx.sizes, ctx.geometry, ctx.weight_size = (grad.shape, input.shape), geometry, weight_size
         if may_have_tangents():
             ctx.save_for_forward(grad, input)
-        with _below():
+        if not torch._C._are_functorch_transforms_active():
+            arguments = *geometry[:3], geometry.groups
+            return _compute(_weight_gradient, _gradient, grad, input, weight_size, *arguments)
+        with outer_levels_record():
             return weight_gradient(grad, input, weight_size, geometry)
 
     @staticmethod
@@ -233,24 +241,24 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
 
 
 def _autograd(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    if not _is_recorded(input, weight, bias):
+        return _compute(_convolution, _forward, input, weight, bias, *arguments)
     geometry = Geometry(*arguments)
     bias_size = None if bias is None else bias.shape
     if not is_one_kind(input, weight, bias) or not fits(input.shape, weight.shape, bias_size, geometry):
         strict_mode.note_fallback(input, weight)
         result: Tensor = torch.ops.aten.convolution.default(input, weight, bias, *arguments)
         return result
-    if _is_recorded(input, weight, bias):
-        return with_graph(_record, input, weight, bias, geometry)
-    with _below_autograd():
-        return convolve(input, weight, bias, geometry)
+    return with_graph(_record, input, weight, bias, geometry)
 
 
 def _gradient_autograd(grad: Tensor, input: Tensor, weight_size: Sizes, *arguments: Any) -> Tensor:
-    geometry = untransposed(*arguments)
-    if _is_recorded(grad, input):
-        return with_graph(_record_gradient, grad, input, tuple(weight_size), geometry)
-    with _below_autograd():
-        return weight_gradient(grad, input, weight_size, geometry)
+    if not _is_recorded(grad, input):
+        return _compute(_weight_gradient, _gradient, grad, input, weight_size, *arguments)
+    if not is_one_kind(grad, input):
+        strict_mode.note_fallback(grad, input)
+        return convolution_by_torch.weight_gradient(grad, input, weight_size, *arguments)
+    return with_graph(_record_gradient, grad, input, tuple(weight_size), untransposed(*arguments))
 
 
 # --- FLOPs, registration --------------------------------------------------------------------------------------------

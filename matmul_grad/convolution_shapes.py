@@ -76,15 +76,18 @@ def fits(input: Sizes, weight: Sizes, bias: Sizes | None, geometry: Geometry) ->
     if any(len(x) != rank for x in (stride, padding, dilation, output_padding)):
         return False
     # One comparison a size: the smaller one of two symbolic sizes would be a guard of compiled code.
-    if groups < 1 or any(x < 1 for x in (*stride, *dilation)) or any(x < 0 for x in (*padding, *output_padding)):
+    if groups < 1:
         return False
-    if transposed and any(more >= s and more >= d for more, s, d in zip(output_padding, stride, dilation)):
-        return False
+    for step, pad, by, more in zip(stride, padding, dilation, output_padding):
+        if step < 1 or pad < 0 or by < 1 or more < 0 or (transposed and more >= step and more >= by):
+            return False
     takes, gives = channels(weight, geometry)
     if weight[0] % groups or input[1] != takes or not (bias is None or tuple(bias) == (gives,)):
         return False
-    sizes = (*weight, *input[1:], *pixels(input, weight, geometry))
-    return all(size > 0 for size in sizes)
+    for size in (*weight, *input[1:], *pixels(input, weight, geometry)):  # noqa: SIM110  # a generator costs a microsecond
+        if size <= 0:
+            return False
+    return True
 
 
 def fits_gradient(grad: Sizes, input: Sizes, weight: Sizes, geometry: Geometry) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from dtypes import ACCELERATED, EVERY
+from convolutions import has_kernel
+from dtypes import EVERY
 from outcomes import outcome
 from torch import Tensor
 from torch.nn import functional
@@ -45,6 +46,8 @@ def step(function: Callable[..., Tensor], tensors: list[Tensor], **named: Any) -
 @pytest.mark.parametrize("name", NAMES)
 def test_exact(name: str, dtype: torch.dtype) -> None:
     """Strides, paddings, dilations, groups: values and gradients are whole numbers, so they are torch's in float64."""
+    if not has_kernel(dtype):
+        pytest.skip("torch's, on a CPU that multiplies pairs of it")
     choices = itertools.product((1, 2, 3), (0, 2), (1, 2), (1, 2))
     for number, (stride, padding, dilation, groups) in enumerate(choices):
         named: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -211,6 +214,11 @@ def test_operators_raise_torchs_errors() -> None:
             outcome(operator, x, w, b, *arguments) for operator in (CONVOLUTION, torch.ops.aten.convolution)
         )
         assert found == expected and isinstance(found, tuple)
+    found, expected = (
+        outcome(operator, *(y.to(torch.complex64).requires_grad_() for y in (x, w, b)), *plain)
+        for operator in (CONVOLUTION, torch.ops.aten.convolution)
+    )
+    assert found == expected  # which has no complex numbers: torch's functions compose them
     for size in ([6, 4, 2, 2], [6, 3, 3, 2], [6, 4, 3]):
         with pytest.raises(RuntimeError):
             WEIGHT_GRADIENT(whole_numbers(2, 6, 4, 6, dtype=torch.float32), x, size, *plain[:3], 1)
@@ -221,5 +229,6 @@ def test_functions_pickle() -> None:
         assert pickle.loads(pickle.dumps(getattr(matmul_grad, name))) is getattr(matmul_grad, name)
 
 
-def test_every_dtype_is_here() -> None:
-    assert {torch.float32, torch.float64, torch.bfloat16} <= set(ACCELERATED.values())
+def test_dtypes_with_kernels() -> None:
+    assert has_kernel(torch.float32) and has_kernel(torch.float64)
+    assert not has_kernel(torch.complex64) and not has_kernel(torch.int64)
