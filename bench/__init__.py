@@ -14,6 +14,9 @@ stats, targets                        rows to ratios, means and differences; to 
 tables, plots, html, readme           the same as Markdown, PNG and SVG, HTML, and in docs/results.md
 comparison                            `compare`
 
+conv is `python -m bench conv`: layers and targets are in conv_layers, calls and their check in conv_calls, the
+processes in conv_session; timer, worker and results are the ones above.
+
 The other commands are faces of it, with workloads, a table and options of their own: cpu_ratio is `python -m bench
 cpu-ratio`; gpu_report and its stages `matmul-grad gpu-report`; tune `matmul-grad tune`. What these two do on a GPU
 besides comparisons is in gpu_tasks, gpu_calls and sanitizer. packing and switch_overhead compare what is no backend,

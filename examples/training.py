@@ -6,7 +6,7 @@ import needs  # noqa: F401
 
 # isort: split
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,10 +20,11 @@ SMOOTH = 20  # steps in a point of the smoothed loss
 console = Console(highlight=False)
 
 
-def parser(description: str, steps: int, plot: str | None = None) -> argparse.ArgumentParser:
-    """The options of every example; ``plot`` is the default file of its picture."""
+def parser(description: str, steps: int, plot: str | None = None, backend: bool = True) -> argparse.ArgumentParser:
+    """The options of every example; ``plot`` is the default file of its picture; without ``backend`` both train."""
     options = argparse.ArgumentParser(description=description.splitlines()[0])
-    options.add_argument("--backend", choices=BACKENDS, default="matmul_grad", help="whose products; default: ours")
+    if backend:
+        options.add_argument("--backend", choices=BACKENDS, default="matmul_grad", help="whose products; default: ours")
     options.add_argument("--steps", type=positive, default=steps, help=f"default: {steps}")
     options.add_argument("--seed", type=int, default=0, help="of the weights and the batches; default: 0")
     if plot is not None:
@@ -51,17 +52,24 @@ def train(step: Callable[[], Tensor], steps: int) -> list[float]:
 
 def save_plot(losses: Sequence[float], path: Path, title: str) -> None:
     """The loss over the steps: each, and the mean of the last SMOOTH."""
+    save_curves({f"mean of the last {SMOOTH}": losses}, path, title, "loss (cross entropy, nats)")
+
+
+def save_curves(curves: Mapping[str, Sequence[float]], path: Path, title: str, label: str) -> None:
+    """Losses over the steps by name: the mean of the last SMOOTH, dashed but for the first, and pale behind it each."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    means = [sum(losses[max(0, i - SMOOTH) : i]) / min(i, SMOOTH) for i in range(1, len(losses) + 1)]
-    steps = range(1, len(losses) + 1)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="each step")
-    axes.plot(steps, means, color="tab:blue", linewidth=2, label=f"mean of the last {SMOOTH}")
-    axes.set(title=title, xlabel="step", ylabel="loss (cross entropy, nats)")
+    for number, (name, losses) in enumerate(curves.items()):
+        steps = range(1, len(losses) + 1)
+        means = [sum(losses[max(0, i - SMOOTH) : i]) / min(i, SMOOTH) for i in steps]
+        color, style = f"C{number}", "--" if number else "-"
+        axes.plot(steps, losses, color=color, alpha=0.35, linewidth=1, label="each step" if len(curves) == 1 else None)
+        axes.plot(steps, means, style, color=color, linewidth=2, label=name)
+    axes.set(title=title, xlabel="step", ylabel=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

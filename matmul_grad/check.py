@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import perf_counter
 
-from . import check_products, check_timing, check_training, machine, strict_mode, warmup
+from . import check_convolution, check_products, check_timing, check_training, machine, strict_mode, warmup
 from .bench import timer
 from .console import Console, heading, track
 
@@ -35,6 +35,8 @@ def run(options: Options, console: Console) -> int:
         found += check_products.example(console, device)
         heading(console, "Sizes, layouts and dtypes")
         found += check_products.table_of_products(console, device, seed)
+        heading(console, "Convolutions: X 3×3, W 2×2, L = Σ dY·Y; then layers")
+        found += check_convolution.run(console, device)
         if options.train:
             heading(console, "A classifier of handwritten digits, trained twice")
             found += check_training.run(console, device, seed)

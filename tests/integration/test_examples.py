@@ -69,6 +69,29 @@ def test_it_learns(example: ModuleType, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] / 4
 
 
+@pytest.mark.parametrize("example", ["train_unet"], indirect=True)
+def test_unet_trains_alike_on_both(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "loss.png"
+    with matmul_grad.strict():
+        losses = example.main(["--steps", "3", "--plot", str(plot)])
+    assert list(losses) == ["torch", "matmul_grad"]
+    assert len(losses["torch"]) == 3 and len(set(losses["torch"])) == 3
+    assert losses["matmul_grad"] == pytest.approx(losses["torch"], abs=APART)
+    layers = sum(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in example.UNet().modules())
+    printed = capsys.readouterr().out
+    assert layers == 13 and f"{layers} convolutions on these kernels" in printed
+    assert printed.count("dB cleaned") == 2
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("example", ["train_unet"], indirect=True)
+def test_unet_learns(example: ModuleType) -> None:
+    torch.manual_seed(0)
+    model = matmul_grad.convert(example.UNet(widths=(8, 16)), kinds=(nn.Conv2d, nn.ConvTranspose2d))
+    losses = example.fit(model, example.photographs()[0], 40, seed=0)
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", *map(str, command)], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -83,7 +106,7 @@ def test_runs_as_a_script_from_anywhere(tmp_path: Path) -> None:
     assert (tmp_path / "train_digits.png").exists()
 
 
-@pytest.mark.parametrize("script", ["train_digits", "train_char_gpt", "tensor_parallel"])
+@pytest.mark.parametrize("script", ["train_digits", "train_char_gpt", "train_unet", "tensor_parallel"])
 def test_missing_packages_are_named_in_one_line(script: str, tmp_path: Path) -> None:
     code = f"""
 import runpy, sys

@@ -5,6 +5,7 @@ alone. C is linear in each single element of A and of B: a difference over a who
 derivative, which is how derivatives are taken here, independently of any gradient formula.
 """
 
+import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
@@ -15,7 +16,11 @@ from torch import Tensor
 
 from matmul_grad import reference
 
-PAGE = Path(__file__).parents[3] / "docs" / "derivation.md"
+DOCS = Path(__file__).parents[3] / "docs"
+# The pages of the tutorial by the letter of their ids.
+PAGES = {
+    letter: DOCS / f"{name}.md" for letter, name in zip("DCT", ("derivation", "convolution", "transposed-convolution"))
+}
 
 SIZES = [(2, 4, 3), (1, 1, 1), (3, 1, 2), (5, 2, 7), (1, 6, 4)]  # (m, k, n)
 example = reference.example()
@@ -36,10 +41,14 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def stated() -> dict[str, str]:
-    """Each formula of the page by its id, without the matrices' numbers and without white space."""
+def text_of(letter: str) -> str:
+    return PAGES[letter].read_text(encoding="utf-8")
+
+
+def stated(letter: str) -> dict[str, str]:
+    """Each formula of a page by its id, without the matrices' numbers and without white space."""
     found = {}
-    for block in re.findall(r"```math\n(.*?)\n```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+    for block in re.findall(r"```math\n(.*?)\n```", text_of(letter), re.DOTALL):
         text, ids = re.subn(r"\\tag\{.*?\}", "", block), re.findall(r"\\tag\{(.*?)\}", block)
         assert len(ids) == 1, f"a formula needs one id: {block}"
         assert ids[0] not in found, f"two formulas are called {ids[0]}"
@@ -47,14 +56,29 @@ def stated() -> dict[str, str]:
     return found
 
 
-def matrices(name: str) -> list[Tensor]:
-    """The matrices of numbers in a formula, as the page states them."""
-    block = re.search(rf"```math\n([^`]*?)\\tag\{{{name}\}}", PAGE.read_text(encoding="utf-8"))
+def matrices(name: str, entry: Callable[[str], float] | None = None) -> list[Tensor]:
+    """The matrices in a formula, as the page states them; ``entry`` is the value of an element, by default a number."""
+    block = re.search(rf"```math\n([^`]*?)\\tag\{{{name}\}}", text_of(name[0]))
     assert block, name
+    value = entry or number
     return [
-        torch.tensor([[number(x) for x in row.split("&")] for row in rows.split(r"\\")], dtype=torch.float64)
+        torch.tensor([[value(x) for x in row.split("&")] for row in rows.split(r"\\")], dtype=torch.float64)
         for rows in re.findall(r"\\begin\{bmatrix\}(.*?)\\end\{bmatrix\}", block[1])
     ]
+
+
+def evaluated(text: str, **values: Tensor) -> float:
+    """A sum of products of indexed letters.
+
+    >>> evaluated("w_2 g_0 + w_0", w=torch.tensor([5, 0, 3]), g=torch.tensor([2]))
+    11.0
+    """
+    total = 0.0
+    for term in text.replace("\\", "").split("+"):
+        factors = re.findall(r"([a-z]+)_(\d)", term)
+        assert factors or term.strip() == "0", term
+        total += math.prod(float(values[letter][int(index)]) for letter, index in factors) if factors else 0.0
+    return total
 
 
 def number(text: str) -> float:
