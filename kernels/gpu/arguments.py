@@ -114,7 +114,7 @@ class Phase(NamedTuple):
 
 
 class Spatial(NamedTuple):
-    """A value of each spatial dimension, the last dimension of the tensors first; what is beyond their number is unused."""
+    """A value of each spatial dimension, the last one of the tensors first; those beyond their number are unused."""
 
     x: Any
     y: Any
@@ -138,7 +138,10 @@ class Outer(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """The groups of a convolution: their number, and the distance of two of them in A, B and C. part: of splits in C."""
+    """The groups of a convolution: their number, and the elements between two of them in A, B and C.
+
+    part: elements between two splits of k in C.
+    """
 
     count: int
     a: int

@@ -30,7 +30,7 @@ Product = Callable[[Convolution, Shape, Shape, Shape], PatchProduct]
 
 
 def supports(input: Tensor, weight: Tensor) -> bool:
-    """Whether the three functions support these: batched, 1 to 3 spatial dimensions, one dtype, on one GPU that mm uses."""
+    """Whether the three functions support these: batched, 1 to 3 spatial dimensions, on a GPU that mm supports."""
     same = input.dtype == weight.dtype and input.device == weight.device and input.dim() == weight.dim()
     return same and 3 <= input.dim() <= 5 and supports_tensor(input) and supports_tensor(weight)
 
@@ -50,8 +50,10 @@ def forward(
     spatial dimensions, tuples of as many numbers. Sizes may be 0.
     Strides: any. The result is channels_last where X is, else contiguous.
     Dtypes: alike: float16, bfloat16, float32, float64; float32 by torch's setting for convolutions.
-    Rounding: once, the bias included, from a sum in float32 (float64 for float64), over (c, t) in order.
-    Edges: masks; padding is neither stored nor read. Determinism: the same bits in any batch and image of one GPU model.
+    Rounding: once, the bias included, from a sum in float32 (float64 for float64), over (c, t): channels upward and
+    the taps of each; where BLOCK_K divides their number, blocks of channels upward and the taps of each block.
+    Edges: masks; padding is neither stored nor read.
+    Determinism: on one GPU model an output has the same bits in any batch and any image.
     Memory: the result.
     """
     sizes = [
@@ -73,9 +75,10 @@ def input_gradient(
     groups: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """dX[s, c, x] = bias[c] + sum over (o, t) of dY[s, o, (x + padding - t * dilation) / stride] * W[o, c, t], where whole.
+    """dX[s, c, x] = bias[c] + sum over (o, t) of dY[s, o, (x + padding - t * dilation) / stride] * W[o, c, t].
 
-    With a bias: the transposed convolution of dY. input_size: the shape of dX, channels_last where dY is.
+    The sum is over the taps t whose coordinate is a whole number. With a bias: the transposed convolution of dY.
+    input_size: the shape of dX, which is channels_last where dY is.
     Memory: the result. All else as `forward`, the sum over (o, t).
     """
     conv = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -144,7 +147,7 @@ def _make_launch(
     a, _, c = tensors
     made = product(conv, *(Shape(tuple(x.shape), x.stride()) for x in tensors))
     problem = made.problem(NAMES[a.dtype], precision, settings.invariant)
-    config = choose_tile(problem, target_of(a))
+    config = choose_tile(problem, made.family(problem.dtype, precision), target_of(a))
     plans = convolution_plans(made, problem, config, upcast=INTERPRETED and a.dtype == torch.bfloat16, bias=bias)
     work = torch.float64 if a.dtype == torch.float64 else torch.float32
     return Launch(tuple(map(Runner, plans)), tuple(c.shape), workspace_bytes(problem, config) // work.itemsize, work)

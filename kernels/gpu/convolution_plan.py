@@ -11,13 +11,13 @@ from typing import Any
 from .arguments import Axis, Groups, Operands, Outer, Phase, PointerArg, Spatial, Strides
 from .choose import SPLITS, predicted_seconds
 from .config import (
-    SHORT_NAMES,
     Problem,
     Target,
     TileConfig,
     cdiv,
     dtype_name,
     is_valid,
+    kernel_name,
     kind,
     work_items,
 )
@@ -26,27 +26,39 @@ from .patches import gemm_patches
 from .plan import REDUCE_BLOCK, Plan, blocks, options, scalar_args, source_arg, with_suffix
 from .reduce import reduce
 
-# Largest first, one BLOCK_K a kind. Cut to compile without spills for sm_80, sm_90, sm_100 and sm_120: beside the
-# accumulators a thread holds an address and a mask of each element that it loads. None has been timed yet.
+# By the kind of the product and the family of loads: "lines" where a step of k has one tap and its channels are
+# adjacent (16-byte loads), "taps" where they are not, "digits" for all else. Largest first; one BLOCK_K a kind and
+# order. Cut to compile without spills for sm_80, sm_90, sm_100 and sm_120 in three dimensions: where loads are narrow,
+# a thread holds an address and a mask of each element. None has been timed yet.
+SMALL = {
+    "tf32": (TileConfig(64, 64, 32, stages=3, warps=8), TileConfig(64, 32, 32, stages=3, warps=8)),
+    "tf32x3": (TileConfig(64, 64, 32, stages=3, warps=8),),
+    "fp32": (TileConfig(64, 64, 16, stages=3, warps=8), TileConfig(64, 32, 16, stages=3, warps=8)),
+    "fp64": (TileConfig(32, 32, 16, stages=3, warps=4),),
+}
 TILES = {
-    "half": (
-        TileConfig(128, 128, 32, stages=3, warps=8),
-        TileConfig(128, 64, 32, stages=3, warps=8),
-        TileConfig(64, 64, 32, stages=3, warps=4),
-        TileConfig(64, 32, 32, stages=3, warps=4),
+    **{(kind, family): tiles for kind, tiles in SMALL.items() for family in ("lines", "taps", "digits")},
+    ("half", "lines"): (
+        TileConfig(128, 128, 64, stages=3, warps=8),
+        TileConfig(128, 64, 64, stages=3, warps=8),
+        TileConfig(64, 64, 64, stages=3, warps=4),
+        TileConfig(64, 32, 64, stages=3, warps=4),
     ),
-    "tf32": (
+    ("half", "taps"): (TileConfig(64, 64, 64, stages=3, warps=8), TileConfig(64, 32, 64, stages=3, warps=8)),
+    ("half", "digits"): (
         TileConfig(128, 64, 32, stages=3, warps=8),
         TileConfig(64, 64, 32, stages=3, warps=8),
         TileConfig(64, 32, 32, stages=3, warps=4),
     ),
-    "tf32x3": (TileConfig(64, 64, 32, stages=3, warps=8),),
-    "fp32": (
-        TileConfig(64, 64, 16, stages=3, warps=8),
-        TileConfig(64, 32, 16, stages=3, warps=4),
+    ("tf32", "lines"): (
+        TileConfig(128, 128, 32, stages=3, warps=8),
+        TileConfig(128, 64, 32, stages=3, warps=8),
+        *SMALL["tf32"],
     ),
-    "fp64": (TileConfig(32, 32, 16, stages=3, warps=4),),
+    ("fp32", "lines"): (TileConfig(128, 64, 16, stages=3, warps=8), *SMALL["fp32"]),
 }
+
+WIDE_FROM = 2**31 - 2**16
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class PatchProduct:
     """One product over patches, as `gemm_patches` computes it.
 
     m, n, k: of a group; m and k the largest of a phase. axes, phases: the last dimension first. taps: the digits of k
-    where they are the filter's. wide: a tensor spans 2**31 elements or more. name: forward, dgrad or wgrad.
+    where they are the filter's. wide: indices have 64 bits. name: forward, dgrad or wgrad.
     """
 
     name: str
@@ -101,11 +113,22 @@ class PatchProduct:
         """Products of one launch: phases times groups."""
         return math.prod(phase.stride for phase in self.phases) * self.groups.count
 
+    def family(self, dtype: str, precision: str) -> str:
+        """The tiles of `TILES` for a dtype. Whether a step of k has one tap depends on the filter's channels alone."""
+        whole = TILES[kind(Problem(1, 1, 1, dtype, precision=precision)), "taps"][0].block_k
+        if self.name == "wgrad" or self.outer.steps % whole:
+            return "digits"
+        return "lines" if self.outer.k_a == 1 else "taps"
+
+    def order(self, family: str) -> str:
+        """The order of rows and of steps of k, as `gemm_patches` names it."""
+        return "pixel" if self.name == "wgrad" else "digits" if family == "digits" else "tap"
+
     def problem(self, dtype: str, precision: str, invariant: bool) -> Problem:
         """What the choice of a tile depends on. Only the weight gradient, whose k is pixels, may split k."""
-        whole = invariant or self.name != "wgrad"
+        whole, aligned = invariant or self.name != "wgrad", self.family(dtype, precision) == "lines"
         m, n, k = self.m, self.n, self.k
-        return Problem(m, n, k, dtype, "S", "S", precision, aligned=False, batch=self.launched, invariant=whole)
+        return Problem(m, n, k, dtype, "S", "S", precision, aligned, batch=self.launched, invariant=whole)
 
 
 def digits_of(x: Sequence[Any]) -> tuple[Any, ...]:
@@ -114,7 +137,8 @@ def digits_of(x: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def is_wide(*tensors: Tensor) -> bool:
-    return any(x.span >= 2**31 for x in tensors)
+    """Whether an index or an offset can exceed 32 bits, also in the part of a tile that lies behind the last row."""
+    return any(max(x.span, math.prod(x.sizes)) >= WIDE_FROM for x in tensors)
 
 
 def forward_product(conv: Convolution, image: Tensor, filters: Tensor, result: Tensor) -> PatchProduct:
@@ -174,7 +198,10 @@ def input_gradient_product(conv: Convolution, grad: Tensor, filters: Tensor, res
 
 
 def weight_gradient_product(conv: Convolution, image: Tensor, grad: Tensor, result: Tensor) -> PatchProduct:
-    """dW[o, (c, t)] = sum over (s, y) of dY[s, o, y] * X[s, c, y * stride - padding + t * dilation]; rows are (c, t)."""
+    """dW[o, (c, t)] = sum over (s, y) of dY[s, o, y] * X[s, c, y * stride - padding + t * dilation].
+
+    Its rows are (c, t), its columns o.
+    """
     samples, (out, channels) = image.sizes[0], result.sizes[:2]
     out //= conv.groups
     axes = [
@@ -197,13 +224,13 @@ def weight_gradient_product(conv: Convolution, image: Tensor, grad: Tensor, resu
 
 
 @lru_cache(maxsize=4096)
-def choose_tile(problem: Problem, target: Target) -> TileConfig:
+def choose_tile(problem: Problem, family: str, target: Target) -> TileConfig:
     """The tile that the model predicts to be fastest, of equals the largest. Pure: nothing is timed.
 
-    BLOCK_K depends on dtype and precision alone, and k is whole but for the weight gradient, so an output element has
-    the same bits in any image and any batch. Raises ValueError where no tile is valid.
+    BLOCK_K depends on dtype, precision and the filter's channels, and k is whole but for the weight gradient, so an
+    output element has the same bits in any image and any batch. Raises ValueError where no tile is valid.
     """
-    tiles = [replace(tile, split_k=splits) for tile in TILES[kind(problem)] for splits in SPLITS]
+    tiles = [replace(tile, split_k=splits) for tile in TILES[kind(problem), family] for splits in SPLITS]
     valid = [tile for tile in tiles if is_valid(tile, problem, target)]
     if not valid:
         raise ValueError(f"no tile for {problem} on {target}")
@@ -223,7 +250,7 @@ def convolution_plans(
     """
     m, n, split = product.m, product.n, config.split_k > 1
     epilogue = Epilogue(source=Strides(0, 1, n)) if bias else None
-    groups, name = product.groups, f"conv_{product.name}_{kernel_suffix(problem, config)}"
+    groups, name = product.groups, kernel_name(problem, config).replace("gemm_ss", f"conv_{product.name}")
     if split:
         groups = groups._replace(c=config.split_k * m * n, part=m * n)
     first = Plan(
@@ -240,6 +267,7 @@ def convolution_plans(
             "SPLIT_K": config.split_k,
             "TAPS": product.taps,
             "DIMS": len(product.axes),
+            "ORDER": product.order(product.family(problem.dtype, problem.precision)),
             "PRECISION": problem.precision,
             "WIDE": product.wide,
             "UPCAST": upcast,
@@ -250,19 +278,8 @@ def convolution_plans(
     if not split:
         return [first]
     name = f"reduce_{dtype_name(problem)}_k{config.split_k}"
-    arguments = PointerArg("work"), PointerArg("c"), m * n, m, Strides(m, 1, m * n), source_arg(None), *scalar_args(None)
+    result = Strides(m, 1, m * n)  # a row of it is a column of C
+    arguments = PointerArg("work"), PointerArg("c"), m * n, m, result, source_arg(None), *scalar_args(None)
     constants = {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "NAME": name}
     last = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     return [first, Plan(reduce, cdiv(m * n, REDUCE_BLOCK) * groups.count, arguments, constants, last)]
-
-
-def kernel_suffix(problem: Problem, config: TileConfig) -> str:
-    """The end of a kernel's name.
-
-    >>> kernel_suffix(Problem(1, 1, 1, "bfloat16"), TileConfig(64, 32, 32, stages=3, warps=4))
-    'bf16_64x32x32_s3_w4'
-    """
-    short = SHORT_NAMES[problem.dtype] if problem.precision == "ieee" else problem.precision
-    split = f"_k{config.split_k}" if config.split_k > 1 else ""
-    tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-    return f"{short}_{tile}_s{config.stages}_w{config.warps}{split}"

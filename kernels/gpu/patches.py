@@ -47,8 +47,8 @@ def axes_of_phase(axes, phases, index):
 def gemm_patches(
     ptrs, m, n, k, outer, axes, phases, groups, source, alpha_low, alpha_high, beta_low, beta_high,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr, TAPS: tl.constexpr, DIMS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    UPCAST: tl.constexpr, NAME: tl.constexpr,
+    SPLIT_K: tl.constexpr, TAPS: tl.constexpr, DIMS: tl.constexpr, ORDER: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, UPCAST: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """C[i, j] = sum over p < k of A(i, p) * B(p, j), one BLOCK_M x BLOCK_N tile of C a program; A is found by digits.
 
@@ -57,13 +57,18 @@ def gemm_patches(
     Shapes: m, n >= 1; k is the product of all digits of p, and may be 0. axes: `Spatial` of DIMS `Axis`. outer:
     `Outer`. groups: `Groups`. phases: `Spatial` of `Phase` for the input gradient of a strided convolution, else None;
     m is then the largest of a phase. TAPS: the digits of p, x first, where they are constants, else None.
+    ORDER: "digits" for the above. "tap" where BLOCK_K divides outer.steps: p is (block of channels, tap, channel of the
+    block), so that a step of the loop has one tap. "pixel" for a weight gradient: row i is (z, y, x, outer), so that
+    neighbours are channels; no sum changes by it.
     Grid: ceil(m / BLOCK_M) * ceil(n / BLOCK_N) * SPLIT_K * groups * phases, one dimension.
-    Strides: any, in elements. Indices are 32-bit unless WIDE, which the plan sets where a tensor spans 2**31.
+    Strides: any, in elements. Indices are 32-bit unless WIDE, which the plan sets where a tensor spans nearly 2**31.
     Dtypes, PRECISION, epilogue, aliasing, rounding, UPCAST: as `gemm`; the source is one row a group.
     Result: C; with SPLIT_K > 1 the workspace, partial results of each group groups.part apart, for `reduce`.
     Edges: masks. Nothing outside of the image is read, nor outside of B, and nothing outside of C is written.
     Determinism: p runs upward in steps of BLOCK_K inside a split of k; no atomics, no scatter.
     """
+    BLOCKED: tl.constexpr = ORDER == "tap"
+    OUTER_FIRST: tl.constexpr = ORDER == "pixel"
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     tiles_m = 1 + (m - 1) // BLOCK_M
     tiles_n = 1 + (n - 1) // BLOCK_N
@@ -88,28 +93,41 @@ def gemm_patches(
     a_row = tl.zeros((BLOCK_M,), dtype=INDEX)
     c_row = tl.zeros((BLOCK_M,), dtype=INDEX)
     rest = row
+    if OUTER_FIRST:
+        a_row += rest % outer.rows * outer.rows_a
+        c_row += rest % outer.rows * outer.rows_c
+        rest = rest // outer.rows
     for d in tl.static_range(DIMS):
         values = axes[d].rows if phases is None else tl.maximum(axes[d].rows, 1)
         row_digit = rest % values
         rest = rest // values
         a_row += (row_digit * axes[d].row_step + axes[d].origin) * axes[d].a
         c_row += row_digit * axes[d].c + axes[d].start_c
-    a_row += rest * outer.rows_a
-    c_row += rest * outer.rows_c
+    if not OUTER_FIRST:
+        a_row += rest * outer.rows_a
+        c_row += rest * outer.rows_c
     a_base = ptrs.a + group * groups.a
     b_base = ptrs.b + group * groups.b + col[None, :] * outer.cols_b
 
     ACC: tl.constexpr = tl.float64 if ptrs.a.dtype.element_ty == tl.float64 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     first, last = split_k_range(split, k, BLOCK_K, SPLIT_K)
+    if BLOCKED:
+        last = tl.minimum(last, k // BLOCK_K)  # none where no tap reaches the pixels of a phase
     for step in range(first, last):
-        depth = step * BLOCK_K + tl.arange(0, BLOCK_K).to(INDEX)
-        in_depth = depth < k
-        inside = in_rows[:, None] & in_depth[None, :]
+        if BLOCKED:  # one tap a step: its digits and its place in the operands are scalars
+            taps = tl.maximum(k // outer.steps, 1)
+            depth_rest = step % taps
+            channel = step // taps * BLOCK_K + tl.arange(0, BLOCK_K).to(INDEX)
+            inside = in_rows[:, None]
+            in_b = in_cols[None, :]
+        else:
+            depth_rest = step * BLOCK_K + tl.arange(0, BLOCK_K).to(INDEX)
+            inside = in_rows[:, None] & (depth_rest < k)[None, :]
+            in_b = (depth_rest < k)[:, None] & in_cols[None, :]
         a_depth = tl.zeros((BLOCK_K,), dtype=INDEX)
         b_depth = tl.zeros((BLOCK_K,), dtype=INDEX)
-        row_rest = row
-        depth_rest = depth
+        row_rest = row // outer.rows if OUTER_FIRST else row
         for d in tl.static_range(DIMS):
             if phases is not None:
                 steps = tl.maximum(axes[d].steps, 1)
@@ -123,15 +141,16 @@ def gemm_patches(
             digit = depth_rest % steps
             depth_rest = depth_rest // steps
             moved = digit * axes[d].k_step
-            at = ((row_rest % rows) * axes[d].row_step + axes[d].origin)[:, None] + moved[None, :]
+            at = row_rest % rows * axes[d].row_step + axes[d].origin
             row_rest = row_rest // rows
+            at = at[:, None] + (moved if BLOCKED else moved[None, :])
             inside = inside & (at >= 0) & (at < axes[d].size)
             a_depth += moved * axes[d].a
             b_depth += digit * axes[d].b + axes[d].start_b
-        a_depth += depth_rest * outer.k_a
-        b_depth += depth_rest * outer.k_b
+        a_depth += (channel if BLOCKED else depth_rest) * outer.k_a
+        b_depth += (channel if BLOCKED else depth_rest) * outer.k_b
         a = tl.load(a_base + (a_row[:, None] + a_depth[None, :]), mask=inside, other=0.0)
-        b = tl.load(b_base + b_depth[:, None], mask=in_depth[:, None] & in_cols[None, :], other=0.0)
+        b = tl.load(b_base + b_depth[:, None], mask=in_b, other=0.0)
         if UPCAST:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
