@@ -27,6 +27,7 @@ from matmul_grad.kernels.gpu.config import (
 )
 from matmul_grad.kernels.gpu.epilogue import SCALARS, Epilogue
 from matmul_grad.kernels.gpu.gemm import gemm
+from matmul_grad.kernels.gpu.patches import gemm_patches
 from matmul_grad.kernels.gpu.plan import Plan, backward_plan, plans
 from matmul_grad.kernels.gpu.reduce import reduce
 from matmul_grad.kernels.gpu.tma import gemm_tma
@@ -272,6 +273,6 @@ def test_sums_of_rests_that_are_nan_are_dropped(arch: int) -> None:
     assert re.search(r"arith\.cmpf uno, (%\S+), \1 .*\n.*arith\.select", compiled(case).ttgir)
 
 
-@pytest.mark.parametrize("kernel", [gemm, gemm_tma, matvec, reduce], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", [gemm, gemm_tma, matvec, reduce, gemm_patches], ids=lambda kernel: kernel.__name__)
 def test_alpha_and_beta_are_not_specialised(kernel: aot.triton.JITFunction) -> None:
     assert [kernel.params[kernel.arg_names.index(name)].do_not_specialize for name in SCALARS] == [True] * 4
