@@ -85,7 +85,7 @@ def convolved(dtype: str, name: str) -> Callable[[Gpu], None]:
         )
         call = gpu_calls.convolutions()
         results = {
-            "forward": (call["forward"](x, w, None, *shared), torch.conv2d(*drawn[:2], None, *shared[:2])),
+            "forward": (call["forward"](x, w, None, *shared), torch.conv2d(drawn[0], drawn[1], None, *shared[:2])),
             "dgrad": (call["dgrad"](grad, w, x.shape, *shared), wanted[0]),
             "wgrad": (call["wgrad"](grad, x, w.shape, *shared), wanted[1]),
         }

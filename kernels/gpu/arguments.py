@@ -143,7 +143,7 @@ class Groups(NamedTuple):
     part: elements between two splits of k in C.
     """
 
-    count: int
+    number: int
     a: int
     b: int
     c: int

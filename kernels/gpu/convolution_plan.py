@@ -111,7 +111,7 @@ class PatchProduct:
     @property
     def launched(self) -> int:
         """Products of one launch: phases times groups."""
-        return math.prod(phase.stride for phase in self.phases) * self.groups.count
+        return math.prod(phase.stride for phase in self.phases) * self.groups.number
 
     def family(self, dtype: str, precision: str) -> str:
         """The tiles of `TILES` for a dtype. Whether a step of k has one tap depends on the filter's channels alone."""
@@ -282,4 +282,4 @@ def convolution_plans(
     arguments = PointerArg("work"), PointerArg("c"), m * n, m, result, source_arg(None), *scalar_args(None)
     constants = {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "NAME": name}
     last = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-    return [first, Plan(reduce, cdiv(m * n, REDUCE_BLOCK) * groups.count, arguments, constants, last)]
+    return [first, Plan(reduce, cdiv(m * n, REDUCE_BLOCK) * groups.number, arguments, constants, last)]

@@ -75,9 +75,9 @@ def gemm_patches(
     part = tl.program_id(0) // (tiles_m * tiles_n)
     row_tile, col_tile = tile_coords(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
     split = part % SPLIT_K
-    group = (part // SPLIT_K % groups.count).to(tl.int64)
+    group = (part // SPLIT_K % groups.number).to(tl.int64)
     if phases is not None:
-        axes = axes_of_phase(axes, phases, (part // SPLIT_K // groups.count).to(INDEX))
+        axes = axes_of_phase(axes, phases, (part // SPLIT_K // groups.number).to(INDEX))
         m = tl.cast(outer.rows, INDEX)
         k = tl.cast(outer.steps, INDEX)
         for d in tl.static_range(DIMS):
