@@ -34,7 +34,7 @@ SMALL = {
     "tf32": (TileConfig(64, 64, 32, stages=3, warps=8), TileConfig(64, 32, 32, stages=3, warps=8)),
     "tf32x3": (TileConfig(64, 64, 32, stages=3, warps=8),),
     "fp32": (TileConfig(64, 64, 16, stages=3, warps=8), TileConfig(64, 32, 16, stages=3, warps=8)),
-    "fp64": (TileConfig(32, 32, 16, stages=3, warps=4),),
+    "fp64": (TileConfig(32, 32, 16, stages=3, warps=8),),
 }
 TILES = {
     **{(kind, family): tiles for kind, tiles in SMALL.items() for family in ("lines", "taps", "digits")},
