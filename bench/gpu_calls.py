@@ -26,6 +26,14 @@ def mm_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, Tens
     return launch.mm_backward(grad, a, b)
 
 
+def convolutions() -> dict[str, Callable[..., Tensor]]:
+    """A convolution and its gradients, by the names of the products."""
+    from ..kernels.gpu import convolution
+
+    functions = convolution.forward, convolution.input_gradient, convolution.weight_gradient
+    return dict(zip(("forward", "dgrad", "wgrad"), functions, strict=True))
+
+
 def describe(a: Tensor, b: Tensor, precision: str) -> tuple[Problem, Target]:
     """The problem and the target that ``choose`` is asked about for this product."""
     from ..kernels.gpu import launch

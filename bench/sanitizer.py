@@ -10,15 +10,22 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 import matmul_grad
 
 from . import backends, correctness, gpu_calls, inputs
+from .correctness import IncorrectResult
 from .devices import Gpu
 from .workloads import NUMBERS, OURS, Workload, on_gpu
 
 # What 16-byte copies can take and what they cannot, a row, a column, few rows, a long sum with few tiles.
 SHAPES = ((128, 256, 192), (65, 67, 131), (1, 160, 96), (96, 1, 160), (8, 128, 256), (16, 32, 4096))
 BACKWARD = "mm_backward"
+CONVOLUTION = "convolution"
+CONVOLVED = {"bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
+# Channels that fill a step of k, adjacent and not, and others with a stride, whose input gradient has phases.
+IMAGES = {"taps": (64, 1, False), "lines": (64, 1, True), "phases": (24, 2, False)}
 
 
 def cases() -> dict[str, Callable[[Gpu], None]]:
@@ -33,7 +40,9 @@ def cases() -> dict[str, Callable[[Gpu], None]]:
     first, rest = planned[: len(NUMBERS)], planned[len(NUMBERS) :]
     found: dict[str, Any] = {workload.name: product(workload) for workload in first}
     found |= {f"{BACKWARD}-{workload.dtype}": in_one_launch(workload) for workload in backward}
-    return found | {workload.name: product(workload) for workload in batched + rest}
+    found |= {workload.name: product(workload) for workload in batched}
+    found |= {f"{CONVOLUTION}-{dtype}-{name}": convolved(dtype, name) for dtype in CONVOLVED for name in IMAGES}
+    return found | {workload.name: product(workload) for workload in rest}
 
 
 def product(workload: Workload) -> Callable[[Gpu], None]:
@@ -50,6 +59,39 @@ def in_one_launch(workload: Workload) -> Callable[[Gpu], None]:
             for which, gradient in zip(("dgrad", "wgrad"), got, strict=True):
                 assert gradient is not None, which
                 check(gradient, *operands.of(which), which)
+
+    return run
+
+
+def convolved(dtype: str, name: str) -> Callable[[Gpu], None]:
+    """Forward and both gradients of a 3 x 3 convolution, exact on integers."""
+
+    def run(gpu: Gpu) -> None:
+        channels, stride, last = IMAGES[name]
+        shared: Any = ((stride, stride), (1, 1), (1, 1), 1)
+        size = 16 // stride
+        generator = torch.Generator().manual_seed(1)
+        shapes = (2, channels, 16, 16), (32, channels, 3, 3), (2, 32, size, size)
+        drawn = [(torch.rand(shape, generator=generator) < 0.1).double() for shape in shapes]
+        x, w, grad = (
+            given.to(
+                gpu.device, CONVOLVED[dtype], memory_format=torch.channels_last if last else torch.contiguous_format
+            )
+            for given in drawn
+        )
+        masks = False, [0, 0], 1
+        wanted = torch.ops.aten.convolution_backward(
+            drawn[2], *drawn[:2], None, *shared[:3], *masks, [True, True, False]
+        )
+        call = gpu_calls.convolutions()
+        results = {
+            "forward": (call["forward"](x, w, None, *shared), torch.conv2d(drawn[0], drawn[1], None, *shared[:2])),
+            "dgrad": (call["dgrad"](grad, w, x.shape, *shared), wanted[0]),
+            "wgrad": (call["wgrad"](grad, x, w.shape, *shared), wanted[1]),
+        }
+        for which, (got, want) in results.items():
+            if not torch.equal(got.cpu(), want.to(got.dtype)):
+                raise IncorrectResult(f"{CONVOLUTION} {which} is not exact")
 
     return run
 

@@ -75,6 +75,81 @@ class ScalePtrs(NamedTuple):
     b: Any = None
 
 
+class Axis(NamedTuple):
+    """One spatial dimension of a product over patches: where row digit i and k digit p meet an operand and the result.
+
+    i < rows, p < steps. The coordinate in A is i * row_step + p * k_step + origin, and A is 0 where that is not in
+    [0, size). a, b, c: elements between neighbours along it: coordinates of A, digits p of B, digits i of C; start_b
+    and start_c are those of p = 0 and of i = 0.
+    """
+
+    rows: Any = 1
+    steps: Any = 1
+    row_step: Any = 1
+    k_step: Any = 1
+    origin: Any = 1
+    size: Any = 1
+    a: Any = 1
+    b: Any = 1
+    c: Any = 1
+    start_b: Any = 1
+    start_c: Any = 1
+
+
+class Phase(NamedTuple):
+    """One spatial dimension of a strided input gradient, from which the kernel makes the `Axis` of each phase.
+
+    size: of the input. taps, dilation: of the filter. divisor: gcd of stride and dilation. every: stride / divisor, the
+    distance of taps that reach one pixel. inverse: of dilation / divisor, modulo `every`.
+    """
+
+    stride: Any = 1
+    padding: Any = 1
+    size: Any = 1
+    taps: Any = 1
+    dilation: Any = 1
+    divisor: Any = 1
+    every: Any = 1
+    inverse: Any = 1
+
+
+class Spatial(NamedTuple):
+    """A value of each spatial dimension, the last one of the tensors first; those beyond their number are unused."""
+
+    x: Any
+    y: Any
+    z: Any
+
+
+class Outer(NamedTuple):
+    """The digit of a row and of k that has no coordinate (sample or channel), and the columns: numbers and strides.
+
+    rows, steps: values of the digits. rows_a, k_a: strides of A along them; k_b, cols_b of B; rows_c, cols_c of C.
+    """
+
+    rows: int
+    steps: int
+    rows_a: int
+    k_a: int
+    k_b: int
+    cols_b: int
+    rows_c: int
+    cols_c: int
+
+
+class Groups(NamedTuple):
+    """The groups of a convolution: their number, and the elements between two of them in A, B and C.
+
+    part: elements between two splits of k in C.
+    """
+
+    number: int
+    a: int
+    b: int
+    c: int
+    part: int = 0
+
+
 def is_group(value: Any) -> bool:
     """Whether an argument is a tuple of arguments; an address, a number and a descriptor are one argument each.
 

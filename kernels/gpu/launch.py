@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -129,15 +130,20 @@ def precision_of(a: Tensor, precision: str | None) -> str:
 
 def _run_launch(launch: Launch, a: Tensor, b: Tensor, result: Tensor, **more: Any) -> Tensor:
     a, b = (padded(x) if copied else x for x, copied in zip((a, b), launch.padded, strict=True))
-    tensors = {"a": a, "b": b, "c": result, **more}
+    return run_kernels(launch, {"a": a, "b": b, **more}, result)
+
+
+def run_kernels(launch: Launch, tensors: dict[str, Any], result: Tensor) -> Tensor:
+    """Run the kernels of a launch on tensors by name, "c" and "work" excepted, into the result."""
+    tensors["c"] = result
     if launch.workspace:
-        tensors["work"] = a.new_empty(launch.workspace, dtype=launch.workspace_dtype)
+        tensors["work"] = result.new_empty(launch.workspace, dtype=launch.workspace_dtype)
     if INTERPRETED and result.dtype == torch.bfloat16:
         # The interpreter truncates on the way to bfloat16, where a GPU rounds to nearest even.
         tensors["c"] = rounded = torch.empty_strided(result.shape, result.stride(), dtype=torch.float32)
-        _run(launch.runners, tensors, a)
+        _run(launch.runners, tensors, result)
         return result.copy_(rounded)
-    _run(launch.runners, tensors, a)
+    _run(launch.runners, tensors, result)
     return result
 
 
@@ -160,6 +166,12 @@ def launch_of(a: Tensor, b: Tensor) -> Launch | None:
 def clear_cache() -> None:
     """Drop all launches, as when the tiles or settings that they were made from have changed."""
     _launches.clear()
+
+
+def cached_launch(key: tuple, make: Callable[[], Launch]) -> Launch:
+    """The launch that is kept for a key, made at the first call."""
+    launch = _launches.get(key)
+    return _remember(key, make()) if launch is None else launch
 
 
 def _remember(key: tuple, launch: Launch) -> Launch:

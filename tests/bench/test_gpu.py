@@ -280,8 +280,16 @@ def test_task_that_raises_is_an_answer(
     assert found == answer | ({"broken": True} if broken and "failed" in answer else {})
 
 
+CONVOLUTIONS = {
+    "forward": lambda x, w, bias, *shared: torch.conv2d(x, w, bias, *shared),
+    "dgrad": lambda grad, w, size, *shared: torch.nn.grad.conv2d_input(size, w, grad, *shared),
+    "wgrad": lambda grad, x, size, *shared: torch.nn.grad.conv2d_weight(x, size, grad, *shared),
+}
+
+
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_calls, "convolutions", lambda: CONVOLUTIONS)
     monkeypatch.setattr(gpu_calls, "mm", lambda precision: torch.mm)
     monkeypatch.setattr(gpu_calls, "mm_backward", lambda grad, a, b: (grad @ b.mT, a.mT @ grad))
 
@@ -300,6 +308,8 @@ def test_small_set_meets_every_dtype_layout_and_path(gpu: Any, on_cpu: None) -> 
 
 def test_small_set_sees_what_is_wrong(gpu: Any, on_cpu: None, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_calls.mm_backward
+    wrong = {name: lambda *of, call=call: call(*of) + 1 for name, call in CONVOLUTIONS.items()}
+    monkeypatch.setattr(gpu_calls, "convolutions", lambda: wrong)
     plant("matmul_grad", lambda a, b: torch.mm(a, b) + 3)
     monkeypatch.setattr(gpu_calls, "mm", lambda precision: lambda a, b: torch.mm(a, b) + 3)
     monkeypatch.setattr(backends.api, "bmm", lambda a, b: torch.bmm(a, b) * 1.1)

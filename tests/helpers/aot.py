@@ -23,6 +23,29 @@ LOAD = re.compile(r"ld\.global[\w.]*?(?:\.v(\d))?\.[bfsu](\d+)")
 INSTRUCTION = re.compile(r"\b(tcgen05\.mma|wgmma\.mma_async|mma\.sync|fma\.rn)\.([\w.:]+)")
 
 
+ARCHES = (80, 90, 100, 120)
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+# The matrix unit of each architecture; there is none for IEEE float32, and the oldest serves float64.
+INSTRUCTIONS = {
+    (90, "fp8"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.(e4m3|e5m2)\.(e4m3|e5m2)",
+    (100, "fp8"): r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4",
+    **{
+        (arch, "half"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32" for arch in (80, 120)
+    },
+    (90, "half"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(bf16\.bf16|f16\.f16)",
+    (100, "half"): r"tcgen05\.mma\.cta_group::1\.kind::f16",
+    **{(arch, "tf32"): r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32" for arch in (80, 120)},
+    (90, "tf32"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k8\.f32\.tf32\.tf32",
+    (100, "tf32"): r"tcgen05\.mma\.cta_group::1\.kind::tf32",
+    **{(arch, "fp32"): r"fma\.rn\.f32(x2)?" for arch in ARCHES},
+    **{(arch, "fp64"): r"mma\.sync\.aligned\.m\d+n8k\d+\.row\.col\.f64\.f64\.f64\.f64" for arch in ARCHES},
+    # Before 3.8, Triton does not use the float64 matrix unit of sm_100; sm_120 is without in some.
+    **({(100, "fp64"): r"fma\.rn\.f64"} if TRITON < (3, 8) else {}),
+    (120, "fp64"): r"fma\.rn\.f64|mma\.sync\.aligned\.m\d+n8k\d+\.row\.col\.f64\.f64\.f64\.f64",
+}
+
+
 @dataclass(frozen=True)
 class CompiledReport:
     """What one compiled kernel is: its name, and what a thread or a block of it takes.

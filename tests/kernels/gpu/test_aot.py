@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import aot
 import pytest
+from aot import ARCHES, INSTRUCTIONS, TRITON
 from gpu_targets import DENSE, DTYPE_NAMES
 
 from matmul_grad.kernels.gpu.arguments import Strides
@@ -26,6 +27,7 @@ from matmul_grad.kernels.gpu.config import (
 )
 from matmul_grad.kernels.gpu.epilogue import SCALARS, Epilogue
 from matmul_grad.kernels.gpu.gemm import gemm
+from matmul_grad.kernels.gpu.patches import gemm_patches
 from matmul_grad.kernels.gpu.plan import Plan, backward_plan, plans
 from matmul_grad.kernels.gpu.reduce import reduce
 from matmul_grad.kernels.gpu.tma import gemm_tma
@@ -35,30 +37,9 @@ pytestmark = pytest.mark.skipif(
     not isinstance(gemm, aot.triton.JITFunction), reason="TRITON_INTERPRET is set for the whole session"
 )
 
-ARCHES = (80, 90, 100, 120)
-TRITON = tuple(int(part) for part in aot.triton.__version__.split(".")[:2])
 NUMBERS = [DTYPE_NAMES[name] for name in ("bf16", "tf32", "tf32x3", "fp32", "fp64")]
 N = 4096  # divides by all that alignment asks for
 SPLITS = 4
-
-# The matrix unit of each architecture; there is none for IEEE float32, and the oldest serves float64.
-INSTRUCTIONS = {
-    (90, "fp8"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.f32\.(e4m3|e5m2)\.(e4m3|e5m2)",
-    (100, "fp8"): r"tcgen05\.mma\.cta_group::1\.kind::f8f6f4",
-    **{
-        (arch, "half"): r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16\.bf16|f16\.f16)\.f32" for arch in (80, 120)
-    },
-    (90, "half"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k16\.f32\.(bf16\.bf16|f16\.f16)",
-    (100, "half"): r"tcgen05\.mma\.cta_group::1\.kind::f16",
-    **{(arch, "tf32"): r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32" for arch in (80, 120)},
-    (90, "tf32"): r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k8\.f32\.tf32\.tf32",
-    (100, "tf32"): r"tcgen05\.mma\.cta_group::1\.kind::tf32",
-    **{(arch, "fp32"): r"fma\.rn\.f32(x2)?" for arch in ARCHES},
-    **{(arch, "fp64"): r"mma\.sync\.aligned\.m\d+n8k\d+\.row\.col\.f64\.f64\.f64\.f64" for arch in ARCHES},
-    # Before 3.8, Triton does not use the float64 matrix unit of sm_100; sm_120 is without in some.
-    **({(100, "fp64"): r"fma\.rn\.f64"} if TRITON < (3, 8) else {}),
-    (120, "fp64"): r"fma\.rn\.f64|mma\.sync\.aligned\.m\d+n8k\d+\.row\.col\.f64\.f64\.f64\.f64",
-}
 
 # Triton 3.8.0 alone keeps two or four registers too many, outside of the loop, where it adds a row to narrow loads.
 SPILLS = (
@@ -292,6 +273,6 @@ def test_sums_of_rests_that_are_nan_are_dropped(arch: int) -> None:
     assert re.search(r"arith\.cmpf uno, (%\S+), \1 .*\n.*arith\.select", compiled(case).ttgir)
 
 
-@pytest.mark.parametrize("kernel", [gemm, gemm_tma, matvec, reduce], ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("kernel", [gemm, gemm_tma, matvec, reduce, gemm_patches], ids=lambda kernel: kernel.__name__)
 def test_alpha_and_beta_are_not_specialised(kernel: aot.triton.JITFunction) -> None:
     assert [kernel.params[kernel.arg_names.index(name)].do_not_specialize for name in SCALARS] == [True] * 4

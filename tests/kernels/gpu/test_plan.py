@@ -20,8 +20,16 @@ from triton.runtime.jit import create_function_from_signature
 from matmul_grad.kernels.gpu.arguments import PointerArg, ScalarArg, Strides
 from matmul_grad.kernels.gpu.backward import backward_tma
 from matmul_grad.kernels.gpu.config import Problem, TileConfig, is_valid
+from matmul_grad.kernels.gpu.convolution_plan import (
+    Convolution,
+    convolution_plans,
+    forward_product,
+    input_gradient_product,
+)
+from matmul_grad.kernels.gpu.convolution_plan import Tensor as Shape
 from matmul_grad.kernels.gpu.epilogue import SCALARS, Epilogue
 from matmul_grad.kernels.gpu.gemm import gemm
+from matmul_grad.kernels.gpu.patches import gemm_patches
 from matmul_grad.kernels.gpu.plan import Plan, options, plans
 from matmul_grad.kernels.gpu.reduce import reduce
 from matmul_grad.kernels.gpu.tma import gemm_tma
@@ -30,7 +38,7 @@ from matmul_grad.kernels.gpu.vector import matvec
 # Of CUDA: programs of a grid along x; registers of a block, of which no thread has more than 255.
 MOST_ALONG_X, REGISTERS = 2**31 - 1, 65536
 
-KERNELS = (gemm, gemm_tma, matvec, reduce, backward_tma)
+KERNELS = (gemm, gemm_tma, matvec, reduce, backward_tma, gemm_patches)
 FOLDER = ROOT / "kernels" / "gpu"
 TARGET = GPUTarget("cuda", 80, 32)
 
@@ -148,6 +156,20 @@ def test_arguments_are_specialised_as_by_the_launcher(path: str, source: Strides
         plan = plan_of(path, epilogue, splits=4 if path == "reduce" else 1)
         found = specialise(plan, [filled(x, torch.zeros(64)) for x in plan.arguments])
         ahead = aot.source(plan, dict.fromkeys(("a", "b", "c", "work", "source"), "fp32"), True)
+        assert (ahead.signature, ahead.constants, ahead.attrs) == found
+
+
+@compiles
+@pytest.mark.parametrize("stride", [1, 2])
+def test_arguments_of_convolutions_are_specialised_as_by_the_launcher(stride: int, specialise: Any) -> None:
+    conv, image = Convolution((stride,), (1,), (1,)), Shape((2, 24, 33), (24 * 33, 33, 1))
+    filters, result = Shape((48, 24, 3), (72, 3, 1)), Shape((2, 48, 17), (48 * 17, 17, 1))
+    products = forward_product(conv, image, filters, result), input_gradient_product(conv, result, filters, image)
+    for product in products:
+        tile = TileConfig(64, 64, 16, 2, 4)
+        (plan,) = convolution_plans(product, product.problem("float32", "ieee", False), tile, bias=True)
+        found = specialise(plan, [filled(x, torch.zeros(64)) for x in plan.arguments])
+        ahead = aot.source(plan, dict.fromkeys(("a", "b", "c", "source"), "fp32"), True)
         assert (ahead.signature, ahead.constants, ahead.attrs) == found
 
 

@@ -1,0 +1,113 @@
+"""Convolutions under Triton's interpreter: exact integers against torch in float64, canaries, bits; no GPU needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from case_process import CaseProcess, assert_no_complaint
+from convolution_cases import GEOMETRIES, check_exact, integers
+from gpu_cases import rows_alike, serve_cases
+from products import assert_exact
+
+from matmul_grad.testing import assert_same_bits
+
+
+def check_split(dtype: str) -> None:
+    """The gradient of a weight, of two groups, as parts of k added in order."""
+    from matmul_grad.kernels.gpu import convolution
+
+    choose_tile = convolution.choose_tile
+    x, grad = integers((3, 4, 12, 11), dtype, 1), integers((3, 6, 12, 11), dtype, 2)
+    w, shared = torch.zeros(6, 2, 3, 3, dtype=x.dtype), ((1, 1), (1, 1), (1, 1), 2)
+    want = torch.ops.aten.convolution_backward(
+        grad.double(), x.double(), w.double(), None, *shared[:3], False, (0, 0), 2, [False, True, False]
+    )[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "choose_tile", lambda *of: replace(choose_tile(*of), split_k=3))
+        assert_exact(convolution.weight_gradient(grad, x, w.shape, *shared), want.to(x.dtype))
+
+
+def check_wide() -> None:
+    """64-bit indices give the bits that 32-bit ones give."""
+    from matmul_grad.kernels.gpu import convolution_plan, launch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution_plan, "WIDE_FROM", 1)
+        launch.clear_cache()
+        check_exact("groups-sliced")
+    launch.clear_cache()
+
+
+def check_same_bits(channels: int, stride: int) -> None:
+    """A sample has the same bits alone and in a batch, in either memory format, and a pixel in any image."""
+    from matmul_grad.kernels.gpu.convolution import forward, input_gradient
+
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(4, channels, 4, 5, generator=generator)
+    w = torch.randn(channels, channels, 3, 2, generator=generator)
+    shared: Any = ((stride, stride), (1, 1), (1, 1), 1)
+    with rows_alike():
+        y = forward(x, w, None, *shared)
+        assert_same_bits(forward(x[3:4], w, None, *shared), y[3:4])
+        assert_same_bits(forward(x.contiguous(memory_format=torch.channels_last), w, None, *shared), y)
+        assert_same_bits(forward(x[:, :, :3], w, None, *shared)[:, :, :1], y[:, :, :1])
+        dx = input_gradient(y, w, x.shape, *shared)
+        assert_same_bits(input_gradient(y[3:4], w, x[3:4].shape, *shared), dx[3:4])
+
+
+def check_precision() -> None:
+    """float32 follows torch's setting for convolutions, which is apart from that of products."""
+    from matmul_grad.kernels.gpu.convolution import forward
+
+    setting: Any = torch.backends.cudnn.conv
+    before = setting.fp32_precision
+    x, one = torch.full((1, 1, 3), 1 + 2**-11), torch.ones(1, 1, 1)
+    try:
+        for precision, want in (("ieee", x), ("tf32", torch.full_like(x, 1 + 2**-10))):
+            setting.fp32_precision = precision
+            assert_exact(forward(x, one, None, (1,), (0,), (1,), 1), want)
+    finally:
+        setting.fp32_precision = before
+
+
+def check_empty() -> None:
+    """No sample, no channel, and memory formats of results."""
+    from matmul_grad.kernels.gpu.convolution import forward, input_gradient, weight_gradient
+
+    shared: Any = ((1, 1), (1, 1), (1, 1), 1)
+    w, bias = torch.ones(3, 2, 3, 3), torch.arange(3.0)
+    assert forward(torch.ones(0, 2, 4, 4), w, bias, *shared).shape == (0, 3, 4, 4)
+    assert_exact(weight_gradient(torch.ones(0, 3, 4, 4), torch.ones(0, 2, 4, 4), w.shape, *shared), torch.zeros_like(w))
+    none = forward(torch.ones(1, 0, 4, 4), torch.ones(3, 0, 3, 3), bias, *shared)
+    assert_exact(none, bias.view(1, 3, 1, 1).expand(1, 3, 4, 4).contiguous())
+    last = torch.ones(2, 2, 4, 4).contiguous(memory_format=torch.channels_last)
+    y = forward(last, w, None, *shared)
+    for result in (y, input_gradient(y, w, last.shape, *shared)):
+        assert result.is_contiguous(memory_format=torch.channels_last) and not result.is_contiguous()
+
+
+CASES: dict[str, Callable[[], None]] = {
+    **{f"exact-{name}": partial(check_exact, name) for name in GEOMETRIES},
+    **{f"split-{dtype}": partial(check_split, dtype) for dtype in ("fp64", "fp16")},
+    **{
+        f"bits-{channels}-{stride}": partial(check_same_bits, channels, stride)
+        for channels, stride in ((3, 2), (32, 1))
+    },
+    "wide": check_wide,
+    "precision": check_precision,
+    "empty": check_empty,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(case: str, interpreter: CaseProcess) -> None:
+    assert_no_complaint(interpreter.complaint(case))
+
+
+if __name__ == "__main__":
+    serve_cases(CASES)
