@@ -34,6 +34,7 @@ from .gemm_args import (
     C_CS,
     C_RS,
     GEMM_ARGS,
+    GROUPS,
     ONE,
     PRE,
     S_BS,
@@ -96,10 +97,11 @@ def block_count(args):
 
 @jit
 def set_plain_store(args):
-    """No activation, and a result of the dtype of the operands."""
+    """No activation, a result of the dtype of the operands, and no groups."""
     put(args, ACTIVATION, 0)
     put(args, PRE, 0)
     put(args, WIDE, 0)
+    put(args, GROUPS, 0)
 
 
 @jit
