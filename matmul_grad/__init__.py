@@ -6,6 +6,7 @@ from types import ModuleType
 from .api import addmm, baddbmm, bmm, mm, mm_backward, scaled_mm
 from .aten_override import disable, enable, enabled, info
 from .functional import linear, matmul
+from .grouped import grouped_mm
 from .nn import Linear, convert, converted, restore
 from .settings import deterministic, float32_products
 from .strict_mode import strict
@@ -27,6 +28,7 @@ __all__ = [
     "enable",
     "enabled",
     "float32_products",
+    "grouped_mm",
     "info",
     "linear",
     "matmul",

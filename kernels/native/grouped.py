@@ -46,7 +46,7 @@ def multiply(block: BlockConfig, products: Sequence[Product], ends: Sequence[int
 def _table(dimension: int, ends: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     table = (ctypes.c_int64 * (HEADER + GROUP_WORDS * len(ends)))()
     table[COUNT], table[DIMENSION] = len(ends), dimension
-    table[HEADER + END :: GROUP_WORDS] = ends
+    table[HEADER + END :: GROUP_WORDS] = list(ends)
     return table
 
 
