@@ -41,7 +41,9 @@ def _fits(self: Tensor, mat2: Tensor, offs: Tensor | None) -> bool:
     batches = [x.shape[0] for x in (self, mat2) if x.dim() == 3]
     if len(batches) == 2:
         return offs is None and batches[0] == batches[1]
-    return offs is not None and offs.dim() == 1 and offs.dtype == torch.int32 and all(g == offs.shape[0] for g in batches)
+    if offs is None or offs.dim() != 1 or offs.dtype != torch.int32:
+        return False
+    return all(groups == offs.shape[0] for groups in batches)
 
 
 def _is_plain(self: Tensor, mat2: Tensor, offs: Tensor | None) -> bool:
@@ -54,14 +56,21 @@ def _is_plain(self: Tensor, mat2: Tensor, offs: Tensor | None) -> bool:
     )
 
 
+def is_grouped_product(
+    self: Tensor, mat2: Tensor, offs: Tensor | None, bias: Any = None, out_dtype: Any = None
+) -> bool:
+    """Whether the operator computes it."""
+    fits = _fits(self, mat2, offs) and _is_plain(self, mat2, offs)
+    return fits and bias is None and out_dtype in (None, self.dtype)
+
+
 def require(self: Tensor, mat2: Tensor, offs: Tensor | None, bias: Any = None, out_dtype: Any = None) -> None:
     """Raise torch's error for what is no grouped product, or one of this package where torch has none."""
-    ours = _fits(self, mat2, offs) and _is_plain(self, mat2, offs)
-    if ours and bias is None and out_dtype in (None, self.dtype):
+    if is_grouped_product(self, mat2, offs, bias, out_dtype):
         return
     devices = {x.device for x in (self, mat2, offs, bias) if x is not None}
     if len(devices) == 1:
-        torch._grouped_mm(*_aligned(self, mat2), offs, bias, out_dtype)
+        torch.ops.aten._grouped_mm.default(*_aligned(self, mat2), offs, bias, out_dtype)
     raise RuntimeError(
         "matmul_grad.grouped_mm: expected two dense matrices, or batches of them, of one floating-point dtype on one "
         f"device, and offs of int32 there, got {tuple(self.shape)} of {self.dtype} on {self.device} and "
@@ -82,12 +91,23 @@ def _aligned(*operands: Tensor) -> list[Tensor]:
     return found
 
 
-def ends_of(offs: Tensor, whole: int) -> list[int]:
-    """The ends of the groups, which must not decrease, from 0 to ``whole`` at most."""
-    ends: list[int] = offs.tolist()
-    if any(begin > end for begin, end in zip([0, *ends], [*ends, whole], strict=True)):
-        raise RuntimeError(f"offs has to be ascending, from 0 to {whole} at most, got {ends}")
-    return ends
+def _whole(self: Tensor, mat2: Tensor) -> int:
+    """The size that is cut into groups."""
+    return mat2.shape[-1] if self.dim() > mat2.dim() else self.shape[-1 if self.dim() == mat2.dim() else 0]
+
+
+def _ascend(ends: list[int], whole: int) -> bool:
+    return all(begin <= end for begin, end in zip([0, *ends], [*ends, whole], strict=True))
+
+
+def are_groups(self: Tensor, mat2: Tensor, offs: Tensor | None) -> bool:
+    """Whether offs ascend, from 0 to the size that they cut at most."""
+    return offs is None or _ascend(offs.tolist(), _whole(self, mat2))
+
+
+def is_computed(self: Tensor) -> bool:
+    """Whether these kernels compute a product of this device and dtype."""
+    return self.device.type == "cpu" and _has_kernel(self)
 
 
 def is_column_major(x: Tensor) -> bool:
@@ -123,8 +143,9 @@ def _by_torch(products: list[tuple[Tensor, Tensor, Tensor]], ends: list[int]) ->
 def _fill(products: list[tuple[Tensor, Tensor, Tensor]], offs: Tensor) -> None:
     """Compute one or two products into their results, whose memory is new."""
     a, b, _ = products[0]
-    whole = a.shape[-1] if a.dim() == b.dim() else a.shape[0] if a.dim() == 2 else b.shape[1]
-    ends = ends_of(offs, whole)
+    ends, whole = offs.tolist(), _whole(a, b)
+    if not _ascend(ends, whole):
+        raise RuntimeError(f"offs has to be ascending, from 0 to {whole} at most, got {ends}")
     used = []
     for self, mat2, out in products:
         require_storage(self, mat2)
@@ -133,7 +154,7 @@ def _fill(products: list[tuple[Tensor, Tensor, Tensor]], offs: Tensor) -> None:
             used.append((self, mat2, out))
     if not used:
         return
-    if a.device.type == "cpu" and _has_kernel(a):
+    if is_computed(a):
         from .kernels.native import grouped
 
         grouped.product(used, ends)
@@ -157,7 +178,8 @@ def _zero_rest(self: Tensor, mat2: Tensor, out: Tensor, ends: list[int]) -> None
                 out[group].zero_()
 
 
-def _forward(self: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+def forward(self: Tensor, mat2: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """Below autograd, on every device."""
     require(self, mat2, offs, bias, out_dtype)
     if offs is None:
         return product(self, mat2)
@@ -310,7 +332,7 @@ def _register(name: str, schema: str, *kernels: Any) -> Any:
     return getattr(torch.ops.matmul_grad, name).default
 
 
-_grouped = _register("grouped_mm", SCHEMA, _forward, _autograd, _fake_forward, _rule, _flops)
+_grouped = _register("grouped_mm", SCHEMA, forward, _autograd, _fake_forward, _rule, _flops)
 _grouped_backward = _register(
     "_grouped_mm_backward", BACKWARD, _backward, _backward_autograd, _fake_backward, _backward_rule, _backward_flops
 )

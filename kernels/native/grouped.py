@@ -34,7 +34,7 @@ def multiply(block: BlockConfig, products: Sequence[Product], ends: Sequence[int
         operands = (x for tensor in (a, b) for x in (const_data_ptr(tensor), *tensor.stride()[-2:]))
         words = a.shape[-2], b.shape[-1], a.shape[-1], *operands, out.data_ptr(), *out.stride()[-2:]
         at = index * GEMM_ARGS
-        args[at : at + len(words)] = words
+        args[at : at + len(words)] = list(words)
         args[at + BATCH], args[at + ALPHA], args[at + WIDE] = 1, ONE, int(out.dtype != a.dtype)
         for word, tensor in ((A_BS, a), (B_BS, b), (C_BS, out)):
             args[at + word] = tensor.stride(0) if tensor.dim() == 3 else 0
