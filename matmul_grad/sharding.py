@@ -91,11 +91,8 @@ def grouped_shardings(ranks: tuple[int, int]) -> list[tuple[list[Any], list[Any]
     return [every, *whole]
 
 
-def register_grouped(propagator: Any) -> None:
-    """The grouped product: aten's strategy, or else rules of this file."""
-    ours, atens = torch.ops.matmul_grad.grouped_mm.default, getattr(torch.ops.aten, "_grouped_mm", None)
-    if atens is not None and propagator is not None and share_strategy(propagator, ours, atens.default):
-        return
+def register_grouped() -> None:
+    """The grouped product by rules of this file: aten's strategy refuses strides that are not whole 16 bytes."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.experimental import register_sharding
 
@@ -104,7 +101,7 @@ def register_grouped(propagator: Any) -> None:
         rest = [None if offs is None else Replicate(), None, None]
         return [(result, [*operands, *rest]) for result, operands in found]
 
-    register_sharding(ours)(rules)
+    register_sharding(torch.ops.matmul_grad.grouped_mm.default)(rules)
 
 
 def register_with(tensor: ModuleType) -> None:
@@ -115,7 +112,7 @@ def register_with(tensor: ModuleType) -> None:
         ours, atens = (getattr(getattr(torch.ops, space), name).default for space in ("matmul_grad", "aten"))
         if propagator is None or not share_strategy(propagator, ours, atens):
             register_rules(name, equation)
-    register_grouped(propagator)
+    register_grouped()
 
 
 def register() -> None:
