@@ -372,8 +372,8 @@ def grouped_mm(
     >>> matmul_grad.grouped_mm(tokens, experts, offs=ends).flatten().tolist()
     [2.0, 200.0, 200.0, 0.0]
     """
-    operands = [x for x in (mat_a, mat_b, offs, bias) if x is not None]
-    if len(operands) < 2 or any(fallback.is_needed(x, operands[0]) for x in operands):
+    others = [mat_b, *(x for x in (offs, bias) if x is not None)]
+    if any(fallback.is_needed(mat_a, x) for x in others):
         return torch.nn.functional.grouped_mm(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
     result: Tensor = _grouped(mat_a, mat_b, offs, bias, out_dtype)
     return result
