@@ -7,6 +7,7 @@ from .api import addmm, baddbmm, bmm, mm, mm_backward, scaled_mm
 from .aten_override import disable, enable, enabled, info
 from .convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .functional import linear, matmul
+from .grouped import grouped_mm
 from .nn import Linear, convert, converted, restore
 from .settings import deterministic, float32_products
 from .strict_mode import strict
@@ -34,6 +35,7 @@ __all__ = [
     "enable",
     "enabled",
     "float32_products",
+    "grouped_mm",
     "info",
     "linear",
     "matmul",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .aten_override_cuda import CudaOverride, calls
+from .aten_override_grouped import GroupedOverride
 from .import_hooks import on_import
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native import state
@@ -23,6 +24,7 @@ __all__ = ["disable", "enable", "enabled", "info"]
 
 _lock = fork_safe_lock()
 _cuda = CudaOverride()
+_grouped = GroupedOverride()  # of the CPU, on with the others there
 _blocks: list[list[bool]] = []  # of the open enabled() blocks, in order: whether the override was on before
 _notified: set[str] = set()  # reasons for which one device is not overridden
 
@@ -90,6 +92,7 @@ def _install_on_cpu() -> str:
         override_cpu.load()
         override_probe.require()
         override_cpu.install()
+        _grouped.install()
     except register.Unavailable as reason:
         return str(reason)
     return ""
@@ -108,6 +111,7 @@ def _install_on_cuda() -> str:
 def _uninstall(for_good: bool) -> None:
     if _cuda.is_on():
         _cuda.uninstall()
+    _grouped.uninstall(for_good)
     if state.words[state.OVERRIDE] != 0:
         from .kernels.native import override_cpu
 
@@ -130,7 +134,8 @@ def enable() -> None:
 
     For all threads of the process, and only once if called again. The first call on a build of torch tries it in a
     child process, which takes some seconds; a torch that does not pass is refused by a RuntimeError with what
-    failed, and nothing has changed. CPU and CUDA are independent: a warning names the one that stays torch's.
+    failed, and nothing has changed. CPU and CUDA are independent: a warning names the one that stays torch's. On a CPU
+    torch.nn.functional.grouped_mm runs on these kernels too, of float64 and of any strides, gradients' among them.
 
     >>> import torch, matmul_grad
     >>> matmul_grad.enable()
@@ -207,5 +212,6 @@ def info() -> dict[str, Any]:
     found: dict[str, Any] = {"on": [device for device, on in devices.items() if on]}
     for outcome, code in outcomes.items():
         counts = {name: Counter(state.calls(name, code)) + calls[name, outcome] for name in state.OPERATORS}
+        counts["grouped_mm"] = calls["grouped_mm", outcome]
         found[outcome] = {name: dict(dtypes) for name, dtypes in counts.items() if dtypes}
     return found

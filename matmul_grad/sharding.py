@@ -98,6 +98,32 @@ def weight_gradient_rules(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     return [([result], [operand, operand, *rest]) for result, operand in both]
 
 
+def grouped_shardings(ranks: tuple[int, int]) -> list[tuple[list[Any], list[Any]]]:
+    """As ``shardings``, of a grouped product: what offs cut stays whole, and so do the groups.
+
+    >>> len(grouped_shardings((2, 3))), len(grouped_shardings((2, 2)))
+    (3, 3)
+    """
+    equation = {(2, 3): "rk,gkn->rn", (3, 2): "gmk,kr->mr", (2, 2): "mr,rn->gmn", (3, 3): "bmk,bkn->bmn"}[ranks]
+    every, *rules = shardings(equation, [(), ()])
+    letters = dict.fromkeys(equation.split("->")[0].replace(",", ""))
+    whole = [rule for letter, rule in zip(letters, rules, strict=True) if letter not in "rg"]
+    return [every, *whole]
+
+
+def register_grouped() -> None:
+    """The grouped product by rules of this file: aten's strategy refuses strides that are not whole 16 bytes."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def rules(self: Any, mat2: Any, offs: Any = None, *_: Any) -> list[tuple[list[Any], list[Any]]]:
+        found = grouped_shardings((len(self.shape), len(mat2.shape)))
+        rest = [None if offs is None else Replicate(), None, None]
+        return [(result, [*operands, *rest]) for result, operands in found]
+
+    register_sharding(torch.ops.matmul_grad.grouped_mm.default)(rules)
+
+
 def register_with(tensor: ModuleType) -> None:
     """Every operator with DTensor."""
     dispatcher = getattr(tensor.DTensor, "_op_dispatcher", None)
@@ -106,6 +132,7 @@ def register_with(tensor: ModuleType) -> None:
         ours, atens = (getattr(getattr(torch.ops, space), name).default for space in ("matmul_grad", "aten"))
         if propagator is None or not share_strategy(propagator, ours, atens):
             register_rules(name, equation)
+    register_grouped()
 
 
 def register_convolutions_with(_: ModuleType) -> None:

@@ -17,7 +17,8 @@ from .affinity import claim_core, clear_cores, move_to_free_core
 from .config import SPLIT_BYTES
 from .config_words import CHUNK, CONVERTS, LANE_BYTES, LANES, LONG, MR, NR, SHORT, SIZE, THREAD_BYTES
 from .epilogue import multiply_with_epilogue, reduce_chunks
-from .gemm_args import BATCH, C_CS, C_RS, C_RUNS, GEMM_ARGS, WIDE, C, K, M, N
+from .gemm_args import BATCH, C_CS, C_RS, C_RUNS, GEMM_ARGS, GROUPS, WIDE, C, K, M, N
+from .groups import plan_groups, select_group
 from .loops import multiply
 from .memory import ceil_div, copy_words, fetch_increment, floor_div, get, jit, put, symbol
 from .schedule import (
@@ -109,6 +110,8 @@ def task(begin, end, schedule):
         else:
             index = 0
         select_item(block, item, get(config, SIZE), get(config, LANE_BYTES))
+        if get(block, GROUPS) != 0:
+            index = select_group(config, block, index)
         if get(block, K_CHUNKS) > 1:
             one_chunk(config, block, index, work)
         else:
@@ -123,6 +126,8 @@ def plan(config, args, threads):
     put(args, K_CHUNKS, 1)
     put(args, ROW_BLOCKS, 0)
     put(args, COLUMN_BLOCKS, 0)
+    if get(args, GROUPS) != 0:
+        return plan_groups(config, args, threads)
     if m == 0 or n == 0 or batch == 0:
         return 0
     if k == 0:
@@ -155,7 +160,7 @@ def plan(config, args, threads):
 def gemm(config, products, count, threads):
     """0, or 1 when memory ran out.
 
-    C = alpha · (A · B) + beta · source      for each of one or two products, or of a batch; see gemm_args.py
+    C = alpha · (A · B) + beta · source      for each of one or two products, a batch, or groups; see gemm_args.py
 
     shapes      a (m, k), b (k, n), c and source (m, n); every size ≥ 0, and k > 0 unless ``set_dense_c`` set c
     strides     elements, any for a, b, source (0 and overlapping too), any for c that keep its elements apart

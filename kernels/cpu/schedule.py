@@ -38,6 +38,7 @@ from .gemm_args import (
     C_RS,
     C_RUNS,
     GEMM_ARGS,
+    GROUPS,
     ONE,
     PRE,
     S_BS,
@@ -100,12 +101,15 @@ def block_count(args):
 
 @jit
 def set_plain_store(args):
-    """Operands and a result with two strides each, of one dtype, and no activation."""
-    for word in range(A_PATCHES, C_COLUMN + 1):
-        put(args, word, 0)
+    """Operands and a result with two strides each, of one dtype, no activation, and no groups."""
+    put(args, A_PATCHES, 0)
+    put(args, B_PATCHES, 0)
+    put(args, C_RUNS, 0)
+    put(args, C_COLUMN, 0)
     put(args, ACTIVATION, 0)
     put(args, PRE, 0)
     put(args, WIDE, 0)
+    put(args, GROUPS, 0)
 
 
 @jit

@@ -113,6 +113,27 @@ def case_nothing_moves_that_need_not(mesh: DeviceMesh) -> None:
             assert moved.get_total_counts() == 0, f"{name} {placing}: {moved.get_comm_counts()}"
 
 
+GROUPED = {"rows": ((7, 4), (3, 4, 6)), "columns": ((3, 4, 6), (6, 7)), "steps": ((4, 7), (7, 6))}
+
+
+def case_grouped(mesh: DeviceMesh) -> None:
+    """Each sharding of both operands: the grouped product and its gradients as if nothing were sharded."""
+    offs = torch.tensor([2, 2, 6], dtype=torch.int32, device=mesh.device_type)
+    ends = distribute_tensor(offs, mesh, [R])
+    for name, sizes in GROUPED.items():
+        values = [whole_numbers(size, seed, mesh.device_type) for seed, size in enumerate(sizes)]
+        whole = [x.clone().requires_grad_() for x in values]
+        product = matmul_grad.grouped_mm(*whole, offs=offs)
+        grad = whole_numbers(tuple(product.shape), 9, mesh.device_type)
+        expected = [product, *torch.autograd.grad(product, whole, grad)]
+        for placing in itertools.product(*(placements(len(size)) for size in sizes)):
+            parts = [arranged(x, mesh, p).requires_grad_() for x, p in zip(values, placing, strict=True)]
+            sharded = matmul_grad.grouped_mm(*parts, offs=ends)
+            grads = torch.autograd.grad(sharded, parts, distribute_tensor(grad, mesh, [R]))
+            for x, y in zip((sharded, *grads), expected, strict=True):
+                assert_same_bits(x.full_tensor().detach() + 0.0, y.detach() + 0.0, f"{name} {placing}")
+
+
 FUNCTIONS: dict[str, list[tuple[int, ...]]] = {
     "mm": [(4, 8), (8, 6)],
     "bmm": [(2, 4, 8), (2, 8, 6)],
@@ -289,6 +310,7 @@ def case_fully_shard_and_convert(mesh: DeviceMesh) -> None:
 CASES: dict[str, Callable[[DeviceMesh], None]] = {
     **{f"operator-{name}": operator_case(name) for name in sharding.EQUATIONS},
     "convolution": case_convolution,
+    "operator-grouped_mm": case_grouped,
     "nothing-moves": case_nothing_moves_that_need_not,
     **{f"placements-{name}": placements_case(name) for name in FUNCTIONS},
     "fully-shard": case_fully_shard_and_convert,
@@ -372,9 +394,10 @@ def test_strategies_are_shared_or_rules_registered(monkeypatch: pytest.MonkeyPat
     empty.op_strategy_funcs.clear()
     assert not sharding.share_strategy(empty, "ours", "aten")
     registered: list[str] = []
+    monkeypatch.setattr(sharding, "register_grouped", lambda: registered.append("grouped_mm"))
     monkeypatch.setattr(sharding, "register_rules", lambda name, equation: registered.append(name))
     sharding.register_with(types.SimpleNamespace(DTensor=types.SimpleNamespace()))  # type: ignore[arg-type]  # in a module's place
-    assert registered == list(sharding.EQUATIONS)
+    assert registered == [*sharding.EQUATIONS, "grouped_mm"]
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def calls(operator: str) -> int:
     return matmul_grad.info()["accelerated"].get(operator, {}).get("float32", 0)
 
 
-@pytest.mark.parametrize("example", ["train_digits", "train_char_gpt"], indirect=True)
+@pytest.mark.parametrize("example", ["train_digits", "train_char_gpt", "train_experts"], indirect=True)
 def test_both_backends_train_alike(example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     losses = {}
     for backend in ("torch", "matmul_grad"):
@@ -63,7 +63,7 @@ def test_all_of_the_gpt_runs_on_these_kernels(example: ModuleType, tmp_path: Pat
     assert calls("bmm") - before["bmm"] == (forwards + 2) * batched
 
 
-@pytest.mark.parametrize("example", ["train_digits"], indirect=True)
+@pytest.mark.parametrize("example", ["train_digits", "train_experts"], indirect=True)
 def test_it_learns(example: ModuleType, tmp_path: Path) -> None:
     losses = example.main(["--steps", "60", "--plot", str(tmp_path / "loss.png")])
     assert losses[-1] < losses[0] / 4
@@ -106,7 +106,7 @@ def test_runs_as_a_script_from_anywhere(tmp_path: Path) -> None:
     assert (tmp_path / "train_digits.png").exists()
 
 
-@pytest.mark.parametrize("script", ["train_digits", "train_char_gpt", "train_unet", "tensor_parallel"])
+@pytest.mark.parametrize("script", ["train_digits", "train_char_gpt", "train_unet", "train_experts", "tensor_parallel"])
 def test_missing_packages_are_named_in_one_line(script: str, tmp_path: Path) -> None:
     code = f"""
 import runpy, sys
