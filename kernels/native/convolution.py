@@ -82,7 +82,8 @@ def input_gradient(
     ))  # fmt: skip
     image = grad.shape[2:]
     for phase in phases:
-        part = out[(..., *(slice(x.first, None, x.step) for x in phase))]
+        pixels = tuple(slice(x.first, None, x.step) for x in phase)
+        part = out[(slice(None), slice(None), *pixels)]
         if not all(x.count for x in phase):
             part.copy_(torch.zeros((), dtype=out.dtype) if bias is None else bias.view(-1, *[1] * len(phase)))
             continue
@@ -177,12 +178,8 @@ class Patches:
 
     def words(self) -> Any:
         rank = len(self.sizes)
-        words = (ctypes.c_int64 * p.PATCHES_ARGS)()
-        words[p.ADDRESS], words[p.FREE_OUTER], words[p.K_OUTER] = (
-            const_data_ptr(self.image),
-            self.free.outer,
-            self.k.outer,
-        )
+        words: Any = (ctypes.c_int64 * p.PATCHES_ARGS)()
+        words[: p.FREE_EXTENT] = const_data_ptr(self.image), self.free.outer, self.k.outer
         for at, values, default in (
             (p.FREE_EXTENT, self.free.extents, 1), (p.K_EXTENT, self.k.extents, 1), (p.FREE_STEP, self.free.steps, 0),
             (p.K_STEP, self.k.steps, 0), (p.START, self.start, 0), (p.SIZE, self.sizes, 1),
@@ -286,7 +283,7 @@ def _filter(
     """Rows of a filter, of its output channels (0) or its input channels (1), by the other channel and the tap."""
     kernel, rank = weight.shape[2:], len(taps)
     if math.prod(taps) == 1:
-        matrix = weight[(..., *(first or [0] * rank))]
+        matrix = weight[(slice(None), slice(None), *(first or [0] * rank))]
         return matrix if rows == 0 else matrix.t()
     if list(taps) == list(kernel):
         dense, count = _one_stride(weight), math.prod(kernel)
