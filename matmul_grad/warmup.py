@@ -35,7 +35,7 @@ def steps() -> list[tuple[str, Callable[[], object]]]:
 
     def gemm(dtype: str) -> tuple[str, Callable[[], object]]:
         block = driver.config(dtype)
-        return block.name, lambda: driver.gemm_address(block)
+        return block.name, lambda: driver.load_all(block)
 
     return [("operator", ops.native_status), *map(gemm, machine.cpu_dtypes())]
 

@@ -98,7 +98,7 @@ def load_all(dtypes: Sequence[str]) -> None:
     override_cpu.load()
     register.load_cuda({f"matmul_grad_cuda_{name}": 0 for name in (*cuda.DRIVER, "stream")})
     for dtype in dtypes:
-        driver.gemm_address(driver.config(dtype))
+        driver.load_all(driver.config(dtype))
 
 
 def pack(tree: Path, wheel: Path, out: Path) -> Path:

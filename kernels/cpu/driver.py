@@ -90,6 +90,13 @@ def patches_address(block: BlockConfig) -> int:
     return address
 
 
+def load_all(block: BlockConfig) -> None:
+    """Compile or load everything for ``block``; where bfloat16 is multiplied in pairs, torch convolves it."""
+    gemm_address(block)
+    if not block.bf16_dot:
+        patches_address(block)
+
+
 def derivative_address(block: BlockConfig) -> int:
     """Likewise of the gradient of activations."""
     return _gemms.setdefault(block, Once(functools.partial(_load, block))).result()[1]
