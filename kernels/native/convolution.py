@@ -283,7 +283,9 @@ def _filter(
     """Rows of a filter, of its output channels (0) or its input channels (1), by the other channel and the tap."""
     kernel, rank = weight.shape[2:], len(taps)
     if math.prod(taps) == 1:
-        matrix = weight[(slice(None), slice(None), *(first or [0] * rank))]
+        matrix = weight
+        for tap in first or [0] * rank:
+            matrix = matrix.select(2, tap)
         return matrix if rows == 0 else matrix.t()
     if list(taps) == list(kernel):
         dense, count = _one_stride(weight), math.prod(kernel)
