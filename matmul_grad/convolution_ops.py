@@ -295,4 +295,4 @@ _weight_gradient = _register(
 )
 for device, key in autocast.DEVICES.items():
     library.impl("convolution", autocast.make_cast("convolution", device), key)
-sharding.register_convolutions()
+sharding.register(sharding.register_convolutions_with)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, fallback, strict_mode
+from . import autocast, fallback, sharding, strict_mode
 from .autograd import _below_autograd, _Node, may_have_tangents, outer_levels_record, with_graph
 from .flops import count_flops
 from .ops import DTYPES, NAMESPACE, TAGS, _has_kernel, library, product, require_storage
@@ -338,6 +338,7 @@ _grouped_backward = _register(
 )
 for _device, _key in autocast.DEVICES.items():
     library.impl("grouped_mm", autocast.make_cast("grouped_mm", _device), _key)
+sharding.register(sharding.register_grouped_with)
 
 
 def grouped_mm(

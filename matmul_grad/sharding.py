@@ -13,6 +13,7 @@ Convolutions are sharded along the batch alone; the gradient of a filter is a pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -111,7 +112,7 @@ def grouped_shardings(ranks: tuple[int, int]) -> list[tuple[list[Any], list[Any]
     return [every, *whole]
 
 
-def register_grouped() -> None:
+def register_grouped_with(_: ModuleType) -> None:
     """The grouped product by rules of this file: aten's strategy refuses strides that are not whole 16 bytes."""
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.experimental import register_sharding
@@ -132,7 +133,6 @@ def register_with(tensor: ModuleType) -> None:
         ours, atens = (getattr(getattr(torch.ops, space), name).default for space in ("matmul_grad", "aten"))
         if propagator is None or not share_strategy(propagator, ours, atens):
             register_rules(name, equation)
-    register_grouped()
 
 
 def register_convolutions_with(_: ModuleType) -> None:
@@ -142,11 +142,6 @@ def register_convolutions_with(_: ModuleType) -> None:
     register_sharding(torch.ops.matmul_grad.convolution_weight_gradient.default)(weight_gradient_rules)
 
 
-def register() -> None:
-    """Register with DTensor, now or when it is imported."""
-    on_import(TENSOR, register_with)
-
-
-def register_convolutions() -> None:
-    """Likewise, once they are defined."""
-    on_import(TENSOR, register_convolutions_with)
+def register(operators: Callable[[ModuleType], None] = register_with) -> None:
+    """Register operators, which are defined by now, with DTensor, now or when it is imported."""
+    on_import(TENSOR, operators)
