@@ -394,10 +394,9 @@ def test_strategies_are_shared_or_rules_registered(monkeypatch: pytest.MonkeyPat
     empty.op_strategy_funcs.clear()
     assert not sharding.share_strategy(empty, "ours", "aten")
     registered: list[str] = []
-    monkeypatch.setattr(sharding, "register_grouped", lambda: registered.append("grouped_mm"))
     monkeypatch.setattr(sharding, "register_rules", lambda name, equation: registered.append(name))
     sharding.register_with(types.SimpleNamespace(DTensor=types.SimpleNamespace()))  # type: ignore[arg-type]  # in a module's place
-    assert registered == [*sharding.EQUATIONS, "grouped_mm"]
+    assert registered == list(sharding.EQUATIONS)
 
 
 if __name__ == "__main__":
