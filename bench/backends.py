@@ -141,15 +141,15 @@ class Blis(Bare):
         self._gemm = importlib.import_module("blis.py").gemm
 
     def product(self, x: Tensor, y: Tensor) -> Call:
-        gemm, turned = self._gemm, [not operand.is_contiguous() for operand in (x, y)]
-        if any(turned) and x.dtype == torch.float64:
-            raise Skipped("blis takes the sizes of turned float64 matrices as if they were not turned")
-        left, right = ((o.mT if turn else o).numpy() for o, turn in zip((x, y), turned, strict=True))
-        return lambda: gemm(left, right, trans1=turned[0], trans2=turned[1])
+        gemm, transposed = self._gemm, [not operand.is_contiguous() for operand in (x, y)]
+        if any(transposed) and x.dtype == torch.float64:
+            raise Skipped("blis takes the sizes of transposed float64 matrices as if they were not transposed")
+        left, right = ((o.mT if turn else o).numpy() for o, turn in zip((x, y), transposed, strict=True))
+        return lambda: gemm(left, right, trans1=transposed[0], trans2=transposed[1])
 
 
 class Jax(Bare):
-    """XLA's compiled products. Its arrays lie by rows: a turned operand is contracted along its other axis."""
+    """XLA's compiled products. Its arrays lie by rows: a transposed operand is contracted along its other axis."""
 
     def __init__(self) -> None:
         self._jax = importlib.import_module("jax")

@@ -47,8 +47,8 @@ class Layer:
     @property
     def name(self) -> str:
         window = "×".join(map(str, self.kernel)) + (f"/{self.stride}" if self.stride > 1 else "")
-        turned = "transposed " if self.transposed else ""
-        return f"{self.model} {turned}{self.ci}→{self.co} {window} at {'×'.join(map(str, self.size))}"
+        kind = "transposed " if self.transposed else ""
+        return f"{self.model} {kind}{self.ci}→{self.co} {window} at {'×'.join(map(str, self.size))}"
 
     @property
     def output(self) -> Sizes:

@@ -33,9 +33,9 @@ class Geometry(NamedTuple):
         """Of the convolution that takes a gradient of the result to one of the input; all three are sizes."""
         if self.transposed:
             return self.plain()
-        turned = self._replace(transposed=True, output_padding=(0,) * len(self.stride))
-        least = pixels(grad, weight, turned)
-        return turned._replace(output_padding=tuple(whole - size for whole, size in zip(input[2:], least)))
+        opposite = self._replace(transposed=True, output_padding=(0,) * len(self.stride))
+        least = pixels(grad, weight, opposite)
+        return opposite._replace(output_padding=tuple(whole - size for whole, size in zip(input[2:], least)))
 
     def with_groups(self, groups: int) -> Geometry:
         return self._replace(groups=groups)

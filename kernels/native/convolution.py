@@ -29,17 +29,20 @@ from . import direct
 from .torch_layout import const_data_ptr, has_thread_pool
 
 Sizes = Sequence[int]
+MOST_PIXELS = 1 << 27  # of a batch: an index of them and a step of k share the 64 bits of an address, see FREE_STRIDE
 MANY_PIXELS = 1024  # of an image, from which on a sample is a product of its own: below, panels would be cut too often
 
 
 def supports(input: Tensor, weight: Tensor) -> bool:
     """Whether these kernels compute convolutions of two dense tensors with 1 to 3 spatial dimensions.
 
-    Where the CPU multiplies pairs of bfloat16, torch has kernels for them.
+    Batches of more than MOST_PIXELS are torch's, and bfloat16 where the CPU multiplies pairs of it.
     """
     if input.device.type != "cpu" or weight.device.type != "cpu" or input.dtype != weight.dtype:
         return False
     if input.layout != torch.strided or weight.layout != torch.strided or not 3 <= input.dim() <= 5:
+        return False
+    if any(x.shape[0] * math.prod(x.shape[2:]) > MOST_PIXELS for x in (input, weight)):
         return False
     return direct.supports(input.dtype) and not _block(input).bf16_dot
 

@@ -68,9 +68,9 @@ def test_layouts(name: str) -> None:
     expected, ours = getattr(functional, name)(*given, padding=1), getattr(matmul_grad, name)
     x, w, b = given
     spread = torch.full((2 * x.shape[0], *x.shape[1:]), torch.nan)[::2].copy_(x)
-    turned = x.transpose(0, -1).contiguous().transpose(0, -1)
+    reordered = x.transpose(0, -1).contiguous().transpose(0, -1)
     filters = w.transpose(0, 1).contiguous().transpose(0, 1)
-    for image, weight in itertools.product((x, spread, turned), (w, filters, w.flip(0).flip(0))):
+    for image, weight in itertools.product((x, spread, reordered), (w, filters, w.flip(0).flip(0))):
         assert_same_bits(ours(image, weight, b, padding=1), expected)
     assert_same_bits(ours(x[:1].expand_as(x), w, b, padding=1)[1], expected[0])
     if x.dim() > 3:

@@ -73,8 +73,8 @@ def test_results_round_to_those_of_16_bits(name: str, dtype: torch.dtype) -> Non
 def test_strides_out_and_nothing_to_multiply(name: str) -> None:
     found = operands(name, torch.bfloat16)
     first = call(name, *found)
-    turned = [x if x.dim() == 1 else x.mT.contiguous().mT for x in found]
-    assert_same_bits(call(name, *turned), first)
+    by_columns = [x if x.dim() == 1 else x.mT.contiguous().mT for x in found]
+    assert_same_bits(call(name, *by_columns), first)
     out = torch.empty_like(first)
     assert call(name, *found, out=out) is out
     assert_same_bits(out, first)

@@ -195,13 +195,13 @@ def _() -> None:
         = \sum_{a=0}^{1} \sum_{b=0}^{1} \bar{w}_{ab}\, \bar{g}_{r+a,\,q+b}""",
 )
 def _() -> None:
-    turned, bordered = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
+    rotated, bordered = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
     for i, j in PLACES:
-        turned[i, j], bordered[i + 1, j + 1] = W[1 - i, 1 - j], G[i, j]
+        rotated[i, j], bordered[i + 1, j + 1] = W[1 - i, 1 - j], G[i, j]
     for r, q in every(3, 3):
         derivative = rate(lambda x: loss(x, W), X, r, q)
-        assert_equal(derivative, sum(turned[a, b] * bordered[r + a, q + b] for a, b in PLACES))
-    assert_equal(slopes(lambda x: loss(x, W), X), conv(bordered, turned))  # "is a convolution too"
+        assert_equal(derivative, sum(rotated[a, b] * bordered[r + a, q + b] for a, b in PLACES))
+    assert_equal(slopes(lambda x: loss(x, W), X), conv(bordered, rotated))  # "is a convolution too"
 
 
 @formula(

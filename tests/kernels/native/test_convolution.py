@@ -147,6 +147,13 @@ def test_bits_do_not_depend_on_batch_image_layout_or_threads(dtype: torch.dtype)
             torch.set_num_threads(threads)
 
 
+def test_more_pixels_than_an_address_can_tell_are_left_to_torch() -> None:
+    filter, pixel = torch.ones(1, 1, 3), torch.ones(())
+    assert convolution.supports(pixel.expand(1, 1, convolution.MOST_PIXELS), filter)
+    assert not convolution.supports(pixel.expand(1, 1, convolution.MOST_PIXELS + 1), filter)
+    assert not convolution.supports(filter, pixel.expand(2, 1, convolution.MOST_PIXELS))
+
+
 def test_nothing_but_the_result_is_allocated() -> None:
     x, w = torch.randn(2, 16, 24, 24), torch.randn(16, 16, 3, 3)
     geometry: Geometry = ([2, 2], [1, 1], [1, 1], 1)
