@@ -224,6 +224,8 @@ def _by_torch(
     self: Tensor, mat2: Tensor, input: Tensor | None, beta: float, alpha: float, out: Tensor | None
 ) -> Tensor:
     batched, named = self.dim() == 3, {} if out is None else {"out": out}
+    if out is not None and out.dtype != self.dtype:
+        named["out_dtype"] = out.dtype
     if input is None:
         return (torch.bmm if batched else torch.mm)(self, mat2, **named)
     return (torch.baddbmm if batched else torch.addmm)(input, self, mat2, beta=beta, alpha=alpha, **named)
