@@ -60,7 +60,7 @@ def calls(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
     return {
         "plain": plain,
-        "accumulated": lambda: ops.compute(grad.t(), a, kept, 1.0, 1.0, kept),
+        "accumulated": lambda: ops.accumulate(grad.t(), a, kept),
         "added": lambda: kept.add_(plain()),
     }
 
@@ -140,11 +140,15 @@ def run(command: argparse.Namespace) -> int:
     return 0
 
 
-def show(layers: tuple[Layer, ...] = LAYERS, dtypes: tuple[str, ...] = ("f32", "bf16"), seconds: float = SECONDS) -> None:
+def show(
+    layers: tuple[Layer, ...] = LAYERS, dtypes: tuple[str, ...] = ("f32", "bf16"), seconds: float = SECONDS
+) -> None:
     """Print the table, a line for each layer and dtype."""
-    print(f"{torch.get_num_threads()} threads. ms: G += dCᵀ·A in the product; over plain, and added over it: medians of")
-    print(f"rounds. errors: after {', '.join(map(str, PARTS))} microbatches, ours and torch's. MiB: of a step, ours and torch's")
-    print(f"{'':22}{'ms':>9}{'/plain':>8}{'saves':>8}{'errors':>27}{'torch':>27}{'MiB':>8}{'torch':>8}")
+    print(
+        f"{torch.get_num_threads()} threads. ms: G += dCᵀ·A in the product; /plain: over dCᵀ·A alone; added: that and"
+    )
+    print(f"an addition, over it; medians of the rounds. errors: of {PARTS} microbatches. MiB: of a step.")
+    print(f"{'':22}{'ms':>9}{'/plain':>8}{'added':>8}{'errors':>27}{'torch':>27}{'MiB':>8}{'torch':>8}")
     for dtype in dtypes:
         for layer in layers:
             line, missed = row(layer, dtype, seconds)

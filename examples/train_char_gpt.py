@@ -144,7 +144,9 @@ def fit(data: Tensor, characters: int, options: argparse.Namespace, dtype: str) 
 def apart(first: Sequence[float], second: Sequence[float]) -> str:
     """How far two trainings are from each other at their ends."""
     ends = [sum(losses[-SMOOTH:]) / len(losses[-SMOOTH:]) for losses in (first, second)]
-    return f"loss at the end: {ends[0]:.4f} in float32, {ends[1]:.4f} in bfloat16, {abs(ends[1] / ends[0] - 1):.2%} apart"
+    return (
+        f"loss at the end: {ends[0]:.4f} in float32, {ends[1]:.4f} in bfloat16, {abs(ends[1] / ends[0] - 1):.2%} apart"
+    )
 
 
 if __name__ == "__main__":

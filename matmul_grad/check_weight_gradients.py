@@ -1,4 +1,4 @@
-"""The part of `check` on weight gradients that are kept in float32: a bfloat16 layer over microbatches, beside torch."""
+"""The part of `check` on weight gradients kept in float32: a bfloat16 layer over microbatches, beside torch."""
 
 from __future__ import annotations
 

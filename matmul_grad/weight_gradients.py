@@ -28,7 +28,7 @@ from .fallback import PLAIN, is_needed_to_compose
 from .gradient_dtypes import NARROW, is_kept_in_float32, product_in
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native.torch_layout import is_autograd_compiled
-from .ops import DTYPES, accelerated, compute, product
+from .ops import DTYPES, accelerated, accumulate, compute, product
 from .out_variants import can_write, mark_written
 
 WIDE = torch.float32
@@ -145,7 +145,7 @@ def _add(weight: Tensor, rows: Tensor, input: Tensor) -> bool:
                 return _set_first(weight, rows, input, dtype)
         if not _is_target(found, weight, rows, input, dtype):
             return False
-        compute(rows.t(), input, found, 1.0, 1.0, found)
+        accumulate(rows.t(), input, found)
         mark_written(found)
         if found is not weight.grad and hasattr(weight, "grad_added_to_main_grad"):
             weight.grad_added_to_main_grad = True
@@ -156,8 +156,12 @@ def _set_first(weight: Tensor, rows: Tensor, input: Tensor, dtype: torch.dtype) 
     """Make the first gradient on a CPU, where threads may run backward at the same time; elsewhere torch stores it."""
     if weight.device.type != "cpu" or dtype != _kept_dtype(weight):
         return False
-    out = torch.empty_like(weight, dtype=dtype) if is_column_major(weight) else weight.new_empty(weight.shape, dtype=dtype)
-    compute(rows.t(), input, None, 1.0, 1.0, out)
+    out = (
+        torch.empty_like(weight, dtype=dtype)
+        if is_column_major(weight)
+        else weight.new_empty(weight.shape, dtype=dtype)
+    )
+    compute(rows.t(), input, out=out)
     weight.grad = out
     return True
 

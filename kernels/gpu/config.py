@@ -48,7 +48,7 @@ class Problem:
     """What the choice of a tile depends on: C = A . B, (m, k) . (k, n), with dtype, precision and layouts.
 
     dtype: a name of ITEM_BYTES, of a, b and c; `result` is c's where it is another one: of 8-bit operands, and float32
-    of 16-bit ones. precision: "ieee", or for float32 "tf32" (rounded to 10 mantissa bits) or "tf32x3" (as the sum of two
+    of 16-bit ones. precision: "ieee", or for float32 "tf32" (rounded to 10 mantissa bits) or "tf32x3" (the sum of two
     such numbers). a, b: "N" (columns adjacent), "T" (rows adjacent) or "S" (neither). aligned: 16-byte loads are legal
     along the adjacent dimension of both operands. tma: TMA can read both. batch: the number of matrices. invariant: a
     row of C has the same bits for any m.

@@ -30,7 +30,9 @@ def checked_shape(a: Tensor, b: Tensor, out: Tensor | None) -> tuple[int, ...]:
     if a.device != b.device or not (a.is_cuda or INTERPRETED):
         raise ValueError(f"cannot multiply on {a.device} and {b.device}: both operands must be on one GPU")
     shape = (*a.shape[:-1], b.shape[-1])
-    if out is not None and (tuple(out.shape) != shape or out.dtype not in results_of(a.dtype) or out.device != a.device):
+    if out is not None and (
+        tuple(out.shape) != shape or out.dtype not in results_of(a.dtype) or out.device != a.device
+    ):
         kinds = " or ".join(map(str, results_of(a.dtype)))
         raise ValueError(f"out must be {shape}, {kinds}, on {a.device}")
     return shape

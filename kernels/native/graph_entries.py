@@ -21,7 +21,19 @@ from collections.abc import Callable
 from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS, ONE
 from ..cpu.memory import call_address, get, jit, put, stack_words, text
 from .broadcast import linked_matmul
-from .call import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, HANDLE, NEW, RUN, item_size, linked_compute, set_tensors, tensor_words
+from .call import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    HANDLE,
+    NEW,
+    RUN,
+    item_size,
+    linked_compute,
+    set_tensors,
+    tensor_words,
+)
 from .gradients import is_column_major, is_column_weight
 from .op_table import BATCHES, COMPOSED, OWN, Op
 from .op_table import LINEAR as LAYER

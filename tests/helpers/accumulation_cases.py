@@ -55,7 +55,9 @@ def expected(mesh: DeviceMesh) -> list[Tensor]:
     net = model(mesh.device_type, torch.float64, accumulate=False)
     for rank in range(mesh.size()):
         for x in parts(rank, mesh.device_type):
-            nn.functional.linear(nn.functional.linear(x.double(), *net[0].parameters()), *net[1].parameters()).sum().backward()
+            nn.functional.linear(
+                nn.functional.linear(x.double(), *net[0].parameters()), *net[1].parameters()
+            ).sum().backward()
     return [p.grad / mesh.size() for p in net.parameters() if p.grad is not None]
 
 

@@ -1,4 +1,4 @@
-"""``Linear(..., accumulate=True)``: backward adds to the weight's gradient in the product, and everything else is torch's."""
+"""``Linear(..., accumulate=True)``: backward adds to the weight's gradient in the product, and the rest is torch's."""
 
 from __future__ import annotations
 

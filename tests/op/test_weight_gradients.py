@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ def test_sums_are_not_rounded(name: str, needs_a: bool, dtype: torch.dtype) -> N
 @every_dtype
 @pytest.mark.parametrize("name", ["bmm", "baddbmm"])
 def test_batches(name: str, dtype: torch.dtype) -> None:
-    a, b, grad = (integers(3 * M, n, dtype, n).view(3, M, n) for n in (K, M, N))
+    a, grad = (integers(3 * M, n, dtype, n).view(3, M, n) for n in (K, N))
     first, second = (a.mT * 31).contiguous(), kept_wide(integers(3 * M, N, dtype, 5).view(3, M, N))
     inputs = (first.new_zeros(N),) if name == "baddbmm" else ()
     c = getattr(matmul_grad, name)(*inputs, first, second)

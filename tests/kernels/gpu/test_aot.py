@@ -155,7 +155,7 @@ def epilogues() -> Iterator[Case]:
 
 
 def sums() -> Iterator[Case]:
-    """Weight gradients of 16-bit operands, added to in float32: every tile that may be chosen; half of them are slow."""
+    """Weight gradients of 16-bit operands, added to in float32: every tile that may be chosen; every second is slow."""
     index = itertools.count()
     for arch, aligned in itertools.product(ARCHES, (True, False)):
         problem = replace(problem_of("bfloat16", "ieee", "TN", aligned), result="float32")
