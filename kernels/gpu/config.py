@@ -240,6 +240,8 @@ def _fits_matrix_unit(config: TileConfig, problem: Problem, target: Target) -> b
     # Before sm_100, 8-bit products are added in registers of their own before the float32 accumulators.
     registers = 2 if problem.dtype == "float64" or (kind(problem) == "fp8" and target.arch < 100) else 1
     most = MAX_ACCUMULATOR_REGISTERS if target.arch >= 90 else MAX_ACCUMULATOR_REGISTERS_BEFORE_90
+    if kind(problem) == "half" and problem.result == "float32" and target.arch >= 100:
+        most = MAX_ACCUMULATOR_REGISTERS // 2  # a float32 source takes registers beside those that leave tensor memory
     accumulators = config.block_m * config.block_n * registers // (32 * config.warps)
     return (
         config.block_m >= rows
