@@ -219,10 +219,17 @@ _record_argument: Callable[..., Tensor] = Argument.apply  # type: ignore[attr-de
 _record_activated: Callable[..., Tensor] = Activated.apply  # type: ignore[attr-defined]  # likewise
 
 
-def _in_two_nodes(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> Tensor:
+def in_two_nodes(
+    self: Tensor | None,
+    mat1: Tensor,
+    mat2: Tensor,
+    activation: str,
+    record_argument: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """The second node releases dC and what it has kept before the first one multiplies: one node holds both till then.
 
-    Between them stands S, or where nobody reads that, a number expanded to its shape.
+    Between them stands S, or where nobody reads that, a number expanded to its shape. ``record_argument`` makes the
+    node of S, if it is not that of ``addmm``.
     """
     with _below_autograd():
         if activation in BY_RESULT:
@@ -230,7 +237,8 @@ def _in_two_nodes(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: s
             pre = result.new_empty(1).expand(result.shape)
         else:
             result, pre = _addmm_activation_kept(self, mat1, mat2, activation)
-    return _record_activated(_record_argument(self, mat1, mat2, pre), result, activation)
+    recorded = _record_argument(self, mat1, mat2, pre) if record_argument is None else record_argument(pre)
+    return _record_activated(recorded, result, activation)
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
@@ -257,7 +265,7 @@ def _autograd(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) 
         with _below_autograd():
             return _addmm_activation(self, mat1, mat2, activation)
     if not may_have_tangents() and all(x is None or type(x) in fallback.PLAIN for x in (self, mat1, mat2)):
-        return _in_two_nodes(self, mat1, mat2, activation)
+        return in_two_nodes(self, mat1, mat2, activation)
     outputs = with_graph(_record, self, mat1, mat2, activation)
     return outputs if activation in BY_RESULT else outputs[0]
 

@@ -26,6 +26,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from . import cuda, strict_mode
 from .fallback import PLAIN
+from .gradient_dtypes import NEITHER, is_kept_in_float32, product_in
 from .ops import (
     DTYPES,
     SCHEMAS,
@@ -93,18 +94,22 @@ def gradients(
     mat2: Tensor | None,
     needs: tuple[bool, bool],
     column_major: bool = False,
+    in_float32: tuple[bool, bool] = NEITHER,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dgrad, wgrad), None for what ``needs`` leaves out; an operand that only that one uses may be None.
 
-    Each has the memory order of its operand, as in PyTorch: ``column_major`` of one that is None.
+    Each has the memory order of its operand, as in PyTorch: ``column_major`` of one that is None. Those ``in_float32``
+    are the sums of 16-bit operands, without a rounding.
     """
     dgrad, wgrad = None, None
     if needs[0] and mat2 is not None:
         swap = column_major if self is None else is_column_major(self)
-        dgrad = product(mat2, grad.t()).t() if swap else product(grad, transposed(mat2))
+        wide = in_float32[0]
+        dgrad = product_in(mat2, grad.t(), wide).t() if swap else product_in(grad, transposed(mat2), wide)
     if needs[1] and self is not None:
         swap = column_major if mat2 is None else is_column_major(mat2)
-        wgrad = product(grad.t(), self).t() if swap else product(transposed(self), grad)
+        wide = in_float32[1]
+        wgrad = product_in(grad.t(), self, wide).t() if swap else product_in(transposed(self), grad, wide)
     return dgrad, wgrad
 
 
@@ -114,10 +119,12 @@ def fused_gradients(
     mat2: Tensor | None,
     needs: tuple[bool, bool],
     column_major: bool = False,
+    in_float32: tuple[bool, bool] = NEITHER,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``gradients``, both in one call where ``mm_backward`` supports them."""
-    if self is None or mat2 is None or self.dim() != 2 or not type(grad) is type(self) is type(mat2) is Tensor:
-        return gradients(grad, self, mat2, needs, column_major)
+    alike = self is not None and mat2 is not None and type(grad) is type(self) is type(mat2) is Tensor
+    if not alike or grad.dim() != 2 or True in in_float32:
+        return gradients(grad, self, mat2, needs, column_major, in_float32)
     return _mm_backward(grad, self, mat2, [True, True])
 
 
@@ -152,6 +159,7 @@ class Mm(_Node):
     def forward(ctx: Any, self: Tensor, mat2: Tensor) -> Tensor:
         needs_self, needs_mat2 = ctx.needs_input_grad
         save_operands(ctx, self, mat2, needs_self, needs_mat2)
+        ctx.in_float32 = is_kept_in_float32(self), is_kept_in_float32(mat2)
         if may_have_tangents():
             ctx.save_for_forward(self, mat2)
         if not torch._C._are_functorch_transforms_active():
@@ -162,7 +170,7 @@ class Mm(_Node):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         self, mat2 = ctx.saved_tensors
-        return fused_gradients(grad, self, mat2, ctx.needs_input_grad, ctx.column_major)
+        return fused_gradients(grad, self, mat2, ctx.needs_input_grad, ctx.column_major, ctx.in_float32)
 
     @staticmethod
     def jvp(ctx: Any, dself: Tensor | None, dmat2: Tensor | None) -> Tensor:
@@ -184,6 +192,7 @@ class Addmm(_Node):
         _, needs_self, needs_mat2, *_ = ctx.needs_input_grad
         save_operands(ctx, self, mat2, needs_self, needs_mat2)
         ctx.input_shape, ctx.beta, ctx.alpha = input.shape, beta, alpha
+        ctx.in_float32 = is_kept_in_float32(self), is_kept_in_float32(mat2)
         if may_have_tangents():
             ctx.save_for_forward(self, mat2)
         if not torch._C._are_functorch_transforms_active():
@@ -196,7 +205,7 @@ class Addmm(_Node):
         self, mat2 = ctx.saved_tensors
         needs_input, *needs = ctx.needs_input_grad[:3]
         dinput = scaled(grad, ctx.beta).sum_to_size(ctx.input_shape) if needs_input else None
-        both = fused_gradients(grad, self, mat2, tuple(needs), ctx.column_major)
+        both = fused_gradients(grad, self, mat2, tuple(needs), ctx.column_major, ctx.in_float32)
         dself, dmat2 = (None if one is None else scaled(one, ctx.alpha) for one in both)
         return dinput, dself, dmat2, None, None
 

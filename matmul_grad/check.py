@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import perf_counter
 
-from . import check_convolution, check_products, check_timing, check_training, machine, strict_mode, warmup
+from . import (
+    check_convolution,
+    check_products,
+    check_timing,
+    check_training,
+    check_weight_gradients,
+    machine,
+    strict_mode,
+    warmup,
+)
 from .bench import timer
 from .console import Console, heading, track
 
@@ -37,6 +46,8 @@ def run(options: Options, console: Console) -> int:
         found += check_products.table_of_products(console, device, seed)
         heading(console, "Convolutions: X 3×3, W 2×2, L = Σ dY·Y; then layers")
         found += check_convolution.run(console, device)
+        heading(console, "Weight gradients of a bfloat16 layer, kept in float32")
+        found += check_weight_gradients.run(console, device, seed)
         if options.train:
             heading(console, "A classifier of handwritten digits, trained twice")
             found += check_training.run(console, device, seed)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import fallback, strict_mode
 from .activation_formulas import BY_TORCH, require_name
-from .activations import linear_activation
+from .activations import in_two_nodes, linear_activation
 from .api import mm
 from .broadcast import broadcast_product, is_broadcastable
 from .fallback import alike, unsafe_view
 from .ops import COMPOSED_SCHEMAS, DTYPES, by_compiled_code, compiled, eager, library, native_status
 from .out_variants import copy_to, is_left_to_torch
+from .weight_gradients import is_direct, layer_of, record
 
 _mm = torch.ops.matmul_grad.mm.default
 _bmm = torch.ops.matmul_grad.bmm.default
@@ -95,8 +98,30 @@ def matmul_composed(self: Tensor, other: Tensor) -> Tensor:
     return torch.matmul(self, other) if fallback.is_needed_to_compose(self, other) else _matmul(self, other)
 
 
+def linear_to_parameters(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, accumulate: bool
+) -> Tensor | None:
+    """``linear`` whose weight gradient is stored as it is kept, or added to what is there; None where it cannot be."""
+    found = layer_of(input, weight, bias, accumulate)
+    if found is None:
+        return None
+    input, layer = found
+    if activation is None:
+        return record(input, weight, bias, layer)
+    require_name(activation)
+    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    result = in_two_nodes(
+        layer.bias, rows, layer.weight.t(), activation, lambda s: record(rows, weight, bias, replace(layer, computed=s))
+    )
+    return result if input.dim() == 2 else unsafe_view(result, (*input.shape[:-1], weight.shape[0]))
+
+
 def linear_composed(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear`` likewise."""
+    if is_direct(input, weight, bias):
+        result = linear_to_parameters(input, weight, bias, None, accumulate=False)
+        if result is not None:
+            return result
     if bias is None:
         if not fallback.is_needed_to_compose(input, weight):
             if input.dim() > 0 and 0 < weight.dim() <= 2:
@@ -116,6 +141,10 @@ def _linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None, activ
     if fallback.is_needed_to_compose(*operands) or any(fallback.is_sharded(x) for x in operands):
         return BY_TORCH[activation](linear(input, weight, bias))
     fallback.require_storages(*operands)
+    if is_direct(input, weight, bias):
+        result = linear_to_parameters(input, weight, bias, activation, accumulate=False)
+        if result is not None:
+            return result
     fits = input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1] and alike(input, weight)
     if bias is not None:
         fits = fits and bias.dim() == 1 and bias.shape[0] in (1, weight.shape[0]) and alike(input, bias)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .convolution import FUNCTIONS
-from .functional import linear
+from .functional import linear, linear_to_parameters
 
 MARK = "_matmul_grad"
 Kinds = tuple[type[nn.Module], ...]
@@ -35,23 +35,29 @@ _torch_impl: dict[type[nn.Module], Forward] = {}  # the forward of each class be
 
 
 class Mark:
-    """Set on a converted module. Copies and pickles of a module carry it; reading one replaces the forwards."""
+    """Set on a converted module. Copies and pickles of a module carry it; reading one replaces the forwards.
 
-    def __reduce__(self) -> tuple[Callable[[], Mark], tuple[()]]:
-        return make_mark, ()
+    accumulate: whether the gradients of its weights are added to in the product.
+    """
+
+    def __init__(self, accumulate: bool) -> None:
+        self.accumulate = accumulate
+
+    def __reduce__(self) -> tuple[Callable[..., Mark], tuple[bool, ...]]:
+        return make_mark, (True,) if self.accumulate else ()
 
 
-_mark = Mark()
+_mark, _accumulating = Mark(False), Mark(True)
 
 
-def make_mark() -> Mark:
+def make_mark(accumulate: bool = False) -> Mark:
     """The mark, once the forwards look for it."""
     for kind, converted in CONVERTED.items():
         if getattr(kind.forward, MARK, None) is not _mark:
             torch_impl = _torch_impl.setdefault(kind, kind.forward)
             setattr(kind, MARK, None)
             kind.forward = _replace(kind.forward, converted(torch_impl))
-    return _mark
+    return _accumulating if accumulate else _mark
 
 
 def is_marked(module: nn.Module) -> bool:
@@ -87,6 +93,19 @@ def counted_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return (functional.linear if _is_left_to_torch("linear", input) else linear)(input, weight, bias)
 
 
+def accumulating_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """``linear``, whose weight gradient is added to the one that is there where that can be."""
+    result = linear_to_parameters(input, weight, bias, activation, accumulate=True)
+    return linear(input, weight, bias, activation) if result is None else result
+
+
+def counted_accumulating_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As ``counted_linear``."""
+    return (functional.linear if _is_left_to_torch("linear", input) else accumulating_linear)(input, weight, bias)
+
+
 def _is_left_to_torch(name: str, input: Tensor) -> bool:
     """Whether TorchScript traces for ONNX; if not, the call is counted."""
     if not torch.compiler.is_compiling():
@@ -115,8 +134,16 @@ def _replace(torch_impl: Forward, converted: Forward) -> Forward:
     return replaced
 
 
+def _linear_of(module: Any) -> Forward:
+    """The linear function of a marked module. Compiled code accumulates nothing."""
+    if torch.compiler.is_compiling() or not getattr(module, MARK).accumulate:
+        return counted_linear
+    return counted_accumulating_linear
+
+
 def _linear(layer: nn.Linear, input: Tensor) -> Tensor:
-    return counted_linear(input, layer.weight, layer.bias)
+    result: Tensor = _linear_of(layer)(input, layer.weight, layer.bias)
+    return result
 
 
 def _unless_nested(torch_impl: Forward, composed: Forward) -> Forward:
@@ -166,13 +193,22 @@ def _overrides(operands: tuple[Any, ...]) -> bool:
 
 def _attention(torch_impl: Forward) -> Forward:
     """``torch.nn.MultiheadAttention.forward``, whose in_proj and out_proj are ours."""
-    names: dict[str, Any] = {"linear": counted_linear, "has_torch_function": _overrides}
+    plain, accumulating = (_attention_with(torch_impl, f) for f in (counted_linear, counted_accumulating_linear))
+
+    def forward(module: nn.Module, *arguments: Any, **named: Any) -> Any:
+        return (plain if _linear_of(module) is counted_linear else accumulating)(module, *arguments, **named)
+
+    return _unless_nested(torch_impl, forward)
+
+
+def _attention_with(torch_impl: Forward, linear: Forward) -> Forward:
+    names: dict[str, Any] = {"linear": linear, "has_torch_function": _overrides}
     for projection in ("_in_projection", "_in_projection_packed"):
         if (function := getattr(functional, projection, None)) is not None:
             names[projection] = _with_globals(function, **names)
     attention = _with_globals(functional.multi_head_attention_forward, **names)
     replaced = _Namespace(functional, multi_head_attention_forward=attention)
-    return _unless_nested(torch_impl, _with_globals(torch_impl, torch=_without_fused_kernels(), F=replaced))
+    return _with_globals(torch_impl, torch=_without_fused_kernels(), F=replaced)
 
 
 def _encoder_layer(torch_impl: Forward) -> Forward:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import decompositions
 from .activation_formulas import require_name
 from .functional import linear
-from .layers import EVERY_KIND, KINDS, MARK, Kinds, calls, is_class_forward, is_marked, make_mark
+from .layers import EVERY_KIND, KINDS, MARK, Kinds, accumulating_linear, calls, is_class_forward, is_marked, make_mark
 from .layers import with_convolution as _with
 
 __all__ = [
@@ -42,15 +42,27 @@ class Linear(nn.Linear):
 
     ``activation`` is one that ``matmul_grad.linear`` takes; it has no parameters, so the state_dict is torch's.
 
+    With ``accumulate`` backward adds to ``weight.grad`` in the product, dW += dCᵀ · A, without a temporary: where the
+    gradient is float32 (a float32 weight, under autocast too, or ``weight.grad_dtype = torch.float32``), or float64 of
+    float64. If the weight has a float32 tensor as ``main_grad``, backward adds to that. Gradients, hooks and errors
+    are otherwise torch's; where something is to see the contribution by itself, it is computed by itself: with hooks of
+    the tensor, ``torch.autograd.grad``, ``create_graph``, anomaly detection, transforms and in compiled code.
+
     >>> import torch, matmul_grad
     >>> layer = matmul_grad.Linear(3, 2)
     >>> layer, layer(torch.ones(5, 3)).shape
     (Linear(in_features=3, out_features=2, bias=True), torch.Size([5, 2]))
     >>> matmul_grad.Linear(3, 2, activation="gelu")
     Linear(in_features=3, out_features=2, bias=True, activation='gelu')
+    >>> layer = matmul_grad.Linear(3, 2, accumulate=True)
+    >>> for part in torch.ones(4, 3).split(2):
+    ...     layer(part).sum().backward()
+    >>> layer.weight.grad.tolist()
+    [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
     """
 
     activation: str | None = None  # of layers that were pickled without one, too
+    accumulate: bool = False
 
     def __init__(
         self,
@@ -60,18 +72,23 @@ class Linear(nn.Linear):
         device: Any = None,
         dtype: Any = None,
         activation: str | None = None,
+        accumulate: bool = False,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         if activation is not None:
             require_name(activation)
             self.activation = activation
+        if accumulate:
+            self.accumulate = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias, self.activation)
+        product = accumulating_linear if self.accumulate else linear
+        return product(input, self.weight, self.bias, self.activation)
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()
-        return shown if self.activation is None else f"{shown}, activation={self.activation!r}"
+        shown = shown if self.activation is None else f"{shown}, activation={self.activation!r}"
+        return f"{shown}, accumulate=True" if self.accumulate else shown
 
 
 class Conv1d(nn.Conv1d):
@@ -147,6 +164,7 @@ def convert(
     model: Model,
     filter: Callable[[nn.Module, str], bool] | None = None,
     kinds: Kinds = KINDS,
+    accumulate: bool = False,
 ) -> Model:
     """Compute every ``torch.nn.Linear`` and ``torch.nn.MultiheadAttention`` of a model by ``matmul_grad.linear``.
 
@@ -159,6 +177,9 @@ def convert(
 
     ``kinds`` are the classes of torch's to convert: besides these two, which are the default, ``torch.nn.Conv1d`` to
     ``ConvTranspose3d``. A convolution with a ``padding_mode`` is padded first, as in torch.
+
+    With ``accumulate`` the weight gradients of linear layers and attentions are added to ``weight.grad`` in the
+    product, as in ``matmul_grad.Linear(..., accumulate=True)``; a second call changes it for the modules it chooses.
 
     ``filter(module, name)`` leaves out those for which it is False; for an attention it is asked of its ``out_proj``.
     ``converted`` names the modules that were converted, ``left_out`` those that cannot be, with the reason. The logger
@@ -174,9 +195,12 @@ def convert(
     ['0', '2']
     """
     _require_kinds(kinds)
-    mark, reasons = make_mark(), {}
+    mark, reasons = make_mark(accumulate), {}
     for name, module in _layers(model, kinds):
-        if is_marked(module) or not (filter is None or _is_chosen(filter, module, name)):
+        if vars(module).get(MARK) is mark or not (filter is None or _is_chosen(filter, module, name)):
+            continue
+        if is_marked(module):
+            vars(module)[MARK] = mark
             continue
         if reason := _obstacle(module):
             reasons[name] = reason

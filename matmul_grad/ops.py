@@ -220,10 +220,23 @@ def compute(
     return direct.product(self, mat2, direct.Epilogue(alpha, beta, input), out)
 
 
+def accumulate(self: Tensor, mat2: Tensor, out: Tensor) -> Tensor:
+    """out += A · B of a supported product, in float32 of 16-bit operands."""
+    if self.is_cuda:
+        return compute(self, mat2, out, 1.0, 1.0, out)
+    from .kernels.native import direct
+
+    require_storage(self, mat2, out)
+    return direct.accumulate(self, mat2, out)
+
+
 def _by_torch(
     self: Tensor, mat2: Tensor, input: Tensor | None, beta: float, alpha: float, out: Tensor | None
 ) -> Tensor:
-    batched, named = self.dim() == 3, {} if out is None else {"out": out}
+    batched = self.dim() == 3
+    named: dict[str, Any] = {} if out is None else {"out": out}
+    if out is not None and out.dtype != self.dtype:
+        named["out_dtype"] = out.dtype
     if input is None:
         return (torch.bmm if batched else torch.mm)(self, mat2, **named)
     return (torch.baddbmm if batched else torch.addmm)(input, self, mat2, beta=beta, alpha=alpha, **named)

@@ -4,7 +4,7 @@
 
 The operators mm_dtype, bmm_dtype, addmm_dtype and baddbmm_dtype have the schemas of aten's overloads ``dtype``, which
 exist on CUDA alone and without a gradient. A gradient is the product of dC and the other operand in float32, which
-holds both, and is rounded once, to the dtype of its operand:
+holds both, and is rounded once, to the dtype of its operand, or not at all where that is kept in float32:
 
     dA = alpha · dC · Bᵀ,  dB = alpha · Aᵀ · dC,  dinput = beta · dC      summed over what input was expanded by
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from . import fallback, strict_mode
 from .autograd import _below_autograd, _Node, gradients, may_have_tangents, outer_levels_record, scaled, with_graph
 from .flops import count_flops
+from .gradient_dtypes import NARROW, is_kept_in_float32
 from .kernels.native.op_table import OWN
 from .ops import (
     NAMESPACE,
@@ -31,6 +32,7 @@ from .ops import (
     TAGS,
     accelerated,
     addition,
+    compute,
     has_work,
     library,
     product,
@@ -40,7 +42,7 @@ from .ops import (
 )
 from .vmap import Dims, in_front
 
-WIDE, NARROW = torch.float32, (torch.bfloat16, torch.float16)
+WIDE = torch.float32
 WRONG = "out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs"  # torch's
 
 Input = Tensor | None
@@ -87,27 +89,24 @@ def _expands(input: Tensor, mat1: Tensor, mat2: Tensor) -> bool:
 
 
 def make_kernel(name: str) -> Callable[..., Tensor]:
-    """Every device, below autograd: these kernels on a CPU, torch's elsewhere."""
+    """Every device, below autograd: these kernels where they support the operands, and else torch's."""
 
     def kernel(*arguments: Any, **scales: Any) -> Tensor:
         input, mat1, mat2, out_dtype = _operands(name, arguments)
         _require_dtype(mat1, out_dtype)
-        if mat1.device.type != "cpu":
-            strict_mode.note_fallback(mat1, mat2)
-            return getattr(torch.ops.aten, name).dtype(*arguments, **scales)
         fits = input is None or (input.dtype in (mat1.dtype, WIDE) and _expands(input, mat1, mat2))
         supported = mat1.dim() == rank_of(name) and fits and accelerated(mat1, mat2)
         if not supported or not has_work(mat1, mat2, **scales):
             if not supported:
                 strict_mode.note_fallback(mat1, mat2)
+            if mat1.device.type != "cpu":
+                return getattr(torch.ops.aten, name).dtype(*arguments, **scales)
             _raise_or_shape(name, input, mat1, mat2, scales)
             return converted(input, mat1, mat2, **scales)
-        from .kernels.native import direct
-
-        added = None if input is None else input.to(WIDE)
-        require_storage(mat1, mat2, *(() if input is None else (input,)))
+        if input is not None:
+            require_storage(input)
         out = mat1.new_empty((*mat1.shape[:-1], mat2.shape[-1]), dtype=WIDE)
-        return direct.product(mat1, mat2, direct.Epilogue(scales.get("alpha", 1), scales.get("beta", 1), added), out)
+        return compute(mat1, mat2, None if input is None else input.to(WIDE), **scales, out=out)
 
     return kernel
 
@@ -133,7 +132,8 @@ class Wide(_Node):
     def forward(ctx: Any, input: Input, mat1: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
         _, needs_mat1, needs_mat2, *_ = ctx.needs_input_grad
         ctx.save_for_backward(mat1 if needs_mat2 else None, mat2 if needs_mat1 else None)
-        ctx.dtype, ctx.beta, ctx.alpha = mat1.dtype, beta, alpha
+        ctx.dtypes = [WIDE if is_kept_in_float32(x) else x.dtype for x in (mat1, mat2)]
+        ctx.beta, ctx.alpha = beta, alpha
         ctx.input = None if input is None else (input.shape, input.dtype)
         if may_have_tangents():
             ctx.save_for_forward(mat1, mat2)
@@ -146,7 +146,7 @@ class Wide(_Node):
         mat1, mat2 = (None if x is None else x.to(WIDE) for x in ctx.saved_tensors)
         needs_input, *needs = ctx.needs_input_grad[:3]
         both = gradients(grad, mat1, mat2, (needs[0], needs[1]))
-        dmat1, dmat2 = (None if x is None else scaled(x, ctx.alpha).to(ctx.dtype) for x in both)
+        dmat1, dmat2 = (None if x is None else scaled(x, ctx.alpha).to(kept) for x, kept in zip(both, ctx.dtypes))
         dinput = scaled(grad, ctx.beta).sum_to_size(ctx.input[0]).to(ctx.input[1]) if needs_input else None
         return dinput, dmat1, dmat2, None, None
 

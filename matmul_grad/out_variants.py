@@ -95,7 +95,7 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
         return copy_to(compute(mat1, mat2, input, **scales), out)
     elif _is_non_overlapping(out):
         compute(mat1, mat2, input, out=out, **scales)
-        return _written(out)
+        return mark_written(out)
     require_storage(*operands, out)
     strict_mode.note_fallback(mat1, mat2)
     return None
@@ -134,7 +134,7 @@ def _traced(name: str, operands: Operands, scales: Scales, out: Tensor) -> Tenso
         return copy_to(getattr(torch.ops.matmul_grad, name).default(*operands, **scales), out)
 
 
-def _written(out: Tensor) -> Tensor:
+def mark_written(out: Tensor) -> Tensor:
     """``out``, after it was written past autograd."""
     if not out.is_inference():
         torch.autograd.graph.increment_version(out)

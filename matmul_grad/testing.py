@@ -147,6 +147,22 @@ def assert_within_budget(actual: Tensor, a: Tensor, b: Tensor, what: str = "") -
     assert error <= budget, f"{what}: error {error:.3e} > 2 × (torch's {theirs:.3e} + rounding {rounding:.3e})"
 
 
+def roundings_of_sums(actual: Tensor, a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Error of a sum of products a·b in float32 roundings of Σ|a|·|b|: root mean square of the elements, and the worst.
+
+    |actual − a·b| / (2⁻²⁴ · |a|·|b|), the products in float64. A sum in float32 makes roundings of its partial sums,
+    which may be larger than what is left of them at the end, and never larger than Σ|a|·|b|.
+
+    >>> import torch
+    >>> a = torch.tensor([[1.0, 1.0]])
+    >>> roundings_of_sums(torch.tensor([[1.0]]), a, torch.tensor([[1.0], [2.0**-23]]))[1] < 2
+    True
+    """
+    a, b = a.double(), b.double()
+    found = (actual.double() - a @ b).abs() / (2.0**-24 * (a.abs() @ b.abs()))
+    return float(found.square().mean().sqrt()), float(found.max())
+
+
 def assert_model_within_budget(
     ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], truth: Mapping[str, Tensor], what: str = ""
 ) -> None:

@@ -17,7 +17,7 @@ from .affinity import claim_core, clear_cores, move_to_free_core
 from .config import SPLIT_BYTES
 from .config_words import CHUNK, CONVERTS, LANE_BYTES, LANES, LONG, MR, NR, SHORT, SIZE, THREAD_BYTES
 from .epilogue import multiply_with_epilogue, reduce_chunks
-from .gemm_args import BATCH, C_CS, C_RS, C_RUNS, GEMM_ARGS, GROUPS, WIDE, C, K, M, N
+from .gemm_args import ACCUMULATE, BATCH, C_CS, C_RS, C_RUNS, GEMM_ARGS, GROUPS, WIDE, C, K, M, N
 from .groups import plan_groups, select_group
 from .loops import multiply
 from .memory import ceil_div, copy_words, fetch_increment, floor_div, get, jit, put, symbol
@@ -41,6 +41,7 @@ from .schedule import (
     linked_multiply,
     parallel_for,
     partial_bytes,
+    plan_accumulation,
     plan_blocks,
     plan_chain,
     plan_grain_tiles,
@@ -76,7 +77,8 @@ def one_rectangle(config, block, index, work):
         left, right = split_range(ceil_div(n, nr), columns, index - row * columns)
         i, j = first * mr, left * nr
         restrict(block, i, min(m, last * mr) - i, j, min(n, right * nr) - j, get(config, SIZE))
-    if get(config, CONVERTS) != 0 or get(block, K) > get(config, CHUNK) or not stores_directly(block):
+    are_lanes = get(config, CONVERTS) == 0 or get(block, WIDE) != 0
+    if not are_lanes or get(block, K) > get(config, CHUNK) or not stores_directly(block):
         multiply_with_epilogue(config, block, work)
     else:
         linked_multiply(config, block, work)
@@ -130,6 +132,8 @@ def plan(config, args, threads):
         return plan_groups(config, args, threads)
     if m == 0 or n == 0 or batch == 0:
         return 0
+    if k == 0 and get(args, ACCUMULATE) != 0:
+        return 0
     if k == 0:
         size = get(config, SIZE) << get(args, WIDE)
         for i in range(m):
@@ -139,6 +143,8 @@ def plan(config, args, threads):
     if is_transposed and get(args, C_RUNS) == 0:
         swap_operands(args)
         m, n = n, m
+    if get(args, ACCUMULATE) != 0:
+        plan_accumulation(config, args)
     put(args, CHAIN, plan_chain(k, get(config, SHORT), get(config, LONG)))
     row_tiles, panels = ceil_div(m, get(config, MR)), ceil_div(n, get(config, NR))
     chunks, lane_bytes = ceil_div(k, get(config, CHUNK)), get(config, LANE_BYTES)
@@ -168,7 +174,7 @@ def gemm(config, products, count, threads):
     aliasing    c must not overlap a or b; source may be c itself; else c is written in full and never read before
     rounding    chains of fused multiply-adds, added in order (see ``config.CHAIN``), in chunks of k, added in
                 order; then a multiplication by alpha and a multiply-add of beta and source; 16-bit results are
-                rounded once, at the end
+                rounded once, at the end. With ACCUMULATE the chains of one chunk are added to c, in order
     edges       packing pads partial tiles; the microkernel writes no element outside c
     determinism same bits for any m, n, strides, threads
     source      five loops after Goto and van de Geijn (2008), doi 10.1145/1356052.1356053, and BLIS (2015)

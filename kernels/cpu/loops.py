@@ -43,7 +43,7 @@ from .config_words import (
     TRANSPOSED_ROWS,
     VECTOR_SIZES,
 )
-from .gemm_args import A_CS, A_PATCHES, A_RS, B_CS, B_PATCHES, B_RS, C_RS, A, B, C, K, M, N
+from .gemm_args import A_CS, A_PATCHES, A_RS, ACCUMULATE, B_CS, B_PATCHES, B_RS, C_RS, A, B, C, K, M, N
 from .memory import call_kernel, ceil_div, floor_div, get, jit
 from .microkernel import ARGUMENTS, WIDE
 from .pack import PACK_ROWS_ARGUMENTS, PACK_STEPS_ARGUMENTS
@@ -83,7 +83,7 @@ class BPanel(NamedTuple):
 
 
 def multiply(config, args, work):
-    """C = A·B on this thread, for at most a chunk of k; C holds lanes."""
+    """C = A·B on this thread, or C += A·B where ACCUMULATE is set, for at most a chunk of k; C holds lanes."""
     n, nr = get(args, N), get(config, NR)
     sequential = n * get(config, SIZE) >= get(config, SEQUENTIAL_BYTES) or get(config, CONVERTS) != 0
     outer = get(args, K) <= OUTER_STEPS and n * get(config, SIZE) >= OUTER_BYTES
@@ -207,7 +207,8 @@ def one_panel(config, args, b_access, start, columns, a_rows, missing, b_panel):
     c_rs, a_row, a_step, row_sizes = get(args, C_RS), get(args, A_RS), get(args, A_CS), get(config, ROW_SIZES)
     rows, depth = min(get(config, MC), get(args, M) - ic), (kc + get(config, PAIRS)) >> get(config, PAIRS)
     transposes_b = get(args, B_CS) != 1 or get(config, CONVERTS) != 0
-    vector_sizes, first, i = get(config, VECTOR_SIZES), 1 if pc == 0 else 0, 0
+    first = 1 if pc == 0 and get(args, ACCUMULATE) == 0 else 0
+    vector_sizes, i = get(config, VECTOR_SIZES), 0
     vector_tile = smallest_width(config, columns)
     c = get(args, C) + (ic * c_rs + j) * lane_bytes
     while i < rows:

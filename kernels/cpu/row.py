@@ -18,7 +18,7 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from .config_words import B_OFFSET, KC, LANE_BYTES, PACK_ROWS, ROW, ROW_COLUMNS, SIZE
-from .gemm_args import A_CS, A_RS, B_RS, C_RS, A, B, C, K, M, N
+from .gemm_args import A_CS, A_RS, ACCUMULATE, B_RS, C_RS, A, B, C, K, M, N
 from .memory import call_kernel, ceil_div, get, jit
 from .microkernel import adds_to_c, chain_length, store_edge, store_full
 from .operand import Operand
@@ -160,7 +160,7 @@ def _add_to_vectors(builder, operand, arguments, steps, at, count=None):
 
 @jit
 def multiply_rows(config, args, work):
-    """C = A·B on this thread, row by row, for at most a chunk of k."""
+    """``multiply`` row by row."""
     a, c = get(args, A), get(args, C)
     a_bytes, c_bytes = get(args, A_RS) * get(config, SIZE), get(args, C_RS) * get(config, LANE_BYTES)
     for i in range(get(args, M)):
@@ -183,5 +183,5 @@ def multiply_row(config, args, work, a_row, c_row):
         for piece in range(ceil_div(n, columns_max)):
             j = piece * columns_max
             b, c, columns = get(args, B) + (pc * b_rs + j) * size, c_row + j * lane_bytes, min(columns_max, n - j)
-            first = 1 if pc == 0 else 0
+            first = 1 if pc == 0 and get(args, ACCUMULATE) == 0 else 0
             call_row(get(config, ROW), kc, a, b, b_rs, c, columns, first, get(args, CHAIN), sums)

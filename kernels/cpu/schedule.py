@@ -19,12 +19,13 @@ from .config import (
     threads_per_product,
     useful_threads,
 )
-from .config_words import CONVERTS, LANES, PAIRS
+from .config_words import CHUNK, CONVERTS, LANES, PAIRS
 from .gemm_args import (
     A_BS,
     A_CS,
     A_PATCHES,
     A_RS,
+    ACCUMULATE,
     ACTIVATION,
     ALPHA,
     B_BS,
@@ -106,6 +107,7 @@ def set_plain_store(args):
     put(args, B_PATCHES, 0)
     put(args, C_RUNS, 0)
     put(args, C_COLUMN, 0)
+    put(args, ACCUMULATE, 0)
     put(args, ACTIVATION, 0)
     put(args, PRE, 0)
     put(args, WIDE, 0)
@@ -128,6 +130,16 @@ def stores_directly(args):
     """Whether the accumulators are the elements of C, and can be stored there as vectors."""
     stored = (get(args, C_CS) == 1 or get(args, N) == 1) and get(args, C_RUNS) == 0
     return stored and get(args, SOURCE) == 0 and get(args, ALPHA) == ONE and get(args, ACTIVATION) == 0
+
+
+@jit
+def plan_accumulation(config, args):
+    """Whether chains are added where they are stored, if C holds what the accumulators do; else by the epilogue."""
+    source, holds_lanes = get(args, SOURCE), get(config, CONVERTS) == 0 or get(args, WIDE) != 0
+    put(args, SOURCE, 0)
+    if not holds_lanes or get(args, K) > get(config, CHUNK) or not stores_directly(args):
+        put(args, SOURCE, source)
+        put(args, ACCUMULATE, 0)
 
 
 @jit

@@ -47,11 +47,11 @@ MIN_STEPS_PER_SPLIT = 4
 class Problem:
     """What the choice of a tile depends on: C = A . B, (m, k) . (k, n), with dtype, precision and layouts.
 
-    dtype: a name of ITEM_BYTES, of a, b and c; in 8 bits of a and b alone, and then `result` is c's. precision: "ieee",
-    or for float32 "tf32" (rounded to 10 mantissa bits) or "tf32x3" (as the sum of two such numbers). a, b: "N" (columns
-    adjacent), "T" (rows adjacent) or "S" (neither). aligned: 16-byte loads are legal along the adjacent dimension of
-    both operands. tma: TMA can read both. batch: the number of matrices. invariant: a row of C has the same
-    bits for any m.
+    dtype: a name of ITEM_BYTES, of a, b and c; `result` is c's where it is another one: of 8-bit operands, and float32
+    of 16-bit ones. precision: "ieee", or for float32 "tf32" (rounded to 10 mantissa bits) or "tf32x3" (the sum of two
+    such numbers). a, b: "N" (columns adjacent), "T" (rows adjacent) or "S" (neither). aligned: 16-byte loads are legal
+    along the adjacent dimension of both operands. tma: TMA can read both. batch: the number of matrices. invariant: a
+    row of C has the same bits for any m.
     """
 
     m: int
@@ -240,6 +240,8 @@ def _fits_matrix_unit(config: TileConfig, problem: Problem, target: Target) -> b
     # Before sm_100, 8-bit products are added in registers of their own before the float32 accumulators.
     registers = 2 if problem.dtype == "float64" or (kind(problem) == "fp8" and target.arch < 100) else 1
     most = MAX_ACCUMULATOR_REGISTERS if target.arch >= 90 else MAX_ACCUMULATOR_REGISTERS_BEFORE_90
+    if kind(problem) == "half" and problem.result == "float32" and target.arch >= 100:
+        most = MAX_ACCUMULATOR_REGISTERS // 2  # a float32 source takes registers beside those that leave tensor memory
     accumulators = config.block_m * config.block_n * registers // (32 * config.warps)
     return (
         config.block_m >= rows

@@ -22,8 +22,9 @@ def gemm(
     Strides: any, in elements: row, column, sliced, expanded (0). Triton compiles a stride of 1, and sizes and
     strides divisible by 16, into vector loads. Tile origins are 64-bit; offsets inside a tile are 32-bit
     unless WIDE, which the plan sets where a tile spans 2**31 elements or more.
-    Dtypes: a, b and c alike: float16, bfloat16, float32 (accumulated in float32), float64 (in float64); or 8-bit a
-    and b, whose sums are multiplied by the two scales in float32 before they are rounded.
+    Dtypes: a, b and c alike: float16, bfloat16, float32 (accumulated in float32), float64 (in float64); c and source
+    float32 where a and b have 16 bits; or 8-bit a and b, whose sums are multiplied by the two scales in float32 before
+    they are rounded.
     PRECISION "tf32" rounds float32 operands first; "tf32x3" adds the products of their two halves but the least;
     "ieee" multiplies them whole.
     Epilogue: with alpha, C = alpha * S + beta * source, S the sums over t: alpha * S is rounded to the type of S, then

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -63,8 +62,8 @@ def mm(
     Shapes: a (m, k), b (k, n), result (m, n), or a batch of each; any size may be 0. k = 0 gives zeros.
     Strides: any of a and b, and of out if given. Of large products in 16 bits an operand that TMA cannot read is copied
     where the model predicts that this is faster (`choose_padded`); else nothing is. The result is contiguous.
-    Dtypes: a, b and result alike: float16, bfloat16, float32, float64. precision: "ieee", "tf32" or "tf32x3" for
-    float32, by default torch's setting at this call; other dtypes have no choice and ignore it.
+    Dtypes: a, b and result alike: float16, bfloat16, float32, float64; out may be float32 where a and b have 16 bits.
+    precision: "ieee", "tf32" or "tf32x3" for float32, by default torch's setting at this call; the others ignore it.
     Aliasing: out must overlap neither a nor b, nor itself.
     Rounding: once, at the store, from a sum in float32 (float64 for float64).
     Edges: masked in the kernel or by TMA.
@@ -99,8 +98,8 @@ def addmm(
 ) -> Tensor:
     """C = alpha * (A . B) + beta * source, computed where A . B is stored: no more launches than for A . B.
 
-    Shapes, strides, dtypes, aliasing, edges, determinism, memory: as `mm`. The source expands to C, of any strides; it
-    may be out itself, else out does not overlap it.
+    Shapes, strides, dtypes, aliasing, edges, determinism, memory: as `mm`. The source expands to C, of its dtype and of
+    any strides; it may be out itself, else out does not overlap it.
     Rounding: alpha and beta to the type of the sums S of A . B, then alpha * S, one multiply-add of beta and source,
     and the result. Where beta is 0 the source is not read; where there is nothing to multiply, A . B is 0.
     """
@@ -202,12 +201,14 @@ def make_launch(
 ) -> Launch:
     """Check the operands, choose a tile and make the plans. ValueError for what cannot be multiplied."""
     shape = checked_shape(a, b, out)
+    dtype = a.dtype if out is None else out.dtype
     if epilogue is not None:
         source = epilogue.added
-        epilogue = epilogue._replace(source=None if source is None else strides_of_source(source, a, shape))
+        strides = None if source is None else strides_of_source(source, dtype, a.device, shape)
+        epilogue = epilogue._replace(source=strides)
     if 0 in shape or a.shape[-1] == 0:
         return Launch((), shape)
-    result = torch.empty(shape, dtype=a.dtype, device="meta") if out is None else out
+    result = torch.empty(shape, dtype=dtype, device="meta") if out is None else out
     return _make_runners(describe(a, b, result, precision), (a, b, result), config, epilogue)
 
 
@@ -305,8 +306,7 @@ def scaled_mm(
     launch = _launches.get(key)
     if launch is None:
         c = torch.empty(a.shape[0], b.shape[1], dtype=result, device="meta")
-        problem = replace(describe(a, b, c, "ieee"), result=NAMES[result])
-        launch = _remember(key, _make_runners(problem, (a, b, c), config))
+        launch = _remember(key, _make_runners(describe(a, b, c, "ieee"), (a, b, c), config))
     return _run_launch(launch, a, b, a.new_empty(launch.shape, dtype=result), scale_a=scale_a, scale_b=scale_b)
 
 

@@ -30,18 +30,26 @@ def checked_shape(a: Tensor, b: Tensor, out: Tensor | None) -> tuple[int, ...]:
     if a.device != b.device or not (a.is_cuda or INTERPRETED):
         raise ValueError(f"cannot multiply on {a.device} and {b.device}: both operands must be on one GPU")
     shape = (*a.shape[:-1], b.shape[-1])
-    if out is not None and (tuple(out.shape) != shape or out.dtype != a.dtype or out.device != a.device):
-        raise ValueError(f"out must be {shape}, {a.dtype}, on {a.device}")
+    if out is not None and (
+        tuple(out.shape) != shape or out.dtype not in results_of(a.dtype) or out.device != a.device
+    ):
+        kinds = " or ".join(map(str, results_of(a.dtype)))
+        raise ValueError(f"out must be {shape}, {kinds}, on {a.device}")
     return shape
 
 
-def strides_of_source(source: Tensor, a: Tensor, shape: tuple[int, ...]) -> Strides:
+def results_of(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The dtypes in which the product of two matrices can be stored: their own, and for 16 bits the sums themselves."""
+    return (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,)
+
+
+def strides_of_source(source: Tensor, dtype: torch.dtype, device: torch.device, shape: tuple[int, ...]) -> Strides:
     """The strides of the source of an epilogue, expanded to the shape of the product; or a ValueError."""
     sizes = zip(reversed(source.shape), reversed(shape), strict=False)
     if source.dim() > len(shape) or any(size not in (1, whole) for size, whole in sizes):
         raise ValueError(f"cannot add {tuple(source.shape)} to {shape}")
-    if source.dtype != a.dtype or source.device != a.device:
-        raise ValueError(f"cannot add {source.dtype} on {source.device} to {a.dtype} on {a.device}")
+    if source.dtype != dtype or source.device != device:
+        raise ValueError(f"cannot add {source.dtype} on {source.device} to {dtype} on {device}")
     return strides_of(source.expand(shape))
 
 
@@ -59,6 +67,7 @@ def describe(a: Tensor, b: Tensor, c: Tensor, precision: str) -> Problem:
         tma=fits_tma(a) and fits_tma(b) and c.stride(-1) == 1,
         batch=a.shape[0] if a.dim() == 3 else 1,
         invariant=settings.invariant,
+        result="" if c.dtype == a.dtype else NAMES[c.dtype],
     )
 
 

@@ -24,8 +24,8 @@ def gemm_tma(
     one before is stored; `plan.is_flattened` is where it may be set.
     Strides: of the descriptors: adjacent columns, or adjacent rows and a TRANSPOSED descriptor; what a descriptor
     can hold is `operands.fits_tma`.
-    Dtypes: 16-bit, a, b and c alike, accumulated in float32, or 8-bit a and b, whose sums are multiplied by the two
-    scales in float32 before they are rounded.
+    Dtypes: 16-bit a and b, accumulated in float32, and c and source alike or float32; or 8-bit a and b, whose sums are
+    multiplied by the two scales in float32 before they are rounded.
     Epilogue: as `gemm`.
     Result: through c_desc, or where that is None to c, by rows. With SPLIT_K > 1 c is the workspace: SPLIT_K float32
     partial results of each product, for `reduce`.

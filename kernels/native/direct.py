@@ -12,6 +12,7 @@ from ..cpu.config import BlockConfig
 from ..cpu.derivative_args import DERIVATIVE_ARGS
 from ..cpu.gemm_args import (
     A_BS,
+    ACCUMULATE,
     ACTIVATION,
     ACTIVATIONS,
     ALPHA,
@@ -48,12 +49,14 @@ def multiply(
     out: torch.Tensor,
     threads: int = 1,
     epilogue: Epilogue = PLAIN,
+    accumulate: bool = False,
 ) -> torch.Tensor:
     """out = activation(alpha · (a · b) + beta · source) by the driver for ``block``.
 
     Dense (m, k) and (k, n) of ``block.dtype``, or a batch of each, and any strides, k > 0 in a batch or where something
     is added; out (m, n) with its elements apart, of that dtype, or float32 where it has 16 bits. A source has the dtype
-    of out, and expands to it; where beta is 0 it is not read.
+    of out, and expands to it; where beta is 0 it is not read. With ``accumulate`` source is out, both scales are 1, and
+    the chains of k may be added to it one after the other.
     """
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     call = CALL(driver.gemm_address(block))
@@ -66,7 +69,7 @@ def multiply(
         expanded = epilogue.source.expand(out.shape)
         args[SOURCE], (args[S_RS], args[S_CS]) = _address(epilogue.source), expanded.stride()[-2:]
         args[S_BS] = expanded.stride(0)
-    args[WIDE] = int(out.dtype != a.dtype)
+    args[WIDE], args[ACCUMULATE] = int(out.dtype != a.dtype), int(accumulate)
     args[ACTIVATION] = ACTIVATIONS.index(epilogue.activation)
     args[PRE] = 0 if epilogue.pre is None else _address(epilogue.pre, is_written=True)
     if call(ctypes.addressof(args), 1, threads):
@@ -90,6 +93,16 @@ def product(
     block, threads = _config(a), torch.get_num_threads() if has_thread_pool() else 1
     result = a.new_empty((*a.shape[:-1], b.shape[-1])) if out is None else out
     return multiply(block, a, b, result, threads, epilogue)
+
+
+def accumulate(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out += a · b, as ``product`` is of ``multiply``: with the bits of one product of all that was added so far.
+
+    That holds where the strides of out have a 1, no product has more than a chunk of steps of k, and all have whole
+    chains of one length but the last.
+    """
+    threads = torch.get_num_threads() if has_thread_pool() else 1
+    return multiply(_config(a), a, b, out, threads, Epilogue(source=out), accumulate=True)
 
 
 def activation_gradient(

@@ -23,6 +23,7 @@ from .state import (
     AUTOCAST_KEY,
     DTYPE_CODES,
     GEMMS,
+    GRAD_DTYPE,
     HOOKS,
     INTERRUPTED,
     KEY_EXCLUDED,
@@ -92,7 +93,7 @@ def _prepare() -> str:
         return f"{taken[0][0]} has a kernel for {taken[0][1]}"
     state[RECORD_KEYS], state[HOOKS] = _KEYS, found["hooks"]
     state[MATMUL], state[LINEAR], state[ADDMM] = found["matmul"], found["linear"], found["addmm"]
-    state[ADD], state[SCALE] = found["add"], torch_layout.one()
+    state[ADD], state[SCALE], state[GRAD_DTYPE] = found["add"], torch_layout.one(), found["grad_dtype"]
     for tag, tensor in enumerate(torch_layout.tags(TAG_COUNT, TAG_RANK)):
         state[TAGS + tag] = tensor
     state[KEY_EXCLUDED], state[AUTOCAST_KEY] = found["key_excluded"], torch_layout.dispatch_key("AutocastCPU")
@@ -126,6 +127,7 @@ def enable() -> None:
     try:
         with torch_layout.without_modes(), torch.enable_grad():
             _try_hooks()
+            _try_kept_dtype()
             _try_products(dtype)
             _try_linear(dtype)
             _try_sums(dtype)
@@ -162,6 +164,16 @@ def _try_hooks() -> None:
             seen.append(has_hooks())
     seen.append(has_hooks())
     _same(seen, [False, True, True, False], "hooks are not where they are expected")
+
+
+def _try_kept_dtype() -> None:
+    x = torch.empty(1, dtype=torch.bfloat16, device="cpu", requires_grad=True)
+    found = [torch_layout.kept_dtype(x)]
+    for dtype in (torch.float32, torch.bfloat16):
+        x.grad_dtype = dtype
+        found.append(torch_layout.kept_dtype(x))
+    codes = [DTYPE_CODES[name] | torch_layout.HAS_DTYPE for name in ("bfloat16", "float32", "bfloat16")]
+    _same(found, codes, "the dtypes of gradients are not told as expected")
 
 
 def _try_products(dtype: torch.dtype) -> None:

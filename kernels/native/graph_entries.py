@@ -11,7 +11,7 @@ that device, which is the product for CPU tensors. In backward the node calls th
 What is passed as a bias is not saved: so of one gradient only the operand is saved that it uses, as in torch.
 
 A small product with one gradient to which something is added is that node and torch's addition, which rounds as the
-epilogue does.
+epilogue does. An operand of 16 bits whose gradient is kept in another dtype is left to the operator in Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,19 @@ from collections.abc import Callable
 from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS, ONE
 from ..cpu.memory import call_address, get, jit, put, stack_words, text
 from .broadcast import linked_matmul
-from .call import FLOAT32, FLOAT64, HANDLE, NEW, RUN, item_size, linked_compute, set_tensors, tensor_words
+from .call import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    HANDLE,
+    NEW,
+    RUN,
+    item_size,
+    linked_compute,
+    set_tensors,
+    tensor_words,
+)
 from .gradients import is_column_major, is_column_weight
 from .op_table import BATCHES, COMPOSED, OWN, Op
 from .op_table import LINEAR as LAYER
@@ -38,6 +50,7 @@ from .own_entries import (
 from .state import (
     ADD,
     ADDMM,
+    GRAD_DTYPE,
     HOOKS,
     KEYS_AT,
     LINEAR,
@@ -73,9 +86,9 @@ from .torch_c_api import (
     tensor_info,
     undefined,
 )
-from .torch_layout import FIRST_HOOK, NEXT_HOOK
+from .torch_layout import FIRST_HOOK, HAS_DTYPE, NEXT_HOOK
 
-call_hooks = call_address(1)
+call_hooks, call_grad_dtype = call_address(1), call_address(1)
 call_redispatch, call_with_bias, call_add = call_address(4), call_address(5), call_address(4)
 args_words = stack_words(GEMM_ARGS)
 two_infos, optional_words = stack_words(2 * INFO), stack_words(2)
@@ -97,16 +110,25 @@ def is_ordinary(tensor):
 
 
 @jit
-def is_recordable(a, b):
-    """Whether compiled code may record a product of two operands."""
-    if grad_mode() == 0 or not is_ordinary(a) or not is_ordinary(b):
-        return False
-    return has_driver(read_dtype(a)) and is_without_modes() and not has_hooks()
+def is_needed(tensor):
+    return requires_grad(get(tensor, 0)) != 0
 
 
 @jit
-def is_needed(tensor):
-    return requires_grad(get(tensor, 0)) != 0
+def is_kept_otherwise(tensor):
+    """Whether the gradient of a tensor of 16 bits is kept in another dtype."""
+    dtype = read_dtype(tensor)
+    if (dtype != FLOAT16 and dtype != BFLOAT16) or not is_needed(tensor):
+        return False
+    return (call_grad_dtype(get(state(), GRAD_DTYPE), tensor) & 0xFFFF) != (dtype | HAS_DTYPE)
+
+
+@jit
+def is_recordable(a, b):
+    """Whether compiled code may record a product of two operands."""
+    if grad_mode() == 0 or not is_ordinary(a) or not is_ordinary(b) or not has_driver(read_dtype(a)):
+        return False
+    return is_without_modes() and not has_hooks() and not is_kept_otherwise(a) and not is_kept_otherwise(b)
 
 
 @jit

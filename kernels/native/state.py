@@ -9,7 +9,8 @@ RECORD        1 where products are recorded by C++ nodes of torch, ``graph.py``;
 RECORD_KEYS   the dispatch keys with which aten's operators are called
 MATMUL … ADDMM  addresses of what takes them: aten::matmul, aten::linear, aten::mkldnn_linear
 HOOKS         that of the one whose result holds the hooks of saved tensors, KEY_EXCLUDED that of the one that
-              tells whether a key is excluded, AUTOCAST_KEY the key of autocast, ADD that of Tensor.add, SCALE of a 1
+              tells whether a key is excluded, AUTOCAST_KEY the key of autocast, ADD that of Tensor.add, SCALE of a 1,
+              GRAD_DTYPE of what tells in which dtype a gradient is kept
 TAGS + tag    tensors without elements, of rank TAG_RANK + tag: saved beside the one operand that a gradient uses, a
               tag tells which one the other is. 1: in column-major order, 2: of a linear layer, + TAG_OF_B: it is B, a
               matrix; TAG_OF_VECTOR, TAG_OF_BATCHES: it is B, of that kind. No weight has such a rank
@@ -27,7 +28,8 @@ import ctypes
 from .op_table import OPS, OVERLOADS
 
 STRICT, ABI_VERSION, RAISE, PYTHON_KEY, FUNCTORCH_KEY, FUNCTIONALIZE_KEY, KEYS_AT, PLAIN_KEYS = range(8)
-RECORD, RECORD_KEYS, MATMUL, LINEAR, ADDMM, HOOKS, KEY_EXCLUDED, AUTOCAST_KEY, ADD, SCALE, TAGS = range(8, 19)
+RECORD, RECORD_KEYS, MATMUL, LINEAR, ADDMM, HOOKS, KEY_EXCLUDED, AUTOCAST_KEY, ADD, SCALE, GRAD_DTYPE = range(8, 19)
+TAGS = GRAD_DTYPE + 1
 TAG_OF_B, TAG_OF_VECTOR, TAG_OF_BATCHES = 4, 8, 9
 TAG_COUNT, TAG_RANK = 10, 3
 GEMMS = TAGS + TAG_COUNT

@@ -77,9 +77,12 @@ GRAPH_MANGLED = {
     "item": "_ZN2at4_ops19_local_scalar_dense4callERKNS_6TensorE",
     # whether autocast is on
     "key_excluded": "_ZN3c104impl28tls_is_dispatch_key_excludedENS_11DispatchKeyE",
+    # the dtype in which a gradient is kept
+    "grad_dtype": "_ZNK2at10TensorBase10grad_dtypeEv",
 }
 # Words of that result, a std::stack in a std::deque: where its first element is, and where the next one goes.
 FIRST_HOOK, NEXT_HOOK = 2, 6
+HAS_DTYPE = 1 << 8  # of a std::optional<c10::ScalarType> in a register: behind the byte of the dtype
 SCALAR_BYTES = 256  # more than a c10::Scalar of any torch
 
 IMPL_WORDS = 24  # of a TensorImpl that may be read: no torch known has a smaller one
@@ -154,6 +157,13 @@ def has_saved_tensor_hooks() -> bool:
     kept = ctypes.CFUNCTYPE(ctypes.c_void_p)(address(GRAPH_MANGLED["hooks"]))()
     words = (ctypes.c_int64 * (NEXT_HOOK + 1)).from_address(kept)
     return words[FIRST_HOOK] != words[NEXT_HOOK]
+
+
+def kept_dtype(tensor: torch.Tensor) -> int:
+    """torch's code of the dtype in which the gradient of a tensor is kept, with HAS_DTYPE; without it, in any."""
+    handle = ctypes.c_int64(tensor._cdata)
+    found = ctypes.CFUNCTYPE(ctypes.c_uint16, ctypes.c_void_p)(address(GRAPH_MANGLED["grad_dtype"]))
+    return int(found(ctypes.addressof(handle)))
 
 
 def const_data_ptr(tensor: torch.Tensor) -> int:

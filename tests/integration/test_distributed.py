@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import accumulation_cases
 import limits
 import pytest
 import torch
@@ -314,6 +315,7 @@ CASES: dict[str, Callable[[DeviceMesh], None]] = {
     "nothing-moves": case_nothing_moves_that_need_not,
     **{f"placements-{name}": placements_case(name) for name in FUNCTIONS},
     "fully-shard": case_fully_shard_and_convert,
+    **accumulation_cases.CASES,
     **{f"{parallel}-{way}": model_case(parallel, way) for parallel in PARALLEL for way in WAYS},
 }
 

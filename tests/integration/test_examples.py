@@ -63,6 +63,21 @@ def test_all_of_the_gpt_runs_on_these_kernels(example: ModuleType, tmp_path: Pat
     assert calls("bmm") - before["bmm"] == (forwards + 2) * batched
 
 
+@pytest.mark.parametrize("example", ["train_char_gpt"], indirect=True)
+def test_the_gpt_trains_in_16_bits_as_in_float32(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(example, "LAYERS", 1)
+    plot = tmp_path / "loss.png"
+    losses = example.main(["--dtype", "bfloat16", "--accumulate", "--steps", "6", "--plot", str(plot)])
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    alone = example.main(["--accumulate", "--steps", "6", "--plot", str(plot)])
+    ends = [sum(curve) / len(curve) for curve in (alone, losses)]
+    assert f"loss at the end: {ends[0]:.4f} in float32, {ends[1]:.4f} in bfloat16" in said
+    assert losses != alone and losses == pytest.approx(alone, rel=0.02)
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("example", ["train_digits", "train_experts"], indirect=True)
 def test_it_learns(example: ModuleType, tmp_path: Path) -> None:
     losses = example.main(["--steps", "60", "--plot", str(tmp_path / "loss.png")])

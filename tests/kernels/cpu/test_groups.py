@@ -6,14 +6,13 @@ beside those of its product alone.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import mmap
 from collections.abc import Sequence
 
 import blocks
 import pytest
 import torch
+from guards import with_guard
 from torch import Tensor
 
 from matmul_grad import testing
@@ -60,23 +59,6 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int, transposed: bool
     order = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
     random = torch.randn(order, generator=generator) if real else torch.randint(-4, 5, order, generator=generator)
     return random.to(dtype).mT if transposed else random.to(dtype)
-
-
-def with_guard(values: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy, in its order of memory, whose last element ends where a page begins that cannot be read; all of it."""
-    size = values.numel() * values.element_size()
-    pages = -(-size // mmap.PAGESIZE)
-    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mprotect(ctypes.c_void_p(start + pages * mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-    whole = torch.frombuffer(memory, dtype=values.dtype, count=pages * mmap.PAGESIZE // values.element_size())
-    whole.fill_(float("nan"))
-    view = whole[whole.numel() - values.numel() :].as_strided(
-        values.shape, values.stride(), whole.numel() - values.numel()
-    )
-    view.copy_(values)
-    return view, whole
 
 
 @every_block

@@ -76,7 +76,8 @@ class Case(NamedTuple):
         grad = {True: "-grad_t", False: "-grad_n", None: ""}[self.plan.constants.get("GRAD_TRANSPOSED")]
         source = f"-{self.source}" if self.source else ""
         rows = "-rows" if self.source and self.tile.path == "tma" and self.plan.arguments[2] is None else ""
-        return f"{self.name}{grad}{source}{rows}{batch}{loads}@sm_{self.arch}"
+        result = "-float32" if self.problem.result == "float32" else ""
+        return f"{self.name}{grad}{source}{rows}{result}{batch}{loads}@sm_{self.arch}"
 
 
 def strides_of(letter: str, batch: int = 1) -> Strides:
@@ -153,6 +154,17 @@ def epilogues() -> Iterator[Case]:
         yield from cases_of(arch, problem, tile, "matrix", letter != "N" or arch != 90)
 
 
+def sums() -> Iterator[Case]:
+    """Weight gradients of 16-bit operands, added to in float32: every tile that may be chosen; every second is slow."""
+    index = itertools.count()
+    for arch, aligned in itertools.product(ARCHES, (True, False)):
+        problem = replace(problem_of("bfloat16", "ieee", "TN", aligned), result="float32")
+        for tile in [*(TMA_TILES if problem.tma else ()), *TILES["half", aligned]]:
+            yield from cases_of(arch, problem, tile, "matrix", next(index) % 2 == 1)
+        split = replace(TILES["half", True][-1], split_k=SPLITS)
+        yield from cases_of(arch, problem, split, "matrix", True)[1:] if aligned else []
+
+
 def scaled() -> Iterator[Case]:
     """8-bit operands of every tile; the first also with k split."""
     for arch, (position, tile) in itertools.product((90, 100), enumerate((*FP8_TMA_TILES, *TILES["fp8", True]))):
@@ -188,7 +200,7 @@ def backwards() -> Iterator[Case]:
             yield Case(arch, of_layout, tile, plan, slow=letters not in two)
 
 
-CASES = {str(case): case for case in (*products(), *scaled(), *vectors(), *backwards(), *epilogues())}
+CASES = {str(case): case for case in (*products(), *sums(), *scaled(), *vectors(), *backwards(), *epilogues())}
 
 
 def compiled(case: Case) -> aot.CompiledReport:
@@ -197,7 +209,7 @@ def compiled(case: Case) -> aot.CompiledReport:
     types = dict.fromkeys(("a", "b", "c", "source", "grad", "da", "db"), short)
     types |= dict.fromkeys(("work", "scale_a", "scale_b"), acc)
     if case.problem.result:
-        types["c"] = SHORT_NAMES[case.problem.result]
+        types["c"] = types["source"] = SHORT_NAMES[case.problem.result]
     return aot.compile_for(case.plan, types, case.arch)
 
 

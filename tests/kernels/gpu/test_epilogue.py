@@ -106,6 +106,32 @@ def check_epilogue(sizes: tuple, dtype: str, layouts: str, config: Any, arch: in
         assert_same_bits(launch.addmm(a, b, launch.Epilogue(1, 0, spoilt), spoilt, config=config), exact.to(a.dtype))
 
 
+def check_float32(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int = 80, batch: int = 0) -> None:
+    """Sums of 16-bit operands, stored in float32 and added to there: they have more bits than 16 hold."""
+    from matmul_grad.kernels.gpu import launch
+
+    a, b = operands(*sizes, dtype, layouts, batch)
+    a = a * {"bf16": 255, "fp16": 1023}[dtype]
+    exact = (a.long() @ b.long()).float()
+    assert not torch.equal(exact, exact.to(a.dtype).float())
+    out_layouts = "N" if batch or (config is not None and config.path == "tma") else "NTS"
+    with at_arch(arch), launched(1 if config is None or config.split_k == 1 else 2):
+        for layout in out_layouts:
+            out = torch.full_like(exact, float("nan")) if batch else embed(torch.full_like(exact, float("nan")), layout)
+            assert launch.mm(a, b, out=out, config=config) is out
+            assert_same_bits(out, exact)
+            for times in (2, 3):
+                launch.addmm(a, b, launch.Epilogue(1, 1, out), out, config=config)
+                assert_same_bits(out, times * exact)
+            row = torch.arange(sizes[1], dtype=torch.float32)
+            assert_same_bits(launch.addmm(a, b, launch.Epilogue(2, -1, row), out, config=config), 2 * exact - row)
+            if not batch:
+                out.fill_(float("nan"))
+                assert bool(out._base.isnan().all()), "written outside of out"
+        with pytest.raises(ValueError, match="cannot add"):
+            launch.addmm(a, b, launch.Epilogue(1, 1, exact.to(a.dtype)), exact.clone(), config=config)
+
+
 def check_vector(m: int, n: int, dtype: str, parts: int) -> None:
     from matmul_grad.kernels.gpu.config import TileConfig
 
@@ -308,6 +334,20 @@ CASES: dict[str, Callable[[], None]] = {
         )
     },
     **{f"scales-{dtype}": partial(on, "pointers-90", check_scales, dtype) for dtype in DTYPES},
+    **{
+        f"float32-{path}-{dtype}": partial(on, path, check_float32, (72, 40, k), dtype, "TN", arch=arch)
+        for path, dtype, k, arch in (
+            ("pointers", "bf16", 72, 80),
+            ("pointers", "fp16", 72, 80),
+            ("pointers-split", "fp16", 232, 90),
+            ("tma-halves", "fp16", 72, 90),
+            ("tma-halves", "bf16", 72, 90),
+            ("tma-split", "fp16", 232, 90),
+        )
+    },
+    "float32-chosen": partial(check_float32, (72, 40, 72), "bf16", "TN", None),
+    "float32-batch": partial(on, "pointers", check_float32, (33, 24, 64), "fp16", "NT", batch=2),
+    "float32-vector": partial(check_float32, (72, 1, 530), "fp16", "NN", None),
     "scales-split": partial(on, "pointers-split", check_scales, "fp64"),
     "scales-tma": partial(on, "tma-halves", check_scales, "fp16"),
     **{f"addmm-{dtype}": partial(check_addmm, dtype) for dtype in DTYPES},
