@@ -38,30 +38,34 @@ MOST_STEPS = 1 << 27  # of k: what an address of the CPU's kernels holds beside 
 
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """The differentiable operator, without the dispatcher where that has nothing to do."""
-    if is_idle(input, weight, bias):
-        return _autograd(input, weight, bias, *geometry)
+    """The differentiable operator; of operands that are not of one kind torch's."""
+    if is_one_kind(input, weight, bias):
+        return convolve_fitting(input, weight, bias, geometry)
     result: Tensor = _convolution(input, weight, bias, *geometry)
     return result
 
 
 def convolve_fitting(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """``convolve`` of operands that fit, and that have one dtype with a kernel but for what autocast will cast."""
+    """``convolve`` of operands of one kind, or that autocast makes so; without the dispatcher where it has no part."""
     if not is_idle(input, weight, bias):
         operator = _convolution if is_dynamo_compiling() else _eager_convolution
         result: Tensor = operator(input, weight, bias, *geometry)
         return result
     if _is_recorded(input, weight, bias):
         return with_graph(_record, input, weight, bias, geometry)
-    return _compute(_convolution, _fitting, input, weight, bias, *geometry)
+    with _below_autograd():
+        return _fitting(input, weight, bias, geometry)
 
 
 def weight_gradient(grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry) -> Tensor:
     """The differentiable operator, for the filter of a convolution or of a transposed one."""
     if geometry.transposed:
         grad, input, geometry = input, grad, geometry.plain()
-    if is_idle(grad, input):
-        return _gradient_autograd(grad, input, list(weight_size), *geometry[:3], geometry.groups)
+    if is_idle(grad, input) and is_one_kind(grad, input):
+        if _is_recorded(grad, input):
+            return with_graph(_record_gradient, grad, input, tuple(weight_size), geometry)
+        with _below_autograd():
+            return _gradient_fitting(grad, input, weight_size, geometry)
     result: Tensor = _weight_gradient(grad, input, list(weight_size), *geometry[:3], geometry.groups)
     return result
 
@@ -136,19 +140,18 @@ def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
     if not is_one_kind(input, weight, bias) or not fits(input.shape, weight.shape, bias_size, geometry):
         strict_mode.note_fallback(input, weight)
         return convolution_by_torch.convolution(input, weight, bias, *arguments)
-    return _fitting(input, weight, bias, *arguments)
+    return _fitting(input, weight, bias, geometry)
 
 
-def _fitting(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+def _fitting(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """``_forward`` of operands that fit and are of one kind."""
-    geometry = Geometry(*arguments)
     if input.shape[0] and (kernels := _supported(input, weight, weight.shape, geometry)) is not None:
         require_storage(input, weight, *(() if bias is None else (bias,)))
         try:
             return _by_kernels(kernels, input, weight, bias, geometry)
         except _failure(kernels):
             strict_mode.note_fallback(input, weight)
-    return convolution_by_torch.convolution(input, weight, bias, *arguments)
+    return convolution_by_torch.convolution(input, weight, bias, *geometry)
 
 
 def _by_kernels(kernels: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -163,7 +166,14 @@ def _gradient(grad: Tensor, input: Tensor, weight_size: Sizes, *arguments: Any) 
     geometry = untransposed(*arguments)
     if not is_one_kind(grad, input) or not fits_gradient(grad.shape, input.shape, weight_size, geometry):
         strict_mode.note_fallback(grad, input)
-    elif grad.shape[0] and (kernels := _supported(grad, input, weight_size, geometry)) is not None:
+        return convolution_by_torch.weight_gradient(grad, input, weight_size, *arguments)
+    return _gradient_fitting(grad, input, weight_size, geometry)
+
+
+def _gradient_fitting(grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry) -> Tensor:
+    """``_gradient`` of operands that fit and are of one kind."""
+    arguments = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    if grad.shape[0] and (kernels := _supported(grad, input, weight_size, geometry)) is not None:
         require_storage(grad, input)
         try:
             return kernels.weight_gradient(grad, input, tuple(weight_size), *arguments)
@@ -218,7 +228,7 @@ class Convolution(_Node):
         if may_have_tangents():
             ctx.save_for_forward(input, weight)
         if not torch._C._are_functorch_transforms_active():
-            return _compute(_convolution, _fitting, input, weight, bias, *geometry)
+            return _compute(_convolution, _forward, input, weight, bias, *geometry)
         with outer_levels_record():
             return convolve(input, weight, bias, geometry)
 

@@ -33,9 +33,10 @@ class Geometry(NamedTuple):
         """Of the convolution that takes a gradient of the result to one of the input; all three are sizes."""
         if self.transposed:
             return self.plain()
-        opposite = self._replace(transposed=True, output_padding=(0,) * len(self.stride))
-        least = pixels(grad, weight, opposite)
-        return opposite._replace(output_padding=tuple(whole - size for whole, size in zip(input[2:], least)))
+        stride, padding, dilation, _, _, groups = self
+        least = [_pixels(*of_dimension, 0) for of_dimension in zip(grad[2:], weight[2:], stride, padding, dilation)]
+        more = tuple([whole - size for whole, size in zip(input[2:], least)])
+        return Geometry(stride, padding, dilation, True, more, groups)
 
     def with_groups(self, groups: int) -> Geometry:
         return self._replace(groups=groups)

@@ -49,9 +49,13 @@ _IDLE = _idle_keys()
 
 
 def is_idle(one: Tensor, other: Tensor, third: Tensor | None = None) -> bool:
-    """Whether a call of these operands would go straight to the kernel under Autograd."""
-    if is_dynamo_compiling() or type(one) not in _PLAIN or type(other) not in _PLAIN:
+    """Whether a call of these operands would go straight to the kernel under Autograd, and from there to that below.
+
+    Not of negative views and zeros without memory, which are made plain in between.
+    """
+    if is_dynamo_compiling() or _keys() not in _IDLE:
         return False
-    if (third is not None and type(third) not in _PLAIN) or _keys() not in _IDLE:
-        return False
+    for x in (one, other) if third is None else (one, other, third):
+        if type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor():
+            return False
     return _has_callbacks is not None and not _has_callbacks()

@@ -97,8 +97,9 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
                         at = element_at(
                             builder, operand, image.address, builder.add(first, builder.mul(lane, distance))
                         )
-                        value = operand.read(builder, at, I64(1))
-                        operand.vector.store(builder, value, operand.vector.at(builder, target, builder.add(to, lane)))
+                        value = builder.extract_element(operand.read(builder, at, I64(1)), I32(0))
+                        address = operand.vector.at(builder, target, builder.add(to, lane))
+                        builder.store(value, address)
 
                     each(builder, lanes, 1, element)
 

@@ -13,10 +13,10 @@ allocated but the result.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import math
+from array import array
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from ..cpu import patches_args as p
 from ..cpu.config import BlockConfig
 from . import direct
 from .convolution_operands import (
+    WORD,
     Batch,
     Operand,
     Result,
@@ -37,7 +38,6 @@ from .convolution_operands import (
     Window,
     columns_of_pixels,
     filter_of,
-    one_stride,
     part_of,
     patches_of,
     phases,
@@ -50,7 +50,7 @@ from .torch_layout import const_data_ptr, has_thread_pool
 MOST_PIXELS = 1 << 27  # of a batch: an index of them and a step of k share the 64 bits of an address, see FREE_STRIDE
 MANY_PIXELS = 1024  # of an image, from which on a sample is a product of its own: below, panels would be cut too often
 SHORTEST_RUN = 4  # taps in a row, from which on they are stored as a run of their own
-ARGS = ctypes.c_int64 * g.GEMM_ARGS
+UNUSED = (0,) * (g.GEMM_ARGS - g.SOURCE)  # arguments that most products leave as they are
 
 
 @functools.cache
@@ -64,13 +64,12 @@ def supports(input: Tensor, weight: Tensor) -> bool:
 
     Batches of more than MOST_PIXELS are torch's, and dtypes without kernels.
     """
-    if input.device.type != "cpu" or weight.device.type != "cpu" or input.dtype != weight.dtype:
+    if not input.is_cpu or not weight.is_cpu or input.dtype is not weight.dtype:
         return False
-    if input.layout != torch.strided or weight.layout != torch.strided or not 3 <= input.dim() <= 5:
+    if input.layout is not torch.strided or weight.layout is not torch.strided or not 3 <= input.dim() <= 5:
         return False
-    for size in (input.shape, weight.shape):
-        if size[0] * math.prod(size[2:]) > MOST_PIXELS:
-            return False
+    if input.numel() > MOST_PIXELS * input.shape[1] or weight.numel() > MOST_PIXELS * weight.shape[1]:
+        return False
     return supports_dtype(input.dtype)
 
 
@@ -111,6 +110,10 @@ def input_gradient(
             _fill(out, bias)
         _convolve_tiles(dy, w, whole, groups, bias, out.dtype)
         return out
+    if max(stride) == 1:
+        window = Window(dy, ones, w.sizes[2:], [-by for by in dilation], padding)
+        _convolve(filter_of(w, 1, groups), window, whole, groups, bias, out.dtype)
+        return out
     dimensions = zip(input_size[2:], w.sizes[2:], stride, padding, dilation)
     for phase in itertools.product(*[phases(*of_dimension) for of_dimension in dimensions]):
         if not all([x.taps for x in phase]):
@@ -128,11 +131,10 @@ def weight_gradient(
     out, dy, x = grad.new_empty(weight_size), view_of(grad), view_of(input)
     co, ci, *kernel = weight_size
     pixels, n, rows = dy.sizes[2:], ci * math.prod(kernel), co // groups
-    dense = one_stride(dy)
-    if dy.sizes[0] == 1 and dense is not None:
-        a = Operand(dy.address, dy.strides[1], dense, rows * dy.strides[1])
+    if dy.sizes[0] == 1 and dy.dense is not None:
+        a = Operand(dy.address, dy.strides[1], dy.dense, rows * dy.strides[1])
     else:
-        a = rows_of_pixels(dy, 1, dense, rows * p.FREE_STRIDE)
+        a = rows_of_pixels(dy, 1, rows * p.FREE_STRIDE)
     free, k = Side(x.strides[1], kernel, dilation), Side(x.strides[0], pixels, stride)
     b = patches_of(x, free, k, [-pad for pad in padding], n * p.FREE_STRIDE)
     by_group, sizes = Batch(groups, a.group, b.group, rows * n), (rows, n, dy.sizes[0] * math.prod(pixels))
@@ -146,7 +148,7 @@ def weight_gradient(
 def _convolve(a: Operand, window: Window, c: View, groups: int, bias: Tensor | None, dtype: torch.dtype) -> None:
     """c[sample, (group, i), pixel] = Σ_p a[group, i, p] · b[group, p, (sample, pixel)] + bias[group, i]"""
     image, (samples, channels, *pixels), c_rs = window.image, c.sizes, c.strides[1]
-    m, n, of_group, dense = channels // groups, math.prod(pixels), image.sizes[1] // groups, one_stride(c)
+    m, n, of_group, dense = channels // groups, math.prod(pixels), image.sizes[1] // groups, c.dense
     k, step, columns = of_group * math.prod(window.taps), image.strides[0], None
     apart = dense is not None and (samples == 1 or n >= MANY_PIXELS)  # a sample is a product
     joined = dense is not None and c.strides[0] == n * dense  # all samples are one, in a C of two strides
@@ -174,14 +176,14 @@ def _is_tiled(dy: View, w: View, c: View, stride: Sizes, padding: Sizes, dilatio
     for size, taps, by, count in zip(c.sizes[2:], kernel, dilation, dy.sizes[2:]):
         if size < taps * count or (by > 1 and taps > 1):
             return False
-    return one_stride(dy) is not None and one_stride(w) == 1 and w.strides[1] == math.prod(kernel)
+    return dy.dense is not None and w.dense == 1 and w.strides[1] == math.prod(kernel)
 
 
 def _convolve_tiles(dy: View, w: View, c: View, groups: int, bias: Tensor | None, dtype: torch.dtype) -> None:
     """c[sample, (group, ci), (pixel, tap)] = Σ_co dY[sample, (group, co), pixel] · W[(group, co), ci, tap] + bias"""
     (samples, co, *pixels), (_, ci, *kernel), channel = dy.sizes, w.sizes, c.strides[1]
     source, s_cs = (0, 0) if bias is None else (const_data_ptr(bias), bias.stride(0))
-    a = Operand(dy.address, one_stride(dy) or 0, dy.strides[1], co // groups * dy.strides[1])
+    a = Operand(dy.address, dy.dense or 0, dy.strides[1], co // groups * dy.strides[1])
     b = Operand(w.address, 1, w.strides[0], co // groups * w.strides[0])
     columns = runs(kernel, c.strides[2:], channel, s_cs)
     rows = runs(pixels, [taps * distance for taps, distance in zip(kernel, c.strides[2:])], 0)
@@ -202,10 +204,11 @@ def _run(
     one, other = batches
     inner, outer = (one, other) if one.products >= other.products else (other, one)
     call, threads = _driver(dtype), torch.get_num_threads() if has_thread_pool() else 1
-    args = ARGS(
+    words = (
         *sizes, a.address, a.free, a.k, b.address, b.k, b.free, c.address, c.row, c.column,
         inner.products, inner.a, inner.b, inner.c,
     )  # fmt: skip
+    args = array(WORD, words + UNUSED)
     args[g.ALPHA] = args[g.BETA] = g.ONE
     if c.source:
         args[g.SOURCE], args[g.S_RS], args[g.S_BS] = c.source, c.source_row, inner.source
@@ -216,8 +219,8 @@ def _run(
         (g.C_ROWS, c.rows),
     ):
         if described is not None:
-            args[word] = ctypes.addressof(described)
-    address = ctypes.addressof(args)
+            args[word] = described.buffer_info()[0]
+    address = args.buffer_info()[0]
     for item in range(outer.products):
         if item:
             for word, step in ((g.A, outer.a), (g.B, outer.b), (g.C, outer.c), (g.SOURCE, outer.source)):
