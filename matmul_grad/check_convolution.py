@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import api, convolution, testing
+from . import api, convolution, convolution_ops, testing
 from .check_products import difference, disagreement, dtypes, lines
 from .console import Console, table, track
 
@@ -122,12 +122,11 @@ def table_of_layers(console: Console, device: str) -> list[str]:
 
 def kernels(device: str) -> list[str]:
     """The dtypes that this package's kernels convolve there."""
-    if device != "cpu":
+    found = convolution_ops.kernels_for(device == "cuda")
+    if found is None:
         return []
-    from .kernels.native import convolution as native
-
-    images = {name: torch.zeros(1, 1, 1, dtype=testing.DTYPES[name]) for name in dtypes(device)}
-    return [name for name, image in images.items() if native.supports(image, image)]
+    images = {name: torch.zeros(1, 1, 1, dtype=testing.DTYPES[name], device=device) for name in dtypes(device)}
+    return [name for name, image in images.items() if found.supports(image, image)]
 
 
 def operands(layer: Layer, device: str) -> tuple[Results, Results]:

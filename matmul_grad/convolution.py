@@ -7,18 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 from torch.nn import functional
 
 from . import convolution_vmap as convolution_vmap
 from . import fallback, strict_mode
+from .convolution_ops import convolve_fitting
 from .convolution_shapes import Geometry, fits
-from .ops import DTYPES, eager
+from .ops import DTYPES
 
 Numbers = int | Sequence[int]
-
-_convolution = torch.ops.matmul_grad.convolution.default
-_eager_convolution = eager(_convolution)
 
 
 def conv1d(
@@ -36,13 +33,14 @@ def conv1d(
 
     shapes      input (n, ci, size) or (ci, size), weight (co, ci / groups, taps), bias (co)
     strides     any; the result has the memory format of the input
-    dtypes      float16, bfloat16, float32, float64 on CPU; the rest is torch.nn.functional.conv1d, and so are
-                one channel a group, and bfloat16 on CPUs with instructions for it
+    dtypes      float16, bfloat16, float32, float64 on CPU and CUDA; the rest is torch.nn.functional.conv1d, and so are
+                one channel a group, and bfloat16 on CPUs with instructions for it; float32 on CUDA follows
+                torch.backends.cudnn.conv.fp32_precision
     aliasing    the result is new memory
     rounding    as ``mm``
     errors      torch.nn.functional.conv1d's
     determinism an element depends on its window, its filter and their order alone: not on the batch or the size
-    source      docs/design.md, "Convolutions"; kernels/native/convolution.py
+    source      docs/design.md, "Convolutions"; kernels/native/convolution.py, kernels/gpu/convolution.py
 
     ``padding`` may be "valid" or "same"; where "same" needs one more element behind, the input is copied once.
 
@@ -209,8 +207,7 @@ def _by_operator(
         batched = functional.pad(batched, [x for size in reversed(behind) for x in (0, size)])
     if not fits(batched.shape, weight.shape, None if bias is None else bias.shape, geometry):
         return None
-    operator = _convolution if is_dynamo_compiling() else _eager_convolution
-    result: Tensor = operator(batched, weight, bias, *geometry)
+    result = convolve_fitting(batched, weight, bias, geometry)
     return result if input.dim() == rank + 2 else result.squeeze(0)
 
 
@@ -243,7 +240,7 @@ def _is_int(x: Any) -> bool:
 
 def _numbers(rank: int, x: Any) -> tuple[int, ...] | None:
     """One number for each dimension, as torch reads them."""
-    if _is_int(x):
+    if type(x) is int or _is_int(x):
         return (x,) * rank
     if not isinstance(x, (tuple, list)) or len(x) not in (1, rank) or not all(map(_is_int, x)):
         return None

@@ -13,36 +13,59 @@ The gradient of W has an operator of its own, whose two derivatives are convolut
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import autocast, convolution_by_torch, sharding, strict_mode
 from .autograd import _below_autograd, _Node, is_seen_below_autograd, may_have_tangents, outer_levels_record, with_graph
 from .convolution_by_torch import memory_format_of
 from .convolution_shapes import Geometry, Sizes, channels, fits, fits_gradient, pixels, untransposed
+from .dispatch_state import is_idle
 from .flops import count_flops
-from .ops import DTYPES, NAMESPACE, TAGS, library, require_storage
+from .ops import DTYPES, NAMESPACE, TAGS, eager, library, require_storage
 
 WINDOW = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 TRANSPOSED = "bool transposed, SymInt[] output_padding"
 SCHEMA = f"(Tensor input, Tensor weight, Tensor? bias, {WINDOW}, {TRANSPOSED}, SymInt groups)"
 GRADIENT_SCHEMA = f"(Tensor grad, Tensor input, SymInt[] weight_size, {WINDOW}, SymInt groups)"
+MOST_STEPS = 1 << 27  # of k: what an address of the CPU's kernels holds beside the pixels of a batch
 
 
 def convolve(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """The differentiable operator."""
+    """The differentiable operator; of operands that are not of one kind torch's."""
+    if is_one_kind(input, weight, bias):
+        return convolve_fitting(input, weight, bias, geometry)
     result: Tensor = _convolution(input, weight, bias, *geometry)
     return result
+
+
+def convolve_fitting(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """``convolve`` of operands of one kind, or that autocast makes so; without the dispatcher where it has no part."""
+    if not is_idle(input, weight, bias):
+        operator = _convolution if is_dynamo_compiling() else _eager_convolution
+        result: Tensor = operator(input, weight, bias, *geometry)
+        return result
+    if _is_recorded(input, weight, bias):
+        return with_graph(_record, input, weight, bias, geometry)
+    with _below_autograd():
+        return _fitting(input, weight, bias, geometry)
 
 
 def weight_gradient(grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry) -> Tensor:
     """The differentiable operator, for the filter of a convolution or of a transposed one."""
     if geometry.transposed:
         grad, input, geometry = input, grad, geometry.plain()
+    if is_idle(grad, input) and is_one_kind(grad, input):
+        if _is_recorded(grad, input):
+            return with_graph(_record_gradient, grad, input, tuple(weight_size), geometry)
+        with _below_autograd():
+            return _gradient_fitting(grad, input, weight_size, geometry)
     result: Tensor = _weight_gradient(grad, input, list(weight_size), *geometry[:3], geometry.groups)
     return result
 
@@ -66,20 +89,31 @@ def _cut(tensor: Tensor, size: Sizes) -> Tensor:
 # --- kernels --------------------------------------------------------------------------------------------------------
 
 
-def _kernels() -> Any:
-    """The module of the kernels, or None: no LLVM."""
+@functools.cache
+def kernels_for(on_gpu: bool) -> Any:
+    """The module of the kernels, or None: no LLVM, no Triton."""
     try:
-        from .kernels.native import convolution
+        if on_gpu:
+            from .kernels.gpu import convolution as of_gpu
+
+            return of_gpu
+        from .kernels.native import convolution as of_cpu
     except Exception:
         return None
-    return convolution
+    return of_cpu
+
+
+def _failure(kernels: Any) -> Any:
+    """What the kernels of a GPU raise where none can be built; for an ``except``."""
+    return getattr(kernels, "CannotBuild", ())
 
 
 def _supported(one: Tensor, other: Tensor, weight: Sizes, geometry: Geometry) -> Any:
-    """The kernels for operands that fit, or None for torch's: other devices and dtypes, one channel a group."""
-    kernels = _kernels() if one.device.type == other.device.type == "cpu" else None
-    depthwise = geometry.groups > 1 and weight[1] == 1
-    if kernels is None or depthwise or not kernels.supports(one, other):
+    """The kernels for operands that fit, or None for torch's: other devices, dtypes, one channel a group, huge sums."""
+    on_gpu, groups = one.is_cuda, geometry.groups
+    kernels = kernels_for(on_gpu) if on_gpu or one.device.type == "cpu" else None
+    depthwise, steps = groups > 1 and weight[1] == 1, max(weight[0], weight[1] * groups) * math.prod(weight[2:])
+    if kernels is None or depthwise or steps > MOST_STEPS or not kernels.supports(one, other):
         strict_mode.note_fallback(one, other)
         return None
     return kernels
@@ -87,12 +121,17 @@ def _supported(one: Tensor, other: Tensor, weight: Sizes, geometry: Geometry) ->
 
 def is_one_kind(*tensors: Tensor | None) -> bool:
     """Whether they are dense tensors of one device and one dtype, which has a kernel."""
-    given = [x for x in tensors if x is not None]
-    first = given[0]
-    return first.dtype in DTYPES and all(
-        x.dtype == first.dtype and x.device == first.device and x.layout == torch.strided and not x.is_nested
-        for x in given
-    )
+    first = tensors[0]
+    assert first is not None
+    dtype, device = first.dtype, first.device
+    if dtype not in DTYPES:
+        return False
+    for x in tensors:
+        if x is None:
+            continue
+        if x.dtype is not dtype or x.device != device or x.layout is not torch.strided or x.is_nested:
+            return False
+    return True
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
@@ -100,23 +139,46 @@ def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
     bias_size = None if bias is None else bias.shape
     if not is_one_kind(input, weight, bias) or not fits(input.shape, weight.shape, bias_size, geometry):
         strict_mode.note_fallback(input, weight)
-    elif input.shape[0] and (kernels := _supported(input, weight, weight.shape, geometry)) is not None:
+        return convolution_by_torch.convolution(input, weight, bias, *arguments)
+    return _fitting(input, weight, bias, geometry)
+
+
+def _fitting(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """``_forward`` of operands that fit and are of one kind."""
+    if input.shape[0] and (kernels := _supported(input, weight, weight.shape, geometry)) is not None:
         require_storage(input, weight, *(() if bias is None else (bias,)))
-        window = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-        if not geometry.transposed:
-            return kernels.forward(input, weight, bias, *window)
-        size = input.shape[0], channels(weight.shape, geometry)[1], *pixels(input.shape, weight.shape, geometry)
-        return kernels.input_gradient(input, weight, size, *window, bias=bias)
-    return convolution_by_torch.convolution(input, weight, bias, *arguments)
+        try:
+            return _by_kernels(kernels, input, weight, bias, geometry)
+        except _failure(kernels):
+            strict_mode.note_fallback(input, weight)
+    return convolution_by_torch.convolution(input, weight, bias, *geometry)
+
+
+def _by_kernels(kernels: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    window = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    if not geometry.transposed:
+        return kernels.forward(input, weight, bias, *window)
+    size = input.shape[0], channels(weight.shape, geometry)[1], *pixels(input.shape, weight.shape, geometry)
+    return kernels.input_gradient(input, weight, size, *window, bias=bias)
 
 
 def _gradient(grad: Tensor, input: Tensor, weight_size: Sizes, *arguments: Any) -> Tensor:
     geometry = untransposed(*arguments)
     if not is_one_kind(grad, input) or not fits_gradient(grad.shape, input.shape, weight_size, geometry):
         strict_mode.note_fallback(grad, input)
-    elif grad.shape[0] and (kernels := _supported(grad, input, weight_size, geometry)) is not None:
+        return convolution_by_torch.weight_gradient(grad, input, weight_size, *arguments)
+    return _gradient_fitting(grad, input, weight_size, geometry)
+
+
+def _gradient_fitting(grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry) -> Tensor:
+    """``_gradient`` of operands that fit and are of one kind."""
+    arguments = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    if grad.shape[0] and (kernels := _supported(grad, input, weight_size, geometry)) is not None:
         require_storage(grad, input)
-        return kernels.weight_gradient(grad, input, tuple(weight_size), *arguments)
+        try:
+            return kernels.weight_gradient(grad, input, tuple(weight_size), *arguments)
+        except _failure(kernels):
+            strict_mode.note_fallback(grad, input)
     return convolution_by_torch.weight_gradient(grad, input, weight_size, *arguments)
 
 
@@ -236,8 +298,11 @@ _record_gradient: Callable[..., Tensor] = WeightGradient.apply  # type: ignore[a
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
-    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return needed or may_have_tangents()
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return may_have_tangents()
 
 
 def _autograd(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
@@ -287,6 +352,7 @@ def _register(name: str, schema: str, kernels: tuple[Callable[..., Any], ...], f
 
 
 _convolution = _register("convolution", SCHEMA, (_forward, _autograd, _fake_forward), _flops)
+_eager_convolution = eager(_convolution)
 _weight_gradient = _register(
     "convolution_weight_gradient",
     GRADIENT_SCHEMA,

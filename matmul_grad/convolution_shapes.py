@@ -33,9 +33,10 @@ class Geometry(NamedTuple):
         """Of the convolution that takes a gradient of the result to one of the input; all three are sizes."""
         if self.transposed:
             return self.plain()
-        opposite = self._replace(transposed=True, output_padding=(0,) * len(self.stride))
-        least = pixels(grad, weight, opposite)
-        return opposite._replace(output_padding=tuple(whole - size for whole, size in zip(input[2:], least)))
+        stride, padding, dilation, _, _, groups = self
+        least = [_pixels(*of_dimension, 0) for of_dimension in zip(grad[2:], weight[2:], stride, padding, dilation)]
+        more = tuple([whole - size for whole, size in zip(input[2:], least)])
+        return Geometry(stride, padding, dilation, True, more, groups)
 
     def with_groups(self, groups: int) -> Geometry:
         return self._replace(groups=groups)
@@ -54,11 +55,16 @@ def pixels(input: Sizes, weight: Sizes, geometry: Geometry) -> tuple[int, ...]:
     (8,)
     """
     stride, padding, dilation, transposed, output_padding, _ = geometry
-    reach = [by * (taps - 1) for by, taps in zip(dilation, weight[2:])]
-    if transposed:
-        each = zip(input[2:], stride, padding, reach, output_padding)
-        return tuple((size - 1) * step - 2 * pad + far + 1 + more for size, step, pad, far, more in each)
-    return tuple((n + 2 * p - far) // s + 1 for n, s, p, far in zip((x - 1 for x in input[2:]), stride, padding, reach))
+    each = zip(input[2:], weight[2:], stride, padding, dilation, output_padding)
+    return tuple([_pixels(n, taps, s, p, by, more if transposed else None) for n, taps, s, p, by, more in each])
+
+
+def _pixels(size: int, taps: int, stride: int, padding: int, dilation: int, more: int | None) -> int:
+    """Of one dimension; ``more``: the output_padding of a transposed convolution, None for another."""
+    reach = dilation * (taps - 1)
+    if more is None:
+        return (size - 1 + 2 * padding - reach) // stride + 1
+    return (size - 1) * stride - 2 * padding + reach + 1 + more
 
 
 def channels(weight: Sizes, geometry: Geometry) -> tuple[int, int]:
@@ -73,19 +79,18 @@ def fits(input: Sizes, weight: Sizes, bias: Sizes | None, geometry: Geometry) ->
     rank = len(input) - 2
     if rank not in (1, 2, 3) or len(weight) != rank + 2:
         return False
-    if any(len(x) != rank for x in (stride, padding, dilation, output_padding)):
+    if not len(stride) == len(padding) == len(dilation) == len(output_padding) == rank:
+        return False
+    takes, gives = channels(weight, geometry)
+    if groups < 1 or weight[0] % groups or input[1] != takes or not (bias is None or tuple(bias) == (gives,)):
+        return False
+    if weight[0] <= 0 or weight[1] <= 0 or takes <= 0:
         return False
     # One comparison a size: the smaller one of two symbolic sizes would be a guard of compiled code.
-    if groups < 1:
-        return False
-    for step, pad, by, more in zip(stride, padding, dilation, output_padding):
+    for size, taps, step, pad, by, more in zip(input[2:], weight[2:], stride, padding, dilation, output_padding):
         if step < 1 or pad < 0 or by < 1 or more < 0 or (transposed and more >= step and more >= by):
             return False
-    takes, gives = channels(weight, geometry)
-    if weight[0] % groups or input[1] != takes or not (bias is None or tuple(bias) == (gives,)):
-        return False
-    for size in (*weight, *input[1:], *pixels(input, weight, geometry)):  # noqa: SIM110  # a generator costs a microsecond
-        if size <= 0:
+        if size <= 0 or taps <= 0 or _pixels(size, taps, step, pad, by, more if transposed else None) <= 0:
             return False
     return True
 

@@ -20,6 +20,8 @@ from .gemm_args import (
     BETA,
     C_COLUMN,
     C_CS,
+    C_ROW,
+    C_ROWS,
     C_RS,
     C_RUNS,
     PRE,
@@ -33,7 +35,7 @@ from .gemm_args import (
     N,
 )
 from .memory import call_kernel, ceil_div, copy_words, floor_div, get, jit, put
-from .patches_args import RUN_EXTENT, RUN_OUTER, RUN_STRIDE
+from .patches_args import RUN_EXTENT, RUN_OUTER, RUN_SOURCE, RUN_STRIDE
 from .schedule import (
     K_CHUNKS,
     PARTIALS,
@@ -100,25 +102,57 @@ def reduce_chunks(config, args):
 @jit
 def store(config, args, partials, row_lanes):
     """The epilogue of sums whose rows are ``row_lanes`` apart, into C."""
+    if get(args, C_ROWS) == 0:
+        store_rows(config, args, partials, row_lanes)
+        return
+    block, runs, row, left = args_words(), get(args, C_ROWS), get(args, C_ROW), get(args, M)
+    size = get(config, SIZE) << get(args, WIDE)
+    copy_words(block, args, PLANNED_ARGS)
+    put(block, C_RS, get(runs, RUN_STRIDE + 2))
+    while left > 0:
+        at, rest, _ = locate_run(runs, row)
+        count = min(left, rest)
+        put(block, C, get(args, C) + at * size)
+        put(block, M, count)
+        store_rows(config, block, partials, row_lanes)
+        partials += count * row_lanes * get(config, LANE_BYTES)
+        if get(args, SOURCE) != 0:
+            put(block, SOURCE, get(block, SOURCE) + count * get(args, S_RS) * size)
+        row, left = row + count, left - count
+
+
+@jit
+def store_rows(config, args, partials, row_lanes):
+    """``store`` for rows of C at one distance."""
     if get(args, C_RUNS) == 0:
         store_columns(config, args, partials, row_lanes)
         return
-    block, runs, column, lane_bytes = args_words(), get(args, C_RUNS), get(args, C_COLUMN), get(config, LANE_BYTES)
-    size, extent, left = get(config, SIZE) << get(args, WIDE), get(runs, RUN_EXTENT + 2), get(args, N)
+    block, runs, column, left = args_words(), get(args, C_RUNS), get(args, C_COLUMN), get(args, N)
+    size = get(config, SIZE) << get(args, WIDE)
     copy_words(block, args, PLANNED_ARGS)
     put(block, C_CS, get(runs, RUN_STRIDE + 2))
+    put(block, S_CS, 0)
     while left > 0:
-        row = floor_div(column, extent)
-        x, plane = column - row * extent, floor_div(row, get(runs, RUN_EXTENT + 1))
-        y, sample = row - plane * get(runs, RUN_EXTENT + 1), floor_div(plane, get(runs, RUN_EXTENT))
-        z, count = plane - sample * get(runs, RUN_EXTENT), min(left, extent - x)
-        at = sample * get(runs, RUN_OUTER) + z * get(runs, RUN_STRIDE) + y * get(runs, RUN_STRIDE + 1)
-        put(block, C, get(args, C) + (at + x * get(runs, RUN_STRIDE + 2)) * size)
+        at, rest, outer = locate_run(runs, column)
+        count = min(left, rest)
+        put(block, C, get(args, C) + at * size)
         put(block, N, count)
+        if get(args, SOURCE) != 0:
+            put(block, SOURCE, get(args, SOURCE) + outer * get(runs, RUN_SOURCE) * size)
         store_columns(config, block, partials, row_lanes)
-        partials += count * lane_bytes
-        put(block, SOURCE, get(block, SOURCE) + (count * get(args, S_CS) * size if get(block, SOURCE) != 0 else 0))
+        partials += count * get(config, LANE_BYTES)
         column, left = column + count, left - count
+
+
+@jit
+def locate_run(runs, index):
+    """Where a row or a column that is found by digits is in C, how many are left of its run, and its outer digit."""
+    extent, row = get(runs, RUN_EXTENT + 2), floor_div(index, get(runs, RUN_EXTENT + 2))
+    x, plane = index - row * extent, floor_div(row, get(runs, RUN_EXTENT + 1))
+    y, outer = row - plane * get(runs, RUN_EXTENT + 1), floor_div(plane, get(runs, RUN_EXTENT))
+    z = plane - outer * get(runs, RUN_EXTENT)
+    at = outer * get(runs, RUN_OUTER) + z * get(runs, RUN_STRIDE) + y * get(runs, RUN_STRIDE + 1)
+    return at + x * get(runs, RUN_STRIDE + 2), extent - x, outer
 
 
 @jit

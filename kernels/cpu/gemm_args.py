@@ -9,7 +9,8 @@ table of groups.py. ACCUMULATE is 1 where the chains of the product may be added
 is C, and alpha and beta are 1.
 
 A_PATCHES and B_PATCHES are 0, or the address of what describes an operand that is found by digits, and C_RUNS of what
-describes columns of C that are not at one distance: see patches_args.py. C_COLUMN is then the first column.
+describes columns of C that are not at one distance: see patches_args.py. C_COLUMN is then the first column. C_ROWS and
+C_ROW are the same of rows, where the columns are runs too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ M, N, K, A, A_RS, A_CS, B, B_RS, B_CS, C, C_RS, C_CS = range(12)
 BATCH, A_BS, B_BS, C_BS = range(12, 16)  # number of products, and the distances between them
 SOURCE, S_RS, S_CS, S_BS, ALPHA, BETA = range(16, 22)
 ACTIVATION, PRE, WIDE = range(22, 25)
-GROUPS, A_PATCHES, B_PATCHES, C_RUNS, C_COLUMN, ACCUMULATE = range(25, 31)
-GEMM_ARGS = 31
+GROUPS, A_PATCHES, B_PATCHES, C_RUNS, C_COLUMN, C_ROWS, C_ROW, ACCUMULATE = range(25, 33)
+GEMM_ARGS = 33
 ONE = 0x3FF0000000000000  # the bits of 1.0
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "silu", "tanh")
 BY_RESULT = ("relu", "tanh")  # whose derivative is a function of their result

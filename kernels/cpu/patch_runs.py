@@ -293,9 +293,9 @@ def read_line(builder: ir.IRBuilder, image: Image, room: Room, line: Line, offse
 
 
 def is_inside(builder, image, other, run, count):
-    """Whether a run is one piece in the image up to ``count``, whatever of the ``other`` side's digits is added."""
+    """Whether a run lies in the image up to ``count``, whatever of the ``other`` side's digits is added."""
     missing = builder.not_(image.operand.vector.mask(builder, count))
-    mask = run.pieces[0]
+    mask = ir.Constant(missing.type, [ir.IntType(1)(1)] * image.lanes)
     for d in range(DIMENSIONS):
         reach = builder.mul(builder.sub(other.extents[d], I64(1)), other.steps[d])
         for tap in (I32(0), builder.trunc(reach, I32)):

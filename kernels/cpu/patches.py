@@ -83,7 +83,29 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
 
                 each(builder, count, 1, row)
 
-            _rows_of_pixels(builder, image, room, step, k, some_pixels)
+            def pixels_apart(p, run, exist):
+                distance = distance_of(builder, image, image.k)
+                whole = builder.icmp_signed(">", exist, I64(image.lanes))
+                lanes = builder.select(whole, I64(image.lanes), exist)
+
+                def row(i):
+                    to = builder.add(begin, builder.add(builder.mul(i, stride), p))
+                    other = builder.load(slot(builder, room.other_offsets, i, I64), typ=I64)
+                    first = builder.add(run.origins[0], other)
+
+                    def element(lane):
+                        at = element_at(
+                            builder, operand, image.address, builder.add(first, builder.mul(lane, distance))
+                        )
+                        value = builder.extract_element(operand.read(builder, at, I64(1)), I32(0))
+                        address = operand.vector.at(builder, target, builder.add(to, lane))
+                        builder.store(value, address)
+
+                    each(builder, lanes, 1, element)
+
+                each(builder, count, 1, row)
+
+            _rows_of_pixels(builder, image, room, step, k, some_pixels, pixels_apart)
 
         each(builder, rows, ROWS, some_rows)
 
@@ -143,10 +165,11 @@ def _pack_transposed(builder, image, room, target, free, k):
     _rows_of_pixels(builder, image, room, step, steps, some_pixels)
 
 
-def _rows_of_pixels(builder, image, room, step, k, emit):
+def _rows_of_pixels(builder, image, room, step, k, emit, emit_apart=None):
     """``emit(p, run, count, inside)`` for vectors along k, steps p to p + count of ``k`` from ``step`` on.
 
     None crosses the end of a row of the image. inside: whether no digits of the free index lead out of the image.
+    ``emit_apart(p, run, count)``, where it is there, for those inside whose elements are not adjacent.
     """
     extent, distance = image.k.extents[X], distance_of(builder, image, image.k)
 
@@ -156,16 +179,29 @@ def _rows_of_pixels(builder, image, room, step, k, emit):
         length = builder.select(builder.icmp_signed("<", left, to_end), left, to_end)
 
         def vector(v):
-            at = [*outer, builder.add(x, v)]
-            *coordinates, one, other, origin, _, scattered = run_in_row(builder, image, image.k, at, room)
+            digits = [*outer, builder.add(x, v)]
+            *coordinates, one, other, origin, _, scattered = run_in_row(builder, image, image.k, digits, room)
             second = builder.icmp_signed("==", distance, I64(2))
             run = Run(coordinates, room.offsets, [one, other], [origin, origin], scattered, second)
             count = builder.sub(length, v)
-            with builder.if_else(is_inside(builder, image, image.free, run, count)) as (inside, outside):
-                with inside:
-                    emit(builder.add(p, v), run, count, True)
-                with outside:
-                    emit(builder.add(p, v), run, count, False)
+            at, adjacent = builder.add(p, v), builder.icmp_signed("==", distance, I64(1))
+
+            def inside_or_not(inside):
+                with builder.if_else(builder.and_(adjacent, inside)) as (together, other):
+                    with together:
+                        emit(at, run, count, True)
+                    with other:
+                        emit(at, run, count, False)
+
+            inside = is_inside(builder, image, image.free, run, count)
+            if emit_apart is None:
+                inside_or_not(inside)
+                return
+            with builder.if_else(builder.and_(inside, builder.not_(adjacent))) as (apart, other):
+                with apart:
+                    emit_apart(at, run, count)
+                with other:
+                    inside_or_not(inside)
 
         each(builder, length, image.lanes, vector)
         last = [*outer, builder.sub(extent, I64(1))]

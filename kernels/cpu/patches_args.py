@@ -23,7 +23,8 @@ DIMENSIONS = 3
 PATCHES_ARGS = 24
 FREE_STRIDE, K_STRIDE = 2, 2 << 32  # none is 1, so that no loop reads the operand in place
 
-# Columns of C that are not at one distance: n = (o, z, y, x), which count to the extents of y and x, are elements
-# o · OUTER + z · STRIDE_z + y · STRIDE_y + x · STRIDE_x of C.
-RUN_EXTENT, RUN_OUTER, RUN_STRIDE = 0, 3, 4
-RUNS_ARGS = 7
+# Columns of C that are not at one distance: n = (o, z, y, x), which count to the extents of z, y and x, are elements
+# o · OUTER + z · STRIDE_z + y · STRIDE_y + x · STRIDE_x of C, to which element o · SOURCE of the source is added.
+# Rows of C likewise, without a source.
+RUN_EXTENT, RUN_OUTER, RUN_STRIDE, RUN_SOURCE = 0, 3, 4, 7
+RUNS_ARGS = 8

@@ -36,6 +36,8 @@ from .gemm_args import (
     C_BS,
     C_COLUMN,
     C_CS,
+    C_ROW,
+    C_ROWS,
     C_RS,
     C_RUNS,
     GEMM_ARGS,
@@ -108,6 +110,8 @@ def set_plain_store(args):
     put(args, C_RUNS, 0)
     put(args, C_COLUMN, 0)
     put(args, ACCUMULATE, 0)
+    put(args, C_ROWS, 0)
+    put(args, C_ROW, 0)
     put(args, ACTIVATION, 0)
     put(args, PRE, 0)
     put(args, WIDE, 0)
@@ -168,6 +172,7 @@ def restrict(args, i, rows, j, columns, size):
     if get(args, SOURCE) != 0:
         put(args, SOURCE, get(args, SOURCE) + (i * get(args, S_RS) + j * get(args, S_CS)) * c_size)
     put(args, C_COLUMN, get(args, C_COLUMN) + j)
+    put(args, C_ROW, get(args, C_ROW) + i)
     put(args, M, rows)
     put(args, N, columns)
 

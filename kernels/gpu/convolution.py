@@ -21,6 +21,7 @@ from .convolution_plan import (
 )
 from .convolution_plan import Tensor as Shape
 from .epilogue import Epilogue
+from .launch import CannotBuild as CannotBuild
 from .launch import Launch, cached_launch, run_kernels, target_of
 from .launch import supports as supports_tensor
 from .operands import INTERPRETED, NAMES
@@ -147,7 +148,10 @@ def _make_launch(
     a, _, c = tensors
     made = product(conv, *(Shape(tuple(x.shape), x.stride()) for x in tensors))
     problem = made.problem(NAMES[a.dtype], precision, settings.invariant)
-    config = choose_tile(problem, made.family(problem.dtype, precision), target_of(a))
+    try:
+        config = choose_tile(problem, made.family(problem.dtype, precision), target_of(a))
+    except ValueError as error:  # more phases or groups than a grid has programs
+        raise CannotBuild(str(error)) from error
     plans = convolution_plans(made, problem, config, upcast=INTERPRETED and a.dtype == torch.bfloat16, bias=bias)
     work = torch.float64 if a.dtype == torch.float64 else torch.float32
     return Launch(tuple(map(Runner, plans)), tuple(c.shape), workspace_bytes(problem, config) // work.itemsize, work)

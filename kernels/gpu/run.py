@@ -19,7 +19,7 @@ build_failures: list[str] = []  # why Triton cannot build its kernels here, once
 
 
 class CannotBuild(RuntimeError):
-    """Triton cannot build the launcher of a kernel, as where there is no C compiler; the message says why."""
+    """Triton cannot build the launcher of a kernel, as without a C compiler, or no tile is valid; it says why."""
 
 
 class Kept(NamedTuple):

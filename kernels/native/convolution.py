@@ -7,16 +7,16 @@
 Sums run in the order in which their indices stand here, so an element of C depends on its window and its filter, and
 one of dX on the gradients that reach it: not on the batch, the size of the image, the layout or the number of threads.
 dX is gathered: pixels whose coordinates have one remainder of division by the stride are reached by the same taps, so
-each of those phases is one product. Nothing is allocated but the result.
+each of those phases is one product. Groups are a batch of products, and so are the samples of large images. Nothing is
+allocated but the result.
 """
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from array import array
 from typing import Any
 
 import torch
@@ -25,26 +25,52 @@ from torch import Tensor
 from ..cpu import driver
 from ..cpu import gemm_args as g
 from ..cpu import patches_args as p
+from ..cpu.config import BlockConfig
 from . import direct
+from .convolution_operands import (
+    WORD,
+    Batch,
+    Operand,
+    Result,
+    Side,
+    Sizes,
+    View,
+    Window,
+    columns_of_pixels,
+    filter_of,
+    part_of,
+    patches_of,
+    phases,
+    rows_of_pixels,
+    runs,
+    view_of,
+)
 from .torch_layout import const_data_ptr, has_thread_pool
 
-Sizes = Sequence[int]
 MOST_PIXELS = 1 << 27  # of a batch: an index of them and a step of k share the 64 bits of an address, see FREE_STRIDE
 MANY_PIXELS = 1024  # of an image, from which on a sample is a product of its own: below, panels would be cut too often
+SHORTEST_RUN = 4  # taps in a row, from which on they are stored as a run of their own
+UNUSED = (0,) * (g.GEMM_ARGS - g.SOURCE)  # arguments that most products leave as they are
+
+
+@functools.cache
+def supports_dtype(dtype: torch.dtype) -> bool:
+    """Whether there are kernels, not bfloat16 where the CPU multiplies pairs of it, which torch convolves."""
+    return direct.supports(dtype) and not _config(dtype).bf16_dot
 
 
 def supports(input: Tensor, weight: Tensor) -> bool:
     """Whether these kernels compute convolutions of two dense tensors with 1 to 3 spatial dimensions.
 
-    Batches of more than MOST_PIXELS are torch's, and bfloat16 where the CPU multiplies pairs of it.
+    Batches of more than MOST_PIXELS are torch's, and dtypes without kernels.
     """
-    if input.device.type != "cpu" or weight.device.type != "cpu" or input.dtype != weight.dtype:
+    if not input.is_cpu or not weight.is_cpu or input.dtype is not weight.dtype:
         return False
-    if input.layout != torch.strided or weight.layout != torch.strided or not 3 <= input.dim() <= 5:
+    if input.layout is not torch.strided or weight.layout is not torch.strided or not 3 <= input.dim() <= 5:
         return False
-    if any(x.shape[0] * math.prod(x.shape[2:]) > MOST_PIXELS for x in (input, weight)):
+    if input.numel() > MOST_PIXELS * input.shape[1] or weight.numel() > MOST_PIXELS * weight.shape[1]:
         return False
-    return direct.supports(input.dtype) and not _block(input).bf16_dot
+    return supports_dtype(input.dtype)
 
 
 def forward(
@@ -54,16 +80,15 @@ def forward(
 
     input (n, ci, …), weight (co, ci / groups, …), bias (co) or None; stride, padding and dilation of each dimension.
     """
-    image, kernel = input.shape[2:], weight.shape[2:]
+    x, w = view_of(input), view_of(weight)
+    kernel = w.sizes[2:]
     pixels = [
         (size + 2 * pad - by * (taps - 1) - 1) // step + 1
-        for size, pad, by, taps, step in zip(image, padding, dilation, kernel, stride, strict=True)
+        for size, pad, by, taps, step in zip(x.sizes[2:], padding, dilation, kernel, stride)
     ]
-    out = _empty(input, (input.shape[0], weight.shape[0], *pixels))
-    start = [-pad for pad in padding]
-    for x, w, c, added in zip(*_grouped(groups, (input, 1), (weight, 0), (out, 1)), _parts(bias, groups), strict=True):
-        free, k = Side(x.stride(0), pixels, stride), Side(x.stride(1), kernel, dilation)
-        _multiply(_filter(w, 0, w.shape[2:]), Patches(x, free, k, start, image, x.stride()[2:]), c, added)
+    out = _empty(input, (x.sizes[0], w.sizes[0], *pixels))
+    window = Window(x, stride, kernel, dilation, [-pad for pad in padding])
+    _convolve(filter_of(w, 0, groups), window, view_of(out, True), groups, bias, out.dtype)
     return out
 
 
@@ -78,24 +103,24 @@ def input_gradient(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The gradient of a convolution's input, or with a bias (ci) a transposed convolution; no size is 0."""
-    out = _empty(grad, input_size)
-    phases = itertools.product(*(
-        list(_phases(*of_dimension))
-        for of_dimension in zip(input_size[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ))  # fmt: skip
-    image = grad.shape[2:]
-    for phase in phases:
-        pixels = tuple(slice(x.first, None, x.step) for x in phase)
-        part = out[(slice(None), slice(None), *pixels)]
-        if not all(x.count for x in phase):
-            part.copy_(torch.zeros((), dtype=out.dtype) if bias is None else bias.view(-1, *[1] * len(phase)))
+    out, dy, w = _empty(grad, input_size), view_of(grad), view_of(weight)
+    whole, ones = view_of(out, True), (1,) * len(stride)
+    if _is_tiled(dy, w, whole, stride, padding, dilation):
+        if any(size != taps * count for size, taps, count in zip(input_size[2:], w.sizes[2:], dy.sizes[2:])):
+            _fill(out, bias)
+        _convolve_tiles(dy, w, whole, groups, bias, out.dtype)
+        return out
+    if max(stride) == 1:
+        window = Window(dy, ones, w.sizes[2:], [-by for by in dilation], padding)
+        _convolve(filter_of(w, 1, groups), window, whole, groups, bias, out.dtype)
+        return out
+    dimensions = zip(input_size[2:], w.sizes[2:], stride, padding, dilation)
+    for phase in itertools.product(*[phases(*of_dimension) for of_dimension in dimensions]):
+        if not all([x.taps for x in phase]):
+            _fill(out[(slice(None), slice(None), *[slice(x.first, None, x.step) for x in phase])], bias)
             continue
-        taps, start, by = [x.count for x in phase], [x.start for x in phase], [x.by for x in phase]
-        tensors = _grouped(groups, (grad, 1), (weight, 0), (part, 1))
-        for dy, w, c, added in zip(*tensors, _parts(bias, groups), strict=True):
-            free, k = Side(dy.stride(0), part.shape[2:], [1] * len(by)), Side(dy.stride(1), taps, by)
-            rows = _filter(w, 1, taps, [x.every for x in phase], [x.tap for x in phase])
-            _multiply(rows, Patches(dy, free, k, start, image, dy.stride()[2:]), c, added)
+        window = Window(dy, ones, [x.taps for x in phase], [x.by for x in phase], [x.start for x in phase])
+        _convolve(filter_of(w, 1, groups, phase), window, part_of(whole, phase), groups, bias, out.dtype)
     return out
 
 
@@ -103,230 +128,120 @@ def weight_gradient(
     grad: Tensor, input: Tensor, weight_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
 ) -> Tensor:
     """The gradient of a convolution's filter; no size is 0."""
-    out = grad.new_empty(weight_size)
-    kernel, pixels = weight_size[2:], grad.shape[2:]
-    start = [-pad for pad in padding]
-    for dy, x, c in zip(*_grouped(groups, (grad, 1), (input, 1), (out, 0)), strict=True):
-        rows = _dense_rows(dy, 1, pixels)
-        free, k = Side(x.stride(1), kernel, dilation), Side(x.stride(0), pixels, stride)
-        columns = Patches(x, free, k, start, input.shape[2:], x.stride()[2:])
-        matrix = c.reshape(c.shape[0], -1)
-        a = rows if (flat := _one_matrix(dy)) is None else flat
-        shape = c.shape[0], matrix.shape[1], dy.shape[0] * math.prod(pixels)
-        _Call(dy, shape, a, columns, matrix, matrix.stride()).run()
+    out, dy, x = grad.new_empty(weight_size), view_of(grad), view_of(input)
+    co, ci, *kernel = weight_size
+    pixels, n, rows = dy.sizes[2:], ci * math.prod(kernel), co // groups
+    if dy.sizes[0] == 1 and dy.dense is not None:
+        a = Operand(dy.address, dy.strides[1], dy.dense, rows * dy.strides[1])
+    else:
+        a = rows_of_pixels(dy, 1, rows * p.FREE_STRIDE)
+    free, k = Side(x.strides[1], kernel, dilation), Side(x.strides[0], pixels, stride)
+    b = patches_of(x, free, k, [-pad for pad in padding], n * p.FREE_STRIDE)
+    by_group, sizes = Batch(groups, a.group, b.group, rows * n), (rows, n, dy.sizes[0] * math.prod(pixels))
+    _run(out.dtype, sizes, a, b, Result(out.data_ptr(), n, 1), (by_group, Batch()))
     return out
-
-
-# --- phases ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Pixels first, first + step, … of a dimension of dX.
-
-    Pixel q sums over u < count the products of tap tap + u · every and of dY at start + q + u · by.
-    """
-
-    first: int
-    step: int
-    tap: int
-    every: int
-    count: int
-    start: int
-    by: int
-
-
-def _phases(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Iterator[Phase]:
-    """The phases of one dimension, those of no tap included.
-
-    >>> [(x.first, x.tap, x.every, x.count, x.start, x.by) for x in _phases(5, 3, 2, 1, 1)]
-    [(0, 1, 2, 1, 0, -1), (1, 0, 2, 2, 1, -1)]
-    """
-    common = math.gcd(stride, dilation)
-    every = stride // common  # taps of one phase are so far apart
-    for first in range(min(stride, size)):
-        reached = [tap for tap in range(min(every, kernel)) if (first + padding - tap * dilation) % stride == 0]
-        tap = reached[0] if reached else kernel
-        start = (first + padding - tap * dilation) // stride
-        count = len(range(tap, kernel, every))
-        yield Phase(first, stride, tap, every, count, start, -(dilation // common))
 
 
 # --- products -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Side:
-    """One index of an operand: its outer stride, and of each dimension the extent and the step in the image."""
-
-    outer: int
-    extents: Sizes
-    steps: Sizes
-
-
-@dataclass(frozen=True)
-class Patches:
-    """An operand that is patches of an image; ``start`` is the coordinate of pixel 0 and tap 0."""
-
-    image: Tensor
-    free: Side
-    k: Side
-    start: Sizes
-    sizes: Sizes
-    strides: Sizes
-
-    def steps(self) -> int:
-        """Of k; as many channels as the image has."""
-        return self.image.shape[1] * math.prod(self.k.extents)
-
-    def words(self) -> Any:
-        rank = len(self.sizes)
-        words: Any = (ctypes.c_int64 * p.PATCHES_ARGS)()
-        words[: p.FREE_EXTENT] = const_data_ptr(self.image), self.free.outer, self.k.outer
-        for at, values, default in (
-            (p.FREE_EXTENT, self.free.extents, 1), (p.K_EXTENT, self.k.extents, 1), (p.FREE_STEP, self.free.steps, 0),
-            (p.K_STEP, self.k.steps, 0), (p.START, self.start, 0), (p.SIZE, self.sizes, 1),
-            (p.STRIDE, self.strides, 0),
-        ):  # fmt: skip
-            words[at : at + p.DIMENSIONS] = [default] * (p.DIMENSIONS - rank) + list(values)
-        return words
+def _convolve(a: Operand, window: Window, c: View, groups: int, bias: Tensor | None, dtype: torch.dtype) -> None:
+    """c[sample, (group, i), pixel] = Σ_p a[group, i, p] · b[group, p, (sample, pixel)] + bias[group, i]"""
+    image, (samples, channels, *pixels), c_rs = window.image, c.sizes, c.strides[1]
+    m, n, of_group, dense = channels // groups, math.prod(pixels), image.sizes[1] // groups, c.dense
+    k, step, columns = of_group * math.prod(window.taps), image.strides[0], None
+    apart = dense is not None and (samples == 1 or n >= MANY_PIXELS)  # a sample is a product
+    joined = dense is not None and c.strides[0] == n * dense  # all samples are one, in a C of two strides
+    b = columns_of_pixels(window, pixels, of_group, not apart) if apart or joined else None
+    if b is None:
+        free, of_k = Side(step, pixels, window.stride), Side(image.strides[1], window.taps, window.dilation)
+        b, step = patches_of(image, free, of_k, window.start, k * p.K_STRIDE), n * p.FREE_STRIDE
+    if not (apart or joined):
+        columns = runs(pixels, c.strides[2:], c.strides[0]) if dense is None else runs([n], [dense], c.strides[0])
+    source, s_rs = (0, 0) if bias is None else (const_data_ptr(bias), bias.stride(0))
+    by_group, by_sample = Batch(groups, a.group, b.group, m * c_rs, m * s_rs), Batch()
+    if apart:
+        by_sample = Batch(samples, 0, step, c.strides[0])
+    else:
+        n *= samples
+    result = Result(c.address, c_rs, 0 if dense is None or columns is not None else dense, source, s_rs, columns)
+    _run(dtype, (m, n, k), a, b, result, (by_group, by_sample))
 
 
-@dataclass
-class _Call:
-    """One call of the driver: of like, a tensor of the dtype, sizes (m, n, k), A a matrix or patches, B patches."""
+def _is_tiled(dy: View, w: View, c: View, stride: Sizes, padding: Sizes, dilation: Sizes) -> bool:
+    """Whether a pixel of dX is reached by one pixel and one tap, and taps of a row are adjacent, in the filter too."""
+    kernel = w.sizes[2:]
+    if kernel[-1] < SHORTEST_RUN or c.strides[-1] != 1 or tuple(kernel) != tuple(stride) or any(padding):
+        return False
+    for size, taps, by, count in zip(c.sizes[2:], kernel, dilation, dy.sizes[2:]):
+        if size < taps * count or (by > 1 and taps > 1):
+            return False
+    return dy.dense is not None and w.dense == 1 and w.strides[1] == math.prod(kernel)
 
-    like: Tensor
-    sizes: tuple[int, int, int]
-    a: Tensor | Patches
-    b: Patches
-    c: Tensor
-    c_strides: Sizes
-    bias: Tensor | None = None
-    batch: tuple[int, int, int] = (1, 0, 0)  # samples, columns of a sample, elements of C from one to the next
-    runs: Any = None
-    kept: list[Any] = field(default_factory=list)
 
-    def run(self) -> None:
-        block = _block(self.like)
-        call = direct.CALL(driver.patches_address(block))
-        args = (ctypes.c_int64 * g.GEMM_ARGS)(*self.sizes)
-        args[g.A_PATCHES] = self._set(args, g.A, g.A_RS, g.A_CS, self.a)
-        args[g.B_PATCHES] = self._set(args, g.B, g.B_CS, g.B_RS, self.b)
-        args[g.C], (args[g.C_RS], args[g.C_CS]) = self.c.data_ptr(), self.c_strides
-        count, columns, c_bs = self.batch
-        args[g.BATCH], args[g.B_BS], args[g.C_BS] = count, columns * p.FREE_STRIDE, c_bs
-        args[g.ALPHA] = args[g.BETA] = g.ONE
-        if self.bias is not None:
-            args[g.SOURCE], args[g.S_RS] = const_data_ptr(self.bias), self.bias.stride(0)
-        if self.runs is not None:
-            args[g.C_RUNS] = ctypes.addressof(self.runs)
-        threads = torch.get_num_threads() if has_thread_pool() else 1
-        if call(ctypes.addressof(args), 1, threads):
+def _convolve_tiles(dy: View, w: View, c: View, groups: int, bias: Tensor | None, dtype: torch.dtype) -> None:
+    """c[sample, (group, ci), (pixel, tap)] = Σ_co dY[sample, (group, co), pixel] · W[(group, co), ci, tap] + bias"""
+    (samples, co, *pixels), (_, ci, *kernel), channel = dy.sizes, w.sizes, c.strides[1]
+    source, s_cs = (0, 0) if bias is None else (const_data_ptr(bias), bias.stride(0))
+    a = Operand(dy.address, dy.dense or 0, dy.strides[1], co // groups * dy.strides[1])
+    b = Operand(w.address, 1, w.strides[0], co // groups * w.strides[0])
+    columns = runs(kernel, c.strides[2:], channel, s_cs)
+    rows = runs(pixels, [taps * distance for taps, distance in zip(kernel, c.strides[2:])], 0)
+    batches = Batch(groups, a.group, b.group, ci * channel, ci * s_cs), Batch(samples, dy.strides[0], 0, c.strides[0])
+    sizes = math.prod(pixels), ci * math.prod(kernel), co // groups
+    _run(dtype, sizes, a, b, Result(c.address, 0, 0, source, 0, columns, rows), batches)
+
+
+def _fill(part: Tensor, bias: Tensor | None) -> None:
+    """Pixels that no tap reaches."""
+    part.copy_(torch.zeros((), dtype=part.dtype) if bias is None else bias.view(-1, *[1] * (part.dim() - 2)))
+
+
+def _run(
+    dtype: torch.dtype, sizes: tuple[int, int, int], a: Operand, b: Operand, c: Result, batches: tuple[Batch, Batch]
+) -> None:
+    """All products of two batches: those of the longer one in one call of the driver."""
+    one, other = batches
+    inner, outer = (one, other) if one.products >= other.products else (other, one)
+    call, threads = _driver(dtype), torch.get_num_threads() if has_thread_pool() else 1
+    words = (
+        *sizes, a.address, a.free, a.k, b.address, b.k, b.free, c.address, c.row, c.column,
+        inner.products, inner.a, inner.b, inner.c,
+    )  # fmt: skip
+    args = array(WORD, words + UNUSED)
+    args[g.ALPHA] = args[g.BETA] = g.ONE
+    if c.source:
+        args[g.SOURCE], args[g.S_RS], args[g.S_BS] = c.source, c.source_row, inner.source
+    for word, described in (
+        (g.A_PATCHES, a.patches),
+        (g.B_PATCHES, b.patches),
+        (g.C_RUNS, c.columns),
+        (g.C_ROWS, c.rows),
+    ):
+        if described is not None:
+            args[word] = described.buffer_info()[0]
+    address = args.buffer_info()[0]
+    for item in range(outer.products):
+        if item:
+            for word, step in ((g.A, outer.a), (g.B, outer.b), (g.C, outer.c), (g.SOURCE, outer.source)):
+                args[word] += step * dtype.itemsize
+        if call(address, 1, threads):
             raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
 
-    def _set(self, args: Any, at: int, free: int, k: int, operand: Tensor | Patches) -> int:
-        """Write an operand; the address of its description, or 0."""
-        if isinstance(operand, Tensor):
-            args[at], (args[free], args[k]) = const_data_ptr(operand), operand.stride()
-            return 0
-        self.kept.append(operand.words())
-        args[free], args[k] = p.FREE_STRIDE, p.K_STRIDE
-        return ctypes.addressof(self.kept[-1])
+
+@functools.cache
+def _driver(dtype: torch.dtype) -> Any:
+    return direct.CALL(driver.patches_address(_config(dtype)))
 
 
-def _multiply(a: Tensor | Patches, b: Patches, c: Tensor, bias: Tensor | None) -> None:
-    """c[sample, i, pixel] = Σ_p a[i, p] · b[p, (sample, pixel)] + bias[i]"""
-    samples, pixels = c.shape[0], math.prod(c.shape[2:])
-    dense = _one_stride(c)
-    m, k = c.shape[1], b.steps()
-    if dense is not None and (samples == 1 or pixels >= MANY_PIXELS):
-        strides, batch = (c.stride(1), dense), (samples, pixels, c.stride(0))
-        _Call(c, (m, pixels, k), a, b, c, strides, bias, batch).run()
-        return
-    if dense is not None and c.stride(0) == pixels * dense:
-        _Call(c, (m, samples * pixels, k), a, b, c, (c.stride(1), dense), bias).run()
-        return
-    runs = (ctypes.c_int64 * p.RUNS_ARGS)(1, 1, 1, c.stride(0), 0, 0, 0)
-    if dense is not None:
-        runs[p.RUN_EXTENT + 2], runs[p.RUN_STRIDE + 2] = pixels, dense
-    else:
-        rank = c.dim() - 2
-        for d in range(rank):
-            at = p.DIMENSIONS - rank + d
-            runs[p.RUN_EXTENT + at], runs[p.RUN_STRIDE + at] = c.shape[2 + d], c.stride(2 + d)
-    _Call(c, (m, samples * pixels, k), a, b, c, (c.stride(1), 0), bias, runs=runs).run()
-
-
-def _one_stride(c: Tensor) -> int | None:
-    """The distance of the pixels of a sample, where they have one."""
-    distance, extent = None, 1  # an expanded gradient has distance 0
-    for size, stride in zip(reversed(c.shape[2:]), reversed(c.stride()[2:])):
-        if size == 1:
-            continue
-        if distance is None:
-            distance = stride
-        elif stride != distance * extent:
-            return None
-        extent *= size
-    return 1 if distance is None else distance
-
-
-def _one_matrix(grad: Tensor) -> Tensor | None:
-    """(co, pixels) of a single sample, where that is a view."""
-    dense = _one_stride(grad)
-    if grad.shape[0] != 1 or dense is None:
-        return None
-    return grad.as_strided((grad.shape[1], math.prod(grad.shape[2:])), (grad.stride(1), dense))
-
-
-def _filter(
-    weight: Tensor, rows: int, taps: Sizes, every: Sizes | None = None, first: Sizes | None = None
-) -> Tensor | Patches:
-    """Rows of a filter, of its output channels (0) or its input channels (1), by the other channel and the tap."""
-    kernel, rank = weight.shape[2:], len(taps)
-    if math.prod(taps) == 1:
-        matrix = weight
-        for tap in first or [0] * rank:
-            matrix = matrix.select(2, tap)
-        return matrix if rows == 0 else matrix.t()
-    if list(taps) == list(kernel):
-        dense, count = _one_stride(weight), math.prod(kernel)
-        if dense is not None and weight.stride(1 - rows) == dense * count:
-            return weight.as_strided((weight.shape[rows], weight.shape[1 - rows] * count), (weight.stride(rows), dense))
-        return _dense_rows(weight, rows, kernel)
-    k = Side(weight.stride(1 - rows), taps, every or [1] * rank)
-    free = Side(weight.stride(rows), [1] * rank, [0] * rank)
-    return Patches(weight, free, k, first or [0] * rank, kernel, weight.stride()[2:])
-
-
-def _dense_rows(image: Tensor, rows: int, extents: Sizes) -> Patches:
-    """Rows along dimension ``rows`` of an image's first two, by the other of them and all its pixels."""
-    strides, dense = image.stride()[2:], _one_stride(image)
-    if dense is not None:
-        extents, strides = [math.prod(extents)], (dense,)
-    ones, zeros = [1] * len(extents), [0] * len(extents)
-    free, k = Side(image.stride(rows), ones, zeros), Side(image.stride(1 - rows), extents, ones)
-    return Patches(image, free, k, zeros, extents, strides)
-
-
-def _grouped(groups: int, *tensors: tuple[Tensor, int]) -> Iterator[tuple[Tensor, ...]]:
-    """The parts of tensors, each with the dimension of its channels, for every group."""
-    return iter([x.chunk(groups, dim) for x, dim in tensors])
-
-
-def _parts(bias: Tensor | None, groups: int) -> Sequence[Tensor | None]:
-    return [None] * groups if bias is None else bias.chunk(groups)
+def _config(dtype: torch.dtype) -> BlockConfig:
+    return driver.config(str(dtype).removeprefix("torch."))
 
 
 def _empty(like: Tensor, size: Sizes) -> Tensor:
     """A new result in the memory format of ``like``."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    last = formats.get(like.dim())
-    if last is not None and like.is_contiguous(memory_format=last) and not like.is_contiguous():
-        return torch.empty(tuple(size), dtype=like.dtype, memory_format=last)
+    if not like.is_contiguous():
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
+        if last is not None and like.is_contiguous(memory_format=last):
+            return torch.empty(tuple(size), dtype=like.dtype, memory_format=last)
     return like.new_empty(tuple(size))
-
-
-def _block(tensor: Tensor) -> Any:
-    return driver.config(str(tensor.dtype).removeprefix("torch."))

@@ -48,6 +48,8 @@ GEOMETRIES = {
     "tap-groups-last": Geometry("fp32", 1, (64, 64), (5, 6), (3, 2), (2, 1), (1, 0), (1, 2), 2, "last"),
 }
 
+FUNCTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
 
 def integers(sizes: Sequence[int], dtype: str, seed: int) -> Tensor:
     """-1, 0 and 1, most of them 0: the sums of these cases are exact in every dtype."""
@@ -117,3 +119,18 @@ def check_exact(name: str, device: torch.device | str = "cpu") -> None:
         dx += biases[0].double().view(1, -1, *[1] * len(case.size))
         assert_exact(convolution.input_gradient(grad, w, x.shape, *case.shared, to_image).cpu(), dx.to(x.dtype))
         assert_exact(convolution.weight_gradient(grad, x, w.shape, *case.shared).cpu(), dw.to(x.dtype))
+
+
+def operands(name: str, dtype: str, groups: int = 1) -> list[Tensor]:
+    """Two images, filters and a bias of the public function of a name."""
+    rank = int(name[-2])
+    weight = (4, 6 // groups) if "transpose" in name else (6, 4 // groups)
+    sizes = (2, 4, *range(4, 4 + rank)), (*weight, *(3, 2, 2)[:rank]), (6,)
+    return [integers(size, dtype, seed) for seed, size in enumerate(sizes)]
+
+
+def step(module: Any, name: str, tensors: list[Tensor], **named: Any) -> list[Tensor]:
+    """The result of a function of the module and the gradients of its square."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    result = getattr(module, name)(*leaves, **named)
+    return [result.detach(), *torch.autograd.grad(result.square().sum(), leaves)]

@@ -1,7 +1,6 @@
 """Models of transformers and timm, built from configurations with random weights, on these kernels and torch's."""
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,30 +14,11 @@ import torch
 from limits import scaled
 from switch import accelerated
 from torch import Tensor, nn
+from vision import declared as declared
 
 import matmul_grad
 from matmul_grad.testing import assert_model_within_budget, normal
 
-
-def declare_torchvision() -> torch.library.Library | None:
-    """torchvision's wheel is built for torch's CUDA build. Beside a CPU build its library does not load, and its import
-    ends at the first of these operators, which it wants to describe. Nothing here calls one: that they exist is enough.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        for compiled in Path(spec.origin).parent.glob("_C*"):
-            torch.ops.load_library(compiled)
-    except OSError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return library
-    return None
-
-
-_declared = declare_torchvision()
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY, CLASSES, WIDTH, HEADS, LAYERS = 100, 5, 32, 4, 2

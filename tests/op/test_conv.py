@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import matmul_grad
+from matmul_grad import convolution_ops, convolution_shapes
 from matmul_grad.testing import assert_same_bits
 
 NAMES = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -232,3 +233,11 @@ def test_functions_pickle() -> None:
 def test_dtypes_with_kernels() -> None:
     assert has_kernel(torch.float32) and has_kernel(torch.float64)
     assert not has_kernel(torch.complex64) and not has_kernel(torch.int64)
+
+
+def test_sums_of_more_steps_than_an_address_can_tell_are_left_to_torch() -> None:
+    """Of expanded operands, which take no memory."""
+    pixel, geometry = torch.ones(()), convolution_shapes.untransposed((1,), (0,), (1,), 1)
+    for channels, found in ((convolution_ops.MOST_STEPS, True), (convolution_ops.MOST_STEPS + 1, False)):
+        image, filters = pixel.expand(1, channels, 1), pixel.expand(1, channels, 1)
+        assert (convolution_ops._supported(image, filters, filters.shape, geometry) is not None) == found

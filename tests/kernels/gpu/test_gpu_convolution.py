@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from convolution_cases import GEOMETRIES, check_exact
+from convolution_cases import FUNCTIONS, GEOMETRIES, check_exact, operands, step
+from products import assert_exact
+from torch.nn import functional
 
+import matmul_grad
 from matmul_grad.kernels.gpu import convolution
 from matmul_grad.testing import assert_same_bits
 
@@ -42,3 +45,13 @@ def test_a_weight_gradient_has_the_same_bits_each_time(device: torch.device) -> 
     ]  # fmt: skip
     for other in found[1:]:
         assert_same_bits(other, found[0])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_and_their_gradients_run_these_kernels(name: str, device: torch.device) -> None:
+    """Strict, exact on integers, as torch's in float64 on a CPU."""
+    tensors, named = operands(name, "fp16", groups=2), {"stride": 2, "padding": 1, "groups": 2}
+    with matmul_grad.strict():
+        found = step(matmul_grad, name, [x.to(device) for x in tensors], **named)
+    for ours, theirs in zip(found, step(functional, name, [x.double() for x in tensors], **named), strict=True):
+        assert_exact(ours.cpu(), theirs.to(ours.dtype))

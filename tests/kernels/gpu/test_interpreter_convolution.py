@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import pytest
 import torch
 from case_process import CaseProcess, assert_no_complaint
-from convolution_cases import GEOMETRIES, check_exact, integers
+from convolution_cases import FUNCTIONS, GEOMETRIES, check_exact, integers, operands, step
 from gpu_cases import rows_alike, serve_cases
 from products import assert_exact
+from torch import Tensor
+from torch.nn import functional
 
+import matmul_grad
 from matmul_grad.testing import assert_same_bits
 
 
@@ -91,6 +95,86 @@ def check_empty() -> None:
         assert result.is_contiguous(memory_format=torch.channels_last) and not result.is_contiguous()
 
 
+@contextlib.contextmanager
+def dispatched_here() -> Iterator[list[str]]:
+    """The operators take CPU tensors for a GPU's: the products over patches that they launch, in order."""
+    from matmul_grad import convolution_ops
+    from matmul_grad.kernels.gpu import convolution
+
+    launched: list[str] = []
+    run = convolution._run
+
+    def noted(product: Any, *others: Any) -> Tensor:
+        launched.append(product.__name__.removesuffix("_product"))
+        return run(product, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "_run", noted)
+        patch.setattr(convolution_ops, "kernels_for", lambda _: convolution)
+        yield launched
+
+
+def check_function(name: str, dtype: str) -> None:
+    """A public function and its gradients run these kernels: whole numbers, as torch's in float64."""
+    named = {"stride": 2, "padding": 1, "groups": 2}
+    tensors = operands(name, dtype, groups=2)
+    with dispatched_here() as launched, matmul_grad.strict():
+        found = step(matmul_grad, name, tensors, **named)
+    wanted = step(functional, name, [x.double() for x in tensors], **named)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_exact(ours, theirs.to(ours.dtype))
+    forward, backward = "forward", "input_gradient"
+    if "transpose" in name:
+        forward, backward = backward, forward
+    assert launched == [forward, backward, "weight_gradient"]
+
+
+def check_formats() -> None:
+    """A batch in channels_last and one without samples, and under autocast."""
+    from matmul_grad.convolution_ops import memory_format_of
+
+    x, w, bias = operands("conv2d", "fp32")
+    last = x.contiguous(memory_format=torch.channels_last)
+    with dispatched_here() as launched, matmul_grad.strict():
+        y = matmul_grad.conv2d(last, w, bias)
+        assert memory_format_of(y) == torch.channels_last
+        assert_exact(y, functional.conv2d(x, w, bias))
+        assert_exact(matmul_grad.conv2d(x[0], w, bias), y[0].contiguous())
+        assert launched == ["forward", "forward"]
+        for ours, theirs in zip(*(step(m, "conv2d", [x[:0], w, bias]) for m in (matmul_grad, functional)), strict=True):
+            assert_exact(ours, theirs)
+        assert len(launched) == 2
+        with torch.autocast("cpu", torch.bfloat16):
+            half = matmul_grad.conv2d(x, w, bias)
+        assert half.dtype == torch.bfloat16 and len(launched) == 3
+        assert_exact(half, y.to(torch.bfloat16))
+
+
+def check_fallbacks() -> None:
+    """Complex numbers, integers and one channel a group are torch's."""
+    x, w, bias = operands("conv2d", "fp64")
+    cases = ((x.cfloat(), w.cfloat(), None, 1), (x.long(), w.long(), None, 1), (x, w[:4, :1], bias[:4], 4))
+    with dispatched_here() as launched:
+        for image, filters, added, groups in cases:
+            found, wanted = (m.conv2d(image, filters, added, groups=groups) for m in (matmul_grad, functional))
+            assert torch.equal(found, wanted)
+            with matmul_grad.strict(), pytest.raises(RuntimeError, match=r"strict\(\)"):
+                matmul_grad.conv2d(image, filters, added, groups=groups)
+        assert launched == []
+
+
+def check_more_phases_than_programs() -> None:
+    """A stride whose phases no grid holds is torch's."""
+    x, w, bias = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2, 2), torch.zeros(1)
+    named: dict[str, Any] = {"stride": 1 << 16}
+    with dispatched_here() as launched:
+        found = matmul_grad.conv_transpose2d(x, w, bias, **named)
+        assert launched == ["input_gradient"]
+        assert_exact(found, functional.conv_transpose2d(x, w, bias, **named))
+        with matmul_grad.strict(), pytest.raises(RuntimeError, match=r"strict\(\)"):
+            matmul_grad.conv_transpose2d(x, w, bias, **named)
+
+
 CASES: dict[str, Callable[[], None]] = {
     **{f"exact-{name}": partial(check_exact, name) for name in GEOMETRIES},
     **{f"split-{dtype}": partial(check_split, dtype) for dtype in ("fp64", "fp16")},
@@ -101,6 +185,11 @@ CASES: dict[str, Callable[[], None]] = {
     "wide": check_wide,
     "precision": check_precision,
     "empty": check_empty,
+    **{f"function-{name}": partial(check_function, name, "fp32") for name in FUNCTIONS},
+    "function-fp16": partial(check_function, "conv2d", "fp16"),
+    "formats": check_formats,
+    "fallbacks": check_fallbacks,
+    "phases": check_more_phases_than_programs,
 }
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from matmul_grad import ops, strict
-from matmul_grad.kernels.gpu import launch, run
+from matmul_grad import convolution_by_torch, convolution_ops, ops, strict
+from matmul_grad.kernels.gpu import convolution, launch, run
 from matmul_grad.kernels.gpu.arguments import PointerArg
 from matmul_grad.kernels.gpu.plan import Plan
 
@@ -98,3 +98,28 @@ def test_other_errors_of_a_launch_are_raised() -> None:
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
         runner({"a": torch.zeros(1)})
     assert not run.build_failures
+
+
+@pytest.mark.usefixtures("fresh")
+def test_convolutions_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors that pass for a GPU's, in both operators."""
+    tried = []
+
+    def product(*_: Any) -> Any:
+        tried.append(1)
+        raise run.CannotBuild("no compiler")
+
+    monkeypatch.setattr(convolution, "supports", lambda *_: True)
+    monkeypatch.setattr(convolution, "_run", product)
+    x, w, grad = (torch.randn(2, 2, 4, 4).as_subclass(OnGpu) for _ in range(3))
+    window: Any = ((1, 1), (0, 0), (1, 1))
+    for transposed, others in ((False, (0, 0)), (True, (0, 0))):
+        arguments = *window, transposed, others, 1
+        wanted = torch.ops.aten.convolution(x, w, None, *arguments)
+        assert torch.equal(convolution_ops._forward(x, w, None, *arguments), wanted)
+    image = torch.randn(2, 2, 7, 7).as_subclass(OnGpu)
+    found = convolution_ops._gradient(grad, image, w.shape, *window, 1)
+    assert torch.equal(found, convolution_by_torch.weight_gradient(grad, image, w.shape, *window, 1))
+    assert len(tried) == 3
+    with strict(), pytest.raises(RuntimeError, match=r"strict\(\)"):
+        convolution_ops._gradient(grad, image, w.shape, *window, 1)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from matmul_grad.kernels.cpu import driver
 from matmul_grad.kernels.cpu.config import BlockConfig
-from matmul_grad.kernels.native import convolution
+from matmul_grad.kernels.native import convolution, direct
 from matmul_grad.testing import assert_same_bits, integers
 
 PAGE = mmap.PAGESIZE
@@ -25,7 +26,7 @@ Geometry = tuple[list[int], list[int], list[int], int]  # stride, padding, dilat
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BlockConfig:
     """The configuration that convolutions of its dtype use."""
     chosen: BlockConfig = request.param
-    monkeypatch.setattr(convolution, "_block", lambda tensor: chosen)
+    monkeypatch.setattr(convolution, "_driver", lambda dtype: direct.CALL(driver.patches_address(chosen)))
     return chosen
 
 
@@ -34,7 +35,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 
 def reference(x: Tensor, w: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, its gradient, and both gradients of the operands, by torch in float64: exact for small integers."""
+    """The result, its gradient, and both gradients of the operands, by torch: exact, and all but one in float64."""
     *sizes, groups = geometry
     stride, padding, dilation = sizes
     flipped = [0] * len(stride)
@@ -44,7 +45,7 @@ def reference(x: Tensor, w: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor,
     dx, dw, _ = torch.ops.aten.convolution_backward(
         grad.double(), one, other, None, stride, padding, dilation, False, flipped, groups, [True, True, False]
     )
-    return y.to(x.dtype), grad, dx.to(x.dtype), dw.to(x.dtype)
+    return y, grad, dx, dw
 
 
 def cases(count: int, seed: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Geometry]]:
@@ -65,22 +66,37 @@ def cases(count: int, seed: int) -> Iterator[tuple[tuple[int, ...], tuple[int, .
             yield x, w, (stride, padding, dilation, groups)
 
 
+# Filters as large as the stride, whose windows do not overlap: in one product where a row of taps is long enough. With
+# pixels that no window reaches, groups, dilated single taps, and more rows and columns than a block has.
+TILED: list[tuple[tuple[int, ...], tuple[int, ...], Geometry]] = [
+    ((2, 3, 17, 35), (5, 3, 4, 8), ([4, 8], [0, 0], [1, 1], 1)),
+    ((3, 4, 40), (6, 2, 16), ([16], [0], [1], 2)),
+    ((1, 2, 5, 4, 9), (7, 2, 2, 1, 4), ([2, 1, 4], [0, 0, 0], [1, 3, 1], 1)),
+    ((3, 6, 8, 8), (6, 2, 2, 2), ([2, 2], [0, 0], [1, 1], 3)),
+    ((2, 3, 160, 160), (8, 3, 16, 16), ([16, 16], [0, 0], [1, 1], 1)),
+]
+
+
 def test_results_and_gradients_are_exact(block: BlockConfig) -> None:
     dtype = getattr(torch, block.dtype)
-    for at, (x_shape, w_shape, geometry) in enumerate(cases(40, seed=block.lanes)):
+    for at, (x_shape, w_shape, geometry) in enumerate([*TILED, *cases(40, seed=block.lanes)]):
         x, w = drawn(x_shape, dtype, 1), drawn(w_shape, dtype, 2)
         y, grad, dx, dw = reference(x, w, geometry)
-        if at % 3 == 0 and x.dim() in FORMATS:
+        layout = at % 3 if at >= len(TILED) else 2
+        if layout == 0 and x.dim() in FORMATS:
             x, grad = (t.contiguous(memory_format=FORMATS[x.dim()]) for t in (x, grad))
-        if at % 3 == 1:  # elements apart, between NaN
+        if layout == 1:  # elements apart, between NaN
             x, w, grad = (spread(t) for t in (x, w, grad))
         what = f"{x_shape} {w_shape} {geometry}"
-        assert torch.equal(convolution.forward(x, w, None, *geometry), y), what
-        assert torch.equal(convolution.input_gradient(grad, w, x.shape, *geometry), dx), what
-        assert torch.equal(convolution.weight_gradient(grad, x, w.shape, *geometry), dw), what
+        assert torch.equal(convolution.forward(x, w, None, *geometry), y.to(dtype)), what
+        assert torch.equal(convolution.input_gradient(grad, w, x.shape, *geometry), dx.to(dtype)), what
+        assert torch.equal(convolution.weight_gradient(grad, x, w.shape, *geometry), dw.to(dtype)), what
         bias = drawn((w_shape[0],), dtype, 3)
-        added = (y.double() + bias.double().view(-1, *[1] * (x.dim() - 2))).to(dtype)
+        added = (y + bias.double().view(-1, *[1] * (x.dim() - 2))).to(dtype)
         assert torch.equal(convolution.forward(x, w, bias, *geometry), added), what
+        bias = drawn((x_shape[1],), dtype, 4)
+        added = (dx + bias.double().view(-1, *[1] * (x.dim() - 2))).to(dtype)
+        assert torch.equal(convolution.input_gradient(grad, w, x.shape, *geometry, bias), added), what
 
 
 def spread(t: Tensor) -> Tensor:
@@ -91,15 +107,15 @@ def spread(t: Tensor) -> Tensor:
 def test_padding_and_pages_beyond_operands_are_not_read(block: BlockConfig) -> None:
     """Operands end where a page that cannot be read begins, or begin where one ends."""
     dtype = getattr(torch, block.dtype)
-    for (x_shape, w_shape, geometry), at_end in itertools.product(cases(8, seed=5), (True, False)):
+    for (x_shape, w_shape, geometry), at_end in itertools.product([*TILED[:4], *cases(8, seed=5)], (True, False)):
         x, w = drawn(x_shape, dtype, 1), drawn(w_shape, dtype, 2)
         y, grad, dx, dw = reference(x, w, geometry)
         guards = [Guarded(t, at_end) for t in (x, w, grad)]
         try:
             one, other, gradient = (guard.tensor for guard in guards)
-            assert torch.equal(convolution.forward(one, other, None, *geometry), y)
-            assert torch.equal(convolution.input_gradient(gradient, other, x.shape, *geometry), dx)
-            assert torch.equal(convolution.weight_gradient(gradient, one, w.shape, *geometry), dw)
+            assert torch.equal(convolution.forward(one, other, None, *geometry), y.to(dtype))
+            assert torch.equal(convolution.input_gradient(gradient, other, x.shape, *geometry), dx.to(dtype))
+            assert torch.equal(convolution.weight_gradient(gradient, one, w.shape, *geometry), dw.to(dtype))
         finally:
             for guard in guards:
                 guard.protect(mmap.PROT_READ | mmap.PROT_WRITE)
