@@ -259,7 +259,7 @@ def _k_step(builder, strides, nv, pointers, acc, ending=None):
                 c_tile, adds = ending
                 place = c_tile.at(builder, c_tile.rows[i], v)
                 vector.store(builder, builder.fadd(vector.load(builder, place), total) if adds else total, place)
-                total = opaque(builder, vector.zero())
+                total = opaque(builder, vector.zero(), vector.registers)
             acc[i * nv + v] = vector.fma(builder, x, column, total)
     a, b = (opaque(builder, vector.at(builder, *step)) for step in ((a, strides.a_ks), (b, strides.b_ks)))
     return [a, b, *copies, *acc]

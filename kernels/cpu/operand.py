@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from .config import SIZES, BlockConfig
-from .simd import I16, I32, I64, Vector
+from .simd import I16, I32, I64, REGISTERS, Vector
 
 
 def operand_of(config: BlockConfig) -> Operand:
-    return Operand(Vector(config.accumulator, config.lanes, config.fused, config.bf16_dot), config.dtype)
+    registers = REGISTERS.get(config.isa, "x")
+    return Operand(Vector(config.accumulator, config.lanes, config.fused, config.bf16_dot, registers), config.dtype)
 
 
 @dataclass(frozen=True)

@@ -42,18 +42,23 @@ class _BFloat(ir.FloatType):
 _BFloat._create_instance()
 
 
+# LLVM's constraint for any vector register. "x", of the other instruction sets, is the first 16 of them: here half.
+REGISTERS = {"avx512": "v", "neon": "w"}
+
+
 @dataclass(frozen=True)
 class Vector:
     """``lanes`` elements of ``dtype`` in one register.
 
     fused: the CPU has a fused multiply-add. bf16_dot: a lane holds two bfloat16, and ``fma`` adds both products to
-    the float32 lane.
+    the float32 lane. registers: what LLVM calls those that may hold one (see ``REGISTERS``).
     """
 
     dtype: str
     lanes: int
     fused: bool = True
     bf16_dot: bool = False
+    registers: str = "x"
 
     @property
     def scalar(self) -> ir.Type:
@@ -165,10 +170,9 @@ def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, lanes), [I32(0)] * lanes))
 
 
-def opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """``value`` in a separate register, which LLVM neither recomputes nor decomposes."""
-    constraint = "=x,0" if isinstance(value.type, ir.VectorType) else "=r,0"
-    return builder.asm(ir.FunctionType(value.type, [value.type]), "", constraint, [value], False)
+def opaque(builder: ir.IRBuilder, value: ir.Value, registers: str = "r") -> ir.Value:
+    """``value`` in a separate register of these, which LLVM neither recomputes nor decomposes."""
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", f"={registers},0", [value], False)
 
 
 def choose(
