@@ -53,12 +53,6 @@ SHORTEST_RUN = 4  # taps in a row, from which on they are stored as a run of the
 ARGS = ctypes.c_int64 * g.GEMM_ARGS
 
 
-@functools.cache
-def supports_dtype(dtype: torch.dtype) -> bool:
-    """Whether there are kernels, not bfloat16 where the CPU multiplies pairs of it, which torch convolves."""
-    return direct.supports(dtype) and not _config(dtype).bf16_dot
-
-
 def supports(input: Tensor, weight: Tensor) -> bool:
     """Whether these kernels compute convolutions of two dense tensors with 1 to 3 spatial dimensions.
 
@@ -71,7 +65,7 @@ def supports(input: Tensor, weight: Tensor) -> bool:
     for size in (input.shape, weight.shape):
         if size[0] * math.prod(size[2:]) > MOST_PIXELS:
             return False
-    return supports_dtype(input.dtype)
+    return direct.supports(input.dtype)
 
 
 def forward(
