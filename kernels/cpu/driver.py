@@ -91,10 +91,8 @@ def patches_address(block: BlockConfig) -> int:
 
 
 def load_all(block: BlockConfig) -> None:
-    """Compile or load everything for ``block``; where bfloat16 is multiplied in pairs, torch convolves it."""
-    gemm_address(block)
-    if not block.bf16_dot:
-        patches_address(block)
+    """Compile or load everything for ``block``."""
+    patches_address(block)
 
 
 def derivative_address(block: BlockConfig) -> int:

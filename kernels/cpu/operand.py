@@ -11,12 +11,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llvmlite import ir
 
 from .config import SIZES, BlockConfig
-from .simd import I16, I32, I64, REGISTERS, Vector
+from .simd import I1, I16, I32, I64, REGISTERS, Vector
 
 
 def operand_of(config: BlockConfig) -> Operand:
@@ -54,6 +54,18 @@ class Operand:
         if vector.bf16_dot:
             return builder.bitcast(self._load(builder, self._stored(2 * vector.lanes), address, count), vector.type)
         return self._widen(builder, self._load(builder, self._stored(vector.lanes), address, count))
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether one instruction reads adjacent elements under a mask: under AVX2, of 32 and 64 bits."""
+        return not self.converts or self.vector.lanes * self.vector.size == 64
+
+    def read_masked(self, builder: ir.IRBuilder, address: ir.Value, mask: ir.Value) -> ir.Value:
+        """One vector of lanes, an element in each; those whose mask is off are not read and give 0."""
+        if not self.converts:
+            return self.vector.masked_load(builder, self.vector.at(builder, address), mask)
+        stored = self._stored(self.vector.lanes)
+        return self._widen(builder, stored.masked_load(builder, stored.at(builder, address), mask))
 
     @property
     def splits(self) -> bool:
@@ -100,6 +112,51 @@ class Operand:
         high_half = builder.zext(self._load(builder, stored, high, high_count), wide)
         high_half = builder.shl(high_half, ir.Constant(wide, [I32(16)] * vector.lanes))
         return builder.bitcast(builder.or_(low_half, high_half), vector.type)
+
+    @property
+    def of_steps(self) -> Operand:
+        """The same elements, one step of k in a lane."""
+        return replace(self, vector=replace(self.vector, bf16_dot=False))
+
+    def store_step(self, builder: ir.IRBuilder, value: ir.Value, column: ir.Value, width: ir.Value, step: ir.Value):
+        """Store lanes of ``of_steps`` in the row of a panel that holds ``step``: of pairs, their half of each lane.
+
+        column: the address of the first lane in the panel's first row; width: lanes from one row to the next.
+        """
+        vector = self.vector
+        row = builder.lshr(step, I64(1)) if vector.bf16_dot else step
+        at = vector.at(builder, column, builder.mul(row, width))
+        if not vector.bf16_dot:
+            vector.store(builder, value, at)
+            return
+        halves, lanes = self._stored(2 * vector.lanes), ir.VectorType(I32, vector.lanes)
+        is_high = builder.trunc(step, I1)
+        high = builder.bitcast(value, lanes)
+        low = builder.lshr(high, ir.Constant(lanes, [I32(16)] * vector.lanes))
+        masks = [
+            ir.Constant(ir.VectorType(I1, halves.lanes), [I1(i % 2 == x) for i in range(halves.lanes)]) for x in (1, 0)
+        ]
+        mask = builder.select(is_high, *masks)
+        halves.masked_store(builder, builder.bitcast(builder.select(is_high, high, low), halves.type), at, mask)
+
+    def store_in_row(self, builder: ir.IRBuilder, value: ir.Value, row: ir.Value, step: ir.Value) -> None:
+        """Store lanes of ``of_steps`` from ``step`` on in a row of a block of A, whose steps of k are adjacent."""
+        vector = self.vector
+        if not vector.bf16_dot:
+            vector.store(builder, value, vector.at(builder, row, step))
+            return
+        stored, lanes = self._stored(vector.lanes), ir.VectorType(I32, vector.lanes)
+        high = builder.lshr(builder.bitcast(value, lanes), ir.Constant(lanes, [I32(16)] * vector.lanes))
+        stored.store(builder, builder.trunc(high, stored.type), stored.at(builder, row, step))
+
+    def store_one_in_row(self, builder: ir.IRBuilder, value: ir.Value, row: ir.Value, step: ir.Value) -> None:
+        """Likewise of the first lane alone."""
+        first = builder.extract_element(value, I32(0))
+        if not self.vector.bf16_dot:
+            builder.store(first, self.vector.at(builder, row, step))
+            return
+        high = builder.trunc(builder.lshr(builder.bitcast(first, I32), I32(16)), I16)
+        builder.store(high, self._stored(1).at(builder, row, step))
 
     def write(self, builder: ir.IRBuilder, value: ir.Value, address: ir.Value, count: ir.Value | None = None) -> None:
         """Round lanes to the stored dtype, to nearest and even, and store them, or those below ``count``."""

@@ -255,11 +255,7 @@ def read_line(builder: ir.IRBuilder, image: Image, room: Room, line: Line, offse
         return [operand.read(builder, places[0])]
 
     def pieces() -> list[ir.Value]:
-        vector = operand.vector
-        one, other = (
-            vector.masked_load(builder, vector.at(builder, at), mask)
-            for at, mask in zip(places, line.masks, strict=True)
-        )
+        one, other = (operand.read_masked(builder, at, mask) for at, mask in zip(places, line.masks, strict=True))
         return [builder.select(line.masks[1], other, one)]
 
     def gathered() -> list[ir.Value]:
@@ -285,7 +281,7 @@ def read_line(builder: ir.IRBuilder, image: Image, room: Room, line: Line, offse
         return [builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, lanes), even))]
 
     def partial() -> list[ir.Value]:
-        if operand.converts:  # AVX2 has no masks of 16 bits: a branch an element
+        if not operand.has_masks:  # a branch an element
             return gathered()
         return choose(builder, run.scattered, gathered, pieces)
 

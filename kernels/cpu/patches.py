@@ -7,6 +7,8 @@ are for A; none crosses the end of a row of the image.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from llvmlite import ir
 
 from .config import BlockConfig
@@ -29,7 +31,7 @@ from .patch_runs import (
     slot,
 )
 from .patches_args import DIMENSIONS
-from .simd import I32, I64, choose, each, function_ir, repeat, repeat_to
+from .simd import I1, I32, I64, choose, each, function_ir, repeat, repeat_to
 
 PATCH_STEPS_ARGUMENTS, PATCH_ROWS_ARGUMENTS = 6, 6
 ROWS = 64  # at a time, for which a run is found once
@@ -44,6 +46,27 @@ def make_kernels(config: BlockConfig) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class Panel:
+    """A column panel of B: its first lane, and lanes from one row to the next."""
+
+    operand: Operand
+    address: ir.Value
+    width: ir.Value
+
+    def store(self, builder: ir.IRBuilder, value: ir.Value, step: ir.Value, column: ir.Value) -> None:
+        at = builder.ptrtoint(self.operand.vector.at(builder, self.address, column), I64)
+        self.operand.store_step(builder, value, at, self.width, step)
+
+    def clear(self, builder: ir.IRBuilder, row: ir.Value) -> None:
+        """Of an odd number of steps the last pair has one: the other is 0."""
+        vector, first = self.operand.vector, builder.mul(row, self.width)
+        each(
+            builder, self.width, vector.lanes,
+            lambda j: vector.store(builder, vector.zero(), vector.at(builder, self.address, builder.add(first, j))),
+        )  # fmt: skip
+
+
 def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
     """IR of ``void name(target, width, source, k, exist, patches)``: rows are steps of k, as of ``pack_steps``.
 
@@ -51,14 +74,19 @@ def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
     """
 
     def emit(builder, target, width_, source, k, exist, patches):
-        image, room = read_image(builder, operand, patches), Room(builder, operand, width)
+        steps = operand.of_steps
+        image, room = read_image(builder, steps, patches), Room(builder, steps, width)
+        panel = Panel(operand, target, width_)
+        if operand.k_per_lane == 2:
+            with builder.if_then(builder.trunc(k, I1)):
+                panel.clear(builder, builder.lshr(k, I64(1)))
         first, step = indices_of(builder, operand, source)
         transposes = builder.icmp_signed(">", image.k.extents[X], image.free.extents[X])  # along pixels, not along taps
         with builder.if_else(transposes) as (deep, wide):
             with deep:
-                _pack_transposed(builder, image, room, (target, width_), (first, exist), (step, k))
+                _pack_transposed(builder, image, room, panel, (first, exist), (step, k))
             with wide:
-                _pack_wide(builder, image, room, (target, width_), (first, exist), (step, k))
+                _pack_wide(builder, image, room, panel, (first, exist), (step, k))
 
     return function_ir(name, PATCH_STEPS_ARGUMENTS, emit)
 
@@ -67,7 +95,8 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
     """IR of ``void name(target, rows, stride, source, k, patches)``: a row's steps of k are adjacent."""
 
     def emit(builder, target, rows, stride, source, k, patches):
-        image, room = read_image(builder, operand, patches), Room(builder, operand, ROWS)
+        steps = operand.of_steps
+        image, room = read_image(builder, steps, patches), Room(builder, steps, ROWS)
         first, step = indices_of(builder, operand, source)
 
         def some_rows(i):
@@ -75,11 +104,19 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
             count = builder.select(builder.icmp_signed("<", left, I64(ROWS)), left, I64(ROWS))
             _set_others(builder, image, image.free, builder.add(first, i), count, count, room)
 
+            def at(i):
+                lane = operand.vector.at(builder, target, builder.add(begin, builder.mul(i, stride)))
+                return builder.ptrtoint(lane, I64)
+
+            if operand.k_per_lane == 2:  # as in a panel; after an even number of steps there is room, too
+                last = builder.lshr(k, I64(1))
+                each(
+                    builder, count, 1, lambda i: builder.store(I32(0), operand.vector.at(builder, at(i), last), align=4)
+                )
+
             def some_pixels(p, run, exist, inside):
                 def row(i):
-                    to = builder.add(begin, builder.add(builder.mul(i, stride), p))
-                    value = _read_other(builder, image, room, run, i, exist, inside)
-                    operand.vector.store(builder, value, operand.vector.at(builder, target, to))
+                    operand.store_in_row(builder, _read_other(builder, image, room, run, i, exist, inside), at(i), p)
 
                 each(builder, count, 1, row)
 
@@ -89,17 +126,13 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
                 lanes = builder.select(whole, I64(image.lanes), exist)
 
                 def row(i):
-                    to = builder.add(begin, builder.add(builder.mul(i, stride), p))
                     other = builder.load(slot(builder, room.other_offsets, i, I64), typ=I64)
                     first = builder.add(run.origins[0], other)
 
                     def element(lane):
-                        at = element_at(
-                            builder, operand, image.address, builder.add(first, builder.mul(lane, distance))
-                        )
-                        value = builder.extract_element(operand.read(builder, at, I64(1)), I32(0))
-                        address = operand.vector.at(builder, target, builder.add(to, lane))
-                        builder.store(value, address)
+                        place = builder.add(first, builder.mul(lane, distance))
+                        value = steps.read(builder, element_at(builder, operand, image.address, place), I64(1))
+                        operand.store_one_in_row(builder, value, at(i), builder.add(p, lane))
 
                     each(builder, lanes, 1, element)
 
@@ -112,10 +145,10 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
     return function_ir(name, PATCH_ROWS_ARGUMENTS, emit)
 
 
-def _pack_wide(builder, image, room, target, free, k):
+def _pack_wide(builder, image, room, panel, free, k):
     """Vectors along the free index, a tap after the other, all channels of each."""
-    (to, width), (first, exist), (step, steps) = target, free, k
-    operand, taps = image.operand, builder.mul(*image.k.extents[:2])
+    (first, exist), (step, steps) = free, k
+    taps = builder.mul(*image.k.extents[:2])
     taps = builder.mul(taps, image.k.extents[X])
     end, last = builder.add(step, steps), builder.sub(taps, I64(1))
 
@@ -132,35 +165,33 @@ def _pack_wide(builder, image, room, target, free, k):
             def channel(c):
                 row = builder.sub(builder.add(builder.mul(c, taps), t), step)
                 at = builder.add(offset, builder.mul(c, image.k.outer))
-                lane = operand.vector.at(builder, to, builder.add(builder.mul(row, width), j))
-                operand.vector.store(builder, read_line(builder, image, room, line, at), lane)
+                panel.store(builder, read_line(builder, image, room, line, at), row, j)
 
             each(builder, stop, 1, channel, begin)
             return following(builder, image.k, digits)
 
         repeat(builder, I64(0), taps, 1, [I64(0)] * (1 + DIMENSIONS), tap)
 
-    each(builder, width, operand.vector.lanes, vector)
+    each(builder, panel.width, image.lanes, vector)
 
 
-def _pack_transposed(builder, image, room, target, free, k):
+def _pack_transposed(builder, image, room, panel, free, k):
     """Vectors along k, transposed: some pixels after the other, all columns of each.
 
     Columns that do not exist are as the last one.
     """
-    (to, width), (first, exist), (step, steps) = target, free, k
+    (first, exist), (step, steps) = free, k
     vector, lanes = image.operand.vector, image.lanes
-    _set_others(builder, image, image.free, first, width, exist, room)
+    _set_others(builder, image, image.free, first, panel.width, exist, room)
 
     def some_pixels(p, run, count, inside):
         def columns(j):
             read = [_read_other(builder, image, room, run, builder.add(j, I64(i)), count, inside) for i in range(lanes)]
             for i, row in enumerate(vector.transpose(builder, read)):
-                at = vector.at(builder, to, builder.add(builder.mul(builder.add(p, I64(i)), width), j))
                 with builder.if_then(builder.icmp_signed("<", I64(i), count), likely=True):
-                    vector.store(builder, row, at)
+                    panel.store(builder, row, builder.add(p, I64(i)), j)
 
-        each(builder, width, lanes, columns)
+        each(builder, panel.width, lanes, columns)
 
     _rows_of_pixels(builder, image, room, step, steps, some_pixels)
 

@@ -53,12 +53,6 @@ SHORTEST_RUN = 4  # taps in a row, from which on they are stored as a run of the
 UNUSED = (0,) * (g.GEMM_ARGS - g.SOURCE)  # arguments that most products leave as they are
 
 
-@functools.cache
-def supports_dtype(dtype: torch.dtype) -> bool:
-    """Whether there are kernels, not bfloat16 where the CPU multiplies pairs of it, which torch convolves."""
-    return direct.supports(dtype) and not _config(dtype).bf16_dot
-
-
 def supports(input: Tensor, weight: Tensor) -> bool:
     """Whether these kernels compute convolutions of two dense tensors with 1 to 3 spatial dimensions.
 
@@ -70,7 +64,7 @@ def supports(input: Tensor, weight: Tensor) -> bool:
         return False
     if input.numel() > MOST_PIXELS * input.shape[1] or weight.numel() > MOST_PIXELS * weight.shape[1]:
         return False
-    return supports_dtype(input.dtype)
+    return direct.supports(input.dtype)
 
 
 def forward(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from convolutions import has_kernel
 from small_models import counted
 from torch import Tensor, nn
 from vision import declared as declared
@@ -107,6 +106,4 @@ def test_channels_last_in_float64(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_images(name: str, dtype: torch.dtype) -> None:
-    if not has_kernel(dtype):
-        pytest.skip("torch convolves bfloat16 where pairs are multiplied")
     assert_close_to_torch(name, normal(2 * 3 * 224, 224, dtype).view(2, 3, 224, 224))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from convolutions import has_kernel
 from dtypes import EVERY
 from outcomes import outcome
 from torch import Tensor
@@ -47,8 +46,6 @@ def step(function: Callable[..., Tensor], tensors: list[Tensor], **named: Any) -
 @pytest.mark.parametrize("name", NAMES)
 def test_exact(name: str, dtype: torch.dtype) -> None:
     """Strides, paddings, dilations, groups: values and gradients are whole numbers, so they are torch's in float64."""
-    if not has_kernel(dtype):
-        pytest.skip("torch's, on a CPU that multiplies pairs of it")
     choices = itertools.product((1, 2, 3), (0, 2), (1, 2), (1, 2))
     for number, (stride, padding, dilation, groups) in enumerate(choices):
         named: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -228,11 +225,6 @@ def test_operators_raise_torchs_errors() -> None:
 def test_functions_pickle() -> None:
     for name in NAMES:
         assert pickle.loads(pickle.dumps(getattr(matmul_grad, name))) is getattr(matmul_grad, name)
-
-
-def test_dtypes_with_kernels() -> None:
-    assert has_kernel(torch.float32) and has_kernel(torch.float64)
-    assert not has_kernel(torch.complex64) and not has_kernel(torch.int64)
 
 
 def test_sums_of_more_steps_than_an_address_can_tell_are_left_to_torch() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from convolutions import has_kernel
 from dtypes import ACCELERATED
 from operator_samples import Product, assert_samples_agree, outcome, ran, results
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ CASES = [
     for op in OPERATORS
     for dtype in sorted(op.supported_dtypes("cpu"), key=str)
 ]
-OURS = tuple(dtype for dtype in ACCELERATED.values() if has_kernel(dtype))
+OURS = tuple(ACCELERATED.values())
 MODULE_DTYPES = (torch.float32, torch.bfloat16)  # the modules call the functions, which every dtype has gone through
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # "same" with even kernels, complex gradients

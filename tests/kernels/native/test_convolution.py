@@ -17,12 +17,11 @@ from matmul_grad.kernels.native import convolution, direct
 from matmul_grad.testing import assert_same_bits, integers
 
 PAGE = mmap.PAGESIZE
-CHOSEN = [x for x in blocks.parameters() if not x.values[0].bf16_dot]  # torch convolves where pairs are multiplied
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 Geometry = tuple[list[int], list[int], list[int], int]  # stride, padding, dilation, groups
 
 
-@pytest.fixture(params=CHOSEN)
+@pytest.fixture(params=blocks.parameters())
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> BlockConfig:
     """The configuration that convolutions of its dtype use."""
     chosen: BlockConfig = request.param
