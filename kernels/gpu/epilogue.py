@@ -15,6 +15,7 @@ from .tiles import halves, store_rows, store_strided, store_subtile
 SCALARS = ("alpha_low", "alpha_high", "beta_low", "beta_high")
 # So many columns of the source are loaded at a time: beside the largest tiles, more would spill registers.
 COLUMNS = tl.constexpr(64)
+ROWS = tl.constexpr(128)  # an activation of taller tiles takes half as many columns at a time
 
 
 class Epilogue(NamedTuple):
@@ -44,6 +45,11 @@ class Epilogue(NamedTuple):
         """
         halves = struct.unpack("=4i", struct.pack("=2d", self.alpha, self.beta))
         return dict(zip(SCALARS, halves, strict=True))
+
+
+def columns_at_a_time(block_m: int, block_n: int) -> int:
+    """Of a tile that is activated: the width of what `activate_and_store` stores at once."""
+    return min(block_n, COLUMNS.value if block_m <= ROWS.value else COLUMNS.value // 2)
 
 
 @triton.jit
@@ -141,12 +147,12 @@ def add_source_and_store(acc, source, c, row0, col0, rows, cols, scalars):
 def activate_and_store(
     acc, source, c, c_desc, pre, batch, row0, col0, rows, cols, scalars, ACTIVATION: tl.constexpr, BATCHED: tl.constexpr
 ):  # fmt: skip
-    """`tile_epilogue`, `activate`, and the stores of both, COLUMNS at a time: what is stored frees its registers.
+    """`tile_epilogue`, `activate`, and the stores of both, some columns at a time: what is stored frees its registers.
 
     Into c, a `Matrix`, and an address, or where there is a c_desc through that and a descriptor; nothing into a `pre`
     that is None.
     """
-    if acc.shape[1] > COLUMNS:
+    if acc.shape[1] > (COLUMNS if acc.shape[0] <= ROWS else COLUMNS // 2):
         left, right = halves(acc)
         activate_and_store(left, source, c, c_desc, pre, batch, row0, col0, rows, cols, scalars, ACTIVATION, BATCHED)
         half = col0 + acc.shape[1] // 2

@@ -30,7 +30,7 @@ from .config import (
     work_items,
     workspace_bytes,
 )
-from .epilogue import COLUMNS, SCALARS, Epilogue
+from .epilogue import SCALARS, Epilogue, columns_at_a_time
 from .gemm import gemm
 from .reduce import reduce
 from .tma import gemm_tma
@@ -210,7 +210,7 @@ def _gemm_tma(
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     stored, pre = None, pre_arg(epilogue)
     if store_tma:
-        width = min(bn, COLUMNS.value) if activation_of(epilogue) else bn // config.subtiles
+        width = columns_at_a_time(bm, bn) if activation_of(epilogue) else bn // config.subtiles
         stored = descriptor_arg(result, (m, n, batch), c, (bm, width))
     kept = stored._replace(name=pre.name) if stored and pre else pre
     return Plan(
