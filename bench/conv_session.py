@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,11 +22,11 @@ import torch
 
 import matmul_grad
 
-from ..kernels.cpu import driver
 from . import conv_calls, inputs, timer, worker
 from .conv_calls import BACKENDS, FORWARD, Comparison, call_of
 from .conv_layers import LENGTHS, Layer
 from .devices import Cpu, reset_peak, status
+from .memory import forked
 from .workloads import OURS, TORCH
 
 WARM = 2  # the batch and the channels of the call before, which loads what any call needs
@@ -78,30 +77,6 @@ def timed(one: Comparison, seconds: float) -> worker.Message:
         "seconds": {name: timer.summary(rounds) for name, rounds in times.items()},
         "ratio": {TORCH: timer.summary(timer.ratios(times[TORCH], times[OURS]))},
     }  # fmt: skip
-
-
-def forked(measure: Callable[[], worker.Message]) -> worker.Message:
-    """What a child measures; AssertionError where it ends without an answer."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            driver.workspace[0] = 0  # not a child whose parent had threads: all of them can be used
-            found = measure()
-        except BaseException as reason:
-            found = worker.reason_of(reason)
-        os.write(writer, json.dumps(found).encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        told = pipe.read()
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if not told:
-        raise AssertionError(f"its memory was measured in a child that ended with status {ended}")
-    found = json.loads(told)
-    if "failed" in found:
-        raise AssertionError(found["failed"])
-    return dict(found)
 
 
 def peak(name: str, one: Comparison) -> worker.Message:

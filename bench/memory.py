@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -37,32 +38,37 @@ def of_call(name: str, workload: Workload) -> worker.Message:
     dtype = str(workload.torch_dtype).removeprefix("torch.")
     if name == OURS and not ops.native_status() and driver.supports(dtype):
         driver.gemm_address(driver.config(dtype))  # compiled or loaded here, once for all children
+    try:
+        return forked(lambda: {"peak bytes": _peak(name, workload)})
+    except AssertionError as reason:
+        return {"failed": str(reason)}
+
+
+def forked(measure: Callable[[], worker.Message]) -> worker.Message:
+    """What a child measures; AssertionError where it ends without an answer."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        _answer(writer, name, workload)
+        try:
+            driver.workspace[0] = 0  # not a child whose parent had threads: all of them can be used
+            found = measure()
+        except BaseException as reason:
+            found = worker.reason_of(reason)
+        os.write(writer, json.dumps(found).encode())
+        os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         answer = pipe.read()
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if not answer:
-        return {"failed": f"its memory was measured in a child that ended with status {ended}"}
-    found: worker.Message = json.loads(answer)
-    return found
-
-
-def _answer(writer: int, name: str, workload: Workload) -> None:
-    """The child, which ends here."""
-    try:
-        found: worker.Message = {"peak bytes": _peak(name, workload)}
-    except BaseException as reason:
-        found = worker.reason_of(reason)
-    os.write(writer, json.dumps(found).encode())
-    os._exit(0)
+        raise AssertionError(f"its memory was measured in a child that ended with status {ended}")
+    found = json.loads(answer)
+    if "failed" in found:
+        raise AssertionError(found["failed"])
+    return dict(found)
 
 
 def _peak(name: str, workload: Workload) -> int:
-    driver.workspace[0] = 0  # not a child whose parent had threads: all of them can be used
     torch.set_num_threads(workload.threads)
     library = backends.BY_NAME[name].library()
     for each in (replace(workload, m=WARM, n=WARM, k=WARM), workload):

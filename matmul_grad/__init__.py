@@ -7,8 +7,9 @@ from .api import addmm, baddbmm, bmm, mm, mm_backward, scaled_mm
 from .aten_override import disable, enable, enabled, info
 from .convolution import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .functional import linear, matmul
+from .gated import gated_linear
 from .grouped import grouped_mm
-from .nn import Linear, convert, converted, restore
+from .nn import GatedLinear, Linear, convert, converted, restore
 from .settings import deterministic, float32_products
 from .strict_mode import strict
 from .vectors import addmv, dot, mv, vdot
@@ -16,6 +17,7 @@ from .vectors import addmv, dot, mv, vdot
 __version__ = "0.1.0"
 _MODULES = ("bench", "reference", "testing")
 __all__ = [
+    "GatedLinear",
     "Linear",
     "addmm",
     "addmv",
@@ -35,6 +37,7 @@ __all__ = [
     "enable",
     "enabled",
     "float32_products",
+    "gated_linear",
     "grouped_mm",
     "info",
     "linear",

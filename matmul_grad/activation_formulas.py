@@ -68,3 +68,20 @@ def gradient_by_torch(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
     """grad · f' in torch's functions; 16-bit operands are computed with in float32, as in the kernel."""
     wide = torch.float32 if grad.dtype.itemsize == 2 else grad.dtype
     return GRADIENTS[activation](grad.to(wide), kept.to(wide)).to(grad.dtype)
+
+
+# --- the gradient of f, in one pass of torch's, which has not all derivatives ----------------------------------------
+
+aten = torch.ops.aten
+ONE_PASS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, y: aten.threshold_backward.default(grad, y, 0),
+    "gelu": lambda grad, x: aten.gelu_backward.default(grad, x),
+    "gelu_tanh": lambda grad, x: aten.gelu_backward.default(grad, x, approximate="tanh"),
+    "silu": lambda grad, x: aten.silu_backward.default(grad, x),
+    "tanh": lambda grad, y: aten.tanh_backward.default(grad, y),
+}
+
+
+def one_pass_by_torch(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
+    """``gradient_by_torch`` where no graph is recorded: for devices without a kernel of ours."""
+    return ONE_PASS[activation](grad, kept)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import autocast, fallback, strict_mode
-from .activation_formulas import BY_TORCH, gradient_by_torch, require_name
+from .activation_formulas import BY_TORCH, gradient_by_torch, one_pass_by_torch, require_name
 from .autograd import (
     _below_autograd,
     _Node,
@@ -39,7 +39,6 @@ from .ops import (
     accelerated,
     addition,
     can_be_added,
-    compute,
     has_work,
     library,
     product,
@@ -58,17 +57,17 @@ def argument(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> Tensor:
     return product(mat1, mat2) if self is None else addition(self, mat1, mat2, 1, 1)
 
 
-def _by_torch(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> Tensor:
+def argument_by_torch(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> Tensor:
     return torch.mm(mat1, mat2) if self is None else torch.addmm(self, mat1, mat2)
 
 
 def addmm_activation_by_torch(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> Tensor:
     require_name(activation)
-    return BY_TORCH[activation](_by_torch(self, mat1, mat2))
+    return BY_TORCH[activation](argument_by_torch(self, mat1, mat2))
 
 
-def _supported(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> bool:
-    """Whether these kernels compute S; they apply f on a CPU."""
+def supported(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> bool:
+    """Whether these kernels compute f(S)."""
     if mat1.dim() != 2 or not accelerated(mat1, mat2) or not (self is None or can_be_added(self, mat1, mat2)):
         strict_mode.note_fallback(mat1, mat2)
         return False
@@ -76,39 +75,45 @@ def _supported(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> bool:
 
 
 def _fused(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str, pre: Tensor | None) -> Tensor:
-    from .kernels.native import direct
-
+    """f(S) of supported operands, and S into ``pre``."""
     require_storage(mat1, mat2, *(() if self is None else (self,)))
-    return direct.product(mat1, mat2, direct.Epilogue(1.0, 1.0, self, activation, pre))
+    if not mat1.is_cuda:
+        from .kernels.native import direct
+
+        return direct.product(mat1, mat2, direct.Epilogue(1.0, 1.0, self, activation, pre))
+    from .kernels.gpu import launch
+
+    try:
+        return launch.addmm(mat1, mat2, launch.Epilogue(1, 1, self, activation, pre))
+    except launch.CannotBuild:  # from now on `launch.supports` is False
+        strict_mode.note_fallback(mat1, mat2)
+        by_torch = argument_by_torch(self, mat1, mat2)
+        return BY_TORCH[activation](by_torch if pre is None else pre.copy_(by_torch))
 
 
 def _forward(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> Tensor:
     require_name(activation)
-    if not _supported(self, mat1, mat2):
+    if not supported(self, mat1, mat2):
         return addmm_activation_by_torch(self, mat1, mat2, activation)
-    if mat1.is_cuda:
-        return BY_TORCH[activation](compute(mat1, mat2, self))
     return _fused(self, mat1, mat2, activation, None)
 
 
 def _forward_and_keep(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """f(S) and S."""
     require_name(activation)
-    if not _supported(self, mat1, mat2):
-        pre = _by_torch(self, mat1, mat2)
-    elif mat1.is_cuda:
-        pre = compute(mat1, mat2, self)
-    else:
-        pre = mat1.new_empty(mat1.shape[0], mat2.shape[1])
-        return _fused(self, mat1, mat2, activation, pre), pre
-    return BY_TORCH[activation](pre), pre
+    if not supported(self, mat1, mat2):
+        pre = argument_by_torch(self, mat1, mat2)
+        return BY_TORCH[activation](pre), pre
+    pre = mat1.new_empty(mat1.shape[0], mat2.shape[1])
+    return _fused(self, mat1, mat2, activation, pre), pre
 
 
 def _gradient(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
     require_name(activation)
     plain = grad.device.type == "cpu" and grad.dtype == kept.dtype and grad.layout == kept.layout == torch.strided
     if not (plain and grad.shape == kept.shape and grad.dim() == 2 and grad.numel() and accelerated(grad, kept.t())):
-        return gradient_by_torch(grad, kept, activation).contiguous()
+        one_pass = grad.layout == kept.layout == torch.strided and grad.dtype == kept.dtype
+        return (one_pass_by_torch if one_pass else gradient_by_torch)(grad, kept, activation).contiguous()
     from .kernels.native import direct
 
     require_storage(grad, kept)
@@ -117,7 +122,7 @@ def _gradient(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
 
 def _fake_forward(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> Tensor:
     require_name(activation)
-    return _by_torch(self, mat1, mat2)
+    return argument_by_torch(self, mat1, mat2)
 
 
 def _fake_forward_and_keep(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -241,12 +246,12 @@ def in_two_nodes(
     return _record_activated(recorded, result, activation)
 
 
-def _is_recorded(*tensors: Tensor | None) -> bool:
+def is_recorded(*tensors: Tensor | None) -> bool:
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     return needed or may_have_tangents()
 
 
-def _is_own(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> bool:
+def is_own(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> bool:
     """Dense real matrices of one dtype, as for the other operators; the graph of others is that of torch's."""
     operands = [x for x in (self, mat1, mat2) if x is not None]
     return (
@@ -258,10 +263,10 @@ def _is_own(self: Tensor | None, mat1: Tensor, mat2: Tensor) -> bool:
 
 def _autograd(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> Tensor:
     require_name(activation)
-    if not _is_own(self, mat1, mat2):
+    if not is_own(self, mat1, mat2):
         strict_mode.note_fallback(mat1, mat2)
         return addmm_activation_by_torch(self, mat1, mat2, activation)
-    if not _is_recorded(self, mat1, mat2):
+    if not is_recorded(self, mat1, mat2):
         with _below_autograd():
             return _addmm_activation(self, mat1, mat2, activation)
     if not may_have_tangents() and all(x is None or type(x) in fallback.PLAIN for x in (self, mat1, mat2)):
@@ -273,10 +278,10 @@ def _autograd(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) 
 def _autograd_and_keep(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """At an outer level of transforms, where both results are needed."""
     require_name(activation)
-    if not _is_own(self, mat1, mat2) or (_is_recorded(self, mat1, mat2) and activation in BY_RESULT):
+    if not is_own(self, mat1, mat2) or (is_recorded(self, mat1, mat2) and activation in BY_RESULT):
         pre = argument(self, mat1, mat2)
         return BY_TORCH[activation](pre), pre
-    if not _is_recorded(self, mat1, mat2):
+    if not is_recorded(self, mat1, mat2):
         with _below_autograd():
             return _addmm_activation_kept(self, mat1, mat2, activation)
     result: tuple[Tensor, Tensor] = with_graph(_record, self, mat1, mat2, activation)  # type: ignore[assignment]  # two tensors
@@ -285,7 +290,7 @@ def _autograd_and_keep(self: Tensor | None, mat1: Tensor, mat2: Tensor, activati
 
 def _gradient_autograd(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
     require_name(activation)
-    if _is_recorded(grad, kept):
+    if is_recorded(grad, kept):
         return gradient_by_torch(grad, kept, activation)
     with _below_autograd():
         return _activation_gradient(grad, kept, activation)
@@ -333,7 +338,7 @@ def _gradient_rule(info: Any, in_dims: Dims, grad: Tensor, kept: Tensor, activat
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
-def _register(name: str, schema: str, kernels: tuple[Callable[..., Any], ...]) -> Any:
+def register_operator(name: str, schema: str, kernels: tuple[Callable[..., Any], ...]) -> Any:
     """kernels: of every device, of Autograd, of tracing and of vmap."""
     composite, recorded, fake, rule = kernels
     library.define(f"{name}{schema}", tags=TAGS)
@@ -348,21 +353,22 @@ def _flops(_: Any, mat1: Any, mat2: Any, *__: Any) -> int:
     return 2 * math.prod(mat1) * mat2[-1]
 
 
-_addmm_activation = _register("addmm_activation", f"{ARGUMENTS} -> Tensor", (_forward, _autograd, _fake_forward, _rule))
-_addmm_activation_kept = _register(
+_addmm_activation = register_operator(
+    "addmm_activation", f"{ARGUMENTS} -> Tensor", (_forward, _autograd, _fake_forward, _rule)
+)
+_addmm_activation_kept = register_operator(
     "_addmm_activation_kept",
     f"{ARGUMENTS} -> (Tensor, Tensor)",
     (_forward_and_keep, _autograd_and_keep, _fake_forward_and_keep, _rule_and_keep),
 )
-_activation_gradient = _register(
+_activation_gradient = register_operator(
     "_activation_gradient",
     "(Tensor grad, Tensor kept, str activation) -> Tensor",
     (_gradient, _gradient_autograd, _fake_gradient, _gradient_rule),
 )
 count_flops(torch.ops.matmul_grad.addmm_activation, _flops)
 count_flops(torch.ops.matmul_grad._addmm_activation_kept, _flops)
-for device, key in autocast.DEVICES.items():
-    library.impl("addmm_activation", autocast.make_cast("addmm_activation", device), key)
+autocast.register_operator("addmm_activation")
 
 
 def linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:

@@ -37,7 +37,11 @@ def make_cast(name: str, device: str) -> Callable[..., Any]:
     return call
 
 
-def register() -> None:
+def register_operator(name: str) -> None:
     for device, key in DEVICES.items():
-        for name in (*SCHEMAS, *COMPOSED_SCHEMAS, "mm_backward"):
-            library.impl(name, make_cast(name, device), key)
+        library.impl(name, make_cast(name, device), key)
+
+
+def register() -> None:
+    for name in (*SCHEMAS, *COMPOSED_SCHEMAS, "mm_backward"):
+        register_operator(name)

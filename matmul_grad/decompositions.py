@@ -3,6 +3,7 @@
     matmul_grad.mm, bmm, addmm, baddbmm    aten's operator of the same name
     matmul_grad.scaled_mm                  aten._scaled_mm
     matmul_grad.addmm_activation           aten.addmm or mm, and the activation
+    matmul_grad.addmm_gated                two of these, and a multiplication
     matmul_grad.convolution                aten.convolution, and its gradient of the filter aten.convolution_backward
 
 Consumers of exported graphs (ONNX, back ends, quantisers) know aten's. Inductor, whose table is made from the same
@@ -20,6 +21,7 @@ import torch
 
 from . import convolution_by_torch
 from .activations import addmm_activation_by_torch
+from .gated import addmm_gated_by_torch
 from .import_hooks import on_import
 from .ops import SCHEMAS, scaled_mm_by_torch, torch_impl_of
 
@@ -32,7 +34,10 @@ def aten_decompositions() -> dict[Any, Callable[..., Any]]:
     """By operator, a function that computes it with aten's."""
     operators = torch.ops.matmul_grad
     products = {getattr(operators, name).default: torch_impl_of(name) for name in SCHEMAS}
-    activated = {operators.addmm_activation.default: addmm_activation_by_torch}
+    activated = {
+        operators.addmm_activation.default: addmm_activation_by_torch,
+        operators.addmm_gated.default: addmm_gated_by_torch,
+    }
     convolutions = {
         operators.convolution.default: convolution_by_torch.convolution,
         operators.convolution_weight_gradient.default: convolution_by_torch.weight_gradient,

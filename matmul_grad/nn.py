@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import decompositions
 from .activation_formulas import require_name
 from .functional import linear
+from .gated_layer import GatedLinear
 from .layers import EVERY_KIND, KINDS, MARK, Kinds, accumulating_linear, calls, is_class_forward, is_marked, make_mark
 from .layers import with_convolution as _with
 
@@ -21,6 +22,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "GatedLinear",
     "Linear",
     "calls",
     "convert",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fallback, strict_mode
+from . import fallback, sharding, strict_mode
 from .autograd import _below_autograd, _Node, gradients, may_have_tangents, outer_levels_record, scaled, with_graph
 from .flops import count_flops
 from .gradient_dtypes import NARROW, is_kept_in_float32
@@ -232,6 +232,7 @@ def _register() -> None:
 
 
 _register()
+sharding.register(sharding.register_out_dtype_with)
 
 
 def call(name: str, operands: tuple[Any, ...], scales: dict[str, float], out_dtype: torch.dtype) -> Tensor | None:

@@ -8,7 +8,8 @@ the rules of this file are registered. Over one dimension of a mesh every rule s
 is sharded along it, what has not is replicated. A letter that the result has not, k, is summed over: there each
 device holds a partial sum.
 
-Convolutions are sharded along the batch alone; the gradient of a filter is a partial sum there.
+Convolutions are sharded along the batch alone; the gradient of a filter is a partial sum there. Products with an
+activation are sharded along m and n: of a partial sum there is none.
 """
 
 from __future__ import annotations
@@ -123,6 +124,68 @@ def register_grouped_with(_: ModuleType) -> None:
         return [(result, [*operands, *rest]) for result, operands in found]
 
     register_sharding(torch.ops.matmul_grad.grouped_mm.default)(rules)
+
+
+# Products with an activation, by operator: the letters as above, and how many results there are, placed alike.
+ACTIVATED = {
+    "addmm_activation": ("mn,mk,kn->mn", 1),
+    "_addmm_activation_kept": ("mn,mk,kn->mn", 2),
+    "_activation_gradient": ("mn,mn->mn", 1),
+    "addmm_gated": ("mn,mn,mk,kn,kn->mn", 1),
+    "_addmm_gated_kept": ("mn,mn,mk,kn,kn->mn", 3),
+    "_gated_gradients": ("mn,mn,mn->mn", 2),
+}
+
+
+def activated_shardings(name: str, shapes: list[tuple[int, ...] | None]) -> list[tuple[list[Any], list[Any]]]:
+    """As ``shardings``, of what has an activation; an operand that is left out has no shape.
+
+    >>> len(activated_shardings("addmm_activation", [None, (2, 3), (3, 4)]))
+    3
+    """
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    equation, count = ACTIVATED[name]
+    operands, result = equation.split("->")
+    letters = [None if shape is None else added(x, shape) for x, shape in zip(operands.split(","), shapes, strict=True)]
+    rules: list[tuple[list[Any], list[Any]]] = []
+    for letter in ("", *result):
+        whole = Shard(result.index(letter)) if letter else Replicate()
+        placed = [
+            None if x is None else Shard(x.index(letter)) if letter and letter in x else Replicate() for x in letters
+        ]
+        rules.append(([whole] * count, [*placed, None]))
+    if "k" not in equation:  # linear in the gradient
+        rules.append(([Partial()] * count, [Partial(), *(Replicate() for _ in letters[1:]), None]))
+    return rules
+
+
+def register_activated_with(_: ModuleType) -> None:
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def register_one(name: str) -> None:
+        def rules(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
+            return activated_shardings(name, [None if x is None else tuple(x.shape) for x in arguments[:-1]])
+
+        register_sharding(getattr(torch.ops.matmul_grad, name).default)(rules)
+
+    for name in ACTIVATED:
+        register_one(name)
+
+
+def register_out_dtype_with(_: ModuleType) -> None:
+    """Products with a float32 result: as the products, and the dtype behind the operands."""
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def register_one(name: str, equation: str) -> None:
+        def rules(*arguments: Any, **_scalars: Any) -> list[tuple[list[Any], list[Any]]]:
+            found = shardings(equation, [tuple(x.shape) for x in arguments[:-1]])
+            return [(result, [*operands, None]) for result, operands in found]
+
+        register_sharding(getattr(torch.ops.matmul_grad, f"{name}_dtype").default)(rules)
+
+    for name, equation in EQUATIONS.items():
+        register_one(name, equation)
 
 
 def register_with(tensor: ModuleType) -> None:

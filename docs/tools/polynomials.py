@@ -14,8 +14,8 @@ import mpmath
 
 DIGITS = 60
 TERMS = {
-    "float32": {"exp": 6, "tanh": 6, "erf": 7, "erfc": 10},
-    "float64": {"exp": 10, "tanh": 12, "erf": 13, "erfc": 22},
+    "float32": {"exp": 6, "tanh": 6, "erf": 7, "erfc": 12},
+    "float64": {"exp": 10, "tanh": 12, "erf": 13, "erfc": 28},
 }
 TANH_LIMIT, ERF_LIMIT = "0.625", 1  # up to which tanh and erf are odd polynomials
 ERFC_SHIFT = 2
@@ -42,19 +42,19 @@ def erf_rest(t: Any) -> Any:
 
 
 def erfc_scaled(v: Any) -> Any:
-    """exp(a²) · erfc(a) / s of v = s - 1/6, s = 1 / (a + 2)"""
-    s = v + mpmath.mpf(1) / 6
+    """exp(a²) · erfc(a) / s of v = s - 1/4, s = 1 / (a + 2)"""
+    s = v + mpmath.mpf(1) / 4
     a = 1 / s - ERFC_SHIFT
     return mpmath.exp(a * a) * mpmath.erfc(a) / s
 
 
 def intervals() -> dict[str, tuple[Callable[[Any], Any], Any, Any]]:
-    half_ln2, sixth = mpmath.log(2) / 2, mpmath.mpf(1) / 6
+    half_ln2, quarter = mpmath.log(2) / 2, mpmath.mpf(1) / 4
     return {
         "exp": (exp_rest, -half_ln2, half_ln2),
         "tanh": (tanh_rest, mpmath.mpf(0), mpmath.mpf(TANH_LIMIT) ** 2),
         "erf": (erf_rest, mpmath.mpf(0), mpmath.mpf(ERF_LIMIT)),
-        "erfc": (erfc_scaled, mpmath.mpf(1) / LONGEST - sixth, mpmath.mpf(1) / (ERF_LIMIT + ERFC_SHIFT) - sixth),
+        "erfc": (erfc_scaled, mpmath.mpf(1) / LONGEST - quarter, mpmath.mpf(1) / ERFC_SHIFT - quarter),
     }
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from llvmlite import ir
 
@@ -28,24 +29,37 @@ CUBIC = 0.044715 * SLOPE
 SATURATED = 100.0  # σ(w(x)) is 0 or 1 from here on, and w'(x) still finite
 
 
+Both = tuple[Lanes, Lanes]  # an activation and its derivative, of the argument
+
+
 def _relu(x: Lanes) -> Lanes:
     return x.number(0.0).where(x.compare("<=", 0.0), x)
 
 
-def _gelu(x: Lanes) -> Lanes:
-    return x * normal(x)[0]
+def _gelu(x: Lanes) -> Both:
+    distribution, density = normal(x)
+    return x * distribution, x.times_plus(density, distribution)
 
 
-def _gelu_tanh(x: Lanes) -> Lanes:
-    return x * sigmoids(_cubic(x.clamped(-SATURATED, SATURATED)))[0]
+def _gelu_tanh(x: Lanes) -> Both:
+    near = x.clamped(-SATURATED, SATURATED)
+    square = near * near
+    this, other = sigmoids(near * square.times_plus(CUBIC, SLOPE))
+    return x * this, x.times_plus(this * other * square.times_plus(3 * CUBIC, SLOPE), this)
 
 
-def _cubic(x: Lanes) -> Lanes:
-    return x * (x * x).times_plus(CUBIC, SLOPE)
+def _silu(x: Lanes) -> Both:
+    this, other = sigmoids(x)
+    return x * this, x.times_plus(this * other, this)
 
 
-def _silu(x: Lanes) -> Lanes:
-    return x * sigmoids(x)[0]
+def _tanh(x: Lanes) -> Both:
+    y = tanh(x)
+    return y, _tanh_derivative(y)
+
+
+def _tanh_derivative(y: Lanes) -> Lanes:
+    return 1.0 - y * y
 
 
 def _relu_gradient(grad: Lanes, y: Lanes) -> Lanes:
@@ -53,62 +67,70 @@ def _relu_gradient(grad: Lanes, y: Lanes) -> Lanes:
     return y.number(0.0).where(y.compare("<=", 0.0), grad)
 
 
-def _gelu_derivative(x: Lanes) -> Lanes:
-    distribution, density = normal(x)
-    return x.times_plus(density, distribution)
+def _value(both: Callable[[Lanes], Both]) -> Callable[[Lanes], Lanes]:
+    return lambda x: both(x)[0]
 
 
-def _gelu_tanh_derivative(x: Lanes) -> Lanes:
-    near = x.clamped(-SATURATED, SATURATED)
-    this, other = sigmoids(_cubic(near))
-    return x.times_plus(this * other * (near * near).times_plus(3 * CUBIC, SLOPE), this)
+def _times(both: Callable[[Lanes], Both]) -> Callable[..., tuple[Lanes]]:
+    return lambda grad, x: (grad * both(x)[1],)
 
 
-def _silu_derivative(x: Lanes) -> Lanes:
-    this, other = sigmoids(x)
-    return x.times_plus(this * other, this)
+def _gated(both: Callable[[Lanes], Both]) -> Callable[..., Both]:
+    def gradients(grad: Lanes, gate: Lanes, value: Lanes) -> Both:
+        activated, derivative = both(gate)
+        return grad * value * derivative, grad * activated
+
+    return gradients
 
 
-def _tanh_derivative(y: Lanes) -> Lanes:
-    return 1.0 - y * y
-
-
-def _times(derivative: Callable[[Lanes], Lanes]) -> Callable[[Lanes, Lanes], Lanes]:
-    return lambda grad, known: grad * derivative(known)
+def _gated_relu(grad: Lanes, gate: Lanes, value: Lanes) -> Both:
+    return _relu_gradient(grad * value, gate), grad * _relu(gate)
 
 
 FORWARD: dict[str, Callable[..., Lanes]] = {
-    "relu": _relu, "gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu, "tanh": tanh,
+    "relu": _relu, "gelu": _value(_gelu), "gelu_tanh": _value(_gelu_tanh), "silu": _value(_silu), "tanh": tanh,
 }  # fmt: skip
 # Of the gradient of the result, and of the argument, or of the result for those of BY_RESULT.
-GRADIENT: dict[str, Callable[..., Lanes]] = {
-    "relu": _relu_gradient, "gelu": _times(_gelu_derivative), "gelu_tanh": _times(_gelu_tanh_derivative),
-    "silu": _times(_silu_derivative), "tanh": _times(_tanh_derivative),
+GRADIENT: dict[str, Callable[..., tuple[Lanes, ...]]] = {
+    "relu": lambda grad, y: (_relu_gradient(grad, y),), "gelu": _times(_gelu), "gelu_tanh": _times(_gelu_tanh),
+    "silu": _times(_silu), "tanh": lambda grad, y: (grad * _tanh_derivative(y),),
+}  # fmt: skip
+# Of the gradient of activation(gate) · value, of gate and of value: the gradients of both.
+GATED_GRADIENT: dict[str, Callable[..., tuple[Lanes, ...]]] = {
+    "relu": _gated_relu, "gelu": _gated(_gelu), "gelu_tanh": _gated(_gelu_tanh), "silu": _gated(_silu),
+    "tanh": _gated(_tanh),
 }  # fmt: skip
 
 
 def by_name(
-    builder: ir.IRBuilder, vector: Vector, activation: ir.Value, functions: dict[str, Callable[..., Lanes]], *values
-) -> ir.Value:
-    """The function of ``values`` that an index of ACTIVATIONS names; the first value for any other index."""
-    operands, results = [Lanes(builder, vector, value) for value in values], [(values[0], builder.block)]
+    builder: ir.IRBuilder,
+    vector: Vector,
+    activation: ir.Value,
+    functions: dict[str, Callable[..., tuple[Lanes, ...]]],
+    *values: ir.Value,
+) -> list[ir.Value]:
+    """What the function that an index of ACTIVATIONS names makes of ``values``; the first value for any other index."""
+    operands = [Lanes(builder, vector, value) for value in values]
+    before, results = builder.block, []
 
-    def one(function: Callable[..., Lanes]) -> None:
-        value = function(*operands).value
-        results.append((value, builder.block))
+    def one(function: Callable[..., tuple[Lanes, ...]]) -> None:
+        results.append(([made.value for made in function(*operands)], builder.block))
 
     cases(builder, activation, functions, one)
-    result = builder.phi(vector.type)
-    for value, block in results:
-        result.add_incoming(value, block)
-    return result
+    found = []
+    for index in range(len(results[0][0])):
+        result = builder.phi(vector.type)
+        for made, block in [([values[0]] * (index + 1), before), *results]:
+            result.add_incoming(made[index], block)
+        found.append(result)
+    return found
 
 
 def cases(
     builder: ir.IRBuilder,
     activation: ir.Value,
-    functions: dict[str, Callable[..., Lanes]],
-    emit: Callable[[Callable[..., Lanes]], None],
+    functions: dict[str, Callable[..., Any]],
+    emit: Callable[[Callable[..., Any]], None],
 ) -> None:
     """``emit`` for the function that an index of ACTIVATIONS names; nothing for any other index."""
     done = builder.append_basic_block("done")

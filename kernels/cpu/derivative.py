@@ -1,6 +1,6 @@
 """The gradient of an activation on all threads: each computes some rows, or some columns where there are few rows.
 
-    out[i, j] = grad[i, j] · activation'[i, j]
+    out[i, j] = grad[i, j] · activation'[i, j]      or both gradients of activation(gate) · value
 
 An element depends on its own operands alone, so the bits do not depend on the number of threads.
 """
@@ -12,7 +12,23 @@ from collections.abc import Callable
 from numba.core import types
 
 from .config_words import DERIVATIVE, SIZE
-from .derivative_args import ACTIVATION, GRAD, GRAD_CS, GRAD_RS, KEPT, KEPT_CS, KEPT_RS, OUT, OUT_RS, M, N
+from .derivative_args import (
+    ACTIVATION,
+    GRAD,
+    GRAD_CS,
+    GRAD_RS,
+    KEPT,
+    KEPT_CS,
+    KEPT_RS,
+    OUT,
+    OUT_RS,
+    OUT_VALUE,
+    VALUE,
+    VALUE_CS,
+    VALUE_RS,
+    M,
+    N,
+)
 from .derivative_ir import DERIVATIVE_ARGUMENTS
 from .memory import call_kernel, get, put, stack_words, symbol
 from .schedule import parallel_for, plan_threads, round_lanes, split_range
@@ -47,10 +63,13 @@ def task(begin, end, context):
         )
         grad = get(args, GRAD) + (i * grad_rs + j * grad_cs) * size
         kept = get(args, KEPT) + (i * kept_rs + j * kept_cs) * size
-        out = get(args, OUT) + (i * get(args, OUT_RS) + j) * size
+        offset = (i * get(args, OUT_RS) + j) * size
+        value, value_rs, value_cs = get(args, VALUE), get(args, VALUE_RS), get(args, VALUE_CS)
+        value += (i * value_rs + j * value_cs) * size if value != 0 else 0
         call_derivative(
-            get(config, DERIVATIVE), rows, columns, grad, grad_rs, grad_cs, kept, kept_rs, kept_cs, out,
-            get(args, OUT_RS), get(args, ACTIVATION),
+            get(config, DERIVATIVE), rows, columns, grad, grad_rs, grad_cs, kept, kept_rs, kept_cs,
+            get(args, OUT) + offset, get(args, OUT_RS), get(args, ACTIVATION),
+            value, value_rs, value_cs, get(args, OUT_VALUE) + offset,
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     exp(x)   = 2ⁿ · (1 + r + r²·p(r))              n = x / ln 2 to the nearest integer, r = x - n · ln 2
     tanh(x)  = x + x³·p(x²)                        |x| < 0.625, else 1 - 2 / (exp(2x) + 1)
     erf(x)   = x + x·p(x²)                         |x| < 1, else 1 - erfc(x)
-    erfc(x)  = exp(-x²) · s·p(s - 1/6)             x ≥ 1, s = 1 / (x + 2)
+    erfc(x)  = exp(-x²) · s·p(s - 1/4)             x ≥ 0, s = 1 / (x + 2)
 
 A lane has the same bits in vectors of any width, on all instruction sets with a fused multiply-add; where there is none
 (generic) it is rounded twice, as in the products. NaN stays NaN, and the sign of 0 is kept. Results below the normal
@@ -162,22 +162,14 @@ def tanh(x: Lanes) -> Lanes:
 def erf(x: Lanes) -> Lanes:
     a = abs(x)
     t = a * a
-    small, large = erf_near_zero(a, t), 1.0 - erfc_far_from_zero(a, t)
+    small, large = a.times_plus(polynomial("erf", t), a), 1.0 - exp(0.0 - t) * _erfc_scaled(a)
     return small.where(a.compare("<", ERF_LIMIT), large).with_sign_of(x)
 
 
-def erf_near_zero(x: Lanes, square: Lanes) -> Lanes:
-    return x.times_plus(polynomial("erf", square), x)
-
-
-def erfc_far_from_zero(x: Lanes, square: Lanes) -> Lanes:
-    return exp(0.0 - square) * _erfc_scaled(x)
-
-
 def _erfc_scaled(x: Lanes) -> Lanes:
-    """exp(x²) · erfc(x)"""
+    """exp(x²) · erfc(x) of x ≥ 0"""
     s = 1.0 / (x + 2.0)
-    return s * polynomial("erfc", s - 1 / 6)
+    return s * polynomial("erfc", s - 0.25)
 
 
 def normal(x: Lanes) -> tuple[Lanes, Lanes]:
@@ -185,9 +177,7 @@ def normal(x: Lanes) -> tuple[Lanes, Lanes]:
     a, half_square = abs(x) * INV_SQRT2, x * x * 0.5
     e = exp(0.0 - half_square)
     tail = e * _erfc_scaled(a) * 0.5
-    near = erf_near_zero(x * INV_SQRT2, half_square).times_plus(0.5, 0.5)
-    far = tail.where(x.compare("<", 0.0), 1.0 - tail)
-    return near.where(a.compare("<", ERF_LIMIT), far), e * INV_SQRT_2PI
+    return tail.where(x.compare("<", 0.0), 1.0 - tail), e * INV_SQRT_2PI
 
 
 def sigmoids(x: Lanes) -> tuple[Lanes, Lanes]:

@@ -1,11 +1,12 @@
 """The epilogue: what happens to a sum over k when it is stored.
 
-    C[i, j] = round(activation(alpha · S + beta · source[i, j]))   S = S₀ + S₁ + …, S_c = the sum over chunk c of k
+    C[i, j] = round(activation(t))                 t = alpha · S + beta · source[i, j]
+    C[i, j] = round(activation(gate[i, j]) · t)    S = S₀ + S₁ + …, S_c = the sum over chunk c of k
 
 Where it is more than a store, the sums are kept in lanes, chunk of k by chunk, then rounded and stored once: for 16-bit
 results, which are rounded once; for more than one chunk of k; where something is added or scaled, or there is an
 activation; and for a C whose columns are not adjacent, a transpose among them, whose elements are stored one by one.
-The argument of the activation can be stored beside its result, for backward.
+t can be stored beside the result, for backward.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .gemm_args import (
     C_ROWS,
     C_RS,
     C_RUNS,
+    GATE,
     PRE,
     S_CS,
     S_RS,
@@ -160,6 +162,9 @@ def store_columns(config, args, partials, row_lanes):
     """``store`` for columns of C at one distance."""
     m, n, c, c_rs, c_cs = get(args, M), get(args, N), get(args, C), get(args, C_RS), get(args, C_CS)
     source, s_rs, s_cs = get(args, SOURCE), get(args, S_RS), get(args, S_CS)
-    alpha, beta, activation, pre = get(args, ALPHA), get(args, BETA), get(args, ACTIVATION), get(args, PRE)
+    alpha, beta, activation = get(args, ALPHA), get(args, BETA), get(args, ACTIVATION)
+    pre, gate = get(args, PRE), get(args, GATE)
     function = get(config, STORE) if get(args, WIDE) == 0 else get(config, STORE_WIDE)
-    call_store(function, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre)
+    call_store(
+        function, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre, gate
+    )

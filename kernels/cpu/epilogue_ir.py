@@ -13,7 +13,7 @@ from .operand import Operand
 from .pack import copy_element, element_at, scratch
 from .simd import I64, Vector, each, function_ir, splat
 
-ADD_ARGUMENTS, STORE_ARGUMENTS = 3, 14
+ADD_ARGUMENTS, STORE_ARGUMENTS = 3, 15
 
 
 def add_ir(name: str, operand: Operand) -> str:
@@ -31,29 +31,34 @@ def add_ir(name: str, operand: Operand) -> str:
 
 
 def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
-    """IR of ``void name(m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre)``.
+    """IR of ``void name(m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, …)``.
+
+    The last two are pre and gate.
 
     pre[i, j] = round(t), C[i, j] = round(activation(t))       t = alpha · partials[i, j] + beta · source[i, j]
 
-    where C, pre and source are of ``dtype``, partials are lanes, ``row_lanes`` a row, and alpha and beta the bits of a
-    float64. Nothing is added where source is 0; only C is stored where pre is 0. An activation has a separate loop
-    over each row, whose argument stays in the partials.
+    where C, pre, gate and source are of ``dtype``, partials are lanes, ``row_lanes`` a row, and alpha and beta the bits
+    of a float64. Nothing is added where source is 0; only C is stored where pre is 0; where gate is not 0, C is
+    round(activation(gate[i, j]) · t). An activation has a separate loop over each row; t stays in the partials.
     """
     # an element a lane, also where the k-loop has two
     operand = Operand(Vector(config.accumulator, config.lanes, config.fused), dtype)
     lanes = config.lanes
 
-    def emit(builder, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre):
+    def emit(builder, m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, pre, gate):
         buffer, gathered = scratch(builder, operand), scratch(builder, operand)
         alpha, beta = (_splat_bits(builder, operand.vector, bits) for bits in (alpha, beta))
         adds = builder.icmp_signed("!=", source, I64(0))
         adjacent = builder.icmp_signed("==", c_cs, I64(1))
         activates = builder.icmp_signed("!=", activation, I64(0))
+        gated = builder.icmp_signed("!=", gate, I64(0))
 
         def row(i):
+            def place(matrix, j):
+                return element_at(builder, operand, matrix, builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs)))
+
             def write(value, matrix, j, count):
-                at = element_at(builder, operand, matrix, builder.add(builder.mul(i, c_rs), builder.mul(j, c_cs)))
-                _write(builder, operand, value, at, c_cs, count, buffer, adjacent)
+                _write(builder, operand, value, place(matrix, j), c_cs, count, buffer, adjacent)
 
             def partials_at(j):
                 return operand.vector.at(builder, partials, builder.add(builder.mul(i, row_lanes), j))
@@ -70,9 +75,7 @@ def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
                         added = builder.block
                     with none:
                         plain = builder.block
-                result = builder.phi(operand.vector.type)
-                result.add_incoming(total, added)
-                result.add_incoming(value, plain)
+                result = _either(builder, (total, added), (value, plain))
                 with builder.if_else(activates) as (more, done):
                     with more:
                         operand.vector.store(builder, result, at)
@@ -83,8 +86,15 @@ def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
 
             def activate(function):
                 def one_vector(j, count=None):
-                    value = Lanes(builder, operand.vector, operand.vector.load(builder, partials_at(j)))
-                    write(function(value).value, c, j, count)
+                    value = operand.vector.load(builder, partials_at(j))
+                    with builder.if_else(gated) as (other, own):
+                        with other:
+                            address = adjacent_elements(builder, operand, place(gate, j), c_cs, count, gathered)
+                            read = operand.read(builder, address, count), builder.block
+                        with own:
+                            kept = value, builder.block
+                    activated = function(Lanes(builder, operand.vector, _either(builder, read, kept))).value
+                    write(builder.select(gated, builder.fmul(activated, value), activated), c, j, count)
 
                 each_vector(builder, n, lanes, one_vector)
 
@@ -120,6 +130,14 @@ def adjacent_elements(builder, operand, element, s_cs, count, gathered):
     address.add_incoming(element, entry)
     address.add_incoming(gathered, copied)
     return address
+
+
+def _either(builder, *values):
+    """The value of the block, of those paired with it, that was run."""
+    result = builder.phi(values[0][0].type)
+    for value, block in values:
+        result.add_incoming(value, block)
+    return result
 
 
 def _write(builder, operand, value, target, c_cs, count, buffer, adjacent):

@@ -40,6 +40,7 @@ from .gemm_args import (
     C_ROWS,
     C_RS,
     C_RUNS,
+    GATE,
     GEMM_ARGS,
     GROUPS,
     ONE,
@@ -114,6 +115,7 @@ def set_plain_store(args):
     put(args, C_ROW, 0)
     put(args, ACTIVATION, 0)
     put(args, PRE, 0)
+    put(args, GATE, 0)
     put(args, WIDE, 0)
     put(args, GROUPS, 0)
 
@@ -169,6 +171,8 @@ def restrict(args, i, rows, j, columns, size):
     put(args, C, get(args, C) + offset)
     if get(args, PRE) != 0:
         put(args, PRE, get(args, PRE) + offset)
+    if get(args, GATE) != 0:
+        put(args, GATE, get(args, GATE) + offset)
     if get(args, SOURCE) != 0:
         put(args, SOURCE, get(args, SOURCE) + (i * get(args, S_RS) + j * get(args, S_CS)) * c_size)
     put(args, C_COLUMN, get(args, C_COLUMN) + j)
@@ -188,6 +192,8 @@ def select_item(args, item, size, lane_bytes):
     put(args, C, get(args, C) + item * get(args, C_BS) * c_size)
     if get(args, PRE) != 0:
         put(args, PRE, get(args, PRE) + item * get(args, C_BS) * c_size)
+    if get(args, GATE) != 0:
+        put(args, GATE, get(args, GATE) + item * get(args, C_BS) * c_size)
     if get(args, SOURCE) != 0:
         put(args, SOURCE, get(args, SOURCE) + item * get(args, S_BS) * c_size)
     if get(args, K_CHUNKS) > 1:

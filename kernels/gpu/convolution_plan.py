@@ -279,7 +279,7 @@ def convolution_plans(
         return [first]
     name = f"reduce_{dtype_name(problem)}_k{config.split_k}"
     result = Strides(m, 1, m * n)  # a row of it is a column of C
-    arguments = PointerArg("work"), PointerArg("c"), m * n, m, result, source_arg(None), *scalar_args(None)
-    constants = {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "NAME": name}
+    arguments = PointerArg("work"), PointerArg("c"), m * n, m, result, None, source_arg(None), *scalar_args(None)
+    constants = {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "ACTIVATION": None, "NAME": name}
     last = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
     return [first, Plan(reduce, cdiv(m * n, REDUCE_BLOCK) * groups.number, arguments, constants, last)]

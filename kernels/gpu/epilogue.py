@@ -1,4 +1,4 @@
-"""The epilogue of every kernel that stores a result: alpha * accumulator + beta * source, before the one rounding."""
+"""The epilogue of every kernel that stores a result: f(alpha * accumulator + beta * source), then the one rounding."""
 
 import struct
 from typing import Any, NamedTuple
@@ -6,25 +6,31 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import halves, store_rows
+from .activation import activate
+from .arguments import Matrix
+from .tiles import halves, store_rows, store_strided, store_subtile
 
 # Scalar arguments of every kernel that stores a result; were they specialised, each alpha and beta would be compiled
 # anew. They are no tuple, since Triton specialises the elements of a tuple whatever do_not_specialize names.
 SCALARS = ("alpha_low", "alpha_high", "beta_low", "beta_high")
 # So many columns of the source are loaded at a time: beside the largest tiles, more would spill registers.
 COLUMNS = tl.constexpr(64)
+ROWS = tl.constexpr(128)  # an activation of taller tiles takes half as many columns at a time
 
 
 class Epilogue(NamedTuple):
-    """alpha * (A . B) + beta * source, computed where the product is stored.
+    """f(alpha * (A . B) + beta * source), computed where the product is stored.
 
     source: a tensor that expands to the result; None adds nothing. In a plan, the `Strides` of that tensor, 0 where it
-    repeats; alpha and beta are then scalar arguments of each call.
+    repeats; alpha and beta are then scalar arguments of each call. activation: the name of f, "" for none. pre: a
+    tensor like the result that gets the argument of f, rounded, or None; in a plan, whether there is one.
     """
 
     alpha: float = 1
     beta: float = 1
     source: Any = None
+    activation: str = ""
+    pre: Any = None
 
     @property
     def added(self) -> Any:
@@ -39,6 +45,11 @@ class Epilogue(NamedTuple):
         """
         halves = struct.unpack("=4i", struct.pack("=2d", self.alpha, self.beta))
         return dict(zip(SCALARS, halves, strict=True))
+
+
+def columns_at_a_time(block_m: int, block_n: int) -> int:
+    """Of a tile that is activated: the width of what `activate_and_store` stores at once."""
+    return min(block_n, COLUMNS.value if block_m <= ROWS.value else COLUMNS.value // 2)
 
 
 @triton.jit
@@ -130,3 +141,30 @@ def add_source_and_store(acc, source, c, row0, col0, rows, cols, scalars):
     else:
         acc = add_source_to_tile(acc, source, row0, col0, rows, cols, scalars)
         store_rows(acc, c, row0, col0, rows, cols)
+
+
+@triton.jit
+def activate_and_store(
+    acc, source, c, c_desc, pre, batch, row0, col0, rows, cols, scalars, ACTIVATION: tl.constexpr, BATCHED: tl.constexpr
+):  # fmt: skip
+    """`tile_epilogue`, `activate`, and the stores of both, some columns at a time: what is stored frees its registers.
+
+    Into c, a `Matrix`, and an address, or where there is a c_desc through that and a descriptor; nothing into a `pre`
+    that is None.
+    """
+    if acc.shape[1] > (COLUMNS if acc.shape[0] <= ROWS else COLUMNS // 2):
+        left, right = halves(acc)
+        activate_and_store(left, source, c, c_desc, pre, batch, row0, col0, rows, cols, scalars, ACTIVATION, BATCHED)
+        half = col0 + acc.shape[1] // 2
+        activate_and_store(right, source, c, c_desc, pre, batch, row0, half, rows, cols, scalars, ACTIVATION, BATCHED)
+    else:
+        acc = tile_epilogue(acc, source, row0, col0, rows, cols, scalars)
+        result = activate(acc, ACTIVATION)
+        if c_desc is not None:
+            if pre is not None:
+                store_subtile(acc, pre, batch, row0, col0, BATCHED)
+            store_subtile(result, c_desc, batch, row0, col0, BATCHED)
+        else:
+            if pre is not None:
+                store_strided(acc, Matrix(pre, c.row, c.col, c.batch), row0, col0, rows, cols)
+            store_strided(result, c, row0, col0, rows, cols)

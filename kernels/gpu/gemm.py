@@ -4,15 +4,16 @@ import triton
 import triton.language as tl
 
 from .arguments import Matrix
-from .epilogue import SCALARS, tile_epilogue
+from .epilogue import SCALARS, activate_and_store, tile_epilogue
 from .tiles import IMPRECISE, round_to_tf32, scale_8_bits, split_k_range, tile_coords
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALARS)
 def gemm(
-    ptrs, scales, m, n, k, strides, source, alpha_low, alpha_high, beta_low, beta_high,
+    ptrs, scales, m, n, k, strides, pre, source, alpha_low, alpha_high, beta_low, beta_high,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr, NAME: tl.constexpr,
+    SPLIT_K: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UPCAST: tl.constexpr,
+    ACTIVATION: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """C[z, i, j] = sum over t < k of A[z, i, t] * B[z, t, j], one BLOCK_M x BLOCK_N tile of C a program.
 
@@ -29,6 +30,8 @@ def gemm(
     "ieee" multiplies them whole.
     Epilogue: with alpha, C = alpha * S + beta * source, S the sums over t: alpha * S is rounded to the type of S, then
     one multiply-add. A source without address adds nothing; without a row or column stride, it repeats along it.
+    Then the ACTIVATION of that name, if there is one; its argument is stored too where `pre` is an address, rounded,
+    with the strides of C.
     Result: C; with SPLIT_K > 1 it is the workspace: SPLIT_K partial results of each product, strides.c.batch apart, for
     `reduce`.
     Aliasing: c overlaps neither a nor b, and has no stride 0 but along a dimension of size 1. The source may be c:
@@ -87,7 +90,14 @@ def gemm(
     scalars = (alpha_low, alpha_high, beta_low, beta_high)
     if source.ptr is not None:  # no function: before Triton 3.7 one can return no tuple that holds None
         source = Matrix(source.ptr + part * source.batch, source.row, source.col, source.batch)
-    acc = tile_epilogue(acc, source, row0, col0, m, n, scalars)
-    c_base = ptrs.c + part * strides.c.batch + row0 * strides.c.row + col0 * strides.c.col
-    c_offset = row[:, None] * strides.c.row + col[None, :] * strides.c.col
-    tl.store(c_base + c_offset, acc.to(ptrs.c.dtype.element_ty), mask=in_rows & in_cols)
+    if ACTIVATION is not None:
+        pre_part = pre
+        if pre is not None:
+            pre_part = pre + part * strides.c.batch
+        c = Matrix(ptrs.c + part * strides.c.batch, strides.c.row, strides.c.col, strides.c.batch)
+        activate_and_store(acc, source, c, None, pre_part, part, row0, col0, m, n, scalars, ACTIVATION, False)
+    else:
+        acc = tile_epilogue(acc, source, row0, col0, m, n, scalars)
+        c_base = ptrs.c + part * strides.c.batch + row0 * strides.c.row + col0 * strides.c.col
+        c_offset = row[:, None] * strides.c.row + col[None, :] * strides.c.col
+        tl.store(c_base + c_offset, acc.to(ptrs.c.dtype.element_ty), mask=in_rows & in_cols)

@@ -96,19 +96,20 @@ def addmm(
     *,
     config: TileConfig | None = None,
 ) -> Tensor:
-    """C = alpha * (A . B) + beta * source, computed where A . B is stored: no more launches than for A . B.
+    """C = f(alpha * (A . B) + beta * source), computed where A . B is stored: no more launches than for A . B.
 
     Shapes, strides, dtypes, aliasing, edges, determinism, memory: as `mm`. The source expands to C, of its dtype and of
     any strides; it may be out itself, else out does not overlap it.
     Rounding: alpha and beta to the type of the sums S of A . B, then alpha * S, one multiply-add of beta and source,
-    and the result. Where beta is 0 the source is not read; where there is nothing to multiply, A . B is 0.
+    f of it, and the result. Where beta is 0 the source is not read; where there is nothing to multiply, A . B is 0,
+    and an activation is refused. epilogue.pre has the shape, strides and dtype of the result, and overlaps nothing.
     """
-    source = epilogue.added
-    if epilogue.alpha == 1 and source is None:
+    source, pre = epilogue.added, epilogue.pre
+    if epilogue.alpha == 1 and source is None and not epilogue.activation:
         return mm(a, b, precision, config=config, out=out)
     precision = precision_of(a, precision)
-    key = ("addmm", *_key(a, b, precision, config), out is not None)
-    for tensor in (out, source):
+    key = ("addmm", *_key(a, b, precision, config), out is not None, epilogue.activation, pre is not None)
+    for tensor in (out, source, pre):
         if tensor is not None:
             key += _layout_key(tensor)
     launch = _launches.get(key)
@@ -116,7 +117,11 @@ def addmm(
         launch = _remember(key, make_launch(a, b, out, precision, config, epilogue))
     result = a.new_empty(launch.shape) if out is None else out
     if launch.runners:
-        return _run_launch(launch, a, b, result, source=source, **epilogue.scalars())
+        if pre is not None and (pre.shape, pre.stride(), pre.dtype) != (result.shape, result.stride(), result.dtype):
+            raise ValueError("what gets the argument of the activation must have the layout of the result")
+        return _run_launch(launch, a, b, result, source=source, pre=pre, **epilogue.scalars())
+    if epilogue.activation:
+        raise ValueError("there is nothing to multiply, and so nothing to activate")
     return result.zero_() if source is None else result.copy_(source.expand(launch.shape)).mul_(epilogue.beta)
 
 
@@ -139,9 +144,13 @@ def run_kernels(launch: Launch, tensors: dict[str, Any], result: Tensor) -> Tens
         tensors["work"] = result.new_empty(launch.workspace, dtype=launch.workspace_dtype)
     if INTERPRETED and result.dtype == torch.bfloat16:
         # The interpreter truncates on the way to bfloat16, where a GPU rounds to nearest even.
-        tensors["c"] = rounded = torch.empty_strided(result.shape, result.stride(), dtype=torch.float32)
+        rounded = {name: tensors[name] for name in ("c", "pre") if tensors.get(name) is not None}
+        for name, x in rounded.items():
+            tensors[name] = torch.empty_strided(x.shape, x.stride(), dtype=torch.float32)
         _run(launch.runners, tensors, result)
-        return result.copy_(rounded)
+        for name, x in rounded.items():
+            x.copy_(tensors[name])
+        return result
     _run(launch.runners, tensors, result)
     return result
 
@@ -205,7 +214,7 @@ def make_launch(
     if epilogue is not None:
         source = epilogue.added
         strides = None if source is None else strides_of_source(source, dtype, a.device, shape)
-        epilogue = epilogue._replace(source=strides)
+        epilogue = epilogue._replace(source=strides, pre=epilogue.pre is not None)
     if 0 in shape or a.shape[-1] == 0:
         return Launch((), shape)
     result = torch.empty(shape, dtype=dtype, device="meta") if out is None else out

@@ -30,7 +30,7 @@ from .config import (
     work_items,
     workspace_bytes,
 )
-from .epilogue import SCALARS, Epilogue
+from .epilogue import SCALARS, Epilogue, columns_at_a_time
 from .gemm import gemm
 from .reduce import reduce
 from .tma import gemm_tma
@@ -96,7 +96,19 @@ def source_arg(epilogue: Epilogue | None, repeats: bool = True) -> Matrix:
 
 def with_suffix(name: str, epilogue: Epilogue | None) -> str:
     """The name of a kernel with an epilogue."""
-    return name if epilogue is None else f"{name}_addmm"
+    if epilogue is None:
+        return name
+    return f"{name}_addmm_{epilogue.activation}" if epilogue.activation else f"{name}_addmm"
+
+
+def activation_of(epilogue: Epilogue | None) -> str | None:
+    """The activation as a kernel takes it."""
+    return None if epilogue is None else epilogue.activation or None
+
+
+def pre_arg(epilogue: Epilogue | None) -> PointerArg | None:
+    """The address of what gets the argument of the activation."""
+    return PointerArg("pre") if epilogue is not None and epilogue.pre else None
 
 
 def work_elements(problem: Problem, config: TileConfig) -> int:
@@ -154,7 +166,7 @@ def _gemm(
         work_items(problem, config),
         (
             Operands(PointerArg("a"), PointerArg("b"), PointerArg(result)), scale_ptrs(problem), m, n, k,
-            Operands(*strides), source_arg(epilogue), *scalar_args(epilogue),
+            Operands(*strides), pre_arg(epilogue), source_arg(epilogue), *scalar_args(epilogue),
         ),
         {
             **blocks(config),
@@ -162,6 +174,7 @@ def _gemm(
             "PRECISION": problem.precision,
             "WIDE": wide,
             "UPCAST": upcast,
+            "ACTIVATION": activation_of(epilogue),
             "NAME": with_suffix(kernel_name(problem, config), epilogue),
         },
         options(config),
@@ -195,21 +208,24 @@ def _gemm_tma(
 ) -> Plan:
     (a, b, c), (m, n, k), batch = strides, (problem.m, problem.n, problem.k), problem.batch
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    stored = descriptor_arg(result, (m, n, batch), c, (bm, bn // config.subtiles)) if store_tma else None
+    stored, pre = None, pre_arg(epilogue)
+    if store_tma:
+        width = columns_at_a_time(bm, bn) if activation_of(epilogue) else bn // config.subtiles
+        stored = descriptor_arg(result, (m, n, batch), c, (bm, width))
+    kept = stored._replace(name=pre.name) if stored and pre else pre
     return Plan(
         gemm_tma,
         programs(work_items(problem, config), problem, config, target),
         (
             descriptor_arg("a", (m, k, batch), a, (bm, bk)), descriptor_arg("b", (k, n, batch), b, (bk, bn)), stored,
-            Matrix() if store_tma else matrix_arg(result, c), scale_ptrs(problem), m, n, k,
+            Matrix() if store_tma else matrix_arg(result, c), kept, scale_ptrs(problem), m, n, k,
             batch if batch > 1 else None, source_arg(epilogue), *scalar_args(epilogue),
         ),
         {
             **blocks(config),
             "SPLIT_K": config.split_k,
-            "A_TRANSPOSED": a.col != 1,
-            "B_TRANSPOSED": b.col != 1,
-            "SUBTILES": config.subtiles,
+            "TRANSPOSED": (a.col != 1, b.col != 1),
+            "STORE": (config.subtiles, activation_of(epilogue)),
             "FLATTEN": is_flattened(problem, config, target, epilogue),
             "UPCAST": upcast,
             "NAME": with_suffix(kernel_name(problem, config), epilogue),
@@ -228,10 +244,10 @@ def is_flattened(problem: Problem, config: TileConfig, target: Target, epilogue:
 
     Not where a program has one tile, nor where k is split, since the steps then differ from tile to tile. Nor where
     what the epilogue uses takes more shared memory in the loop: a matrix to add, or on sm_100 alpha alone and the
-    scales of 8-bit operands. 8-bit operands elsewhere are left out with them.
+    scales of 8-bit operands. 8-bit operands elsewhere are left out with them, and activations.
     """
     source = source_arg(epilogue)
-    fits = epilogue is None or (target.arch < 100 and None in (source.row, source.col))
+    fits = epilogue is None or (target.arch < 100 and None in (source.row, source.col) and not epilogue.activation)
     whole = config.split_k == 1 and kind(problem) == "half"
     return whole and fits and resident_blocks(config, problem, target) == 1
 
@@ -263,7 +279,7 @@ def _matvec(
         work_items(problem, config),
         (
             Operands(PointerArg(matrix), PointerArg(vector), PointerArg(result)), rows, problem.k, along,
-            source, *scalar_args(epilogue),
+            pre_arg(epilogue), source, *scalar_args(epilogue),
         ),
         {
             "BLOCK_M": bm,
@@ -271,6 +287,7 @@ def _matvec(
             "SPLIT_K": config.split_k,
             "STAGES": config.stages,
             "WIDE": wide,
+            "ACTIVATION": activation_of(epilogue),
             "NAME": with_suffix(kernel_name(problem, config), epilogue),
         },
         options(config),
@@ -284,8 +301,8 @@ def _reduce(problem: Problem, config: TileConfig, c: Strides, epilogue: Epilogue
     return Plan(
         reduce,
         cdiv(size, REDUCE_BLOCK) * problem.batch,
-        (PointerArg("work"), PointerArg("c"), size, problem.n, c, source, *scalar_args(epilogue)),
-        {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "NAME": name},
+        (PointerArg("work"), PointerArg("c"), size, problem.n, c, pre_arg(epilogue), source, *scalar_args(epilogue)),
+        {"SPLIT_K": config.split_k, "BLOCK": REDUCE_BLOCK, "ACTIVATION": activation_of(epilogue), "NAME": name},
         {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True},
     )
 

@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
+from .activation import activate
 from .epilogue import SCALARS, epilogue
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALARS)
 def reduce(
-    parts_ptr, c_ptr, size, n, c, source, alpha_low, alpha_high, beta_low, beta_high,
-    SPLIT_K: tl.constexpr, BLOCK: tl.constexpr, NAME: tl.constexpr,
+    parts_ptr, c_ptr, size, n, c, pre, source, alpha_low, alpha_high, beta_low, beta_high,
+    SPLIT_K: tl.constexpr, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """C[z, i, j] = round(P[z, 0, i, j] + P[z, 1, i, j] + ...), BLOCK elements a program.
 
@@ -32,5 +33,7 @@ def reduce(
         added_at = source.ptr + batch * source.batch + index // n * source.row + index % n * source.col
         added = tl.load(added_at, mask=inside, other=0.0)
     total = epilogue(total, added, (alpha_low, alpha_high, beta_low, beta_high))
-    at = c_ptr + batch * c.batch + index // n * c.row + index % n * c.col
-    tl.store(at, total.to(c_ptr.dtype.element_ty), mask=inside)
+    offset = batch * c.batch + index // n * c.row + index % n * c.col
+    if pre is not None:
+        tl.store(pre + offset, total.to(pre.dtype.element_ty), mask=inside)
+    tl.store(c_ptr + offset, activate(total, ACTIVATION).to(c_ptr.dtype.element_ty), mask=inside)

@@ -119,6 +119,15 @@ def store_rows(acc, c, row0, col0, rows, cols):
 
 
 @triton.jit
+def store_strided(acc, c, row0, col0, rows, cols):
+    """`store_rows` for any strides."""
+    row = row0.to(tl.int64) + tl.arange(0, acc.shape[0])[:, None]
+    col = col0.to(tl.int64) + tl.arange(0, acc.shape[1])[None, :]
+    at = c.ptr + row * c.row + col * c.col
+    tl.store(at, acc.to(c.ptr.dtype.element_ty), mask=(row < rows) & (col < cols))
+
+
+@triton.jit
 def store_block(acc, c_desc, batch, row0, col0, SUBTILES: tl.constexpr, BATCHED: tl.constexpr):
     """Store a tile into C through its descriptor, in SUBTILES parts, so that the buffer in shared memory is smaller."""
     if SUBTILES == 2:

@@ -3,15 +3,16 @@
 import triton
 import triton.language as tl
 
+from .activation import activate
 from .epilogue import SCALARS, epilogue
 from .tiles import split_k_range
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALARS)
 def matvec(
-    ptrs, rows, k, strides, source, alpha_low, alpha_high, beta_low, beta_high,
+    ptrs, rows, k, strides, pre, source, alpha_low, alpha_high, beta_low, beta_high,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
-    WIDE: tl.constexpr, NAME: tl.constexpr,
+    WIDE: tl.constexpr, ACTIVATION: tl.constexpr, NAME: tl.constexpr,
 ):  # fmt: skip
     """y[i] = sum over t < k of A[i, t] * x[t], BLOCK_M rows and one split of k a program.
 
@@ -50,4 +51,6 @@ def matvec(
     if source.ptr is not None:
         added = tl.load(source.ptr + (row0 + row) * source.step, mask=in_rows, other=0.0)
     total = epilogue(total, added, (alpha_low, alpha_high, beta_low, beta_high))
-    tl.store(at, total.to(ptrs.c.dtype.element_ty), mask=in_rows)
+    if pre is not None:
+        tl.store(pre + (row0 + row) * strides.y, total.to(pre.dtype.element_ty), mask=in_rows)
+    tl.store(at, activate(total, ACTIVATION).to(ptrs.c.dtype.element_ty), mask=in_rows)

@@ -9,7 +9,8 @@ import torch
 
 from ..cpu import driver
 from ..cpu.config import BlockConfig
-from ..cpu.derivative_args import DERIVATIVE_ARGS
+from ..cpu.derivative_args import ACTIVATION as ACTIVATION_OF
+from ..cpu.derivative_args import DERIVATIVE_ARGS, GRAD, KEPT, OUT, OUT_RS, OUT_VALUE, VALUE, M, N
 from ..cpu.gemm_args import (
     A_BS,
     ACCUMULATE,
@@ -20,6 +21,7 @@ from ..cpu.gemm_args import (
     BATCH,
     BETA,
     C_BS,
+    GATE,
     GEMM_ARGS,
     PRE,
     S_BS,
@@ -51,7 +53,7 @@ def multiply(
     epilogue: Epilogue = PLAIN,
     accumulate: bool = False,
 ) -> torch.Tensor:
-    """out = activation(alpha · (a · b) + beta · source) by the driver for ``block``.
+    """out = activation(alpha · (a · b) + beta · source), or as ``Epilogue`` has it, by the driver for ``block``.
 
     Dense (m, k) and (k, n) of ``block.dtype``, or a batch of each, and any strides, k > 0 in a batch or where something
     is added; out (m, n) with its elements apart, of that dtype, or float32 where it has 16 bits. A source has the dtype
@@ -72,6 +74,7 @@ def multiply(
     args[WIDE], args[ACCUMULATE] = int(out.dtype != a.dtype), int(accumulate)
     args[ACTIVATION] = ACTIVATIONS.index(epilogue.activation)
     args[PRE] = 0 if epilogue.pre is None else _address(epilogue.pre, is_written=True)
+    args[GATE] = 0 if epilogue.gate is None else _address(epilogue.gate)
     if call(ctypes.addressof(args), 1, threads):
         raise MemoryError("matmul_grad: the packing buffers cannot be allocated")
     return out
@@ -112,17 +115,52 @@ def activation_gradient(
 
     Two matrices of ``block.dtype``, of any strides; the result is contiguous.
     """
-    (m, n), out = grad.shape, grad.new_empty(grad.shape)
-    matrices = (*(x for matrix in (grad, kept) for x in (_address(matrix), *matrix.stride())), out.data_ptr(), n)
-    args = (ctypes.c_int64 * DERIVATIVE_ARGS)(m, n, *matrices, ACTIVATIONS.index(activation))
-    CALL(driver.derivative_address(block))(ctypes.addressof(args), 1, threads)
+    out = grad.new_empty(grad.shape)
+    _run_derivative(block, activation, (grad, kept), (out,), threads)
     return out
+
+
+def gated_gradients(
+    block: BlockConfig, activation: str, grad: torch.Tensor, gate: torch.Tensor, value: torch.Tensor, threads: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad · value · activation'(gate) and grad · activation(gate): of gate, and of value.
+
+    Three matrices of ``block.dtype``, of any strides; the results are contiguous.
+    """
+    out = grad.new_empty(grad.shape), grad.new_empty(grad.shape)
+    _run_derivative(block, activation, (grad, gate, value), out, threads)
+    return out
+
+
+def _run_derivative(
+    block: BlockConfig,
+    activation: str,
+    matrices: tuple[torch.Tensor, ...],
+    out: tuple[torch.Tensor, ...],
+    threads: int,
+) -> None:
+    (m, n), args = matrices[0].shape, (ctypes.c_int64 * DERIVATIVE_ARGS)()
+    args[M], args[N], args[ACTIVATION_OF] = m, n, ACTIVATIONS.index(activation)
+    for at, matrix in zip((GRAD, KEPT, VALUE), matrices):
+        args[at], (args[at + 1], args[at + 2]) = _address(matrix), matrix.stride()
+    args[OUT_RS] = n
+    for at, result in zip((OUT, OUT_VALUE), out):
+        args[at] = result.data_ptr()
+    CALL(driver.derivative_address(block))(ctypes.addressof(args), 1, threads)
 
 
 def gradient(activation: str, grad: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """``activation_gradient`` as ``product`` is of ``multiply``."""
     threads = torch.get_num_threads() if has_thread_pool() else 1
     return activation_gradient(_config(grad), activation, grad, kept, threads)
+
+
+def gradients_of_gated(
+    activation: str, grad: torch.Tensor, gate: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``gated_gradients`` likewise."""
+    threads = torch.get_num_threads() if has_thread_pool() else 1
+    return gated_gradients(_config(grad), activation, grad, gate, value, threads)
 
 
 def _config(tensor: torch.Tensor) -> BlockConfig:

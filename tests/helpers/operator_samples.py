@@ -92,7 +92,7 @@ def tangents(op: Product, sample: SampleInput) -> list[Tensor]:
     return [x for x in found if x is not None]
 
 
-Way = Callable[[OpInfo, Callable[[Product], list[Tensor]]], Any]
+Way = Callable[[Any, Callable[[Product], list[Tensor]]], Any]
 
 
 def outcome(call: Callable[[], list[Tensor]]) -> Any:
@@ -103,7 +103,7 @@ def outcome(call: Callable[[], list[Tensor]]) -> Any:
         return type(error), re.sub(r"\nCPU: registered at .*", "", str(error))
 
 
-def assert_agrees(kind: str, op: OpInfo, call: Callable[[Product], list[Tensor]], way: Way) -> None:
+def assert_agrees(kind: str, op: Product, call: Callable[[Product], list[Tensor]], way: Way) -> None:
     actual, expected = way(op, call), outcome(lambda: call(op))
     ran[kind] += 1
     if not isinstance(expected, list) or not isinstance(actual, list):
@@ -118,16 +118,17 @@ def assert_agrees(kind: str, op: OpInfo, call: Callable[[Product], list[Tensor]]
         )
 
 
-def assert_samples_agree(op: OpInfo, dtype: torch.dtype, way: Way) -> None:
+def assert_samples_agree(op: OpInfo, dtype: torch.dtype, way: Way, theirs: Product | None = None) -> None:
+    """theirs: what is called on torch's side, if not the operator itself."""
     differentiable = dtype in op.supported_backward_dtypes("cpu")
     torch.manual_seed(0)
     samples = list(op.sample_inputs("cpu", dtype, requires_grad=False))
     assert samples
     for sample in samples:
-        assert_agrees("results", op, functools.partial(results, sample=sample), way)
+        assert_agrees("results", theirs or op, functools.partial(results, sample=sample), way)
         if differentiable and op.supports_autograd:
             second = dtype == torch.float64 and op.supports_gradgrad
             kind = "gradients of both orders" if second else "gradients"
-            assert_agrees(kind, op, functools.partial(gradients, sample=sample, second=second), way)
+            assert_agrees(kind, theirs or op, functools.partial(gradients, sample=sample, second=second), way)
         if differentiable and op.supports_forward_ad:
-            assert_agrees("tangents", op, functools.partial(tangents, sample=sample), way)
+            assert_agrees("tangents", theirs or op, functools.partial(tangents, sample=sample), way)

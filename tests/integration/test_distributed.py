@@ -135,6 +135,40 @@ def case_grouped(mesh: DeviceMesh) -> None:
                 assert_same_bits(x.full_tensor().detach() + 0.0, y.detach() + 0.0, f"{name} {placing}")
 
 
+ACTIVATED = {"addmm_activation": [(6,), (4, 8), (8, 6)], "addmm_gated": [(6,), (4, 6), (4, 8), (8, 6), (8, 6)]}
+
+
+def activated_case(name: str) -> Callable[[DeviceMesh], None]:
+    """Each sharding of the input and of the weights, of relu: the results as if nothing were sharded."""
+    operator = getattr(torch.ops.matmul_grad, name)
+
+    def case(mesh: DeviceMesh) -> None:
+        values = [whole_numbers(size, seed, mesh.device_type) for seed, size in enumerate(ACTIVATED[name])]
+        whole = [x.clone().requires_grad_() for x in values]
+        result = operator(*whole, "relu")
+        grad = whole_numbers(tuple(result.shape), 9, mesh.device_type)
+        expected = [result, *torch.autograd.grad(result, whole, grad)]
+        for placing in itertools.product(placements(2), placements(2)):
+            places = [*[R] * (len(values) // 2), placing[0], *[placing[1]] * (len(values) // 2)]
+            parts = [arranged(x, mesh, p).requires_grad_() for x, p in zip(values, places, strict=True)]
+            sharded = operator(*parts, "relu")
+            grads = torch.autograd.grad(sharded, parts, distribute_tensor(grad, mesh, [R]))
+            for x, y in zip((sharded, *grads), expected, strict=True):
+                assert_same_bits(x.full_tensor().detach() + 0.0, y.detach() + 0.0, f"{name} {placing}")
+
+    return case
+
+
+def case_out_dtype(mesh: DeviceMesh) -> None:
+    """Each sharding of 16-bit operands: the float32 product as if nothing were sharded."""
+    operator = torch.ops.matmul_grad.mm_dtype
+    a, b = (whole_numbers(size, 1, mesh.device_type).bfloat16() for size in SIZES["mm"][0])
+    expected = operator(a, b, torch.float32)
+    for placing in itertools.product(placements(2), placements(2)):
+        parts = [arranged(x, mesh, p) for x, p in zip((a, b), placing, strict=True)]
+        assert_same_bits(operator(*parts, torch.float32).full_tensor() + 0.0, expected + 0.0, f"{placing}")
+
+
 FUNCTIONS: dict[str, list[tuple[int, ...]]] = {
     "mm": [(4, 8), (8, 6)],
     "bmm": [(2, 4, 8), (2, 8, 6)],
@@ -312,6 +346,8 @@ CASES: dict[str, Callable[[DeviceMesh], None]] = {
     **{f"operator-{name}": operator_case(name) for name in sharding.EQUATIONS},
     "convolution": case_convolution,
     "operator-grouped_mm": case_grouped,
+    **{f"operator-{name}": activated_case(name) for name in ACTIVATED},
+    "operator-mm_dtype": case_out_dtype,
     "nothing-moves": case_nothing_moves_that_need_not,
     **{f"placements-{name}": placements_case(name) for name in FUNCTIONS},
     "fully-shard": case_fully_shard_and_convert,

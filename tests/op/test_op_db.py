@@ -18,6 +18,7 @@ from operator_samples import Product, assert_samples_agree, outcome, ran, result
 from torch import Tensor
 
 import matmul_grad
+from matmul_grad.activation_formulas import BY_TORCH
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what torch's test suite imports is torch's affair
@@ -71,6 +72,21 @@ def test_samples_by_function(op: OpInfo, dtype: torch.dtype) -> None:
     """Strict for the dtypes that have kernels: so each ran on them."""
     with matmul_grad.strict() if dtype in OURS[1] else contextlib.nullcontext():
         assert_samples_agree(op, dtype, by_function)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("relu", torch.float32), ("gelu", torch.bfloat16)], ids=str)
+def test_samples_of_linear_with_an_activation(name: str, dtype: torch.dtype) -> None:
+    """Second gradients, where torch has zeros for relu and this package none, are in test_activations.py."""
+    (op,) = (op for op in OPERATORS if op.name == "nn.functional.linear")
+
+    def theirs(*given: Any, **named: Any) -> Tensor:
+        return BY_TORCH[name](op(*given, **named))
+
+    def by_ours(_: Any, call: Callable[[Product], list[Tensor]]) -> Any:
+        return outcome(lambda: call(functools.partial(matmul_grad.linear, activation=name)))
+
+    with matmul_grad.strict():
+        assert_samples_agree(op, dtype, by_ours, theirs)
 
 
 def test_error_inputs() -> None:

@@ -99,8 +99,8 @@ def test_every_operator_is_checked() -> None:
     public = {name for name in dir(torch.ops.matmul_grad) if not name.startswith("_")} - {"name"}
     known = torch._C._dispatch_get_all_op_names()
     public |= {name.split("::")[1] for name in known if name.startswith("matmul_grad::") and "::_" not in name}
-    # in test_activations, test_conv_compile, test_grouped, test_out_dtype
-    elsewhere = {"addmm_activation", "convolution", "convolution_weight_gradient", "grouped_mm"}
+    # in test_activations, test_gated, test_conv_compile, test_grouped, test_out_dtype
+    elsewhere = {"addmm_activation", "addmm_gated", "convolution", "convolution_weight_gradient", "grouped_mm"}
     elsewhere |= {f"{name}_dtype" for name in ops.SCHEMAS}
     assert public == {"mm", "mm_backward", "scaled_mm", *elsewhere, *OPERANDS}
 

@@ -168,3 +168,114 @@ def test_special_values_are_those_of_torch(block: BlockConfig, name: str) -> Non
     if name in ("gelu", "gelu_tanh", "silu"):
         expected[0, 1:3] = float("nan")  # ∞ · 0, as in torch
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# --- multiplied with the activation of a gate ----------------------------------------------------------------------
+
+
+def multiply_gated(
+    block: BlockConfig, a: Tensor, b: Tensor, gate: Tensor, name: str, threads: int = 1, column_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The result and the sum, between which and around which nothing is written; the gate is not changed."""
+    shape = (gate.shape[1], gate.shape[0]) if column_major else gate.shape
+    whole = a.new_full((3, shape[0] + 2, shape[1] + 5), float("nan"))
+    out, pre, kept = (x.t() if column_major else x for x in (whole[i, 1:-1, 2:-3] for i in range(3)))
+    kept.copy_(gate)
+    direct.multiply(block, a, b, out, threads, Epilogue(alpha=0.25, activation=name, pre=pre, gate=kept))
+    result = out.clone(), pre.clone()
+    testing.assert_same_bits(kept.contiguous(), gate)
+    for x in (out, pre, kept):
+        x.fill_(float("nan"))
+    assert whole.isnan().all(), "written outside of C"
+    return result
+
+
+@every_block
+def test_results_multiplied_with_a_gate(block: BlockConfig) -> None:
+    for name in NAMES:
+        dtype = getattr(torch, block.dtype)
+        for m, n, k in SHAPES:
+            a, b = (small_integers(*shape, block, i) for i, shape in enumerate(((m, k), (k, n))))
+            gate = testing.normal(m, n, dtype)
+            exact = testing.exact_product(a, b).double() * 0.25
+            truth = EXACT[name](gate.double()) * exact
+            out, pre = multiply_gated(block, a, b, gate, name)
+            testing.assert_same_bits(pre + 0.0, exact.to(dtype) + 0.0)
+            allowed = (5 + gate.double() ** 2) * torch.finfo(dtype).eps * truth.abs() + torch.finfo(dtype).tiny
+            assert (out.double() - truth).abs().le(allowed).all(), f"{name} {m}x{n}x{k}"
+
+
+@every_block
+def test_bits_with_a_gate_do_not_depend_on_the_path(block: BlockConfig) -> None:
+    for name in NAMES:
+        dtype = getattr(torch, block.dtype)
+        for m, n, k in SHAPES:
+            a, b, gate = (testing.normal(*shape, dtype) for shape in ((m, k), (k, n), (m, n)))
+            first = multiply_gated(block, a, b, gate, name)
+            for result in (
+                multiply_gated(block, a, b, gate, name, threads=3),
+                multiply_gated(block, a, b, gate, name, column_major=True),
+                multiply_gated(block, a.t().contiguous().t(), b.t().contiguous().t(), gate, name, threads=2),
+            ):
+                for got, expected in zip(result, first, strict=True):
+                    testing.assert_same_bits(got, expected, f"{name} {m}x{n}x{k}")
+            testing.assert_same_bits(multiply_gated(block, a[:1], b, gate[:1], name)[0], first[0][:1])
+            own = gate.clone()
+            direct.multiply(block, a, b, own, 2, Epilogue(alpha=0.25, activation=name, gate=own))
+            testing.assert_same_bits(own, first[0], "into the gate's own memory")
+
+
+def test_a_batch_has_gates_of_each_item() -> None:
+    for name in NAMES:
+        block = driver.config("float32")
+        a, b, gate = torch.randn(3, 5, 20), torch.randn(3, 20, 33), torch.randn(3, 5, 33)
+        out = direct.multiply(block, a, b, torch.empty(3, 5, 33), 2, Epilogue(activation=name, gate=gate))
+        for item in range(3):
+            epilogue = Epilogue(activation=name, gate=gate[item])
+            testing.assert_same_bits(
+                out[item], direct.multiply(block, a[item], b[item], torch.empty(5, 33), 1, epilogue)
+            )
+
+
+@every_block
+def test_gated_gradients(block: BlockConfig) -> None:
+    for name in NAMES:
+        dtype = getattr(torch, block.dtype)
+        gate = torch.cat([testing.normal(9, 37, dtype) * scale for scale in (0.1, 1, 5)])
+        grad, value = (testing.normal(*gate.shape, dtype, seed=seed) for seed in (1, 2))
+        leaves = [x.double().requires_grad_() for x in (gate, value)]
+        expected = torch.autograd.grad(TORCH[name](leaves[0]) * leaves[1], leaves, grad.double())
+        found = direct.gated_gradients(block, name, grad, gate, value)
+        sizes = (grad.double() * value.double()).abs(), (grad.double() * (gate.double().abs() + 1)).abs()
+        eps = torch.finfo(dtype).eps * (1 if torch.finfo(dtype).eps > 1e-5 else 16)
+        for got, right, size in zip(found, expected, sizes, strict=True):
+            error = (got.double() - right).abs()
+            assert error.le(eps * size + 1e-6 * (eps > 1e-5)).all(), error.max()
+        for threads in (2, 3, 64):
+            for got, right in zip(direct.gated_gradients(block, name, grad, gate, value, threads), found, strict=True):
+                testing.assert_same_bits(got, right)
+
+
+@pytest.mark.parametrize("striding", testing.STRIDINGS)
+def test_gated_gradients_of_any_strides(striding: str) -> None:
+    for name in NAMES:
+        block = driver.config("bfloat16")
+        for m, n in ((6, 70), (300, 3), (1, 5000)):
+            three = [testing.normal(m, n, torch.bfloat16, seed=seed) for seed in range(3)]
+            three = [testing.lay_out(x, striding) for x in three]
+            dense = direct.gated_gradients(block, name, *(x.contiguous() for x in three))
+            for chosen in range(3):
+                some = [x if i == chosen else x.contiguous() for i, x in enumerate(three)]
+                for laid in (three, some):
+                    for got, right in zip(direct.gated_gradients(block, name, *laid, threads=2), dense, strict=True):
+                        testing.assert_same_bits(got, right, f"{name} {striding} {m}x{n}")
+
+
+def test_special_values_of_a_gate_are_those_of_torch() -> None:
+    for name in NAMES:
+        block, large = driver.config("float32"), torch.finfo(torch.float32).max
+        gate = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0, large, -large, 1e4, -1e4]])
+        out = direct.multiply(block, torch.ones(1, 1), torch.full((1, 8), 2.0), torch.empty(1, 8), 1,
+                              Epilogue(activation=name, gate=gate))  # fmt: skip
+        expected = (TORCH[name](gate.double()) * 2).float()
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)

@@ -169,3 +169,8 @@ def test_normal_distribution_is_accurate_where_it_is_small(dtype: str) -> None:
 def test_coefficients_are_those_of_the_fit(dtype: str) -> None:
     fit = runpy.run_path(str(ROOT / "docs" / "tools" / "polynomials.py"))
     assert {name: fit["coefficients"](dtype, name) for name in POLYNOMIALS[dtype]} == POLYNOMIALS[dtype]
+
+
+def test_coefficients_on_a_gpu_are_the_same() -> None:
+    gpu = pytest.importorskip("matmul_grad.kernels.gpu.activation")
+    assert (gpu.TAIL.value, gpu.TANH.value) == (POLYNOMIALS["float32"]["erfc"], POLYNOMIALS["float32"]["tanh"])

@@ -65,6 +65,7 @@ class Case(NamedTuple):
     plan: Plan
     source: str = ""
     slow: bool = False
+    activation: str = ""
 
     @property
     def name(self) -> str:
@@ -75,9 +76,10 @@ class Case(NamedTuple):
         batch = "-batch" if self.problem.batch > 1 else ""
         grad = {True: "-grad_t", False: "-grad_n", None: ""}[self.plan.constants.get("GRAD_TRANSPOSED")]
         source = f"-{self.source}" if self.source else ""
-        rows = "-rows" if self.source and self.tile.path == "tma" and self.plan.arguments[2] is None else ""
+        pre = "-pre" if self.activation else ""
+        rows = "-rows" if (self.source or pre) and self.tile.path == "tma" and self.plan.arguments[2] is None else ""
         result = "-float32" if self.problem.result == "float32" else ""
-        return f"{self.name}{grad}{source}{rows}{result}{batch}{loads}@sm_{self.arch}"
+        return f"{self.name}{grad}{source}{pre}{rows}{result}{batch}{loads}@sm_{self.arch}"
 
 
 def strides_of(letter: str, batch: int = 1) -> Strides:
@@ -92,7 +94,13 @@ def problem_of(dtype: str, precision: str, letters: str, aligned: bool = True, b
 
 
 def cases_of(
-    arch: int, problem: Problem, tile: TileConfig, source: str = "", slow: bool = False, store_tma: bool = True
+    arch: int,
+    problem: Problem,
+    tile: TileConfig,
+    source: str = "",
+    slow: bool = False,
+    store_tma: bool = True,
+    activation: str = "",
 ) -> list[Case]:
     target = aot.target_of(arch)
     if not is_valid(tile, problem, target):
@@ -103,9 +111,9 @@ def cases_of(
             Strides(*(x + 1 if x > 1 else x for x in matrix[:2]), matrix.batch)
             for matrix in strides
         )  # fmt: skip
-    epilogue = Epilogue(source=SOURCES[source]) if source else None
+    epilogue = Epilogue(1, 1, SOURCES[source], activation, bool(activation)) if source else None
     made = plans(problem, tile, target, strides, store_tma=store_tma, epilogue=epilogue)
-    return [Case(arch, problem, tile, plan, source, slow) for plan in made]
+    return [Case(arch, problem, tile, plan, source, slow, activation) for plan in made]
 
 
 def products() -> Iterator[Case]:
@@ -165,6 +173,29 @@ def sums() -> Iterator[Case]:
         yield from cases_of(arch, problem, split, "matrix", True)[1:] if aligned else []
 
 
+def activations() -> Iterator[Case]:
+    """Every tile with a row to add, gelu, which takes most registers, and its argument, which is stored too.
+
+    Of the others the first tile; those that are not the first of a kind are slow.
+    """
+    for arch, (position, tile) in itertools.product((90, 100), enumerate(TMA_TILES)):
+        problem = problem_of("bfloat16", "ieee", "NT")
+        yield from cases_of(arch, problem, tile, "row", position > 0, activation="gelu")
+        yield from cases_of(arch, problem, tile, "row", arch != 90 or position > 0, False, "gelu")
+        for name in ("relu", "gelu_tanh", "silu", "tanh") if position == 0 else ():
+            yield from cases_of(arch, problem, tile, "row", arch != 90, activation=name)
+    for arch, (dtype, precision), aligned in itertools.product(ARCHES, NUMBERS, (True, False)):
+        kind_of = kind(problem_of(dtype, precision, "NN", aligned))
+        for position, tile in enumerate(TILES[kind_of, aligned]):
+            slow = position > 0 or not aligned or arch in (100, 120)
+            yield from cases_of(arch, problem_of(dtype, precision, "NN", aligned), tile, "row", slow, activation="gelu")
+    for arch, tile in itertools.product(ARCHES, (TILES["half", True][-1],)):
+        split = replace(tile, split_k=SPLITS)
+        yield from cases_of(arch, problem_of("bfloat16", "ieee", "NN"), split, "row", arch != 90, activation="gelu")[1:]
+        problem = replace(problem_of("bfloat16", "ieee", "NN"), n=1)
+        yield from cases_of(arch, problem, VECTOR_TILES["N"], "row", arch != 90, activation="gelu")
+
+
 def scaled() -> Iterator[Case]:
     """8-bit operands of every tile; the first also with k split."""
     for arch, (position, tile) in itertools.product((90, 100), enumerate((*FP8_TMA_TILES, *TILES["fp8", True]))):
@@ -200,13 +231,16 @@ def backwards() -> Iterator[Case]:
             yield Case(arch, of_layout, tile, plan, slow=letters not in two)
 
 
-CASES = {str(case): case for case in (*products(), *sums(), *scaled(), *vectors(), *backwards(), *epilogues())}
+CASES = {
+    str(case): case
+    for case in (*products(), *sums(), *scaled(), *vectors(), *backwards(), *epilogues(), *activations())
+}
 
 
 def compiled(case: Case) -> aot.CompiledReport:
     short = SHORT_NAMES[case.problem.dtype]
     acc = "fp64" if case.problem.dtype == "float64" else "fp32"
-    types = dict.fromkeys(("a", "b", "c", "source", "grad", "da", "db"), short)
+    types = dict.fromkeys(("a", "b", "c", "source", "pre", "grad", "da", "db"), short)
     types |= dict.fromkeys(("work", "scale_a", "scale_b"), acc)
     if case.problem.result:
         types["c"] = types["source"] = SHORT_NAMES[case.problem.result]

@@ -152,10 +152,10 @@ def plan_of(path: str, epilogue: Epilogue | None, splits: int = 1) -> Plan:
 @pytest.mark.parametrize("path", ["gemm", "vector", "reduce"])
 def test_arguments_are_specialised_as_by_the_launcher(path: str, source: Strides | None, specialise: Any) -> None:
     """Field by field of a tuple: types, constants and divisibility, with and without an epilogue."""
-    for epilogue in (None, Epilogue(source=source)):
+    for epilogue in (None, Epilogue(source=source), Epilogue(1, 1, source, "gelu", True)):
         plan = plan_of(path, epilogue, splits=4 if path == "reduce" else 1)
         found = specialise(plan, [filled(x, torch.zeros(64)) for x in plan.arguments])
-        ahead = aot.source(plan, dict.fromkeys(("a", "b", "c", "work", "source"), "fp32"), True)
+        ahead = aot.source(plan, dict.fromkeys(("a", "b", "c", "work", "source", "pre"), "fp32"), True)
         assert (ahead.signature, ahead.constants, ahead.attrs) == found
 
 

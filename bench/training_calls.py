@@ -1,0 +1,174 @@
+"""What `bench training` compares: steps of an MLP, weight gradients that are added up, and the process that forks.
+
+{"step": {...}, "dtype": d, "threads": n}   → {"peak bytes": {backend: bytes}}, what the step returns included
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import matmul_grad
+
+from .. import activation_formulas, ops
+from ..kernels.cpu import driver
+from . import memory, worker
+from .devices import reset_peak, status
+from .workloads import TORCH
+
+FUSED, UNFUSED = "fused", "unfused"
+BACKENDS = (FUSED, UNFUSED, TORCH)
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
+ROUNDING = 2.0**-24  # of float32
+
+Call = Callable[[], object]
+
+
+class Step(NamedTuple):
+    """Forward and all gradients of two linear layers, width → hidden → width, with an activation between them.
+
+    Where it is gated, another layer is activated, the first one multiplied with it, and there are no biases.
+    """
+
+    rows: int
+    width: int
+    hidden: int
+    activation: str = "gelu"
+    is_gated: bool = False
+
+    def __str__(self) -> str:
+        gate = " gate" if self.is_gated else ""
+        return f"{self.activation}{gate}, {self.rows} × {self.width} → {self.hidden} → {self.width}"
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the parameters."""
+        first, last = (self.hidden, self.width), (self.width, self.hidden)
+        return [first, first, last] if self.is_gated else [first, first[:1], last, last[:1]]
+
+
+MLP = Step(512, 768, 3072)
+SWIGLU = Step(512, 768, 3072, "silu", True)
+SMALL = Step(24, 32, 48)
+
+
+def forward(name: str, step: Step) -> Callable[..., Tensor]:
+    """Of x, then weight and bias of each layer, or the weights of the first layer, of its gate, and of the last one."""
+    linear = functional.linear if name == TORCH else matmul_grad.linear
+    activate = activation_formulas.BY_TORCH[step.activation]
+
+    def fused(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return matmul_grad.linear(matmul_grad.linear(x, w1, b1, step.activation), w2, b2)
+
+    def unfused(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return linear(activate(linear(x, w1, b1)), w2, b2)
+
+    def gated(x: Tensor, w1: Tensor, gate: Tensor, w2: Tensor) -> Tensor:
+        return matmul_grad.linear(matmul_grad.gated_linear(x, w1, gate, activation=step.activation), w2)
+
+    def gated_unfused(x: Tensor, w1: Tensor, gate: Tensor, w2: Tensor) -> Tensor:
+        return linear(activate(linear(x, gate)) * linear(x, w1), w2)
+
+    return ((gated if step.is_gated else fused), (gated_unfused if step.is_gated else unfused))[name != FUSED]
+
+
+def draw(step: Step, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """x, the parameters, and the gradient of the result. Weights as a layer begins with: results are of x's size."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weights = (normal(*shape) * (shape[1] ** -0.5 if len(shape) == 2 else 1.0) for shape in step.shapes)
+    leaves = [x.to(dtype).requires_grad_() for x in (normal(step.rows, step.width), *weights)]
+    return *leaves, normal(step.rows, step.width).to(dtype)
+
+
+def call_of(name: str, step: Step, operands: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """A step on operands that ``draw`` has made: the result and all gradients."""
+    *leaves, grad = operands
+    run = forward(name, step)
+
+    def call() -> tuple[Tensor, ...]:
+        result = run(*leaves)
+        return result.detach(), *torch.autograd.grad(result, leaves, grad)
+
+    return call
+
+
+# --- weight gradients ------------------------------------------------------------------------------------------------
+
+
+def accumulate(main: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """main += gradᵀ · x, in one product; main is float32 where the operands have 16 bits."""
+    if main.dtype == grad.dtype:
+        return matmul_grad.addmm(main, grad.t(), x, out=main)
+    return matmul_grad.addmm(main, grad.t(), x, main.dtype, out=main)
+
+
+def accumulate_by_torch(main: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """What torch does where ``grad_dtype`` is float32: a product of the operands' dtype is added."""
+    return main.add_(torch.mm(grad.t(), x))
+
+
+def weight_gradients(step: Step, dtype: torch.dtype) -> dict[str, Call]:
+    """wgrad of the first layer, plain and added to what is there."""
+    x, grad = torch.randn(step.rows, step.width).to(dtype), torch.randn(step.rows, step.hidden).to(dtype)
+    main = torch.zeros(step.hidden, step.width, dtype=torch.float32 if dtype.itemsize == 2 else dtype)
+    return {
+        "plain": lambda: matmul_grad.mm(grad.t(), x),
+        "accumulated": lambda: accumulate(main, grad, x),
+        "torch, accumulated": lambda: accumulate_by_torch(main, grad, x),
+    }
+
+
+def errors(step: Step, microbatches: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
+    """The worst error of a gradient over so many microbatches, in roundings of its largest element to float32."""
+    ways = {"ours": accumulate, TORCH: accumulate_by_torch}
+    mains = {name: torch.zeros(step.hidden, step.width) for name in ways}
+    generator, exact = torch.Generator().manual_seed(0), torch.zeros(step.hidden, step.width, dtype=torch.float64)
+    for _ in range(microbatches):
+        x = torch.randn(step.rows, step.width, generator=generator).to(dtype)
+        grad = torch.randn(step.rows, step.hidden, generator=generator).to(dtype)
+        exact.addmm_(grad.t().double(), x.double())
+        for name, way in ways.items():
+            way(mains[name], grad, x)
+    unit = ROUNDING * float(exact.abs().max())
+    return {name: float((main.double() - exact).abs().max()) / unit for name, main in mains.items()}
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def answer(task: worker.Message) -> worker.Message:
+    """In a process that multiplies nothing: a child for each backend."""
+    step, dtype = Step(*task["step"]), DTYPES[task["dtype"]]
+    block = str(dtype).removeprefix("torch.")
+    if not ops.native_status() and driver.supports(block):
+        driver.load_all(driver.config(block))  # compiled or loaded here, once for all children
+    measures = {name: functools.partial(peak, name, step, dtype, task["threads"]) for name in BACKENDS}
+    return {"peak bytes": {name: memory.forked(measure)["peak bytes"] for name, measure in measures.items()}}
+
+
+def peak(name: str, step: Step, dtype: torch.dtype, threads: int) -> worker.Message:
+    """Bytes above what was there before the step, at its peak."""
+    torch.set_num_threads(threads)
+    warm = step._replace(rows=8, width=16, hidden=24)
+    call_of(name, warm, draw(warm, dtype))()
+    call = call_of(name, step, draw(step, dtype))
+    if not reset_peak():
+        raise AssertionError("the system does not reset a peak")
+    before = status("VmRSS")
+    result = call()
+    found = status("VmHWM") - before
+    del result
+    return {"peak bytes": max(0, found)}
+
+
+if __name__ == "__main__":
+    worker.serve(answer)
