@@ -10,8 +10,8 @@ empty one. The gradients are grouped products again, with the same offs,
     dA = grouped(dC, Bᵀ),  dB = grouped(Aᵀ, dC)
 
 so rows give rows and steps, columns steps and columns, steps columns and rows, and so on to any order. Two batches are
-bmm. On a CPU each product is one call of the driver, and so are both gradients; on a GPU each is one launch, which reads
-offs there.
+bmm. On a CPU each product is one call of the driver, and so are both gradients; on a GPU each is one launch, which
+reads offs there.
 """
 
 from __future__ import annotations

@@ -195,7 +195,6 @@ def check_operator(form: str) -> None:
     assert launches == ["device"] * 3
 
 
-
 def check_precision() -> None:
     """float32 follows torch's setting for products."""
     from matmul_grad.kernels.gpu import grouped
