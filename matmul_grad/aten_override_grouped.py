@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import strict_mode
 from .aten_override_cuda import count
-from .grouped import are_groups, forward, is_computed, is_grouped_product
+from .grouped import forward, is_computed
+from .grouped_shapes import are_groups, is_grouped_product
 
 NAME = "_grouped_mm"
 

@@ -10,7 +10,8 @@ empty one. The gradients are grouped products again, with the same offs,
     dA = grouped(dC, Bᵀ),  dB = grouped(Aᵀ, dC)
 
 so rows give rows and steps, columns steps and columns, steps columns and rows, and so on to any order. Two batches are
-bmm. On a CPU each product is one call of the driver, and so are both gradients.
+bmm. On a CPU each product is one call of the driver, and so are both gradients; on a GPU each is one launch, which
+reads offs there.
 """
 
 from __future__ import annotations
@@ -24,98 +25,24 @@ from torch import Tensor
 from . import autocast, fallback, sharding, strict_mode
 from .autograd import _below_autograd, _Node, may_have_tangents, outer_levels_record, with_graph
 from .flops import count_flops
-from .ops import DTYPES, NAMESPACE, TAGS, _has_kernel, library, product, require_storage
+from .grouped_shapes import ascend, is_column_major, require, size_cut
+from .ops import NAMESPACE, TAGS, _has_kernel, library, product, require_storage
 from .vmap import Dims
 
 SCHEMA = "(Tensor self, Tensor mat2, Tensor? offs=None, Tensor? bias=None, ScalarType? out_dtype=None) -> Tensor"
 BACKWARD = "(Tensor grad, Tensor self, Tensor mat2, Tensor offs) -> (Tensor, Tensor)"
 
 
-# --- what is supported, and torch's errors --------------------------------------------------------------------------
-
-
-def _fits(self: Tensor, mat2: Tensor, offs: Tensor | None) -> bool:
-    """Whether ranks and sizes are those of a grouped product, and offs is there where it is needed."""
-    if self.dim() not in (2, 3) or mat2.dim() not in (2, 3) or self.shape[-1] != mat2.shape[-2]:
-        return False
-    batches = [x.shape[0] for x in (self, mat2) if x.dim() == 3]
-    if len(batches) == 2:
-        return offs is None and batches[0] == batches[1]
-    if offs is None or offs.dim() != 1 or offs.dtype != torch.int32:
-        return False
-    return all(groups == offs.shape[0] for groups in batches)
-
-
-def _is_plain(self: Tensor, mat2: Tensor, offs: Tensor | None) -> bool:
-    """Dense real operands of one dtype on one device."""
-    return (
-        self.dtype == mat2.dtype
-        and self.dtype in DTYPES
-        and all(x.layout == torch.strided and not x.is_nested for x in (self, mat2))
-        and all(x.device == self.device for x in (mat2, offs) if x is not None)
-    )
-
-
-def is_grouped_product(
-    self: Tensor, mat2: Tensor, offs: Tensor | None, bias: Any = None, out_dtype: Any = None
-) -> bool:
-    """Whether the operator computes it."""
-    fits = _fits(self, mat2, offs) and _is_plain(self, mat2, offs)
-    return fits and bias is None and out_dtype in (None, self.dtype)
-
-
-def require(self: Tensor, mat2: Tensor, offs: Tensor | None, bias: Any = None, out_dtype: Any = None) -> None:
-    """Raise torch's error for what is no grouped product, or one of this package where torch has none."""
-    if is_grouped_product(self, mat2, offs, bias, out_dtype):
-        return
-    devices = {x.device for x in (self, mat2, offs, bias) if x is not None}
-    if len(devices) == 1:
-        torch.ops.aten._grouped_mm.default(*_aligned(self, mat2), offs, bias, out_dtype)
-    raise RuntimeError(
-        "matmul_grad.grouped_mm: expected two dense matrices, or batches of them, of one floating-point dtype on one "
-        f"device, and offs of int32 there, got {tuple(self.shape)} of {self.dtype} on {self.device} and "
-        f"{tuple(mat2.shape)} of {mat2.dtype} on {mat2.device}"
-    )
-
-
-def _aligned(*operands: Tensor) -> list[Tensor]:
-    """Operands of these sizes with strides and a dtype that torch takes, so that another error of its comes first."""
-    if not all(x.layout == torch.strided and x.dim() in (2, 3) for x in operands):
-        return list(operands)
-    to_float = all(x.dtype == torch.float64 for x in operands)
-    found = []
-    for x in operands:
-        *front, last = x.shape
-        padded = x.new_empty((*front, (last + 7) // 8 * 8 or 8), dtype=torch.float32 if to_float else x.dtype)
-        found.append(padded[..., :last])
-    return found
-
-
-def _whole(self: Tensor, mat2: Tensor) -> int:
-    """The size that is cut into groups."""
-    return mat2.shape[-1] if self.dim() > mat2.dim() else self.shape[-1 if self.dim() == mat2.dim() else 0]
-
-
-def _ascend(ends: list[int], whole: int) -> bool:
-    return all(begin <= end for begin, end in zip([0, *ends], [*ends, whole], strict=True))
-
-
-def are_groups(self: Tensor, mat2: Tensor, offs: Tensor | None) -> bool:
-    """Whether offs ascend, from 0 to the size that they cut at most."""
-    return offs is None or _ascend(offs.tolist(), _whole(self, mat2))
+# --- kernels --------------------------------------------------------------------------------------------------------
 
 
 def is_computed(self: Tensor) -> bool:
-    """Whether these kernels compute a product of this device and dtype."""
+    """Whether the kernels of a CPU compute a product of this device and dtype."""
     return self.device.type == "cpu" and _has_kernel(self)
 
 
-def is_column_major(x: Tensor) -> bool:
-    """Whether a gradient of its shape is computed with adjacent rows, as its operand has them."""
-    return bool(x.stride(-2) == 1 and x.stride(-1) == x.shape[-2] != 1)
-
-
-# --- kernels --------------------------------------------------------------------------------------------------------
+def is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _shape(self: Tensor, mat2: Tensor, offs: Tensor | None) -> tuple[int, ...]:
@@ -142,13 +69,34 @@ def _by_torch(products: list[tuple[Tensor, Tensor, Tensor]], ends: list[int]) ->
 
 def _fill(products: list[tuple[Tensor, Tensor, Tensor]], offs: Tensor) -> None:
     """Compute one or two products into their results, whose memory is new."""
+    for self, mat2, _ in products:
+        require_storage(self, mat2)
+    if not (is_on_gpu(offs) and _by_gpu(products, offs)):
+        _fill_from_host(products, offs)
+
+
+def _by_gpu(products: list[tuple[Tensor, Tensor, Tensor]], offs: Tensor) -> bool:
+    """Whether the kernel of a GPU computes them, which reads offs there."""
+    from .kernels.gpu import grouped, launch
+
+    if not all(grouped.supports(self, mat2, offs, out) for self, mat2, out in products):
+        return False
+    try:
+        for self, mat2, out in products:
+            grouped.product(self, mat2, offs, out)
+    except launch.CannotBuild:
+        return False
+    return True
+
+
+def _fill_from_host(products: list[tuple[Tensor, Tensor, Tensor]], offs: Tensor) -> None:
+    """By the driver of a CPU, else by a product of torch's for each group."""
     a, b, _ = products[0]
-    ends, whole = offs.tolist(), _whole(a, b)
-    if not _ascend(ends, whole):
+    ends, whole = offs.tolist(), size_cut(a, b)
+    if not ascend(ends, whole):
         raise RuntimeError(f"offs has to be ascending, from 0 to {whole} at most, got {ends}")
     used = []
     for self, mat2, out in products:
-        require_storage(self, mat2)
         _zero_rest(self, mat2, out, ends)
         if self.numel() and mat2.numel() and ends:
             used.append((self, mat2, out))
@@ -356,13 +304,14 @@ def grouped_mm(
     shapes      mat_a (m, k), mat_b (g, k, n) → (m, n), groups of rows; (g, m, k), (k, n) → (m, n), of columns;
                 (m, k), (k, n) → (g, m, n), of steps of k; (g, m, k), (g, k, n) → (g, m, n), without offs
     strides     any, read as they are; the result is contiguous
-    dtypes      as ``mm`` on CPU; on CUDA a loop of torch.mm. offs is int32, the end of each group, ascending
+    dtypes      as ``mm``. offs is int32, the end of each group, ascending
     aliasing    the result is new memory
     rounding    as ``mm``
-    errors      torch.nn.functional.grouped_mm's, that for a bias or another out_dtype among them; RuntimeError for offs
-                that descend or exceed the size that they cut
-    determinism as ``mm``: a group has the bits that ``mm`` gives it alone
-    source      kernels/cpu/groups.py
+    errors      torch.nn.functional.grouped_mm's, that for a bias or another out_dtype among them; on CPU RuntimeError
+                for offs that descend or exceed the size that they cut. CUDA kernels read them on the device: there the
+                result of such offs is not defined, and nothing outside of the operands is read or written
+    determinism as ``mm``; no group changes the bits of another. On CPU a group has those that ``mm`` gives it alone
+    source      kernels/cpu/groups.py, kernels/gpu/groups.py
 
     Group i begins where the one before it ends; it may be empty. What lies behind the last group is zero in the result
     and has no gradient.

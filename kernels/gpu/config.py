@@ -181,13 +181,17 @@ def shared_bytes(config: TileConfig, problem: Problem, target: Target) -> int:
 
 
 def resident_blocks(config: TileConfig, problem: Problem, target: Target) -> int:
-    """Blocks of path "tma" that a multiprocessor holds at once, at least 1; other paths are taken to have 1.
+    """Blocks of path "tma" that a multiprocessor holds at once, at least 1; other paths are taken to have 1."""
+    return fitting_blocks(config, problem, target) if config.path == "tma" else 1
+
+
+def fitting_blocks(config: TileConfig, problem: Problem, target: Target) -> int:
+    """Blocks that a multiprocessor holds at once by an estimate of what one takes, at least 1.
 
     By shared memory, of which CUDA reserves 1 KiB for each block, and by registers: those of the accumulators and what
-    the compiled kernels need besides (`tests/kernels/gpu/test_flatten.py` holds the estimate against them).
+    the compiled kernels of path "tma" need besides (`tests/kernels/gpu/test_flatten.py` holds the estimate against
+    them).
     """
-    if config.path != "tma":
-        return 1
     shared = shared_bytes(config, problem, target) - BARRIER_BYTES + MEASURED_BARRIER_BYTES + RESERVED_BYTES
     threads = 32 * config.warps
     registers = config.block_m * config.block_n // threads + OTHER_REGISTERS

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arguments import Matrix
 from .epilogue import SCALARS, activate_and_store, tile_epilogue
-from .tiles import IMPRECISE, round_to_tf32, scale_8_bits, split_k_range, tile_coords
+from .tiles import IMPRECISE, multiply_add, scale_8_bits, split_k_range, tile_coords
 
 
 @triton.jit(repr=lambda specialization: specialization.constants["NAME"], do_not_specialize=SCALARS)
@@ -76,13 +76,7 @@ def gemm(
         in_depth = depth < k - step * BLOCK_K
         a = tl.load(a_base + a_offset, mask=in_rows & in_depth[None, :], other=0.0)
         b = tl.load(b_base + b_offset, mask=in_depth[:, None] & in_cols, other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        if PRECISION == "tf32":
-            a = round_to_tf32(a)
-            b = round_to_tf32(b)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, max_num_imprecise_acc=MAX_IMPRECISE, out_dtype=ACC)
+        acc = multiply_add(a, b, acc, PRECISION, UPCAST, MAX_IMPRECISE)
         a_base += a_step
         b_base += b_step
 

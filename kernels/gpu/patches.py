@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arguments import Axis, Matrix, Spatial
 from .epilogue import SCALARS, tile_epilogue
-from .tiles import round_to_tf32, split_k_range, tile_coords
+from .tiles import multiply_add, split_k_range, tile_coords
 
 
 @triton.jit
@@ -151,13 +151,7 @@ def gemm_patches(
         b_depth += (channel if BLOCKED else depth_rest) * outer.k_b
         a = tl.load(a_base + (a_row[:, None] + a_depth[None, :]), mask=inside, other=0.0)
         b = tl.load(b_base + b_depth[:, None], mask=in_b, other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        if PRECISION == "tf32":
-            a = round_to_tf32(a)
-            b = round_to_tf32(b)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = multiply_add(a, b, acc, PRECISION, UPCAST)
 
     if source.ptr is not None:  # no function: before Triton 3.7 one can return no tuple that holds None
         source = Matrix(source.ptr + group * source.batch, source.row, source.col, source.batch)

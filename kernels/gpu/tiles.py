@@ -20,6 +20,18 @@ def round_to_tf32(x):
 
 
 @triton.jit
+def multiply_add(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr, MAX_IMPRECISE: tl.constexpr = None):
+    """acc + a * b of blocks that were loaded; PRECISION and UPCAST as in `gemm`."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if PRECISION == "tf32":
+        a = round_to_tf32(a)
+        b = round_to_tf32(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION, max_num_imprecise_acc=MAX_IMPRECISE, out_dtype=acc.dtype)
+
+
+@triton.jit
 def tile_coords(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Row and column of a tile. GROUP_M rows of tiles are visited together, so that tiles of B are reused from L2."""
     group = tile // (GROUP_M * tiles_n)

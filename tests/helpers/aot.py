@@ -52,7 +52,8 @@ class CompiledReport:
 
     registers: a thread. spills: bytes of stack a thread, all of them spills, since the kernels have no arrays.
     shared: bytes a block. instruction: the PTX instruction that multiplies, "" for none. load_bytes: the narrowest
-    load of an operand, 0 where only TMA loads. ttgir: Triton's last form before machine code, with its loops.
+    load of an operand, 0 where only TMA loads. copy_bytes: the widths of asynchronous copies into shared memory. ttgir:
+    Triton's last form before machine code, with its loops.
     """
 
     name: str
@@ -61,6 +62,7 @@ class CompiledReport:
     shared: int
     instruction: str
     load_bytes: int
+    copy_bytes: set[int]
     ttgir: str = field(repr=False)
 
 
@@ -87,6 +89,7 @@ def compile_for(plan: Plan, types: dict[str, str], arch: int, *, aligned: bool =
         shared=kernel.metadata.shared,
         instruction=multiply_instruction(kernel.asm["ptx"]),
         load_bytes=narrowest_load(kernel.asm["ptx"]),
+        copy_bytes={int(match[1], 16) for match in COPY.finditer(kernel.asm["ptx"])},
         ttgir=kernel.asm["ttgir"],
     )
 

@@ -29,6 +29,9 @@ from matmul_grad.kernels.gpu.convolution_plan import (
 from matmul_grad.kernels.gpu.convolution_plan import Tensor as Shape
 from matmul_grad.kernels.gpu.epilogue import SCALARS, Epilogue
 from matmul_grad.kernels.gpu.gemm import gemm
+from matmul_grad.kernels.gpu.grouped_plan import GroupedProduct, grouped_plan
+from matmul_grad.kernels.gpu.groups import gemm_groups
+from matmul_grad.kernels.gpu.groups_tma import gemm_groups_tma
 from matmul_grad.kernels.gpu.patches import gemm_patches
 from matmul_grad.kernels.gpu.plan import Plan, options, plans
 from matmul_grad.kernels.gpu.reduce import reduce
@@ -38,7 +41,7 @@ from matmul_grad.kernels.gpu.vector import matvec
 # Of CUDA: programs of a grid along x; registers of a block, of which no thread has more than 255.
 MOST_ALONG_X, REGISTERS = 2**31 - 1, 65536
 
-KERNELS = (gemm, gemm_tma, matvec, reduce, backward_tma, gemm_patches)
+KERNELS = (gemm, gemm_tma, matvec, reduce, backward_tma, gemm_patches, gemm_groups, gemm_groups_tma)
 FOLDER = ROOT / "kernels" / "gpu"
 TARGET = GPUTarget("cuda", 80, 32)
 
@@ -171,6 +174,18 @@ def test_arguments_of_convolutions_are_specialised_as_by_the_launcher(stride: in
         found = specialise(plan, [filled(x, torch.zeros(64)) for x in plan.arguments])
         ahead = aot.source(plan, dict.fromkeys(("a", "b", "c", "source"), "fp32"), True)
         assert (ahead.signature, ahead.constants, ahead.attrs) == found
+
+
+@compiles
+@pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_arguments_of_groups_are_specialised_as_by_the_launcher(by_steps: bool, groups: int, specialise: Any) -> None:
+    product = GroupedProduct(40, 48, 64, groups, by_steps, "float32")
+    strides = Strides(64, 1), Strides(48, 1, 0 if by_steps else 64 * 48), Strides(48, 1, 40 * 48 if by_steps else 0)
+    plan = grouped_plan(product, TileConfig(64, 64, 16, 2, 4), aot.target_of(80), strides)
+    found = specialise(plan, [filled(x, torch.zeros(64)) for x in plan.arguments])
+    ahead = aot.source(plan, dict.fromkeys(("a", "b", "c", "offs"), "fp32"), True)
+    assert (ahead.signature, ahead.constants, ahead.attrs) == found
 
 
 @compiles
