@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,9 @@ SMOKE = {
     "test_same_bits", "test_storages", "test_strict", "test_vectors",
 }  # fmt: skip
 HERE = Path(__file__).parent
+# The threads of two workers are more than the cores: one that waits must not keep a core by trying all the time. Read
+# when a process loads OpenMP, with torch, which nothing has done yet.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 TIMEOUT = 1800  # seconds of a test on the reference machine of helpers/limits.py; it ends what hangs
 
 

@@ -1,18 +1,16 @@
 """Where a C++ node of torch records products: after a self-test, beside every kernel that torch has."""
 
-import platform
-import sys
 import textwrap
 
 import processes
 import pytest
 import torch
+from recorded import on_this_system
 
 import matmul_grad
 from matmul_grad.kernels.native import graph, state
 
-HERE = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
-pytestmark = pytest.mark.skipif(not HERE, reason="recorded by Functions in Python on other systems: see graph.prepare")
+pytestmark = on_this_system
 
 
 def test_the_kernels_of_torch_are_where_they_were() -> None:

@@ -1,6 +1,5 @@
 """The probe that a torch has to pass before aten's operators are overridden: it sees each wrong layout."""
 
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -8,8 +7,8 @@ from pathlib import Path
 
 import processes
 import pytest
+from kernel_sets import copy_cache
 
-from matmul_grad.kernels.cpu import build
 from matmul_grad.kernels.native import override_probe
 from matmul_grad.kernels.native.register import Unavailable
 
@@ -50,10 +49,9 @@ def test_this_torch_passes() -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_probe_fails_on_a_wrong_layout(name: str, tmp_path: Path) -> None:
-    """The entries are compiled anew: the cache goes by their sources, which are not what is wrong here."""
-    for path in build.cache_folder().glob("*gemm*.o"):  # these know nothing of torch
-        shutil.copy(path, tmp_path)
-    done = child(WRONG[name], tmp_path)
+    """The entries of aten are compiled anew: the cache goes by their sources, which are not what is wrong here."""
+    copy_cache(tmp_path / "cache", "float32", "float64")
+    done = child(WRONG[name], tmp_path / "cache")
     assert done.returncode != 0
     assert "passed" not in done.stdout
 
