@@ -8,7 +8,6 @@ python -m bench cpu-paths             what packing repays: the measurements behi
 python -m bench switch                torch with the switch on over torch with it off: overhead, and training steps
 python -m bench training              steps of an MLP with the activation in the product; weight gradients added up
 python -m bench grouped               grouped products, over a loop of torch.mm and over torch's own
-python -m bench weight-gradients      weight gradients added to in the product: time, memory and error, beside torch
 python -m bench first-call            the first product of a process: seconds over `import torch`, cache empty and full
 """
 
@@ -29,22 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def dispatch(arguments: Sequence[str]) -> int:
     from matmul_grad.bench import commands as whole
-    from matmul_grad.bench import (
-        conv,
-        cpu_ratio,
-        first_call,
-        grouped,
-        packing,
-        switch_overhead,
-        training,
-        weight_gradients,
-    )
+    from matmul_grad.bench import conv, cpu_ratio, first_call, grouped, packing, switch_overhead, training
 
     if not arguments or arguments[0] in whole.VERBS or arguments[0].startswith("--"):
         return whole.main(list(arguments), PROGRAM)
     parser = Parser(prog=PROGRAM, description="benchmarks that are commands")
     commands = parser.add_subparsers(dest="name", required=True, metavar="command")
-    modules = (cpu_ratio, conv, packing, switch_overhead, training, grouped, weight_gradients, first_call)
+    modules = (cpu_ratio, conv, packing, switch_overhead, training, grouped, first_call)
     known = {module.KIND: module for module in modules}
     for name, module in known.items():
         module.add_options(commands.add_parser(name, help=module.HELP, description=module.HELP))

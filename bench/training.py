@@ -12,7 +12,7 @@ import torch
 
 from .. import machine
 from ..cli_common import complain
-from . import runner, timer, training_calls, worker
+from . import runner, timer, training_calls, weight_gradients, worker
 from .training_calls import BACKENDS, DTYPES, FUSED, MLP, SMALL, SWIGLU, UNFUSED, Step
 from .workloads import TORCH
 
@@ -20,9 +20,7 @@ KIND = "training"
 HELP = "steps of an MLP with the activation in the product, and weight gradients added up in float32"
 SECONDS, QUICK = 10.0, 0.01  # of each comparison
 STEPS = (MLP, SWIGLU)
-MICROBATCHES = (1, 16, 256)
-ERROR_STEP = Step(32, 256, 256)  # rows of a microbatch, columns and rows of the weight
-FUSED_TARGET, ACCUMULATED_TARGET = 0.95, 1.05  # time over that of the unfused step, and of the plain product
+FUSED_TARGET = 0.95  # time over that of the unfused step
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +36,12 @@ def run(command: argparse.Namespace) -> int:
     seconds = command.seconds or seconds
     taken = {} if command.quick else memory(steps, command.dtypes, command.threads)
     with timer.threads(command.threads):
-        for line in (*step_lines(steps, command.dtypes, seconds, taken), *gradient_lines(command, steps[0], seconds)):
+        for line in step_lines(steps, command.dtypes, seconds, taken):
             print(line, flush=True)
-    for line in error_lines(1 if command.quick else len(MICROBATCHES)):
-        print(line, flush=True)
+        dtypes = tuple(dtype for dtype in command.dtypes if dtype in weight_gradients.DTYPES)
+        if dtypes and hasattr(torch.Tensor, "grad_dtype"):
+            print()
+            weight_gradients.show(dtypes, seconds, command.quick)
     return 0
 
 
@@ -78,20 +78,3 @@ def step_lines(
             cells += [f"{bytes_of[name] / 2**20:13.1f}" if name in bytes_of else f"{'–':>13}" for name in BACKENDS]
             missed = "" if ratios[0] <= FUSED_TARGET else f"  above {FUSED_TARGET:g}"
             yield f"{step!s:36}{dtype:5}{''.join(cells)}{missed}"
-
-
-def gradient_lines(command: argparse.Namespace, step: Step, seconds: float) -> Iterator[str]:
-    yield f"\nweight gradient of {step.rows} rows, {step.hidden} × {step.width}, ms; accumulated over plain"
-    for dtype in command.dtypes:
-        times = timer.interleaved(training_calls.weight_gradients(step, DTYPES[dtype]), seconds)
-        ratio = timer.ratio(times["accumulated"], times["plain"])
-        shown = ", ".join(f"{name} {timer.quartiles(found).median * 1e3:.2f}" for name, found in times.items())
-        missed = "" if ratio <= ACCUMULATED_TARGET else f"  above {ACCUMULATED_TARGET:g}"
-        yield f"{dtype:5}{shown}: {ratio:.3f}{missed}"
-
-
-def error_lines(count: int) -> Iterator[str]:
-    yield "\nerror of a bfloat16 weight gradient added up in float32, in roundings of its largest element"
-    for microbatches in MICROBATCHES[:count]:
-        found = training_calls.errors(ERROR_STEP, microbatches)
-        yield f"{microbatches:4} microbatches: " + ", ".join(f"{name} {error:.2f}" for name, error in found.items())

@@ -1,4 +1,4 @@
-"""What `bench training` compares: steps of an MLP, weight gradients that are added up, and the process that forks.
+"""What `bench training` compares: steps of an MLP, and the process that forks.
 
 {"step": {...}, "dtype": d, "threads": n}   → {"peak bytes": {backend: bytes}}, what the step returns included
 """
@@ -24,9 +24,6 @@ from .workloads import TORCH
 FUSED, UNFUSED = "fused", "unfused"
 BACKENDS = (FUSED, UNFUSED, TORCH)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
-ROUNDING = 2.0**-24  # of float32
-
-Call = Callable[[], object]
 
 
 class Step(NamedTuple):
@@ -99,47 +96,6 @@ def call_of(name: str, step: Step, operands: Sequence[Tensor]) -> Callable[[], t
         return result.detach(), *torch.autograd.grad(result, leaves, grad)
 
     return call
-
-
-# --- weight gradients ------------------------------------------------------------------------------------------------
-
-
-def accumulate(main: Tensor, grad: Tensor, x: Tensor) -> Tensor:
-    """main += gradᵀ · x, in one product; main is float32 where the operands have 16 bits."""
-    if main.dtype == grad.dtype:
-        return matmul_grad.addmm(main, grad.t(), x, out=main)
-    return matmul_grad.addmm(main, grad.t(), x, main.dtype, out=main)
-
-
-def accumulate_by_torch(main: Tensor, grad: Tensor, x: Tensor) -> Tensor:
-    """What torch does where ``grad_dtype`` is float32: a product of the operands' dtype is added."""
-    return main.add_(torch.mm(grad.t(), x))
-
-
-def weight_gradients(step: Step, dtype: torch.dtype) -> dict[str, Call]:
-    """wgrad of the first layer, plain and added to what is there."""
-    x, grad = torch.randn(step.rows, step.width).to(dtype), torch.randn(step.rows, step.hidden).to(dtype)
-    main = torch.zeros(step.hidden, step.width, dtype=torch.float32 if dtype.itemsize == 2 else dtype)
-    return {
-        "plain": lambda: matmul_grad.mm(grad.t(), x),
-        "accumulated": lambda: accumulate(main, grad, x),
-        "torch, accumulated": lambda: accumulate_by_torch(main, grad, x),
-    }
-
-
-def errors(step: Step, microbatches: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """The worst error of a gradient over so many microbatches, in roundings of its largest element to float32."""
-    ways = {"ours": accumulate, TORCH: accumulate_by_torch}
-    mains = {name: torch.zeros(step.hidden, step.width) for name in ways}
-    generator, exact = torch.Generator().manual_seed(0), torch.zeros(step.hidden, step.width, dtype=torch.float64)
-    for _ in range(microbatches):
-        x = torch.randn(step.rows, step.width, generator=generator).to(dtype)
-        grad = torch.randn(step.rows, step.hidden, generator=generator).to(dtype)
-        exact.addmm_(grad.t().double(), x.double())
-        for name, way in ways.items():
-            way(mains[name], grad, x)
-    unit = ROUNDING * float(exact.abs().max())
-    return {name: float((main.double() - exact).abs().max()) / unit for name, main in mains.items()}
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Weight gradients in float32, of a layer whose gradient is there already: time, memory and error, beside torch.
+"""The part of `bench training` on weight gradients in float32, of a layer whose gradient is there already.
 
     G += dCᵀ · A
 
@@ -11,10 +11,9 @@ The targets are those of issue 15.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,9 +25,6 @@ from .. import ops, testing
 from . import timer
 from .devices import reset_peak, status
 
-KIND = "weight-gradients"
-HELP = "weight gradients that are added to in the product: time, memory and error, beside torch"
-SECONDS = 2.0
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 PARTS = (1, 16, 256)  # microbatches
 MOST_TIME, MOST_ERROR = 1.05, 2.0
@@ -125,24 +121,9 @@ def row(layer: Layer, dtype: str, seconds: float) -> tuple[str, list[str]]:
     return "".join(cells), missed
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["f32", "bf16"])
-    parser.add_argument("--threads", type=int, default=None, help="default: torch's")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of each comparison; default: {SECONDS:g}")
-    parser.add_argument("--quick", action="store_true", help="one small layer: to see it run")
-
-
-def run(command: argparse.Namespace) -> int:
-    torch.manual_seed(0)
-    with timer.threads(command.threads):
-        show(QUICK if command.quick else LAYERS, command.dtypes, 0.05 if command.quick else command.seconds)
-    return 0
-
-
-def show(
-    layers: tuple[Layer, ...] = LAYERS, dtypes: tuple[str, ...] = ("f32", "bf16"), seconds: float = SECONDS
-) -> None:
+def show(dtypes: Sequence[str], seconds: float, quick: bool = False) -> None:
     """Print the table, a line for each layer and dtype."""
+    torch.manual_seed(0)
     print(
         f"{torch.get_num_threads()} threads. ms: G += dCᵀ·A in the product; /plain: over dCᵀ·A alone; added: that and"
     )
@@ -151,6 +132,6 @@ def show(
     )
     print(f"{'':22}{'ms':>9}{'/plain':>8}{'added':>8}{'errors':>24}{'torch':>24}{'worst':>8}{'MiB':>8}{'torch':>8}")
     for dtype in dtypes:
-        for layer in layers:
+        for layer in QUICK if quick else LAYERS:
             line, missed = row(layer, dtype, seconds)
             print(f"{line}{'  misses ' + ', '.join(missed) if missed else ''}", flush=True)
