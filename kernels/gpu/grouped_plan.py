@@ -18,6 +18,37 @@ MAX_GROUPS = 1023
 # Sizes, and numbers of tiles, that 32 bits count, with room for a tile that ends behind them.
 MAX_SIZE = 2**31 - 2**16
 
+# Beside `choose.TILES`, some of which spill in the walk, which keeps more in registers. Without spills for sm_80, sm_90,
+# sm_100 and sm_120; none has been timed yet.
+GROUP_TILES = TILES | {
+    ("half", True): (
+        TileConfig(128, 256, 64, stages=3, warps=8),
+        TileConfig(128, 128, 64, stages=4, warps=8),
+        TileConfig(128, 128, 64, stages=3, warps=8),
+        TileConfig(64, 128, 64, stages=4, warps=8),
+        TileConfig(64, 64, 64, stages=4, warps=4),
+    ),
+    ("half", False): (TileConfig(64, 64, 64, stages=3, warps=8),),
+    ("tf32", True): (
+        TileConfig(128, 64, 32, stages=3, warps=8),
+        TileConfig(64, 128, 32, stages=3, warps=8),
+        TileConfig(64, 64, 32, stages=3, warps=4),
+    ),
+    ("tf32", False): (TileConfig(64, 64, 32, stages=3, warps=8),),
+    ("tf32x3", True): (TileConfig(64, 32, 32, stages=3, warps=8),),
+    ("tf32x3", False): (TileConfig(64, 32, 32, stages=3, warps=8),),
+    ("fp32", True): (
+        TileConfig(128, 64, 16, stages=3, warps=8),
+        TileConfig(64, 64, 16, stages=3, warps=8),
+    ),
+    ("fp32", False): (TileConfig(64, 32, 16, stages=3, warps=8),),
+    ("fp64", True): (
+        TileConfig(64, 32, 16, stages=3, warps=8),
+        TileConfig(32, 32, 16, stages=3, warps=4),
+    ),
+    ("fp64", False): (TileConfig(32, 32, 16, stages=3, warps=8),),
+}
+
 
 @dataclass(frozen=True)
 class GroupedProduct:
@@ -72,7 +103,7 @@ def choose_grouped(product: GroupedProduct, target: Target) -> TileConfig:
 
 @lru_cache(maxsize=4096)
 def fastest_predicted(problem: Problem, target: Target) -> TileConfig:
-    tiles = [*(TMA_TILES if problem.tma else ()), *TILES.get((kind(problem), problem.aligned), ())]
+    tiles = [*(TMA_TILES if problem.tma else ()), *GROUP_TILES.get((kind(problem), problem.aligned), ())]
     valid = [tile for tile in tiles if is_valid(tile, problem, target)]
     if not valid:
         raise ValueError(f"no tile for {problem} on {target}")
@@ -116,7 +147,7 @@ def _by_pointers(
 ) -> Parts:
     a, b, c = strides
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    extents = [(bm, a.row), (bk, a.col)], [(bk, b.row), (bn, b.col)], [(bm, c.row), (bn, c.col)]
+    extents = [(bm, a.row), (bk, a.col)], [(bk, b.row), (bn, b.col)], [(bm, c.row), (product.n + bn, c.col)]
     pointers = Operands(PointerArg("a"), PointerArg("b"), PointerArg("c"))
     return (pointers, *sizes, Operands(*strides)), {
         "PRECISION": product.precision,

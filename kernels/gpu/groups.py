@@ -92,7 +92,6 @@ def gemm_groups(
     depth = tl.arange(0, BLOCK_K).to(OFFSET)
     a_offset = row[:, None] * strides.a.row + depth[None, :] * strides.a.col
     b_offset = depth[:, None] * strides.b.row + col[None, :] * strides.b.col
-    c_offset = row[:, None] * strides.c.row + col[None, :] * strides.c.col
     a_step = tl.cast(strides.a.col, tl.int64) * BLOCK_K
     b_step = tl.cast(strides.b.row, tl.int64) * BLOCK_K
     ACC: tl.constexpr = tl.float64 if ptrs.a.dtype.element_ty == tl.float64 else tl.float32
@@ -126,6 +125,7 @@ def gemm_groups(
             a_base += a_step
             b_base += b_step
 
-        c_base = ptrs.c + tl.cast(group, tl.int64) * strides.c.batch
-        c_base += (first_row + row0) * strides.c.row + col0 * strides.c.col
-        tl.store(c_base + c_offset, acc.to(ptrs.c.dtype.element_ty), mask=in_rows & in_cols)
+        # Offsets that do not depend on the tile would be computed before the walk, and take registers all the time.
+        c_offset = row[:, None] * strides.c.row + (tl.cast(col0, OFFSET) + col)[None, :] * strides.c.col
+        c_at = ptrs.c + tl.cast(group, tl.int64) * strides.c.batch + (first_row + row0) * strides.c.row + c_offset
+        tl.store(c_at, acc.to(ptrs.c.dtype.element_ty), mask=in_rows & in_cols)
