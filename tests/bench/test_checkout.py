@@ -5,11 +5,10 @@ import itertools
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 
@@ -19,13 +18,21 @@ from matmul_grad.bench import packing, switch_overhead, timer
 ROOT = Path(__file__).parents[2]
 
 
+# A session of its own, not a part of the parallel one that runs this test.
+SUITE = """
+import os, sys
+for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+    del os.environ[name]
+sys.path.insert(0, os.getcwd())
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
 def suite(*options: str) -> str:
     """What pytest-benchmark prints of the suite over one tiny size."""
     quick = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.0001", "--benchmark-warmup=off"]
-    # A session of its own, not a part of the parallel one that runs this test.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    command = [sys.executable, "-m", "pytest", "bench", "--sizes=17", *quick, *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = processes.run(SUITE, arguments=("bench", "--sizes=17", *quick, *options), folder=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

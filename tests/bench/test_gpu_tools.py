@@ -129,7 +129,9 @@ def test_of_thousands_of_kernels(): assert False
 """
 
 
-@pytest.mark.parametrize("missing", [(), ("xdist",), ("pytest_timeout", "xdist")], ids=str)
+@pytest.mark.parametrize(
+    "missing", [(), pytest.param(("xdist",), marks=pytest.mark.slow), ("pytest_timeout", "xdist")], ids=str
+)
 def test_pytest_itself_is_understood(
     missing: tuple[str, ...], gpu: Any, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
