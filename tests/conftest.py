@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 # The threads of two workers are more than the cores: one that waits must not keep a core by trying all the time. Read
 # when a process loads OpenMP, with torch, which nothing has done yet.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each worker starts processes, which import torch
 TIMEOUT = 1800  # seconds of a test on the reference machine of helpers/limits.py; it ends what hangs
 
 

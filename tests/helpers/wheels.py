@@ -7,8 +7,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
+
+
+class Built(NamedTuple):
+    """A copy of the checkout, the wheel of it, and the wheel of its sdist alone."""
+
+    copy: Path
+    direct: Path
+    sdist: Path
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:

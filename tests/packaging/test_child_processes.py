@@ -7,10 +7,19 @@ from typing import Any
 
 import processes
 import pytest
-from processes import Server, assert_runs, linux, run
+from processes import SERVER, Server, assert_runs, linux, run
+
+
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that are ready at once."""
+    without = SERVER.replace("\nimport torch\n", "\ntorch = None\n")
+    assert without != SERVER
+    monkeypatch.setattr(processes, "SERVER", without)
 
 
 @linux
+@pytest.mark.usefixtures("without_torch")
 def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -25,6 +34,7 @@ def test_an_interrupted_call_leaves_no_answer_to_the_next(monkeypatch: pytest.Mo
 
 
 @linux
+@pytest.mark.usefixtures("without_torch")
 def test_a_changed_environment_takes_one_new_server_and_what_a_call_adds_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """What libraries set where they are imported, such as KMP_INIT_AT_FORK, would else cost each call a new process."""
     started: list[Any] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.utils import parse_wheel_filename
-from wheels import ROOT, build, copy_checkout, install, run
+from wheels import ROOT, Built, install, run
 
 import matmul_grad
 from matmul_grad.kernels.cpu import host, levels, object_file, prebuilt
@@ -43,13 +43,21 @@ print(*[x.detach().numpy().tobytes().hex() for x in (c, a.grad, b.grad, d)])
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wheel(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With what one product in float32 needs on AVX2; the others are compiled in the same way."""
     folder = tmp_path_factory.mktemp("objects")
-    build(copy_checkout(folder / "copy"), folder / "pure", "--wheel")
-    (pure,) = (folder / "pure").glob("*.whl")
-    tool = folder / "copy" / "tools" / "add_objects.py"
-    run(sys.executable, tool, pure, "--out", folder, "--levels", "avx2", "--dtypes", "float32", cwd=folder)
+    run(
+        sys.executable,
+        built.copy / "tools" / "add_objects.py",
+        built.direct,
+        "--out",
+        folder,
+        "--levels",
+        "avx2",
+        "--dtypes",
+        "float32",
+        cwd=folder,
+    )
     (made,) = folder.glob("*.whl")
     return made
 
@@ -123,11 +131,9 @@ for package in (prebuilt.__package__, "matmul_grad.kernels.native"):
 
 @pytest.mark.slow
 @runs_avx2
-def test_wheel_of_all_levels(tmp_path: Path) -> None:
+def test_wheel_of_all_levels(built: Built, tmp_path: Path) -> None:
     """Each set once: a later level has only what it compiles differently."""
-    build(copy_checkout(tmp_path / "copy"), tmp_path / "pure", "--wheel")
-    (pure,) = (tmp_path / "pure").glob("*.whl")
-    run(sys.executable, ROOT / "tools" / "add_objects.py", pure, "--out", tmp_path, cwd=tmp_path)
+    run(sys.executable, ROOT / "tools" / "add_objects.py", built.direct, "--out", tmp_path, cwd=tmp_path)
     (made,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(made) as archive:
         objects = sorted(
@@ -138,7 +144,7 @@ def test_wheel_of_all_levels(tmp_path: Path) -> None:
     expected |= {"gemm", "dgemm_avx2_6x8", "dgemm_avx512_6x32", "bgemm_avx512_bf16_6x64"}
     patches = {f"{name}_patches" for name in expected if "gemm_" in name and "_bf16_" not in name}
     assert objects == sorted(SETS | expected | patches)
-    print(f"{made.stat().st_size:,} bytes, {pure.stat().st_size:,} without objects")
+    print(f"{made.stat().st_size:,} bytes, {built.direct.stat().st_size:,} without objects")
 
 
 # Prints the hash of an object for a level, compiled where the CPU seems to be another. Arguments: the folder of the

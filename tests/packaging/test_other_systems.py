@@ -1,11 +1,7 @@
 """Imports and products where functions of POSIX, Linux or torch are missing, as on Windows and macOS."""
 
-import os
-import subprocess
-import sys
-
+import processes
 import pytest
-from limits import scaled
 
 # What Python lacks on each system, of what anybody here might use; torch and Numba are loaded before it goes.
 MISSING = {
@@ -18,7 +14,8 @@ MODULES = {
     "win32": ["fcntl", "resource", "pwd", "grp", "termios", "pty", "tty", "syslog", "readline", "posix", "triton"],
 }
 CODE = """
-import importlib, os, pkgutil, sys
+import importlib, os, pkgutil, sys, warnings
+warnings.simplefilter("ignore")
 import llvmlite, numba, torch, torch._dynamo
 system, missing, modules = {system!r}, {missing!r}, {modules!r}
 for name in missing.split():
@@ -54,6 +51,5 @@ print(matmul_grad.mm(a, b).shape)
 @pytest.mark.parametrize("system", MISSING)
 def test_imports_and_multiplies(system: str) -> None:
     code = CODE.format(system=system, missing=MISSING[system], modules=MODULES[system])
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=scaled(280))
+    done = processes.run(code)
     assert (done.returncode, done.stdout) == (0, "torch.Size([3, 2])\n"), done.stderr[-3000:]

@@ -10,8 +10,9 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import processes
 import pytest
-from wheels import ROOT, build, copy_checkout, install, run
+from wheels import ROOT, Built, install, run
 
 PACKAGE = "matmul_grad"
 KERNELS = f"{PACKAGE}.kernels"
@@ -28,20 +29,9 @@ def sources() -> dict[str, Path]:
     return {".".join(p.with_suffix("").parts).removesuffix(".__init__"): f for p, f in files.items()}
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """direct/: a wheel of a copy of the checkout. sdist/: its sdist, and a wheel built from that alone."""
-    folder = tmp_path_factory.mktemp("built")
-    copy_checkout(folder / "copy")
-    build(folder / "copy", folder / "direct", "--wheel")
-    build(folder / "copy", folder / "sdist")
-    return folder
-
-
 @pytest.fixture(scope="module", params=["direct", "sdist"])
-def wheel(request: pytest.FixtureRequest, built: Path) -> Path:
-    (path,) = (built / request.param).glob("*.whl")
-    return path
+def wheel(request: pytest.FixtureRequest, built: Built) -> Path:
+    return getattr(built, request.param)
 
 
 def contents(wheel: Path) -> set[str]:
@@ -77,13 +67,22 @@ def test_wheel_states_what_it_needs(wheel: Path) -> None:
     assert "matmul-grad = matmul_grad.cli:main" in scripts
 
 
+def test_wheel_of_the_sdist_is_the_wheel_of_the_checkout(built: Built) -> None:
+    """Byte by byte, so that what is installed below is both."""
+    direct, sdist = (zipfile.ZipFile(path) for path in (built.direct, built.sdist))
+    with direct, sdist:
+        assert {*direct.namelist()} == {*sdist.namelist()}
+        for name in direct.namelist():
+            assert direct.read(name) == sdist.read(name), name
+
+
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel installed beside a package that owns the name `kernels`."""
     target = tmp_path_factory.mktemp("installed")
     (target / "kernels").mkdir()
     (target / "kernels" / "__init__.py").write_text("owner = 'somebody else'\n")
-    install(wheel, target)
+    install(built.direct, target)
     return target
 
 
@@ -154,27 +153,32 @@ def test_wheel_multiplies_and_chooses_tiles(installed: Path, tmp_path: Path) -> 
     assert {installed / PACKAGE / part for part in ("bench", "kernels/cpu", "kernels/gpu")} < folders
 
 
-def test_bare_checkout_multiplies_and_chooses_tiles(built: Path, tmp_path: Path) -> None:
+def test_bare_checkout_multiplies_and_chooses_tiles(built: Built, tmp_path: Path) -> None:
     """Nothing is installed; the checkout's folder is on the path."""
-    folders = used(tmp_path, built / "copy")
-    assert all(folder.is_relative_to(built / "copy") for folder in folders)
-    assert {built / "copy" / part for part in ("bench", "kernels/cpu", "kernels/gpu")} < folders
+    folders = used(tmp_path, built.copy)
+    assert all(folder.is_relative_to(built.copy) for folder in folders)
+    assert {built.copy / part for part in ("bench", "kernels/cpu", "kernels/gpu")} < folders
 
 
-def test_import_inside_the_checkout_beside_an_installation(built: Path, installed: Path) -> None:
+def test_import_inside_the_checkout_beside_an_installation(built: Built, installed: Path) -> None:
     """Python puts the working folder first, so package and kernels are the checkout's."""
-    folders = used(built / "copy", installed)
-    assert all(folder.is_relative_to(built / "copy") for folder in folders)
+    code = """
+import importlib.util, sys
+for name in ("matmul_grad", "matmul_grad.kernels.cpu.gemm", "matmul_grad.kernels.gpu.plan", "matmul_grad.bench.tune"):
+    print(importlib.util.find_spec(name).origin)
+"""
+    files = run(sys.executable, "-c", WITHOUT_EDITABLE + code, cwd=built.copy, PYTHONPATH=str(installed)).split()
+    assert len(files) == 4 and all(Path(file).is_relative_to(built.copy) for file in files)
 
 
-def test_editable_installation_multiplies_and_chooses_tiles(built: Path, tmp_path: Path) -> None:
+def test_editable_installation_multiplies_and_chooses_tiles(built: Built, tmp_path: Path) -> None:
     target = tmp_path / "editable"
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
-    run(*pip, "--target", target, "--editable", built / "copy", cwd=tmp_path)
+    run(*pip, "--target", target, "--editable", built.copy, cwd=tmp_path)
     before = f"{WITHOUT_EDITABLE}\nimport site\nsite.addsitedir({str(target)!r})\n"
     folders = used(tmp_path, target, before=before)
-    assert all(folder.is_relative_to(built / "copy") for folder in folders)
-    assert {built / "copy" / part for part in ("bench", "kernels/cpu", "kernels/gpu")} < folders
+    assert all(folder.is_relative_to(built.copy) for folder in folders)
+    assert {built.copy / part for part in ("bench", "kernels/cpu", "kernels/gpu")} < folders
 
 
 def test_import_brings_in_no_compiler(tmp_path: Path) -> None:
@@ -184,7 +188,7 @@ before = set(sys.modules)
 import matmul_grad
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """
-    new = set(run(sys.executable, "-c", code, cwd=tmp_path).split())
+    new = set(processes.run(code, folder=tmp_path).stdout.split())
     assert PACKAGE in new
     assert not new & {"numba", "llvmlite", "triton"}
 
@@ -204,21 +208,15 @@ try:
 except AttributeError as error:
     print(error)
 """
-    said = run(sys.executable, "-c", code, cwd=tmp_path)
-    assert said == "module 'matmul_grad' has no attribute 'no_such_name'\n"
+    done = processes.run(code, folder=tmp_path)
+    assert (done.stdout, done.stderr) == ("module 'matmul_grad' has no attribute 'no_such_name'\n", "")
 
 
 def test_import_costs_a_tenth_of_torch_at_most(tmp_path: Path) -> None:
-    """In time of the processor, beside torch's import in the same process: on any machine, however busy."""
-    code = """
-import time
-start = time.process_time()
-import torch
-between = time.process_time()
-import matmul_grad
-print((time.process_time() - between) / (between - start))
-"""
-    shares = [float(run(sys.executable, "-c", code, cwd=tmp_path)) for _ in range(3)]
+    """In time of the processor, beside torch's import: on any machine, however busy."""
+    code = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
+    torchs = float(run(sys.executable, "-c", code.format("torch"), cwd=tmp_path))
+    shares = [float(processes.run(code.format(PACKAGE), folder=tmp_path).stdout) / torchs for _ in range(3)]
     print(f"import {PACKAGE} after torch: {statistics.median(shares):.3f} of torch's import")
     assert statistics.median(shares) <= 0.1, f"import {PACKAGE} took {shares} of torch's import"
 

@@ -25,11 +25,14 @@ def test_that_breaks_the_context(device):
 def test_behind_it(device): pass
 def test_behind_that(device): pass
 """
+# In place of torch, which each process would import for one call, what conftest.py uses of it.
 SETTINGS = """
-import sys, torch
-sys.modules["gpu_required"] = type(sys)("gpu_required")
-sys.modules["gpu_required"].require_gpu = lambda: torch.device("cpu")
-torch.cuda.synchronize = lambda: None
+import sys, types
+for name in ("torch", "gpu_required"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["torch"].device = str
+sys.modules["torch"].cuda = types.SimpleNamespace(synchronize=lambda: None)
+sys.modules["gpu_required"].require_gpu = lambda: "cpu"
 """
 
 
