@@ -208,7 +208,7 @@ def _try_above(calls: list[str]) -> None:
 
 def _try_release() -> None:
     """No reference to an operand or a result is left after a call."""
-    gone = []
+    gone: list[weakref.ref[Any]] = []
     for name in ("mm", "addmm", "addmm_", *(("linear",) if state.words[state.ABOVE_LIBRARY] != 0 else ())):
         operands = [torch.ones(2, 2).numpy() for _ in range(3)]
         gone += [weakref.ref(x) for x in operands]
