@@ -1,7 +1,8 @@
 """The switch: torch's matrix products on these kernels.
 
 Only the kernels under aten's keys CPU and CUDA change. Whatever reaches them, from torch.nn, einsum, PyTorch's
-backward formulas or compiled code, runs on the kernels of this package; all that lies above those keys stays torch's.
+backward formulas or compiled code, runs on the kernels of this package; all that lies above those keys stays torch's,
+but linear layers whose weight gradient is kept in float32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import aten_override_kept  # noqa: F401  # defines what the compiled entries call
 from .aten_override_cuda import CudaOverride, calls
 from .aten_override_grouped import GroupedOverride
 from .import_hooks import on_import
@@ -136,6 +138,7 @@ def enable() -> None:
     child process, which takes some seconds; a torch that does not pass is refused by a RuntimeError with what
     failed, and nothing has changed. CPU and CUDA are independent: a warning names the one that stays torch's. On a CPU
     torch.nn.functional.grouped_mm runs on these kernels too, of float64 and of any strides, gradients' among them.
+    The weight gradient of a linear layer that keeps it in float32 (``weight.grad_dtype``) is not rounded to 16 bits.
 
     >>> import torch, matmul_grad
     >>> matmul_grad.enable()

@@ -1,7 +1,7 @@
 """The switch on CUDA: aten's own products, by kernels in Python that launch those of this package.
 
-As on CPU only the kernels under one key change. Unsupported calls fall back to the kernels that PyTorch has there, with
-the arguments as they came: the same results, the same errors.
+As on CPU only the kernels under one key change, and that of linear under autograd. Unsupported calls fall back to the
+kernels that PyTorch has there, with the arguments as they came: the same results, the same errors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import strict_mode
+from . import aten_override_kept, strict_mode
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native.op_table import DOT, MATRICES, MATVEC, OVERLOADS, op_of
 from .ops import accelerated, are_scales, can_be_added, compute, has_work
@@ -45,6 +45,9 @@ class CudaOverride:
                 for name in OVERLOADS:
                     torch_impl = torch.library.get_kernel(f"aten::{name}", self.key)
                     library.impl(name, make_kernel(name, torch_impl), self.key, with_keyset=True)
+                above = f"Autograd{self.key}"
+                linear = aten_override_kept.make_kernel(torch.library.get_kernel("aten::linear", above))
+                library.impl("linear", linear, above, with_keyset=True)
         except BaseException:
             library._destroy()
             raise

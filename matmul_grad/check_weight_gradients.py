@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +40,7 @@ def run(console: Console, device: str, seed: int) -> list[str]:
 
 
 def layer(accumulates: bool, device: str) -> nn.Linear:
-    named = {"bias": False, "device": device, "dtype": torch.bfloat16}
+    named: dict[str, Any] = {"bias": False, "device": device, "dtype": torch.bfloat16}
     made = Linear(K, N, accumulate=True, **named) if accumulates else nn.Linear(K, N, **named)
     made.weight.grad_dtype = torch.float32
     return made

@@ -118,7 +118,7 @@ def _weight_gradient(ctx: Any, rows: Tensor, input: Tensor) -> Tensor:
 
 def _is_added_later(node: Any) -> bool:
     """Whether what is returned goes straight to AccumulateGrad of a parameter, which runs in this backward."""
-    weight = getattr(node, "variable", None)
+    weight: Any = getattr(node, "variable", None)
     if type(weight) not in PLAIN or not weight.requires_grad or weight._backward_hooks:
         return False
     if torch.is_anomaly_enabled():  # which looks at each contribution
@@ -194,16 +194,21 @@ def layer_of(input: Tensor, weight: Tensor, bias: Tensor | None, accumulate: boo
     """The input in the dtype of the product, and the rest of the layer; None for a layer that is computed otherwise."""
     if not _is_followed_by_autograd_alone(input, weight, bias):
         return None
-    device, cast = input.device.type, input.dtype
-    if device in DEVICES and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        cast = torch.get_autocast_dtype(device)
-    operands = [x if x is None or x.dtype in (torch.float64, cast) else x.detach().to(cast) for x in (weight, bias)]
-    x = input if input.dtype == cast else input.to(cast)
-    if cast not in DTYPES or any(y is not None and y.dtype != cast for y in operands):
+    cast = {x.dtype: _dtype_of_product(x) for x in (input, weight, bias) if x is not None}
+    dtype = cast[input.dtype]
+    if dtype not in DTYPES or set(cast.values()) != {dtype}:
         return None
-    inner_weight, inner_bias = operands
+    inner_weight, inner_bias = (x if x is None or x.dtype == dtype else x.detach().to(dtype) for x in (weight, bias))
     assert inner_weight is not None
-    return x, Layer(inner_weight, inner_bias, accumulate)
+    return input.to(dtype), Layer(inner_weight, inner_bias, accumulate)
+
+
+def _dtype_of_product(x: Tensor) -> torch.dtype:
+    """The dtype of an operand, which autocast may change."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _is_followed_by_autograd_alone(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

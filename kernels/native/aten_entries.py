@@ -15,10 +15,24 @@ from numba.core import types
 from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS
 from ..cpu.memory import INT64, bits_of, call_address, fetch_increment, get, jit, put, stack_words, text
 from .call import DTYPE, HANDLE, IN_PLACE, NEW, OUT, RUN, UNSUPPORTED, linked_compute, set_tensors, tensor_words
-from .op_table import OVERLOADS, op_of
-from .own_entries import is_error, raise_for
-from .state import ACCELERATED, ACTIVE, CODES, FALLBACKS, HANDED_OVER, OPERATORS, OVERRIDE, count_at, entry_name
-from .torch_c_api import delete_library, delete_tensor, init_impl, library_impl, new, out_param, state, word
+from .graph_entries import is_kept_otherwise, is_ordinary
+from .op_table import ABOVE_AUTOGRAD, OVERLOADS, op_of
+from .own_entries import is_error, is_without_modes, raise_for
+from .state import (
+    ABOVE,
+    ABOVE_LIBRARY,
+    ACCELERATED,
+    ACTIVE,
+    CODES,
+    FALLBACKS,
+    HANDED_OVER,
+    OPERATORS,
+    OVERRIDE,
+    autograd_entry_name,
+    count_at,
+    entry_name,
+)
+from .torch_c_api import delete_library, delete_tensor, grad_mode, init_impl, library_impl, new, out_param, state, word
 from .torch_layout import DOUBLE, INT, NONE, SLOT
 
 BOXED_SIGNATURE = types.void(*[INT64] * 4)
@@ -27,7 +41,7 @@ MULTIPLY_SIGNATURE = types.void(*[INT64] * 8)
 linked_multiply = types.ExternalFunction("matmul_grad_aten_multiply", MULTIPLY_SIGNATURE)
 call_boxed = call_address(4)
 args_words = stack_words(GEMM_ARGS)
-cpu, matmul_grad = text("CPU"), text("matmul_grad")
+cpu, autograd_cpu, matmul_grad = text("CPU"), text("AutogradCPU"), text("matmul_grad")
 
 
 @jit
@@ -137,32 +151,67 @@ def make_entry(name: str) -> Callable:
     return entry
 
 
-def install(entries):
-    """Register ``entries``: a namespace, a count, then names and kernels in pairs.
+@jit
+def is_kept_apart(a, b):
+    """Whether an operand's gradient is kept in another dtype, and autograd is all that follows the product."""
+    if grad_mode() == 0 or not (is_kept_otherwise(a) or is_kept_otherwise(b)):
+        return False
+    return is_ordinary(a) and is_ordinary(b) and is_without_modes()
+
+
+def make_autograd_entry(name: str) -> Callable:
+    """The entry of one of ABOVE_AUTOGRAD under autograd: torch's kernel, or ours for operands that are kept apart."""
+    at, (arguments, first) = ABOVE + 4 * list(ABOVE_AUTOGRAD).index(name), ABOVE_AUTOGRAD[name]
+
+    def entry(functor, operator_handle, keys, stack):
+        a, kernel = get(stack, 1) - SLOT * (arguments - first), at
+        if get(state(), ACTIVE) != 0 and is_kept_apart(a, a + SLOT):
+            kernel = at + 2
+        call_boxed(get(state(), kernel), get(state(), kernel + 1), operator_handle, keys, stack)
+
+    return entry
+
+
+@jit
+def register(entries, key):
+    """Register ``entries``: a namespace, a count, then names and kernels in pairs. The library, or 0."""
+    library = out_param()
+    if init_impl(get(entries, 0), key, matmul_grad(), 0, library) != 0:
+        return 0
+    for index in range(get(entries, 1)):
+        library_impl(get(library, 0), get(entries, 2 + 2 * index), get(entries, 3 + 2 * index), 0)
+    return get(library, 0)
+
+
+def install(entries, above):
+    """Register ``entries`` for the CPU and, where they are not 0, those ``above`` autograd.
 
     One call, so that no signal of Python's interrupts it.
     """
-    library = out_param()
-    if init_impl(get(entries, 0), cpu(), matmul_grad(), 0, library) != 0:
+    library = register(entries, cpu())
+    if library == 0:
         return 1
-    for index in range(get(entries, 1)):
-        library_impl(get(library, 0), get(entries, 2 + 2 * index), get(entries, 3 + 2 * index), 0)
-    put(state(), OVERRIDE, get(library, 0))
+    put(state(), ABOVE_LIBRARY, register(above, autograd_cpu()) if above != 0 else 0)
+    put(state(), OVERRIDE, library)
     put(state(), ACTIVE, 1)
     return 0
 
 
 def uninstall():
     """Remove what ``install`` has registered."""
-    library = get(state(), OVERRIDE)
+    library, above = get(state(), OVERRIDE), get(state(), ABOVE_LIBRARY)
     put(state(), ACTIVE, 0)
     put(state(), OVERRIDE, 0)
+    put(state(), ABOVE_LIBRARY, 0)
+    if above != 0:
+        delete_library(above)
     return delete_library(library)
 
 
 KERNELS: dict[str, tuple[Callable, object]] = {
     "matmul_grad_aten_multiply": (multiply, MULTIPLY_SIGNATURE),
     **{entry_name(name): (make_entry(name), BOXED_SIGNATURE) for name in OVERLOADS},
-    "matmul_grad_install": (install, INT64(INT64)),
+    **{autograd_entry_name(name): (make_autograd_entry(name), BOXED_SIGNATURE) for name in ABOVE_AUTOGRAD},
+    "matmul_grad_install": (install, INT64(INT64, INT64)),
     "matmul_grad_uninstall": (uninstall, INT64()),
 }

@@ -13,15 +13,16 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ..cpu import build
 from ..cpu.once import Once
 from . import register, torch_layout
-from .op_table import OVERLOADS
+from .op_table import ABOVE_AUTOGRAD, OVERLOADS
 from .register import Unavailable
-from .state import ACTIVE, FALLBACKS, OVERRIDE, entry_name
+from .state import ABOVE, ACTIVE, FALLBACKS, GRAD_DTYPE, OVERRIDE, autograd_entry_name, entry_name
 from .state import words as state
 from .torch_layout import CppFunction, KernelFunction
 
@@ -43,20 +44,57 @@ def install() -> None:
     for index, name in enumerate(OVERLOADS):
         kernel = _present_kernel(name)
         state[FALLBACKS + 2 * index], state[FALLBACKS + 2 * index + 1] = kernel.boxed, kernel.functor
-    install_entries("aten", OVERLOADS)
+    install_entries("aten", OVERLOADS, _prepare_above())
     if state[OVERRIDE] == 0:
         raise Unavailable(f"torch {torch.__version__} did not take the kernels")
 
 
-def install_entries(namespace: str, overloads: Sequence[str]) -> dict[str, int]:
-    """Register the entries of ``overloads`` under the operators of that name in a namespace; their addresses."""
+def _prepare_above() -> tuple[str, ...]:
+    """The operators of ABOVE_AUTOGRAD whose kernels are torch's, which are looked up; none where torch lacks the dtype.
+
+    Our kernels are ``matmul_grad::_aten_*``: see matmul_grad/aten_override_kept.py.
+    """
+    found = []
+    for name in ABOVE_AUTOGRAD if find_grad_dtype() else ():
+        dump = torch._C._dispatch_dump(f"aten::{name}").split("\n")
+        registered = next((line for line in dump if line.startswith("AutogradCPU: ")), "")
+        if not registered or "VariableType" in registered:
+            set_above(name, f"aten::{name}", f"matmul_grad::_aten_{name}")
+            found.append(name)
+    return tuple(found)
+
+
+def find_grad_dtype() -> bool:
+    """Whether torch tells compiled code in which dtype a gradient is kept."""
+    state[GRAD_DTYPE] = torch_layout.address(torch_layout.GRAPH_MANGLED["grad_dtype"])
+    return state[GRAD_DTYPE] != 0
+
+
+def set_above(name: str, theirs: str, ours: str) -> None:
+    """Have the entry of one of ABOVE_AUTOGRAD call the kernels that two operators have under autograd."""
+    at = ABOVE + 4 * list(ABOVE_AUTOGRAD).index(name)
+    for place, operator in ((at, theirs), (at + 2, ours)):
+        kernel = kernel_of(operator, key=torch._C.DispatchKey.AutogradCPU)
+        state[place], state[place + 1] = kernel.boxed, kernel.functor
+
+
+def install_entries(namespace: str, overloads: Sequence[str], above: Sequence[str] = ()) -> dict[str, int]:
+    """Register the entries of ``overloads``, and of those ``above`` autograd, under the operators of that name in a
+    namespace; the addresses of the former."""
     entries = {name: load().address(entry_name(name)) for name in overloads}
-    functions = [_cpp_function(entry) for entry in entries.values()]
-    names = [ctypes.create_string_buffer(name.encode()) for name in (namespace, *overloads)]
-    pairs = [ctypes.addressof(part) for pair in zip(names[1:], functions, strict=True) for part in pair]
-    pointers = (ctypes.c_int64 * (2 + len(pairs)))(ctypes.addressof(names[0]), len(overloads), *pairs)
-    _call_quietly("matmul_grad_install", ctypes.addressof(pointers))
+    others = {name: load().address(autograd_entry_name(name)) for name in above}
+    kept = [_as_registered(namespace, group) for group in (entries, others)]
+    _call_quietly("matmul_grad_install", ctypes.addressof(kept[0][0]), ctypes.addressof(kept[1][0]) if above else 0)
     return entries
+
+
+def _as_registered(namespace: str, entries: dict[str, int]) -> tuple[ctypes.Array[ctypes.c_int64], list[object]]:
+    """The argument of ``matmul_grad_install``, and what it points at."""
+    functions = [_cpp_function(entry) for entry in entries.values()]
+    names = [ctypes.create_string_buffer(name.encode()) for name in (namespace, *entries)]
+    pairs = [ctypes.addressof(part) for pair in zip(names[1:], functions, strict=True) for part in pair]
+    pointers = (ctypes.c_int64 * (2 + len(pairs)))(ctypes.addressof(names[0]), len(entries), *pairs)
+    return pointers, [functions, names]
 
 
 def suspend() -> None:
@@ -114,10 +152,10 @@ def _present_kernel(overload: str) -> KernelFunction:
     return _own[registered]
 
 
-def kernel_of(operator: str, is_code: Callable[[int], bool] | None = None) -> KernelFunction:
-    """The kernel of an operator under CPU; Unavailable where its function is none by ``is_code``."""
+def kernel_of(operator: str, is_code: Callable[[int], bool] | None = None, key: Any = None) -> KernelFunction:
+    """The kernel of an operator under a key, CPU; Unavailable where its function is none by ``is_code``."""
     is_code = is_code or _is_library_code
-    kernel = torch._C._dispatch_get_computed_kernel_for_dispatch_key(operator, torch._C.DispatchKey.CPU)
+    kernel = torch._C._dispatch_get_computed_kernel_for_dispatch_key(operator, key or torch._C.DispatchKey.CPU)
     value = torch_layout.cpp_object(kernel)
     found = KernelFunction.from_buffer_copy(ctypes.string_at(value, ctypes.sizeof(KernelFunction)))
     if not is_code(found.boxed) or (found.unboxed and not is_code(found.unboxed)):

@@ -36,6 +36,8 @@ SCHEMAS = {
     "-> Tensor(a!)",
     "addmm_": "(Tensor(a!) self, Tensor mat1, Tensor mat2, *, Scalar beta=1, Scalar alpha=1) -> Tensor(a!)",
 }
+ABOVE = ("linear", "linear_kept")  # of ABOVE_AUTOGRAD, and what is called for gradients that are kept otherwise
+LINEAR = "(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor"
 SECONDS = 600  # a child that compiles the entries on a slow and busy machine is done long before
 
 
@@ -121,6 +123,14 @@ def _define(calls: list[str]) -> Any:
 
         library.define(f"{name}{schema}")
         library.impl(name, kernel, "CPU")
+    for name in ABOVE:
+
+        def above(*operands: Tensor, _name: str = name) -> Tensor:
+            calls.append(_name)
+            return operands[1] + 1
+
+        library.define(f"{name}{LINEAR}")
+        library.impl(name, above, "AutogradCPU")
     return library
 
 
@@ -133,7 +143,10 @@ def _install() -> tuple[Callable[[], object], dict[str, int]]:
         index = OVERLOADS.index(name)
         state.words[state.FALLBACKS + 2 * index] = kernel.boxed
         state.words[state.FALLBACKS + 2 * index + 1] = kernel.functor
-    entries = override_cpu.install_entries(NAMESPACE, tuple(SCHEMAS))
+    above = ABOVE[:1] if override_cpu.find_grad_dtype() else ()
+    for name in above:
+        override_cpu.set_above(name, *(f"{NAMESPACE}::{each}" for each in ABOVE))
+    entries = override_cpu.install_entries(NAMESPACE, tuple(SCHEMAS), above)
     for name, entry in entries.items():
         found = override_cpu.kernel_of(f"{NAMESPACE}::{name}", is_code=entry.__eq__)
         _same((found.functor, found.boxed, found.unboxed), (0, entry, 0), f"{name} does not read back")
@@ -159,6 +172,8 @@ def _try_all(calls: list[str]) -> None:
     counted = {name: state.calls(name, state.ACCELERATED).get("float32", 0) for name in ("mm", "addmm")}
     _same((counted, calls), ({"mm": 1, "addmm": 5}, []), "not all calls reached the compiled entries")
     _fall_back(calls, a, b, c)
+    if state.words[state.ABOVE_LIBRARY] != 0:
+        _try_above(calls)
     _try_release()
 
 
@@ -175,13 +190,33 @@ def _fall_back(calls: list[str], a: Tensor, b: Tensor, c: Tensor) -> None:
         raise AssertionError("shapes that do not fit are multiplied")
 
 
+def _try_above(calls: list[str]) -> None:
+    """Which kernel is called, by the dtype in which a gradient is kept; with a bias, and without one."""
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    for dtype, expected in ((torch.bfloat16, ABOVE[0]), (torch.float32, ABOVE[1])):
+        weight = torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True)
+        weight.grad_dtype = dtype
+        for more in ((), (None,), (x[:, 0],)):
+            calls.clear()
+            result = _op("linear")(x, weight, *more)
+            _same((calls, result.tolist()), ([expected], [[2.0] * 3] * 2), f"linear of a gradient in {dtype}")
+        with torch.no_grad():
+            calls.clear()
+            _op("linear")(x, weight)
+            _same(calls, [ABOVE[0]], "linear without a graph")
+
+
 def _try_release() -> None:
     """No reference to an operand or a result is left after a call."""
-    gone = []
-    for name in ("mm", "addmm", "addmm_"):
+    gone: list[weakref.ref[Any]] = []
+    for name in ("mm", "addmm", "addmm_", *(("linear",) if state.words[state.ABOVE_LIBRARY] != 0 else ())):
         operands = [torch.ones(2, 2).numpy() for _ in range(3)]
         gone += [weakref.ref(x) for x in operands]
         tensors = [torch.from_numpy(x) for x in operands]
+        if name == "linear":
+            tensors[1] = tensors[1].bfloat16().requires_grad_()
+            tensors[1].grad_dtype = torch.float32
+            gone.append(weakref.ref(tensors[1].untyped_storage()))
         _op(name)(*tensors[: 2 if name == "mm" else 3])
         del operands, tensors
     gc.collect()

@@ -18,6 +18,8 @@ GEMMS + code  by dtype code: a driver's address, NOT_LOADED, or NOT_ACCELERATED
 FALLBACKS + 2i  of overload i of aten: the kernel that was replaced, a boxed function and its functor
 OVERRIDE      torch's handle of the registration while entries are under aten's operators, else 0
 ACTIVE        1 while those entries compute; 0: they call the kernels that they replaced
+ABOVE + 4i    of operator i of ABOVE_AUTOGRAD: torch's kernel under autograd, and ours in Python, a boxed function and
+              its functor each; ABOVE_LIBRARY: torch's handle of their registration, or 0
 COUNTS + …    calls while they are, see ``calls``
 """
 
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import ctypes
 
-from .op_table import OPS, OVERLOADS
+from .op_table import ABOVE_AUTOGRAD, OPS, OVERLOADS
 
 STRICT, ABI_VERSION, RAISE, PYTHON_KEY, FUNCTORCH_KEY, FUNCTIONALIZE_KEY, KEYS_AT, PLAIN_KEYS = range(8)
 RECORD, RECORD_KEYS, MATMUL, LINEAR, ADDMM, HOOKS, KEY_EXCLUDED, AUTOCAST_KEY, ADD, SCALE, GRAD_DTYPE = range(8, 19)
@@ -52,12 +54,19 @@ ACCELERATED, HANDED_OVER = range(2)
 FALLBACKS = GEMMS + CODES
 OVERRIDE = FALLBACKS + 2 * len(OVERLOADS)
 ACTIVE = OVERRIDE + 1
-COUNTS = ACTIVE + 1
+ABOVE = ACTIVE + 1
+ABOVE_LIBRARY = ABOVE + 4 * len(ABOVE_AUTOGRAD)
+COUNTS = ABOVE_LIBRARY + 1
 
 
 def entry_name(overload: str) -> str:
     """C name of the entry for one of OVERLOADS."""
     return f"matmul_grad_aten_{overload.replace('.', '_')}"
+
+
+def autograd_entry_name(name: str) -> str:
+    """The same for one of ABOVE_AUTOGRAD."""
+    return f"matmul_grad_aten_{name}_autograd"
 
 
 def count_at(operator: int, code: int, outcome: int) -> int:

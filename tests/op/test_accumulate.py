@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
 import threading
@@ -528,13 +527,22 @@ def test_how_it_is_shown() -> None:
     made = matmul_grad.Linear(3, 2, accumulate=True)
     assert repr(made) == "Linear(in_features=3, out_features=2, bias=True, accumulate=True)"
     assert list(made.state_dict()) == ["weight", "bias"]
-    with contextlib.suppress(RuntimeError):
-        made(torch.ones(2, 4))
-    with pytest.raises(RuntimeError) as raised, matmul_grad.strict():
-        made(torch.ones(2, 4))
-    with pytest.raises(RuntimeError) as expected:
-        nn.Linear(3, 2)(torch.ones(2, 4))
-    assert str(raised.value) == str(expected.value)
+
+
+@needs_grad_dtype
+@pytest.mark.parametrize("dtype", [WIDE, BF16], ids=str)
+def test_errors_are_those_of_torch(dtype: torch.dtype) -> None:
+    other = BF16 if dtype == WIDE else WIDE
+    made, plain = layer(dtype, WIDE), nn.Linear(K, N, dtype=dtype)
+    for wrong in (torch.ones(2, K + 1, dtype=dtype), torch.ones(2, K, dtype=other), torch.ones(2, K, device="meta")):
+        with pytest.raises(RuntimeError) as expected:
+            plain(wrong)
+        for call in (made, lambda x: matmul_grad.linear(x, made.weight, made.bias)):
+            with pytest.raises(RuntimeError) as raised:
+                call(wrong)
+            assert str(raised.value) == str(expected.value)
+    with pytest.raises(TypeError):
+        made(None)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

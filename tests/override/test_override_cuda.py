@@ -18,7 +18,7 @@ from matmul_grad.kernels.native.op_table import OVERLOADS
 from matmul_grad.kernels.native.register import Unavailable
 from matmul_grad.testing import assert_same_bits, integers
 
-DUMPS = tuple(f"aten::{name}" for name in OVERLOADS)
+DUMPS = tuple(f"aten::{name}" for name in (*OVERLOADS, "linear"))
 
 
 def registered() -> list[str]:
@@ -199,7 +199,8 @@ def test_enable_takes_both_devices() -> None:
     before = registered()
     with matmul_grad.enabled():
         assert matmul_grad.info()["on"] == ["cpu", "cuda"]
-        assert all("\nCUDA: registered at" in dump for dump in registered())
+        *products, linear = registered()
+        assert all("\nCUDA: registered at" in dump for dump in products) and "\nAutogradCUDA: registered at" in linear
         with matmul_grad.enabled():
             assert matmul_grad.info()["on"] == ["cpu", "cuda"]
         assert matmul_grad.info()["on"] == ["cpu", "cuda"]
