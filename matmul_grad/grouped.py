@@ -323,7 +323,8 @@ def grouped_mm(
     [2.0, 200.0, 200.0, 0.0]
     """
     others = [mat_b, *(x for x in (offs, bias) if x is not None)]
-    if any(fallback.is_needed(mat_a, x) for x in others):
+    is_dtype = out_dtype is None or isinstance(out_dtype, torch.dtype)
+    if not is_dtype or any(fallback.is_needed(mat_a, x) for x in others):
         return torch.nn.functional.grouped_mm(mat_a, mat_b, offs=offs, bias=bias, out_dtype=out_dtype)
     result: Tensor = _grouped(mat_a, mat_b, offs, bias, out_dtype)
     return result

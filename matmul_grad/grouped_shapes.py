@@ -47,7 +47,9 @@ def require(self: Tensor, mat2: Tensor, offs: Tensor | None, bias: Any = None, o
         return
     devices = {x.device for x in (self, mat2, offs, bias) if x is not None}
     if len(devices) == 1:
-        torch.ops.aten._grouped_mm.default(*_stand_ins(self, mat2), offs, bias, out_dtype)
+        stand_ins = _stand_ins(self, mat2)
+        swapped = {self.dtype: stand_ins[0].dtype, stand_ins[0].dtype: self.dtype}
+        torch.ops.aten._grouped_mm.default(*stand_ins, offs, bias, swapped.get(out_dtype, out_dtype))
     raise RuntimeError(
         "matmul_grad.grouped_mm: expected two dense matrices, or batches of them, of one floating-point dtype on one "
         f"device, and offs of int32 there, got {tuple(self.shape)} of {self.dtype} on {self.device} and "
@@ -60,7 +62,7 @@ def _stand_ins(*operands: Tensor) -> list[Tensor]:
 
     Its CPU kernel takes all dtypes but float64, and what traces it bfloat16 alone.
     """
-    if not all(x.layout == torch.strided and x.dim() in (2, 3) for x in operands):
+    if not all(x.layout == torch.strided and not x.is_nested for x in operands):
         return list(operands)
     dtypes = [x.dtype for x in operands]
     if dtypes == [torch.float64] * 2:
@@ -69,9 +71,9 @@ def _stand_ins(*operands: Tensor) -> list[Tensor]:
         dtypes = [torch.bfloat16] * 2
     found = []
     for x, dtype in zip(operands, dtypes, strict=True):
-        *front, last = x.shape
-        padded = x.new_empty((*front, (last + 7) // 8 * 8 or 8), dtype=dtype)
-        found.append(padded[..., :last])
+        *front, last = x.shape or (1,)
+        padded = x.new_empty((*front, (last + 7) // 8 * 8 or 8), dtype=dtype)[..., :last]
+        found.append(padded if x.shape else padded[0])
     return found
 
 

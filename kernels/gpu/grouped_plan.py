@@ -18,7 +18,7 @@ MAX_GROUPS = 1023
 # Sizes, and numbers of tiles, that 32 bits count, with room for a tile that ends behind them.
 MAX_SIZE = 2**31 - 2**16
 
-# Beside `choose.TILES`, some of which spill in the walk, which keeps more in registers. Without spills for sm_80, sm_90,
+# Beside `choose.TILES`, some of which spill in the walk, which keeps more in registers. These do not for sm_80, sm_90,
 # sm_100 and sm_120; none has been timed yet.
 GROUP_TILES = TILES | {
     ("half", True): (

@@ -186,17 +186,31 @@ INT64 = ENDS.long()
 WRONG: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
     "rank 1": lambda f: f(bfloat(8), bfloat(3, 8, 8), offs=ENDS),
     "rank 4": lambda f: f(bfloat(8, 8), bfloat(1, 3, 8, 8), offs=ENDS),
+    "rank 0": lambda f: f(bfloat(), bfloat(3, 8, 8), offs=ENDS),
     "two dtypes": lambda f: f(bfloat(8, 8).float(), bfloat(3, 8, 8), offs=ENDS),
+    "one of integers": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8).int(), offs=ENDS),
+    "complex": lambda f: f(bfloat(8, 8).to(torch.complex64), bfloat(3, 8, 8), offs=ENDS),
     "integers": lambda f: f(bfloat(8, 8).int(), bfloat(3, 8, 8).int(), offs=ENDS),
     "no offs": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8)),
     "offs of batches": lambda f: f(bfloat(3, 8, 8), bfloat(3, 8, 8), offs=ENDS),
     "offs of int64": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=INT64),
     "offs of rank 2": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=ENDS[None]),
+    "offs of rank 0": lambda f: f(bfloat(3, 8, 8), bfloat(8, 8), offs=ENDS[0]),
     "too few offs": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=ENDS[:2]),
+    "too few offs of columns": lambda f: f(bfloat(3, 8, 8), bfloat(8, 8), offs=ENDS[:2]),
     "k": lambda f: f(bfloat(8, 8), bfloat(3, 16, 8), offs=ENDS),
+    "k of columns": lambda f: f(bfloat(3, 8, 8), bfloat(16, 8), offs=ENDS),
+    "k of batches": lambda f: f(bfloat(3, 8, 8), bfloat(3, 16, 8)),
+    "no offs of steps": lambda f: f(bfloat(8, 8), bfloat(8, 8)),
+    "k and offs and a bias": lambda f: f(bfloat(8, 8), bfloat(3, 16, 8), offs=INT64, bias=bfloat(8)),
+    "offs and a bias": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=INT64, bias=bfloat(8)),
     "batches": lambda f: f(bfloat(2, 8, 8), bfloat(3, 8, 8)),
     "bias": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=ENDS, bias=bfloat(3, 8)),
-    "out_dtype": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=ENDS, out_dtype=torch.float32),
+    "out_dtype": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=ENDS, out_dtype=torch.float16),
+    "out_dtype of steps": lambda f: f(bfloat(8, 8), bfloat(8, 8), offs=ENDS, out_dtype=torch.float16),
+    "out_dtype of integers": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=ENDS, out_dtype=torch.int32),
+    "no dtype": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=ENDS, out_dtype="float32"),
+    "no tensor of bias": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=ENDS, bias=1),
     "no tensor": lambda f: f(bfloat(8, 8), 3, offs=ENDS),
     "None": lambda f: f(None, bfloat(3, 8, 8), offs=ENDS),
     "no tensor of offs": lambda f: f(bfloat(8, 8), bfloat(3, 8, 8), offs=[1, 2, 3]),
@@ -210,6 +224,26 @@ def test_errors_are_those_of_torch(name: str) -> None:
     with pytest.raises(type(expected.value)) as raised:
         WRONG[name](matmul_grad.grouped_mm)
     assert str(raised.value).split("\n")[0] == str(expected.value).split("\n")[0]
+
+
+def like(function: Callable[..., Tensor], dtype: torch.dtype, device: str) -> Callable[..., Tensor]:
+    """A function of bfloat16 tensors, called with others."""
+
+    def move(x: Any) -> Any:
+        return x.to(device, dtype if x.dtype == torch.bfloat16 else x.dtype) if isinstance(x, Tensor) else x
+
+    return lambda *tensors, **more: function(*map(move, tensors), **{name: move(x) for name, x in more.items()})
+
+
+@pytest.mark.parametrize("name", [name for name in WRONG if name not in ("two dtypes", "one of integers", "complex")])
+def test_errors_of_float64_and_of_traced_operands_are_not_those_of_the_dtype(name: str) -> None:
+    """torch refuses float64, and traces bfloat16 alone: what is wrong besides is told as for bfloat16."""
+    for dtype, device in ((torch.float64, "cpu"), (torch.float32, "meta"), (torch.float64, "meta")):
+        with pytest.raises((RuntimeError, TypeError)) as expected:
+            WRONG[name](like(grouped_mm, torch.bfloat16, device))
+        with pytest.raises(type(expected.value)) as raised:
+            WRONG[name](like(matmul_grad.grouped_mm, dtype, device))
+        assert str(raised.value).split("\n")[0] == str(expected.value).split("\n")[0], (dtype, device)
 
 
 def test_errors_where_torch_has_none_or_one_of_strides() -> None:
