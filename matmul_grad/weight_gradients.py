@@ -187,7 +187,8 @@ def record(input: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> 
 
 def is_direct(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the gradient of a layer's weight is kept in float32, and nothing but autograd follows the product."""
-    return is_kept_in_float32(weight) and _is_followed_by_autograd_alone(input, weight, bias)
+    is_kept = isinstance(weight, Tensor) and is_kept_in_float32(weight)
+    return is_kept and _is_followed_by_autograd_alone(input, weight, bias)
 
 
 def layer_of(input: Tensor, weight: Tensor, bias: Tensor | None, accumulate: bool) -> tuple[Tensor, Layer] | None:
