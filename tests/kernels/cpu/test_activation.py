@@ -259,7 +259,7 @@ def test_gated_gradients(block: BlockConfig) -> None:
 
 @pytest.mark.parametrize("striding", testing.STRIDINGS)
 def test_gated_gradients_of_any_strides(striding: str) -> None:
-    for name in NAMES:
+    for name in ("relu", "gelu"):
         block = driver.config("bfloat16")
         for m, n in ((6, 70), (300, 3), (150, 60), (1, 9000)):  # threads share the last two
             three = [testing.normal(m, n, torch.bfloat16, seed=seed) for seed in range(3)]
