@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from matmul_grad import autograd, cuda, ops
+from matmul_grad import activations, autograd, cuda, ops
 from matmul_grad.kernels.gpu import launch
 
 
@@ -76,3 +76,29 @@ def test_native_entry_is_reached_by_the_dispatcher(computed: list[str], monkeypa
     monkeypatch.setattr(cuda, "status", lambda: "")
     autograd.make_autograd_kernel("mm")(matrix(), matrix())
     assert computed == ["dispatched"]
+
+
+@pytest.mark.usefixtures("computed")
+def test_an_activation_is_applied_where_the_product_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    epilogues: list[launch.Epilogue] = []
+
+    def addmm(a: Tensor, b: Tensor, epilogue: launch.Epilogue) -> Tensor:
+        epilogues.append(epilogue)
+        return a.new_empty(a.shape[0], b.shape[1])
+
+    monkeypatch.setattr(launch, "addmm", addmm)
+    bias = matrix()[0]
+    activations._forward(None, matrix(), matrix(), "gelu")
+    _, pre = activations._forward_and_keep(bias, matrix(), matrix(), "silu")
+    assert epilogues[0] == launch.Epilogue(1, 1, None, "gelu", None)
+    assert epilogues[1].activation == "silu" and epilogues[1].source is bias and epilogues[1].pre is pre
+
+
+@pytest.mark.usefixtures("computed")
+def test_an_activation_falls_back_where_nothing_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def addmm(*_: Any) -> Tensor:
+        raise launch.CannotBuild("no compiler")
+
+    monkeypatch.setattr(launch, "addmm", addmm)
+    result, pre = activations._forward_and_keep(None, matrix(), matrix(), "gelu")
+    assert result.shape == pre.shape == (3, 3) and result is not pre
