@@ -17,6 +17,7 @@ from torch import Tensor
 import matmul_grad
 
 from . import timer
+from .conv_calls import instructions
 
 KIND = "grouped"
 HELP = "grouped products, forward and backward, over a loop of torch.mm and over torch's own"
@@ -84,6 +85,14 @@ def steps(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     return {name: functools.partial(step, forward) for name, forward in found.items()}
 
 
+def missed(dtype: str, ratios: dict[str, float]) -> str:
+    """The target that is not met, if one is; that of 16 bits is for a CPU without instructions that multiply them."""
+    late = [] if dtype == "bf16" and instructions(dtype) else [
+        least for (name, baseline), least in TARGETS.items() if name == dtype and ratios.get(baseline, least) < least
+    ]  # fmt: skip
+    return f"  below {late[0]:g}" if late else ""
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["f32", "bf16"])
     parser.add_argument("--threads", type=int, default=None, help="default: torch's")
@@ -101,7 +110,8 @@ def run(command: argparse.Namespace) -> int:
             ours = times.pop("matmul_grad")
             ratios = {name: timer.ratio(found, ours) for name, found in times.items()}
             cells = "".join(f"{ratios[name]:8.2f}" if name in ratios else f"{'–':>8}" for name in ("loop", "torch"))
-            late = [name for name, ratio in ratios.items() if ratio < TARGETS.get((dtype, name), 0)]
-            missed = f"  below {TARGETS[dtype, late[0]]:g}" if late else ""
-            print(f"{layer!s:34}{dtype:6}{sorted(ours)[len(ours) // 2] * 1e3:9.2f}{cells}{missed}", flush=True)
+            print(
+                f"{layer!s:34}{dtype:6}{sorted(ours)[len(ours) // 2] * 1e3:9.2f}{cells}{missed(dtype, ratios)}",
+                flush=True,
+            )
     return 0

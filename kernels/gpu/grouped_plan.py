@@ -86,10 +86,14 @@ def most_tiles(product: GroupedProduct, config: TileConfig) -> int:
 
 
 def fits(product: GroupedProduct) -> bool:
-    """Whether the kernel counts it: sizes and groups, and in the smallest tile that there is."""
+    """Whether the kernel counts it: sizes and groups, and in the smallest tile that there is.
+
+    Rows of tiles also where wrong ends give each group all rows.
+    """
     smallest = TileConfig(32, 32, 16, 1, 4)
     sizes = max(product.m, product.n, product.k) <= MAX_SIZE and product.groups <= MAX_GROUPS
-    return sizes and most_tiles(product, smallest) <= MAX_SIZE
+    rows = (product.groups + 1) * cdiv(product.m, smallest.block_m)
+    return sizes and max(rows, most_tiles(product, smallest)) <= MAX_SIZE
 
 
 def choose_grouped(product: GroupedProduct, target: Target) -> TileConfig:

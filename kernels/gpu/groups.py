@@ -36,6 +36,12 @@ def row_tile_ends(offs, groups, m, BLOCK_M: tl.constexpr, NUMBERS: tl.constexpr)
 
 
 @triton.jit
+def tiles_of_rows(ends, groups, m, tiles_n, BLOCK_M: tl.constexpr):
+    """The number of tiles; no more than there are where the offs ascend, so that 32 bits count them."""
+    return tl.minimum(tl.max(ends, 0), groups + 1 + (m - 1) // BLOCK_M) * tiles_n
+
+
+@triton.jit
 def tile_of_rows(item, ends, offs, groups, m, tiles_n, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
     """The group of a tile, the first row and the number of rows of that group, row and column of the tile in it."""
     before = ends <= item // tiles_n
@@ -73,8 +79,8 @@ def gemm_groups(
     Strides: any, as `gemm`, but what lies along a cut dimension begins at any element: it is loaded and stored one
     by one where its elements are adjacent.
     Dtypes, PRECISION, UPCAST, WIDE, aliasing, rounding: as `gemm`.
-    Edges: masks. Nothing outside of the operands is read, and every element of C is written, once where the offs
-    ascend. Where they do not, or exceed the size that they cut, some are written twice or are not those of their group.
+    Edges: masks. Nothing outside of the operands is read, nothing outside of C written. Every element of C is written
+    once where the offs ascend to the size that they cut at most; else some may be twice, or never.
     Determinism: t runs upward in steps of BLOCK_K from the first of a group; no atomics. What other groups hold, or
     how long they are, changes no bit.
     """
@@ -84,7 +90,7 @@ def gemm_groups(
         items = groups * tiles_m * tiles_n
     else:
         ends = row_tile_ends(offs, groups, m, BLOCK_M, NUMBERS)
-        items = tl.max(ends, 0) * tiles_n
+        items = tiles_of_rows(ends, groups, m, tiles_n, BLOCK_M)
 
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     row = tl.arange(0, BLOCK_M).to(OFFSET)

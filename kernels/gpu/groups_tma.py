@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Matrix
-from .groups import row_tile_ends, tile_of_rows, tile_of_steps
+from .groups import row_tile_ends, tile_of_rows, tile_of_steps, tiles_of_rows
 from .tiles import load_left, load_right, multiply_add, store_rows
 
 
@@ -28,7 +28,7 @@ def gemm_groups_tma(
         items = groups * tiles_m * tiles_n
     else:
         ends = row_tile_ends(offs, groups, m, BLOCK_M, NUMBERS)
-        items = tl.max(ends, 0) * tiles_n
+        items = tiles_of_rows(ends, groups, m, tiles_n, BLOCK_M)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
         if BY_STEPS:
             group, depth, length, row, col = tile_of_steps(item, offs, groups, k, tiles_m, tiles_n, GROUP_M)

@@ -28,3 +28,11 @@ def test_quick_run_prints_a_row_a_dtype(capsys: pytest.CaptureFixture[str]) -> N
     assert bench.main(["grouped", "--quick", "--threads", "1"]) == 0
     title, _, *rows = capsys.readouterr().out.splitlines()
     assert title.startswith("1 threads") and [row.split()[3] for row in rows] == ["f32", "bf16"]
+
+
+def test_a_target_without_instructions_is_no_target_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for instructions in (False, True):
+        monkeypatch.setattr(grouped, "instructions", lambda dtype, are=instructions: are or dtype == "f32")
+        found[instructions] = [grouped.missed(dtype, {"loop": 1.1, "torch": 4.9}) for dtype in ("f32", "bf16", "f64")]
+    assert found == {False: ["  below 1.2", "  below 5", ""], True: ["  below 1.2", "", ""]}

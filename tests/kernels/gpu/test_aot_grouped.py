@@ -190,5 +190,6 @@ def test_most_tiles_is_a_bound_that_some_groups_reach() -> None:
 def test_what_32_bits_do_not_count_is_left_to_the_loop() -> None:
     product = product_of("bf16", False, "NT", True)
     assert fits(product) and fits(replace(product, m=MAX_SIZE, n=32)) and fits(replace(product, groups=MAX_GROUPS))
-    for wrong in ({"m": MAX_SIZE + 1}, {"groups": MAX_GROUPS + 1}, {"m": MAX_SIZE, "n": MAX_SIZE}):
+    wrong_sizes = {"m": MAX_SIZE + 1}, {"groups": MAX_GROUPS + 1}, {"m": MAX_SIZE, "n": MAX_SIZE}
+    for wrong in (*wrong_sizes, {"m": 1 << 27, "n": 32, "groups": MAX_GROUPS}):
         assert not fits(replace(product, **wrong))

@@ -146,7 +146,6 @@ def check_wrong_ends(form: str) -> None:
         out = buffer[32:-32].view(out.shape)
         with at_arch(80):
             grouped.product(a, b, torch.tensor(wrong, dtype=torch.int32), out, config=tile())
-        assert not bool(out.isnan().any()), "an element was not written"
         out.fill_(math.nan)
         assert bool(buffer.isnan().all()), "written outside of the result"
 

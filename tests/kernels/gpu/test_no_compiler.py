@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from matmul_grad import convolution_by_torch, convolution_ops, ops, strict
+from matmul_grad import convolution_by_torch, convolution_ops, grouped, ops, strict
 from matmul_grad.kernels.gpu import convolution, launch, run
+from matmul_grad.kernels.gpu import grouped as grouped_kernels
 from matmul_grad.kernels.gpu.arguments import PointerArg
 from matmul_grad.kernels.gpu.plan import Plan
 
@@ -123,3 +124,24 @@ def test_convolutions_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(tried) == 3
     with strict(), pytest.raises(RuntimeError, match=r"strict\(\)"):
         convolution_ops._gradient(grad, image, w.shape, *window, 1)
+
+
+def test_grouped_products_fall_back_to_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the kernel does not count them: then it is not tried."""
+
+    def product(*_: Any) -> Any:
+        tried.append(True)
+        raise run.CannotBuild("no compiler")
+
+    tried: list[bool] = []
+    monkeypatch.setattr(grouped_kernels, "product", product)
+    monkeypatch.setattr(grouped, "is_on_gpu", lambda _: True)
+    monkeypatch.setattr(grouped, "is_computed", lambda _: False)
+    a, b, offs = torch.randn(5, 4), torch.randn(2, 4, 3), torch.tensor([2, 4], dtype=torch.int32)
+    expected = torch.cat([a[:2] @ b[0], a[2:4] @ b[1], torch.zeros(1, 3)])
+    for supported in (True, False):
+        monkeypatch.setattr(grouped_kernels, "supports", lambda *_, answer=supported: answer)
+        assert torch.equal(grouped.grouped_mm(a, b, offs=offs), expected)
+        with strict(), pytest.raises(RuntimeError, match=r"strict\(\)"):
+            grouped.grouped_mm(a, b, offs=offs)
+    assert len(tried) == 2
