@@ -212,6 +212,17 @@ def test_hooks_of_the_tensor_see_the_contribution(added: list[bool]) -> None:
     assert added == [True] * PARTS
 
 
+def test_hooks_of_several_tensors_see_the_contributions(added: list[bool]) -> None:
+    made, seen = layer(), []
+    handle = torch.autograd.graph.register_multi_grad_hook(list(made.parameters()), lambda grads: seen.append(grads))
+    train(made)
+    assert len(seen) == PARTS and added == []
+    assert_exact(sum(grads[0] for grads in seen), exact())
+    handle.remove()
+    train(made)
+    assert added == [True] * PARTS
+
+
 def test_autograd_grad_leaves_the_gradient_alone(added: list[bool]) -> None:
     made = layer()
     a, grad = batch()
