@@ -20,10 +20,11 @@ from torch import Tensor
 from . import autocast, fallback, sharding, strict_mode
 from .activation_formulas import BY_TORCH, GRADIENTS, require_name
 from .activations import argument, argument_by_torch, is_own, is_recorded, register_operator, supported
-from .autograd import _below_autograd, _Node, fused_gradients, gradients, is_column_major, may_have_tangents, with_graph
+from .autograd import _below_autograd, _Node, fused_gradients, may_have_tangents, with_graph
 from .fallback import alike
 from .flops import count_flops
 from .functional import linear
+from .gradients import gradients, is_column_major
 from .kernels.cpu.gemm_args import BY_RESULT
 from .ops import accelerated, addition, compute, require_storage
 from .vmap import Dims, in_front

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from . import fallback, sharding, strict_mode
-from .autograd import _below_autograd, _Node, gradients, may_have_tangents, outer_levels_record, scaled, with_graph
+from .autograd import _below_autograd, _Node, may_have_tangents, outer_levels_record, scaled, with_graph
 from .flops import count_flops
 from .gradient_dtypes import NARROW, is_kept_in_float32
+from .gradients import gradients
 from .kernels.native.op_table import OWN
 from .ops import (
     NAMESPACE,

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .autocast import DEVICES
-from .autograd import _below_autograd, _Node, is_column_major, is_plain
+from .autograd import _below_autograd, _Node, is_plain
 from .fallback import PLAIN, is_needed_to_compose
 from .gradient_dtypes import NARROW, is_kept_in_float32, product_in
+from .gradients import is_column_major
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native.torch_layout import is_autograd_compiled
 from .ops import DTYPES, accelerated, accumulate, compute, product
