@@ -134,21 +134,34 @@ def polynomial(name: str, x: Lanes) -> Lanes:
 
 def exp(x: Lanes) -> Lanes:
     kind, builder = x.format, x.builder
-    x = x.clamped(kind.zero_below, kind.infinite_above)
+    p, n = _exp_parts(x.clamped(kind.zero_below, kind.infinite_above))
+    # 2ⁿ by two halves of n, since it may be below or above the normal numbers; n is made positive to be halved.
+    half = builder.lshr(builder.add(n, x.integer(2 * kind.bias + 2)), x.integer(1))
+    low = builder.sub(half, x.integer(1))
+    rest = builder.add(builder.sub(n, half), x.integer(2 * kind.bias + 1))
+    for exponent in (low, rest):
+        p *= x.from_bits(builder.shl(exponent, x.integer(kind.mantissa)))
+    return p
+
+
+def exp_of_negative(x: Lanes) -> Lanes:
+    """``exp`` of x ≤ 0, with its bits: 2ⁿ is 2ⁿ⁺⁶⁴, a normal number, times 2⁻⁶⁴."""
+    kind, builder = x.format, x.builder
+    p, n = _exp_parts(x.number(kind.zero_below).where(x.compare("<", kind.zero_below), x))
+    exponent = builder.add(n, x.integer(kind.bias + 64))
+    return p * x.from_bits(builder.shl(exponent, x.integer(kind.mantissa))) * 2.0**-64
+
+
+def _exp_parts(x: Lanes) -> tuple[Lanes, ir.Value]:
+    """exp(r) and the integer n of exp(x) = exp(r) · 2ⁿ."""
+    kind, builder = x.format, x.builder
     shift = 1.5 * 2.0**kind.mantissa  # added to a number, it leaves the nearest integer in the lowest bits
     shifted = x.times_plus(1 / math.log(2), shift)
     n = shifted - shift
     high = Fraction(math.floor(LN2 * 2**kind.ln2_bits), 2**kind.ln2_bits)
     r = n.times_plus(-float(LN2 - high), n.times_plus(-float(high), x))
     p = (r * r).times_plus(polynomial("exp", r), r) + 1.0
-    # 2ⁿ by two halves of n, since it may be below or above the normal numbers; n is made positive to be halved.
-    bits = builder.sub(shifted.bits(), x.number(shift).bits())
-    half = builder.lshr(builder.add(bits, x.integer(2 * kind.bias + 2)), x.integer(1))
-    low = builder.sub(half, x.integer(1))
-    rest = builder.add(builder.sub(bits, half), x.integer(2 * kind.bias + 1))
-    for exponent in (low, rest):
-        p *= x.from_bits(builder.shl(exponent, x.integer(kind.mantissa)))
-    return p
+    return p, builder.sub(shifted.bits(), x.number(shift).bits())
 
 
 def tanh(x: Lanes) -> Lanes:
@@ -162,7 +175,7 @@ def tanh(x: Lanes) -> Lanes:
 def erf(x: Lanes) -> Lanes:
     a = abs(x)
     t = a * a
-    small, large = a.times_plus(polynomial("erf", t), a), 1.0 - exp(0.0 - t) * _erfc_scaled(a)
+    small, large = a.times_plus(polynomial("erf", t), a), 1.0 - exp_of_negative(0.0 - t) * _erfc_scaled(a)
     return small.where(a.compare("<", ERF_LIMIT), large).with_sign_of(x)
 
 
@@ -175,13 +188,13 @@ def _erfc_scaled(x: Lanes) -> Lanes:
 def normal(x: Lanes) -> tuple[Lanes, Lanes]:
     """The normal distribution, (1 + erf(x / √2)) / 2 without the cancellation where x is negative, and its density."""
     a, half_square = abs(x) * INV_SQRT2, x * x * 0.5
-    e = exp(0.0 - half_square)
+    e = exp_of_negative(0.0 - half_square)
     tail = e * _erfc_scaled(a) * 0.5
     return tail.where(x.compare("<", 0.0), 1.0 - tail), e * INV_SQRT_2PI
 
 
 def sigmoids(x: Lanes) -> tuple[Lanes, Lanes]:
     """1 / (1 + exp(-x)) and 1 / (1 + exp(x)), which add up to 1."""
-    e, negative = exp(0.0 - abs(x)), x.compare("<", 0.0)
+    e, negative = exp_of_negative(0.0 - abs(x)), x.compare("<", 0.0)
     one, whole = x.number(1.0), e + 1.0
     return e.where(negative, one) / whole, one.where(negative, e) / whole

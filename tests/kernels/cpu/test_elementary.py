@@ -155,6 +155,17 @@ def test_bits_do_not_depend_on_width_or_instruction_set(name: str, dtype: str) -
             np.testing.assert_array_equal(other.view(np.uint8), results[0].view(np.uint8))
 
 
+@every_isa
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exp_of_negative_numbers_has_the_bits_of_exp(dtype: str, isa: str) -> None:
+    x = -np.concatenate([np.linspace(0, 800, 20_001), np.logspace(-300, 1, 999), [np.inf, np.nan, 0.0]])
+    with np.errstate(under="ignore"):
+        x = x.astype(dtype)
+    both = [compiled(function, dtype, isa, 8)(x) for function in (elementary.exp, elementary.exp_of_negative)]
+    np.testing.assert_array_equal(both[0], both[1])
+    assert ((both[1] > 0) & (both[1] < np.finfo(dtype).tiny)).any() and both[1][-3] == 0 and np.isnan(both[1][-2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_normal_distribution_is_accurate_where_it_is_small(dtype: str) -> None:
     """(1 + erf) / 2 would cancel: of -6, float32 has nothing left."""
