@@ -220,7 +220,7 @@ class Activated(_Node):
 
 
 _record: Callable[..., Any] = AddmmActivation.apply  # type: ignore[attr-defined]  # which torch adds to the base
-_record_argument: Callable[..., Tensor] = Argument.apply  # type: ignore[attr-defined]  # likewise
+record_argument: Callable[..., Tensor] = Argument.apply  # type: ignore[attr-defined]  # likewise
 _record_activated: Callable[..., Tensor] = Activated.apply  # type: ignore[attr-defined]  # likewise
 
 
@@ -235,7 +235,7 @@ def _in_two_nodes(self: Tensor | None, mat1: Tensor, mat2: Tensor, activation: s
             pre = result.new_empty(1).expand(result.shape)
         else:
             result, pre = _addmm_activation_kept(self, mat1, mat2, activation)
-    return _record_activated(_record_argument(self, mat1, mat2, pre), result, activation)
+    return _record_activated(record_argument(self, mat1, mat2, pre), result, activation)
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
