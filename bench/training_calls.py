@@ -75,15 +75,18 @@ def forward(name: str, step: Step) -> Callable[..., Tensor]:
 
 
 def draw(step: Step, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """x, the parameters, and the gradient of the result. Weights as a layer begins with: results are of x's size."""
+    """x, the parameters, and the gradient of the result. Weights as a layer begins with: results are of x's size.
+
+    In place, since memory that a temporary has freed would be used by the step, whose peak is measured.
+    """
     generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+    def normal(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
+        return torch.empty(shape, dtype=dtype).normal_(generator=generator).mul_(scale)
 
-    weights = (normal(*shape) * (shape[1] ** -0.5 if len(shape) == 2 else 1.0) for shape in step.shapes)
-    leaves = [x.to(dtype).requires_grad_() for x in (normal(step.rows, step.width), *weights)]
-    return *leaves, normal(step.rows, step.width).to(dtype)
+    weights = [normal(shape, shape[1] ** -0.5 if len(shape) == 2 else 1.0) for shape in step.shapes]
+    leaves = [x.requires_grad_() for x in (normal((step.rows, step.width)), *weights)]
+    return *leaves, normal((step.rows, step.width))
 
 
 def call_of(name: str, step: Step, operands: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:

@@ -220,7 +220,7 @@ class Activated(_Node):
 
 
 _record: Callable[..., Any] = AddmmActivation.apply  # type: ignore[attr-defined]  # which torch adds to the base
-_record_argument: Callable[..., Tensor] = Argument.apply  # type: ignore[attr-defined]  # likewise
+record_argument: Callable[..., Tensor] = Argument.apply  # type: ignore[attr-defined]  # likewise
 _record_activated: Callable[..., Tensor] = Activated.apply  # type: ignore[attr-defined]  # likewise
 
 
@@ -229,12 +229,12 @@ def in_two_nodes(
     mat1: Tensor,
     mat2: Tensor,
     activation: str,
-    record_argument: Callable[[Tensor], Tensor] | None = None,
+    node_of_argument: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The second node releases dC and what it has kept before the first one multiplies: one node holds both till then.
 
-    Between them stands S, or where nobody reads that, a number expanded to its shape. ``record_argument`` makes the
-    node of S, if it is not that of ``addmm``.
+    Between them stands S, or where nobody reads that, a number expanded to its shape. ``node_of_argument`` makes
+    that of S, if it is not that of ``addmm``.
     """
     with _below_autograd():
         if activation in BY_RESULT:
@@ -242,8 +242,8 @@ def in_two_nodes(
             pre = result.new_empty(1).expand(result.shape)
         else:
             result, pre = _addmm_activation_kept(self, mat1, mat2, activation)
-    recorded = _record_argument(self, mat1, mat2, pre) if record_argument is None else record_argument(pre)
-    return _record_activated(recorded, result, activation)
+    node = record_argument(self, mat1, mat2, pre) if node_of_argument is None else node_of_argument(pre)
+    return _record_activated(node, result, activation)
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:

@@ -3,9 +3,10 @@
     C  = f(P) · S              P = gate_input + A · G, S = input + A · B; C is rounded once
     dP = dC · S · f'(P)        dS = dC · f(P)       both in one pass
 
-and then as for addmm, with dA = dP · Gᵀ + dS · Bᵀ. Beside the operands P and S are saved, each rounded once. The graph
-has a node for both products and one for what is made of them, so that a further derivative goes through their nodes.
-Under transforms and in forward mode the operator is composed of ``addmm`` or ``mm`` and torch's functions.
+and then as for addmm. Beside the operands P and S are saved, each rounded once. The graph has a node for each of P, S
+and C, so that dP is released before the gradients of the other product are allocated, and a further derivative goes
+through their nodes. Under transforms and in forward mode the operator is composed of ``addmm`` or ``mm`` and torch's
+functions.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ from torch import Tensor
 
 from . import autocast, fallback, sharding, strict_mode
 from .activation_formulas import BY_TORCH, GRADIENTS, require_name
-from .activations import argument, argument_by_torch, is_own, is_recorded, register_operator, supported
-from .autograd import _below_autograd, _Node, fused_gradients, may_have_tangents, with_graph
+from .activations import argument, argument_by_torch, is_own, is_recorded, record_argument, register_operator, supported
+from .autograd import _below_autograd, _Node, may_have_tangents, with_graph
 from .fallback import alike
 from .flops import count_flops
 from .functional import linear
-from .gradients import gradients, is_column_major
 from .kernels.cpu.gemm_args import BY_RESULT
-from .ops import accelerated, addition, compute, require_storage
+from .ops import accelerated, compute, require_storage
 from .vmap import Dims, in_front
 
 ARGUMENTS = "(Tensor? self, Tensor? gate_self, Tensor mat1, Tensor mat2, Tensor gate, str activation)"
@@ -194,55 +194,6 @@ def _fake_gradients(grad: Tensor, pre: Tensor, value: Tensor, activation: str) -
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
-class Arguments(_Node):
-    """P and S, which are computed already, as a node of the graph."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, self: Input, gate_self: Input, mat1: Tensor, mat2: Tensor, gate: Tensor, pre: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        _, _, needs_mat1, needs_mat2, needs_gate, *_ = ctx.needs_input_grad
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            mat1 if needs_mat2 or needs_gate else None, mat2 if needs_mat1 else None, gate if needs_mat1 else None
-        )
-        ctx.column_major = is_column_major(mat1), is_column_major(mat2), is_column_major(gate)
-        ctx.shapes = [None if x is None else x.shape for x in (gate_self, self)]
-        return pre.detach(), value.detach()
-
-    @staticmethod
-    def backward(ctx: Any, dpre: Tensor | None, dvalue: Tensor | None) -> tuple[Tensor | None, ...]:
-        mat1, mat2, gate = ctx.saved_tensors
-        needs_self, needs_gate_self, needs_mat1, needs_mat2, needs_gate, *_ = ctx.needs_input_grad
-        of_mat1, of_mat2, of_gate = ctx.column_major
-        dmat1, dmat2, dgate = None, None, None
-        if dpre is not None:
-            dmat1, dgate = _both(dpre, (mat1, gate), (needs_mat1, needs_gate), (of_mat1, of_gate))
-        if dvalue is not None:
-            needs = needs_mat1 and dmat1 is None, needs_mat2
-            first, dmat2 = _both(dvalue, (mat1, mat2), needs, (of_mat1, of_mat2))
-            dmat1 = first if dmat1 is None else _plus_product(dmat1, dvalue, mat2, of_mat1)
-        dgate_self = dpre.sum_to_size(ctx.shapes[0]) if needs_gate_self and dpre is not None else None
-        dself = dvalue.sum_to_size(ctx.shapes[1]) if needs_self and dvalue is not None else None
-        return dself, dgate_self, dmat1, dmat2, dgate, None, None
-
-
-def _both(
-    grad: Tensor, operands: tuple[Input, Input], needs: tuple[bool, bool], column_major: tuple[bool, bool]
-) -> tuple[Input, Input]:
-    """dgrad and wgrad, None for what is not needed; column_major tells of both operands, of which one may be None."""
-    if all(needs):
-        return fused_gradients(grad, operands[0], operands[1], needs)
-    return gradients(grad, operands[0], operands[1], needs, column_major[needs[1]])
-
-
-def _plus_product(sum: Tensor, grad: Tensor, mat2: Tensor, column_major: bool) -> Tensor:
-    """sum + grad · mat2ᵀ, in the memory order of mat1."""
-    if column_major:
-        return addition(sum.t(), mat2, grad.t(), 1, 1).t()
-    return addition(sum, grad, mat2.t(), 1, 1)
-
-
 class Gated(_Node):
     """f(P) · S, which is computed already, as a node of the graph."""
 
@@ -257,8 +208,7 @@ class Gated(_Node):
         return *_gated_gradients(grad, *ctx.saved_tensors, ctx.activation), None, None
 
 
-_record_arguments: Callable[..., Any] = Arguments.apply  # type: ignore[attr-defined]  # which torch adds to the base
-_record_gated: Callable[..., Tensor] = Gated.apply  # type: ignore[attr-defined]  # likewise
+_record_gated: Callable[..., Tensor] = Gated.apply  # type: ignore[attr-defined]  # which torch adds to the base
 
 
 def _autograd_and_keep(*arguments: Any) -> Three:
@@ -274,7 +224,9 @@ def _autograd_and_keep(*arguments: Any) -> Three:
     with _below_autograd():
         result, pre, value = _addmm_gated_kept(*arguments)
     if recorded:
-        pre, value = with_graph(_record_arguments, *operands, pre, value)
+        self, gate_self, mat1, mat2, gate = operands
+        pre = with_graph(record_argument, gate_self, mat1, gate, pre)
+        value = with_graph(record_argument, self, mat1, mat2, value)
         result = with_graph(_record_gated, pre, value, result, activation)
     return result, pre, value
 
