@@ -24,6 +24,8 @@ SHAPES = ((128, 256, 192), (65, 67, 131), (1, 160, 96), (96, 1, 160), (8, 128, 2
 BACKWARD = "mm_backward"
 CONVOLUTION = "convolution"
 CONVOLVED = {"bf16": torch.bfloat16, "f32": torch.float32, "f64": torch.float64}
+GROUPED = "grouped"
+ENDS = (5, 5, 70, 90)  # of 97 rows: one group is empty, and some rows are in none
 # Channels that fill a step of k, adjacent and not, and others with a stride, whose input gradient has phases.
 IMAGES = {"taps": (64, 1, False), "lines": (64, 1, True), "phases": (24, 2, False)}
 
@@ -42,6 +44,7 @@ def cases() -> dict[str, Callable[[Gpu], None]]:
     found |= {f"{BACKWARD}-{workload.dtype}": in_one_launch(workload) for workload in backward}
     found |= {workload.name: product(workload) for workload in batched}
     found |= {f"{CONVOLUTION}-{dtype}-{name}": convolved(dtype, name) for dtype in CONVOLVED for name in IMAGES}
+    found |= {f"{GROUPED}-{dtype}-{k}": grouped(dtype, k) for dtype in CONVOLVED for k in (64, 67)}
     return found | {workload.name: product(workload) for workload in rest}
 
 
@@ -92,6 +95,30 @@ def convolved(dtype: str, name: str) -> Callable[[Gpu], None]:
         for which, (got, want) in results.items():
             if not torch.equal(got.cpu(), want.to(got.dtype)):
                 raise IncorrectResult(f"{CONVOLUTION} {which} is not exact")
+
+    return run
+
+
+def grouped(dtype: str, k: int) -> Callable[[Gpu], None]:
+    """Forward and both gradients of a layer of experts, exact on integers; k: whole 16 bytes or not."""
+
+    def run(gpu: Gpu) -> None:
+        generator, n = torch.Generator().manual_seed(1), 144
+        shapes = (97, k), (len(ENDS), k, n), (97, n)
+        drawn = [(torch.rand(shape, generator=generator) < 0.1).double() for shape in shapes]
+        x, w, grad = (given.to(gpu.device, CONVOLVED[dtype]) for given in drawn)
+        wanted = torch.zeros_like(drawn[2]), torch.zeros_like(drawn[0]), torch.zeros_like(drawn[1])
+        for g, rows in enumerate(slice(*pair) for pair in zip((0, *ENDS), ENDS, strict=False)):
+            wanted[0][rows] = drawn[0][rows] @ drawn[1][g]
+            wanted[1][rows] = drawn[2][rows] @ drawn[1][g].mT
+            wanted[2][g] = drawn[0][rows].mT @ drawn[2][rows]
+        offs = torch.tensor(ENDS, dtype=torch.int32, device=gpu.device)
+        leaves = x.requires_grad_(), w.requires_grad_()
+        y = matmul_grad.grouped_mm(*leaves, offs=offs)
+        results = y.detach(), *torch.autograd.grad(y, leaves, grad)
+        for which, got, want in zip(("forward", "dgrad", "wgrad"), results, wanted, strict=True):
+            if not torch.equal(got.cpu(), want.to(got.dtype)):
+                raise IncorrectResult(f"{GROUPED} {which} is not exact")
 
     return run
 

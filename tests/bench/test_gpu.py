@@ -303,16 +303,18 @@ def test_small_set_meets_every_dtype_layout_and_path(gpu: Any, on_cpu: None) -> 
         for layout in ("NN", "NT", "TN", "TT"):
             assert f"forward-{number}-{layout}-128x256x192-cuda" in names
         assert f"forward-{number}-NN-1x160x96-cuda" in names
+    assert {f"grouped-{dtype}-{k}" for dtype in ("bf16", "f32", "f64") for k in (64, 67)} < set(names)
     assert {"mm_backward-bf16", "forward-f32-NN-6x65x80x64-cuda"} < set(names[:10])
 
 
 def test_small_set_sees_what_is_wrong(gpu: Any, on_cpu: None, plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu_calls.mm_backward
+    right, grouped_mm = gpu_calls.mm_backward, matmul_grad.grouped_mm
     wrong = {name: lambda *of, call=call: call(*of) + 1 for name, call in CONVOLUTIONS.items()}
     monkeypatch.setattr(gpu_calls, "convolutions", lambda: wrong)
     plant("matmul_grad", lambda a, b: torch.mm(a, b) + 3)
     monkeypatch.setattr(gpu_calls, "mm", lambda precision: lambda a, b: torch.mm(a, b) + 3)
     monkeypatch.setattr(backends.api, "bmm", lambda a, b: torch.bmm(a, b) * 1.1)
+    monkeypatch.setattr(matmul_grad, "grouped_mm", lambda *of, offs: grouped_mm(*of, offs=offs - 1))
     monkeypatch.setattr(gpu_calls, "mm_backward", lambda *operands: right(*operands)[::-1])
     for name in sanitizer.cases():
         with pytest.raises(gpu_tasks.IncorrectResult):
