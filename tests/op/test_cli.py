@@ -193,8 +193,7 @@ def test_a_cpu_without_conversions_of_float16() -> None:
     code = """
 from dataclasses import replace
 from matmul_grad.kernels.cpu import host
-without = replace(host.cpu(), has_fp16_convert=False)
-host.cpu = lambda isa=None: without
+host.cpu = lambda isa=None, found=host.cpu(): replace(found, has_fp16_convert=False)
 from matmul_grad import check_products, cli, warmup
 assert cli.main(["info"]) == 0
 assert [name[0] for name, _ in warmup.steps()] == ["o", "s", "d", "b"]
@@ -326,9 +325,8 @@ def test_kernels_are_compiled_on_all_cores(monkeypatch: pytest.MonkeyPatch, tmp_
 # The first argument is the file that is written to, or `closed` for a pipe that nobody reads.
 ENDS_EARLY = """
 import os, runpy, sys
-reader, writer = os.pipe()
+(reader, writer), out = os.pipe(), sys.argv.pop(1)
 os.close(reader)
-out = sys.argv.pop(1)
 os.dup2(writer if out == "closed" else os.open(out, os.O_WRONLY), 1)
 sys.stdout = open(1, "w", closefd=False)
 runpy.run_module("matmul_grad", run_name="__main__", alter_sys=True)
@@ -338,8 +336,7 @@ has_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="tests need
 
 def assert_told_in_a_line(said: str, status: int) -> None:
     expected = "the output cannot be written: No space left on device\n"
-    assert said.startswith("matmul-grad") and said.endswith(expected) and said.count("\n") == 1
-    assert status == 2
+    assert said.startswith("matmul-grad") and said.endswith(expected) and said.count("\n") == 1 and status == 2
 
 
 @has_full
@@ -389,9 +386,7 @@ def test_bench_takes_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_console_script() -> None:
-    script = Path(sys.executable).parent / "matmul-grad"
-    assert script.is_file()
-    version = subprocess.run([script, "--version"], capture_output=True, text=True)
+    version = subprocess.run([Path(sys.executable).parent / "matmul-grad", "--version"], capture_output=True, text=True)
     assert (version.returncode, version.stdout) == (0, f"matmul_grad {__version__}\n")
 
 
