@@ -188,8 +188,9 @@ def record(input: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> 
 
 def is_direct(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the gradient of a layer's weight is kept in float32, and nothing but autograd follows the product."""
-    is_kept = isinstance(weight, Tensor) and is_kept_in_float32(weight)
-    return is_kept and _is_followed_by_autograd_alone(input, weight, bias)
+    if torch._C._len_torch_function_stack() or type(weight) not in PLAIN or not is_kept_in_float32(weight):
+        return False
+    return _is_followed_by_autograd_alone(input, weight, bias)
 
 
 def layer_of(input: Tensor, weight: Tensor, bias: Tensor | None, accumulate: bool) -> tuple[Tensor, Layer] | None:
@@ -215,6 +216,8 @@ def _dtype_of_product(x: Tensor) -> torch.dtype:
 
 def _is_followed_by_autograd_alone(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a graph is recorded of a weight that is a parameter, without a transform, tracer, tangent or subclass."""
+    if torch._C._len_torch_function_stack():  # before an attribute is read, which a mode would see
+        return False
     if not (weight.requires_grad and weight.is_leaf and torch.is_grad_enabled()):
         return False
     operands = (input, weight) if bias is None else (input, weight, bias)
