@@ -55,6 +55,8 @@ class Once(Generic[T]):
             self._thread.start()
         except RuntimeError:  # no more threads, or the interpreter is ending
             self._run()
+        except KeyError as error:  # a handler raised in start(), whose clean-up then fails since the thread is running
+            raise error.__context__ or error from None
 
     def _run(self) -> None:
         with _running:
