@@ -23,6 +23,7 @@ RESULTS = ROOT / "bench" / "results"
 DTYPES = {"f32": "float32", "f64": "float64", "bf16": "bfloat16", "f16": "float16"}
 ISAS = {"avx512": "AVX-512", "avx2": "AVX2"}
 THREADS = (1, 2)
+RATIOS = "*-cpu-ratio-*.json"
 HEAD = (
     "dtype", "instruction set", "against", "1 thread: mean", "worst", "2 threads: mean", "worst",
     "memory beside the result", "machine", "date",
@@ -31,15 +32,24 @@ MIB = 1 << 20
 TELLING = 0.9  # the share of rows that have to tell the memory of a call
 
 
-def newest(pattern: str) -> dict[str, Result]:
-    """The newest complete run of each instruction set."""
+def newest(pattern: str, dtype: str) -> dict[str, Result]:
+    """Of each instruction set the newest run that is complete for a dtype."""
     found: dict[str, Result] = {}
     for path in RESULTS.glob(pattern):
         result = results.load(path)
         isa = result["stamp"]["instruction set"].split()[0]
-        if result["whole"] and (isa not in found or moment(result) > moment(found[isa])):
+        if is_complete(result, dtype) and (isa not in found or moment(result) > moment(found[isa])):
             found[isa] = result
     return found
+
+
+def is_complete(result: Result, dtype: str) -> bool:
+    """Whether a run has all that it measures of a dtype: one of some dtypes that came to its end has."""
+    if result["whole"]:
+        return True
+    settings = result.get("settings", {})
+    asked = dtype in settings.get("dtypes", ()) and {"products", "thin"} <= set(settings.get("rows", ()))
+    return asked and settings.get("threads") == list(THREADS) and len(result["rows"]) == result["planned"]
 
 
 def moment(result: Result) -> tuple[str, str]:
@@ -118,32 +128,30 @@ def line(dtype: str, isa: str, ratios: Result | None, bench: Result | None) -> l
 
 def table() -> str:
     """Markdown, a row for each dtype and instruction set."""
-    ratios, benches = newest("*-cpu-ratio-*.json"), newest("*/bench.json")
-    rows = [line(dtype, isa, ratios.get(isa), benches.get(isa)) for isa in ISAS for dtype in DTYPES]
+    ratios, benches = ({dtype: newest(kind, dtype) for dtype in DTYPES} for kind in (RATIOS, "*/bench.json"))
+    rows = [line(dtype, isa, ratios[dtype].get(isa), benches[dtype].get(isa)) for isa in ISAS for dtype in DTYPES]
     return "\n".join(f"| {' | '.join(row)} |" for row in (HEAD, ("---",) * len(HEAD), *rows))
 
 
 def thin() -> str:
     """What the table leaves out: one column, one row by a square, short k; nothing where none was measured."""
-    found = []
-    for isa, result in newest("*-cpu-ratio-*.json").items():
-        rows = {dtype: products(result, dtype, 1, CPU_THIN) for dtype in DTYPES}
-        parts = [
-            f"{DTYPES[dtype]} {mean(those)} (worst {worst(those)}, against {against(those)})"
-            for dtype, those in rows.items()
-            if those
-        ]
-        if parts:
-            found.append(
-                "Other thin products (one column, one row by a square of 4096, k of 1 or 2) are not in the table. "
-                f"On {ISAS[isa]}, one thread, {result['stamp']['date']}, their means are: {'; '.join(parts)}."
-            )
-    return textwrap.fill(" ".join(found), 100, break_on_hyphens=False)
+    parts: dict[tuple[str, str], list[str]] = {}
+    for dtype, name in DTYPES.items():
+        for isa, result in newest(RATIOS, dtype).items():
+            if rows := products(result, dtype, 1, CPU_THIN):
+                text = f"{name} {mean(rows)} (worst {worst(rows)}, against {against(rows)})"
+                parts.setdefault((isa, result["stamp"]["date"]), []).append(text)
+    found = [
+        f"On {ISAS[isa]}, one thread, {date}, their means are: {'; '.join(texts)}."
+        for (isa, date), texts in sorted(parts.items(), key=lambda item: list(ISAS).index(item[0][0]))
+    ]
+    first = "Other thin products (one column, one row by a square of 4096, k of 1 or 2) are not in the table."
+    return textwrap.fill(" ".join([first, *found]), 100, break_on_hyphens=False) if found else ""
 
 
 def headline() -> str:
     """What one gains, in two numbers."""
-    ratios = newest("*-cpu-ratio-*.json")
+    ratios = newest(RATIOS, "f32")
     isa = next(isa for isa in ISAS if isa in ratios)
     stamp, (one, two) = ratios[isa]["stamp"], (products(ratios[isa], "f32", threads) for threads in THREADS)
     torch = next(part for part in stamp["versions"].split(", ") if part.startswith("torch "))

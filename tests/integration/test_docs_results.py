@@ -58,6 +58,16 @@ def test_the_newest_whole_run_is_shown(results_table: ModuleType, tmp_path, monk
     assert "| float32 | AVX-512 | – | – | – | – | – | – | not measured yet | – |" in lines
 
 
+def test_a_run_of_some_dtypes_is_shown_for_those(results_table: ModuleType) -> None:
+    run = run_of("2026-01-02", 8.0, whole=False)
+    settings = {"dtypes": ["f32"], "threads": [1, 2], "rows": ["products", "thin"]}
+    run |= {"planned": len(run["rows"]), "settings": settings}
+    assert results_table.is_complete(run, "f32") and not results_table.is_complete(run, "f64")
+    assert not results_table.is_complete(run | {"planned": 99}, "f32")  # one that was interrupted
+    for left_out in ({"threads": [1]}, {"rows": ["products"]}):
+        assert not results_table.is_complete(run | {"settings": settings | left_out}, "f32")
+
+
 def test_thin_products_have_a_sentence_of_their_own(
     results_table: ModuleType, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
