@@ -68,29 +68,41 @@ def products(result: Result, dtype: str, threads: int, shapes: Sequence[Shape] =
     return [row for row in rows if stats.ratio(row, CAST) or stats.ratio(row)]
 
 
-def ratio(row: Row) -> float:
-    """The time of torch, with a cast to float32 and back where that was timed, over the time of this package."""
-    found = stats.ratio(row, CAST) or stats.ratio(row)
+def rival(rows: Sequence[Row]) -> str:
+    """What the ratios are to: torch, or a cast to float32 and back where that was timed and is faster."""
+    timed = [row for row in rows if stats.ratio(row, CAST)]
+    both = [row for row in timed if stats.ratio(row)]
+    if both and geometric_mean(both, TORCH) <= geometric_mean(both, CAST):
+        return TORCH
+    return CAST if timed else TORCH
+
+
+def ratio(row: Row, other: str) -> float:
+    """The time of another way over the time of this package."""
+    found = stats.ratio(row, other) or stats.ratio(row) or stats.ratio(row, CAST)
     assert found is not None
     return found.median
 
 
+def geometric_mean(rows: Sequence[Row], other: str) -> float:
+    return statistics.geometric_mean(ratio(row, other) for row in rows)
+
+
 def against(rows: Sequence[Row]) -> str:
-    """What the ratios are to: 16-bit products are cast to float32 and back where that was timed."""
     if not rows:
         return NONE
-    return "cast to float32, `mm`, cast back" if stats.ratio(rows[0], CAST) else "`torch.mm`"
+    return "cast to float32, `mm`, cast back" if rival(rows) == CAST else "`torch.mm`"
 
 
 def mean(rows: Sequence[Row]) -> str:
-    return f"{statistics.geometric_mean(map(ratio, rows)):.2f}" if rows else NONE
+    return f"{geometric_mean(rows, rival(rows)):.2f}" if rows else NONE
 
 
 def worst(rows: Sequence[Row]) -> str:
     if not rows:
         return NONE
-    row = min(rows, key=ratio)
-    return f"{ratio(row):.2f} at {row['layout']} {row['m']}×{row['n']}×{row['k']}"
+    value, row = min(((ratio(row, rival(rows)), row) for row in rows), key=lambda pair: pair[0])
+    return f"{value:.2f} at {row['layout']} {row['m']}×{row['n']}×{row['k']}"
 
 
 def memory(result: Result | None, dtype: str) -> str:
@@ -101,7 +113,8 @@ def memory(result: Result | None, dtype: str) -> str:
     """
     rows = group(result, CPU_TARGETS) if result else []
     rows = [row for row in rows if row["dtype"] == dtype and "peak bytes" in row]
-    other, known = (CAST, "casting") if any(CAST in row["peak bytes"] for row in rows) else (TORCH, "torch")
+    casts = any(CAST in row["peak bytes"] for row in rows) and rival([row for row in rows if "ratio" in row]) == CAST
+    other, known = (CAST, "casting") if casts else (TORCH, "torch")
     rows = [row for row in rows if {OURS, other} <= set(row["peak bytes"])]
     found = [(stats.extra_bytes(row, OURS), stats.extra_bytes(row, other)) for row in rows]
     told = [(ours, theirs) for ours, theirs in found if ours is not None and theirs is not None]
