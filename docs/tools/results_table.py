@@ -68,7 +68,7 @@ def products(result: Result, dtype: str, threads: int, shapes: Sequence[Shape] =
     return [row for row in rows if stats.ratio(row, CAST) or stats.ratio(row)]
 
 
-def rival(rows: Sequence[Row]) -> str:
+def baseline(rows: Sequence[Row]) -> str:
     """What the ratios are to: torch, or a cast to float32 and back where that was timed and is faster."""
     timed = [row for row in rows if stats.ratio(row, CAST)]
     both = [row for row in timed if stats.ratio(row)]
@@ -91,17 +91,17 @@ def geometric_mean(rows: Sequence[Row], other: str) -> float:
 def against(rows: Sequence[Row]) -> str:
     if not rows:
         return NONE
-    return "cast to float32, `mm`, cast back" if rival(rows) == CAST else "`torch.mm`"
+    return "cast to float32, `mm`, cast back" if baseline(rows) == CAST else "`torch.mm`"
 
 
 def mean(rows: Sequence[Row]) -> str:
-    return f"{geometric_mean(rows, rival(rows)):.2f}" if rows else NONE
+    return f"{geometric_mean(rows, baseline(rows)):.2f}" if rows else NONE
 
 
 def worst(rows: Sequence[Row]) -> str:
     if not rows:
         return NONE
-    value, row = min(((ratio(row, rival(rows)), row) for row in rows), key=lambda pair: pair[0])
+    value, row = min(((ratio(row, baseline(rows)), row) for row in rows), key=lambda pair: pair[0])
     return f"{value:.2f} at {row['layout']} {row['m']}×{row['n']}×{row['k']}"
 
 
@@ -113,7 +113,7 @@ def memory(result: Result | None, dtype: str) -> str:
     """
     rows = group(result, CPU_TARGETS) if result else []
     rows = [row for row in rows if row["dtype"] == dtype and "peak bytes" in row]
-    casts = any(CAST in row["peak bytes"] for row in rows) and rival([row for row in rows if "ratio" in row]) == CAST
+    casts = any(CAST in row["peak bytes"] for row in rows) and baseline([row for row in rows if "ratio" in row]) == CAST
     other, known = (CAST, "casting") if casts else (TORCH, "torch")
     rows = [row for row in rows if {OURS, other} <= set(row["peak bytes"])]
     found = [(stats.extra_bytes(row, OURS), stats.extra_bytes(row, other)) for row in rows]

@@ -215,8 +215,8 @@ except AttributeError as error:
 def test_import_costs_a_tenth_of_torch_at_most(tmp_path: Path) -> None:
     """In time of the processor, beside torch's import: on any machine, however busy."""
     code = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
-    torchs = float(run(sys.executable, "-c", code.format("torch"), cwd=tmp_path))
-    shares = [float(processes.run(code.format(PACKAGE), folder=tmp_path).stdout) / torchs for _ in range(3)]
+    of_torch = float(run(sys.executable, "-c", code.format("torch"), cwd=tmp_path))
+    shares = [float(processes.run(code.format(PACKAGE), folder=tmp_path).stdout) / of_torch for _ in range(3)]
     print(f"import {PACKAGE} after torch: {statistics.median(shares):.3f} of torch's import")
     assert statistics.median(shares) <= 0.1, f"import {PACKAGE} took {shares} of torch's import"
 
