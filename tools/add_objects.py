@@ -43,7 +43,7 @@ def add_objects(wheel: Path, out: Path, levels: Sequence[str] = LEVELS, dtypes: 
 
 
 def compile_in(tree: Path, level: str, dtypes: Sequence[str]) -> None:
-    """Compile the kernels of a tree in a separate process: Numba's choice of a CPU is fixed for a process."""
+    """Compile the kernels of a tree in a separate process, which imports that tree."""
     environment = os.environ | {"PYTHONPATH": str(tree)}
     code = f"import runpy; runpy.run_path({__file__!r})['compile_level']({level!r}, {list(dtypes)!r}, {str(tree)!r})"
     subprocess.run([sys.executable, "-B", "-c", code], env=environment, cwd=tree, check=True)
@@ -56,7 +56,6 @@ def compile_level(name: str, dtypes: Sequence[str], tree: str) -> None:
     assert Path(tree, OBJECTS) == prebuilt.FOLDER, f"{prebuilt.FOLDER} is not in the wheel"
     index = [level.name for level in levels.LEVELS].index(name)
     level, lower = levels.LEVELS[index], levels.LEVELS[index + 1 :]
-    set_cpu_of_numba(level.machine)
 
     def load(
         key: str, name: str, kernels: Callable[[], build.Kernels], machine: object, symbols: Any, package: str = CPU
@@ -74,11 +73,6 @@ def compile_level(name: str, dtypes: Sequence[str], tree: str) -> None:
     host.cpu = lambda isa=None: config.Cpu(level.isa, bf16_dot=level.bf16_dot)
     host.machine = lambda isa: level.machine
     load_all(dtypes)
-
-
-def set_cpu_of_numba(machine: Any) -> None:
-    """For a process that has not imported Numba: it would optimise for the CPU at hand."""
-    os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = machine.cpu, machine.features
 
 
 class NotLoaded:

@@ -8,11 +8,9 @@ package, Numba and llvmlite, and the CPU.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import importlib.util
-import inspect
 import os
 import pkgutil
 import platform
@@ -27,14 +25,13 @@ import llvmlite.binding as llvm
 from . import object_file, prebuilt
 from .compile_lock import compiling
 from .levels import Machine as Machine
-from .numba_settings import fixed_settings, needed_settings
+from .numba_settings import needed_settings
 
 SCHEDULER = ("sched_getcpu", "sched_getaffinity", "sched_setaffinity") if sys.platform == "linux" else ()
 LIBC = ("malloc", "free", "memset", "memcpy", *SCHEDULER)
 
 SLOW = 2.0  # seconds of compiling after which the user is notified
 
-_UNLINKED = ctypes.c_int64()
 _notified: list[str] = []  # what was being compiled at the notification
 
 # Kernels by C name: (Python function, Numba signature) for Numba to compile, or IR text that is ready.
@@ -95,39 +92,26 @@ def object_path(key: str, name: str, machine: Machine, package: str = __package_
     folder, sources = cache_folder(), sources_digest(package)
     if folder is None or not sources:
         return None
-    parts = key, sources, *_versions(), machine.triple, machine.cpu, machine.features, *fixed_settings()
+    parts = key, sources, *_versions(), machine.triple, machine.cpu, machine.features
     return folder / object_file.file_name(name, *parts)
 
 
-def declare(name: str) -> str:
-    """Give ``name`` an address for Numba's own linking, since LLVM ends the process where a name has none.
-
-    Numba links what it compiles, but that is never run; `Loaded` binds the names.
-    """
-    llvm.add_symbol(name, ctypes.addressof(_UNLINKED))
-    return name
-
-
 def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llvm.ModuleRef:
-    """One module with ``kernels`` under their C names; all else in it is inlined or private.
+    """One module with ``kernels`` under their C names, optimised; all else in it is inlined or private.
 
-    Numba's C wrapper reports exceptions through the interpreter. Kernels raise none: once everything but the
-    entry points is internal, LLVM proves it and drops that code, so that the object needs no Numba at run time.
+    Numba's functions return whether they raise. Kernels raise nothing: once everything but the entry points is
+    internal, LLVM proves it, so that the object needs no Numba at run time.
     """
-    from numba import cfunc
-
-    for name in (*kernels, *symbols):
-        declare(name)
-    module = llvm.parse_assembly("")
+    module, seen = llvm.parse_assembly(""), set[object]()
     for name, kernel in kernels.items():
         if isinstance(kernel, str):
-            text = kernel
+            texts: Iterable[str] = (kernel,)
         else:
-            function, signature = kernel
-            _declare_externals(function)
-            compiled = cfunc(signature, error_model="numpy")(function)
-            text = compiled.inspect_llvm().replace(compiled.native_name, name)
-        module.link_in(llvm.parse_assembly(text))
+            from .front_end import lowered
+
+            texts = lowered(*kernel, name, seen)
+        for text in texts:
+            module.link_in(llvm.parse_assembly(text))
     for value in (*module.functions, *module.global_variables):
         if not value.is_declaration and value.name not in kernels:
             value.linkage = "internal"
@@ -142,23 +126,6 @@ def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llv
     if missing:
         raise RuntimeError(f"the kernels {', '.join(kernels)} refer to {', '.join(sorted(missing))}")
     return module
-
-
-def _declare_externals(function: Callable, seen: set[int] | None = None) -> None:
-    """``declare`` the C functions that a kernel calls, itself or by what it calls."""
-    from numba.core.types import ExternalFunction
-
-    seen = set() if seen is None else seen
-    used = inspect.getclosurevars(function)
-    for value in (*used.nonlocals.values(), *used.globals.values()):
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, ExternalFunction):
-            if llvm.address_of_symbol(value.symbol) is None:
-                declare(value.symbol)
-        elif inspect.isfunction(called := getattr(value, "py_func", None)):
-            _declare_externals(called, seen)
 
 
 def load(

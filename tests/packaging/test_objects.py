@@ -148,21 +148,20 @@ def test_wheel_of_all_levels(built: Built, tmp_path: Path) -> None:
 
 
 # Prints the hash of an object for a level, compiled where the CPU seems to be another. Arguments: the folder of the
-# package `cpu`, the tool, the level, and the name of the CPU.
+# package `cpu`, the level, and the name of the CPU.
 COMPILE = """
-import hashlib, os, runpy, sys
+import hashlib, sys
 import llvmlite.binding as llvm
 class Features(dict):
     def flatten(self, sort=True):
         return ",".join("+" + name for name in self)
-if sys.argv[4:]:
-    llvm.get_host_cpu_name = lambda: sys.argv[4]
+if sys.argv[3:]:
+    llvm.get_host_cpu_name = lambda: sys.argv[3]
     llvm.get_host_cpu_features = lambda: Features.fromkeys(("avx", "avx2", "avx512f", "avx512vl", "avx512bw"))
 sys.path.insert(0, sys.argv[1])
 from cpu import build, levels
 from cpu.numba_settings import needed_settings
-(level,) = (level for level in levels.LEVELS if level.name == sys.argv[3])
-runpy.run_path(sys.argv[2])["set_cpu_of_numba"](level.machine)
+(level,) = (level for level in levels.LEVELS if level.name == sys.argv[2])
 with needed_settings():
     from numba.core import types
     from cpu.memory import INT64, get, put
@@ -179,7 +178,7 @@ with needed_settings():
 @pytest.mark.skipif(host.is_arm(), reason="LLVM is told another x86-64 CPU than the one at hand")
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
 def test_objects_do_not_depend_on_the_cpu_that_makes_them(level: str, tmp_path: Path) -> None:
-    arguments = [str(ROOT / "kernels"), str(ROOT / "tools" / "add_objects.py"), level]
+    arguments = [str(ROOT / "kernels"), level]
     here, there = (
         run(sys.executable, "-B", "-c", COMPILE, *arguments, *cpu, cwd=tmp_path) for cpu in ((), ("znver4",))
     )
