@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
 import os
@@ -162,11 +163,23 @@ def compiled(
     with _notify_if_slow(name, path), compiling(path):
         code = None if path is None else object_file.read(path)
         if code is None:
-            with needed_settings():
+            with _without_collections(), needed_settings():
                 code = machine.llvm().emit_object(to_module(kernels(), machine, symbols))
             if path is not None:
                 object_file.write(path, code)
     return code
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """A block that makes many objects and few cycles: a collection would look through all that torch has loaded."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def notify(message: str) -> None:
@@ -193,7 +206,7 @@ def _notify_once(name: str, folder: Path | None) -> None:
     kept = "cannot be kept: there is no cache folder" if folder is None else f"are kept in {folder}"
     if not _notified:
         _notified.append(name)
-        notify(f"compiling CPU kernels ({name}), 10 to 60 seconds a set, longer on a busy machine; they {kept}")
+        notify(f"compiling CPU kernels ({name}), some seconds a set, longer on a busy machine; they {kept}")
 
 
 class Loaded:

@@ -13,7 +13,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import cgutils, compiler, typing, untyped_passes
+from numba.core import cgutils, compiler, types, typing, untyped_passes
 from numba.core import typed_passes as typed
 from numba.core.codegen import Codegen, CodeLibrary
 from numba.core.compiler_machinery import PassManager
@@ -91,7 +91,9 @@ class _TypingContext(typing.Context):
         """No types beyond those that Numba always has."""
 
     def resolve_function_type(self, func: object, args: tuple, kws: dict) -> object:
-        """As Numba's, which asks all implementations anew at each call."""
+        """As Numba's, which looks anew at each call, and compiles a function anew for each constant that it gets."""
+        if isinstance(func, types.Dispatcher):
+            args = tuple(types.unliteral(arg) for arg in args)
         key = func, tuple(args), tuple(dict(kws).items())
         if key not in self._known:
             self._known[key] = super().resolve_function_type(func, args, kws)
@@ -166,7 +168,7 @@ def jit(function: Callable) -> Callable:
 
 def _overload(**options: object) -> Callable:
     """What Numba makes of its own implementations in Python, such as ``min``."""
-    return functools.partial(_Function, targetoptions=options | OPTIONS)
+    return functools.partial(_Function, targetoptions=options | OPTIONS, pipeline_class=_Compiler)
 
 
 target_registry[NAME] = _Kernels
@@ -199,12 +201,12 @@ def _texts(library: _Library, seen: set[object]) -> Iterator[str]:
 def _c_function(description: Any, name: str) -> str:
     """The C function that calls a compiled one, whose result is a status."""
     context, module = _target.target_context, ir.Module(name)
-    call_conv, types = context.call_conv, description.argtypes
-    callee = ir.Function(module, call_conv.get_function_type(description.restype, types), description.llvm_func_name)
-    kind = ir.FunctionType(context.get_value_type(description.restype), [context.get_value_type(x) for x in types])
+    call_conv, kinds = context.call_conv, description.argtypes
+    callee = ir.Function(module, call_conv.get_function_type(description.restype, kinds), description.llvm_func_name)
+    kind = ir.FunctionType(context.get_value_type(description.restype), [context.get_value_type(x) for x in kinds])
     function = ir.Function(module, kind, name)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
-    status, result = call_conv.call_function(builder, callee, description.restype, types, function.args)
+    status, result = call_conv.call_function(builder, callee, description.restype, kinds, function.args)
     with builder.if_then(status.is_error, likely=False):
         builder.call(ir.Function(module, ir.FunctionType(ir.VoidType(), []), RAISED), [])
     builder.ret(result)

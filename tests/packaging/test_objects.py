@@ -86,7 +86,8 @@ def test_wheel_is_for_linux_on_x86_and_any_python(wheel: Path) -> None:
         expected = base64.urlsafe_b64encode(hashlib.sha256(files[name]).digest()).rstrip(b"=").decode()
         assert (digest, size) == (f"sha256={expected}", str(len(files[name]))), name
     objects = {name.removeprefix(FOLDER).rsplit("-", 1)[0] for name in files if name.startswith(FOLDER)}
-    assert objects == SETS | {"gemm", "sgemm_avx2_6x16", "sgemm_avx2_6x16_patches"}
+    dtype = "sgemm_avx2_6x16"
+    assert objects == SETS | {"gemm", "derivative", dtype, f"{dtype}_activations", f"{dtype}_patches"}
 
 
 @runs_avx2

@@ -224,7 +224,7 @@ SETTINGS = {
 }  # fmt: skip
 
 COMPILE_SMALL = """
-import hashlib, os, sys
+import gc, hashlib, os, sys
 {first}
 import matmul_grad
 from matmul_grad.kernels.cpu import build, host
@@ -232,9 +232,11 @@ sys.path.insert(0, {folder!r})
 build.SLOW = 1e6
 def kernels():
     import small
+    assert not gc.isenabled(), "a collection looks through all that torch has loaded"
     return {{"small": (small.kernel, small.SIGNATURE)}}
 before = os.environ.copy()
 build.load("small", "small", kernels, host.machine(host.cpu().isa), {{}})
+assert gc.isenabled()
 (path,) = build.cache_folder().glob("small-*.o")
 print(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
 from numba import config
