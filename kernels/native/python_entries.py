@@ -15,7 +15,7 @@ from numba.core import types
 from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS
 from ..cpu.memory import INT64, bits_of, get, jit, put, stack_words, symbol
 from .broadcast import linked_matmul
-from .call import HANDLE, NEW, RUN, linked_compute, set_tensors, tensor_words
+from .call import HANDLE, RUN, linked_compute, set_tensors, tensor_words
 from .op_table import BATCHES, DOT, LINEAR, MATMUL, MATRICES, MATVEC
 from .python_functions import (
     AUTOCAST_KEY,
@@ -132,7 +132,7 @@ def compute(kind, a, b, source, args, returned):
         return linked_matmul(a, b, source, kind - MATMUL, returned)
     tensors = tensor_words()
     set_tensors(tensors, a, b, source, 0)
-    return linked_compute(tensors, args, kind, NEW, 1, returned)
+    return linked_compute(tensors, args, kind, 1, returned)
 
 
 @jit
