@@ -7,21 +7,22 @@ implementations are those of numbers and tuples, of the hundreds that Numba load
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import cgutils, compiler, types, typing, untyped_passes
+from numba.core import cgutils, compiler, typeinfer, types, typing, untyped_passes
 from numba.core import typed_passes as typed
 from numba.core.codegen import Codegen, CodeLibrary
-from numba.core.compiler_machinery import PassManager
 from numba.core.cpu import CPUContext, CPUTargetOptions
 from numba.core.descriptors import TargetDescriptor
 from numba.core.dispatcher import Dispatcher
 from numba.core.imputils import Registry
 from numba.core.target_extension import CPU, dispatcher_registry, jit_registry, target_override, target_registry
+from numba.core.targetconfig import ConfigStack
 
 NAME = "matmul_grad"  # of these kernels as a target of Numba
 RAISED = "matmul_grad_raised"  # undefined, so that a kernel that may raise does not link
@@ -130,24 +131,46 @@ class _Target(TargetDescriptor):
         return _Context(self.typing_context, NAME)
 
 
+class _NoWarnings:
+    """Numba looks for warnings at each step of typing; there are none of numbers and tuples."""
+
+    def catch_warnings(self, **place: object) -> contextlib.nullcontext:
+        return contextlib.nullcontext()
+
+
+class _Typing(typed.NopythonTypeInference):
+    def run_pass(self, state: Any) -> bool:
+        inference = typeinfer.TypeInferer(state.typingctx, state.func_ir, _NoWarnings())
+        with state.typingctx.callstack.register(state.targetctx.target, inference, state.func_id, state.args):
+            for index, (name, kind) in enumerate(zip(state.func_ir.arg_names, state.args, strict=True)):
+                inference.seed_argument(name, index, kind)
+            if state.return_type is not None:
+                inference.seed_return(state.return_type)
+            inference.build_constraint()
+            inference.propagate()
+            state.typemap, state.return_type, state.calltypes = inference.unify()
+        return True
+
+
 class _Compiler(compiler.CompilerBase):
     """Numba's passes, without those for what kernels do not use: closures, context managers, arrays, exceptions."""
 
-    def define_pipelines(self) -> list[PassManager]:
-        passes = PassManager("kernels")
-        for one in (
-            untyped_passes.TranslateByteCode,
-            untyped_passes.FixupArgs,
-            untyped_passes.IRProcessing,
-            untyped_passes.ReconstructSSA,
-            typed.NopythonTypeInference,
-            typed.PreLowerStripPhis,
-            typed.NativeLowering,
-            typed.NoPythonBackend,
-        ):
-            passes.add_pass(one)
-        passes.finalize()
-        return [passes]
+    passes = (
+        untyped_passes.TranslateByteCode,
+        untyped_passes.FixupArgs,
+        untyped_passes.IRProcessing,
+        untyped_passes.ReconstructSSA,
+        _Typing,
+        typed.PreLowerStripPhis,
+        typed.NativeLowering,
+        typed.NoPythonBackend,
+    )
+
+    def _compile_core(self) -> Any:
+        with ConfigStack().enter(self.state.flags.copy()):
+            for each in self.passes:
+                each().run_pass(self.state)
+        return self.state.cr
 
 
 _target = _Target(NAME)
