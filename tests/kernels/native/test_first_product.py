@@ -183,3 +183,23 @@ def test_first_product_at_the_end_of_a_process(when: str) -> None:
         """
     )
     assert printed == "right\n"
+
+
+def test_sets_are_loaded_when_they_are_needed() -> None:
+    """A gradient needs the entries of backward, an activation what stores it; a product alone neither."""
+    assert_runs(
+        """
+load_with(lambda: None)
+a, block = integers(8, 8, torch.float32, 1), driver.config("float32").name
+def loaded_by(call):
+    loads.clear()
+    call()
+    return loads
+assert loaded_by(lambda: matmul_grad.mm(a, a)) == ["own_entries", "gemm", block]
+assert loaded_by(lambda: matmul_grad.mm(a.clone().requires_grad_(), a)) == ["gradient_entries"]
+assert loaded_by(lambda: matmul_grad.linear(a, a, activation="relu")) == ["derivative", f"{block}_activations"]
+with matmul_grad.strict():
+    assert_same_bits(matmul_grad.mm(a, a), exact_product(a, a))
+    assert_same_bits(matmul_grad.linear(a, a, activation="relu"), exact_product(a, a.t()).relu())
+"""
+    )
