@@ -1,8 +1,9 @@
 """Products as functions of CPython, without torch's dispatcher: for ordinary tensors, where nothing follows a call.
 
-``functions.mm(a, b)`` is compiled code that reads the tensors in the Python objects, computes and returns a tensor. It
-returns None, and has done nothing, for any other call: the caller then takes the way through the dispatcher. So do all
-calls until the kernels are loaded, and where CPython or torch lacks what this needs.
+``functions.mm(a, b)`` is compiled code that reads the tensors in the Python objects, computes and returns a tensor;
+``functions.mm_out(a, b, out)`` writes to ``out``, of the right sizes, and returns it: its version is the caller's.
+They return None, and have done nothing, for any other call: the caller then takes the way through the dispatcher. So do
+all calls until the kernels are loaded, and where CPython or torch lacks what this needs.
 
 TENSOR, PARAMETER       addresses of the two types of Python objects that are tensors and nothing else
 TENSOR_AT               bytes from such an object to the tensor in it
@@ -39,7 +40,9 @@ MODES = (
     "DeferredInit",
     "TESTING_ONLY_GenericMode",
 )
-NAMES = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "matmul", "linear")
+OUT = "_out"  # the same with a tensor behind the other arguments, which is written and returned
+WITH_OUT = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot")
+NAMES = (*WITH_OUT, "matmul", "linear", *(name + OUT for name in WITH_OUT))
 CPYTHON = (
     "Py_IncRef",
     "PyEval_SaveThread",
