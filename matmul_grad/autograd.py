@@ -37,6 +37,7 @@ from .ops import (
     both_gradients,
     by_compiled_code,
     eager,
+    gradients_status,
     graph,
     library,
     make_kernel,
@@ -220,7 +221,7 @@ def has_own_graph(self: Tensor | None, mat2: Tensor | None) -> bool:
 def record_by_torch(result: Tensor) -> None:
     """After a product on CPU, have compiled code record the next ones, where this torch allows: see ``graph.py``."""
     global _is_recording_tried
-    if result.device.type == "cpu" and not native_status() and graph.can_be_tried():
+    if result.device.type == "cpu" and not gradients_status() and graph.can_be_tried():
         _is_recording_tried = True
         _recording.result()
 
@@ -300,7 +301,7 @@ def mm_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Both gradients, composed of differentiable products, until the compiled kernel takes the CPU's place."""
     if self.device.type == "cpu":
-        native_status()
+        gradients_status()
     column_major = is_column_major(self) or is_column_major(mat2)
     if all(output_mask) and not column_major and is_plain(grad, self, mat2):
         both = both_gradients(grad, self, mat2)

@@ -1,8 +1,8 @@
 """The operators ``torch.ops.matmul_grad.*``: schemas, kernels, shapes for tracing, vmap rule, FLOP counts.
 
     key                          kernel                                        from
-    AutogradCPU                  compiled, of every product and mm_backward    the first CPU call on
-    CPU                          compiled, of every product and mm_backward    the first CPU call on
+    AutogradCPU                  compiled, of every product and mm_backward    the first CPU call on that needs them
+    CPU                          compiled, of every product and mm_backward    the first CPU call on that needs them
     AutocastCPU, AutocastCUDA    Python, in autocast.py: operands are cast     import
     Autograd                     Python, in autograd.py: every other device    import
     CompositeExplicitAutograd    Python, here: every other device              import
@@ -83,6 +83,26 @@ def _register_native() -> str:
 
 
 _native = Once(_register_native)
+
+
+def gradients_status() -> str:
+    """``native_status``, and the same of those of backward: a process without gradients does not compile them."""
+    return native_status() or _native_gradients.result()
+
+
+def _register_native_gradients() -> str:
+    from .kernels.cpu import build
+    from .kernels.native import register
+
+    try:
+        register.register_gradients()
+    except Exception as error:
+        build.notify(f"CPU gradients run through Python, their compiled entries cannot be loaded: {error!r}")
+        return str(error) or type(error).__name__
+    return ""
+
+
+_native_gradients = Once(_register_native_gradients)
 
 
 def rank_of(name: str) -> int:

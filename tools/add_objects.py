@@ -43,7 +43,7 @@ def add_objects(wheel: Path, out: Path, levels: Sequence[str] = LEVELS, dtypes: 
 
 
 def compile_in(tree: Path, level: str, dtypes: Sequence[str]) -> None:
-    """Compile the kernels of a tree in a separate process: Numba's choice of a CPU is fixed for a process."""
+    """Compile the kernels of a tree in a separate process, which imports that tree."""
     environment = os.environ | {"PYTHONPATH": str(tree)}
     code = f"import runpy; runpy.run_path({__file__!r})['compile_level']({level!r}, {list(dtypes)!r}, {str(tree)!r})"
     subprocess.run([sys.executable, "-B", "-c", code], env=environment, cwd=tree, check=True)
@@ -56,7 +56,6 @@ def compile_level(name: str, dtypes: Sequence[str], tree: str) -> None:
     assert Path(tree, OBJECTS) == prebuilt.FOLDER, f"{prebuilt.FOLDER} is not in the wheel"
     index = [level.name for level in levels.LEVELS].index(name)
     level, lower = levels.LEVELS[index], levels.LEVELS[index + 1 :]
-    set_cpu_of_numba(level.machine)
 
     def load(
         key: str, name: str, kernels: Callable[[], build.Kernels], machine: object, symbols: Any, package: str = CPU
@@ -76,11 +75,6 @@ def compile_level(name: str, dtypes: Sequence[str], tree: str) -> None:
     load_all(dtypes)
 
 
-def set_cpu_of_numba(machine: Any) -> None:
-    """For a process that has not imported Numba: it would optimise for the CPU at hand."""
-    os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = machine.cpu, machine.features
-
-
 class NotLoaded:
     """A set that was compiled for another CPU than this."""
 
@@ -94,7 +88,7 @@ def load_all(dtypes: Sequence[str]) -> None:
     from matmul_grad.kernels.cpu import driver
     from matmul_grad.kernels.native import override_cpu, register
 
-    register.load_own_entries()
+    register.load_gradient_entries(register.load_own_entries())
     override_cpu.load()
     register.load_cuda({f"matmul_grad_cuda_{name}": 0 for name in (*cuda.DRIVER, "stream")})
     for dtype in dtypes:

@@ -8,11 +8,10 @@ package, Numba and llvmlite, and the CPU.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
+import gc
 import hashlib
 import importlib.util
-import inspect
 import os
 import pkgutil
 import platform
@@ -27,14 +26,13 @@ import llvmlite.binding as llvm
 from . import object_file, prebuilt
 from .compile_lock import compiling
 from .levels import Machine as Machine
-from .numba_settings import fixed_settings, needed_settings
+from .numba_settings import needed_settings
 
 SCHEDULER = ("sched_getcpu", "sched_getaffinity", "sched_setaffinity") if sys.platform == "linux" else ()
 LIBC = ("malloc", "free", "memset", "memcpy", *SCHEDULER)
 
 SLOW = 2.0  # seconds of compiling after which the user is notified
 
-_UNLINKED = ctypes.c_int64()
 _notified: list[str] = []  # what was being compiled at the notification
 
 # Kernels by C name: (Python function, Numba signature) for Numba to compile, or IR text that is ready.
@@ -95,39 +93,26 @@ def object_path(key: str, name: str, machine: Machine, package: str = __package_
     folder, sources = cache_folder(), sources_digest(package)
     if folder is None or not sources:
         return None
-    parts = key, sources, *_versions(), machine.triple, machine.cpu, machine.features, *fixed_settings()
+    parts = key, sources, *_versions(), machine.triple, machine.cpu, machine.features
     return folder / object_file.file_name(name, *parts)
 
 
-def declare(name: str) -> str:
-    """Give ``name`` an address for Numba's own linking, since LLVM ends the process where a name has none.
-
-    Numba links what it compiles, but that is never run; `Loaded` binds the names.
-    """
-    llvm.add_symbol(name, ctypes.addressof(_UNLINKED))
-    return name
-
-
 def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llvm.ModuleRef:
-    """One module with ``kernels`` under their C names; all else in it is inlined or private.
+    """One module with ``kernels`` under their C names, optimised; all else in it is inlined or private.
 
-    Numba's C wrapper reports exceptions through the interpreter. Kernels raise none: once everything but the
-    entry points is internal, LLVM proves it and drops that code, so that the object needs no Numba at run time.
+    Numba's functions return whether they raise. Kernels raise nothing: once everything but the entry points is
+    internal, LLVM proves it, so that the object needs no Numba at run time.
     """
-    from numba import cfunc
-
-    for name in (*kernels, *symbols):
-        declare(name)
-    module = llvm.parse_assembly("")
+    module, seen = llvm.parse_assembly(""), set[object]()
     for name, kernel in kernels.items():
         if isinstance(kernel, str):
-            text = kernel
+            texts: Iterable[str] = (kernel,)
         else:
-            function, signature = kernel
-            _declare_externals(function)
-            compiled = cfunc(signature, error_model="numpy")(function)
-            text = compiled.inspect_llvm().replace(compiled.native_name, name)
-        module.link_in(llvm.parse_assembly(text))
+            from .front_end import lowered
+
+            texts = lowered(*kernel, name, seen)
+        for text in texts:
+            module.link_in(llvm.parse_assembly(text))
     for value in (*module.functions, *module.global_variables):
         if not value.is_declaration and value.name not in kernels:
             value.linkage = "internal"
@@ -142,23 +127,6 @@ def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llv
     if missing:
         raise RuntimeError(f"the kernels {', '.join(kernels)} refer to {', '.join(sorted(missing))}")
     return module
-
-
-def _declare_externals(function: Callable, seen: set[int] | None = None) -> None:
-    """``declare`` the C functions that a kernel calls, itself or by what it calls."""
-    from numba.core.types import ExternalFunction
-
-    seen = set() if seen is None else seen
-    used = inspect.getclosurevars(function)
-    for value in (*used.nonlocals.values(), *used.globals.values()):
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, ExternalFunction):
-            if llvm.address_of_symbol(value.symbol) is None:
-                declare(value.symbol)
-        elif inspect.isfunction(called := getattr(value, "py_func", None)):
-            _declare_externals(called, seen)
 
 
 def load(
@@ -195,11 +163,23 @@ def compiled(
     with _notify_if_slow(name, path), compiling(path):
         code = None if path is None else object_file.read(path)
         if code is None:
-            with needed_settings():
+            with _without_collections(), needed_settings():
                 code = machine.llvm().emit_object(to_module(kernels(), machine, symbols))
             if path is not None:
                 object_file.write(path, code)
     return code
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """A block that makes many objects and few cycles: a collection would look through all that torch has loaded."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def notify(message: str) -> None:
@@ -226,7 +206,7 @@ def _notify_once(name: str, folder: Path | None) -> None:
     kept = "cannot be kept: there is no cache folder" if folder is None else f"are kept in {folder}"
     if not _notified:
         _notified.append(name)
-        notify(f"compiling CPU kernels ({name}), 10 to 60 seconds a set, longer on a busy machine; they {kept}")
+        notify(f"compiling CPU kernels ({name}), some seconds a set, longer on a busy machine; they {kept}")
 
 
 class Loaded:

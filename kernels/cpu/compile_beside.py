@@ -22,14 +22,24 @@ def start(dtype: str) -> None:
     """Start it, once in a process, where a second core may be used and the result can be kept and waited for."""
     if _started or not is_possible() or not driver.supports(dtype):
         return
-    package = __name__.split(".")[0]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", f"import {package}; from {__name__} import main; main({dtype!r})"]
     nothing = subprocess.DEVNULL
     with contextlib.suppress(OSError):
-        process = subprocess.Popen(command, env=environment, stdin=nothing, stdout=nothing, stderr=nothing)
+        process = subprocess.Popen(
+            [sys.executable, "-c", program(dtype)], env=environment, stdin=nothing, stdout=nothing, stderr=nothing
+        )
         _started.append(process)
         atexit.register(_stop, os.getpid())
+
+
+def program(dtype: str) -> str:
+    """What it runs: ``main`` in this package without the module above it, whose import of torch takes a second."""
+    name = __name__.split(".")[0]
+    path, version = list(sys.modules[name].__path__), getattr(sys.modules[name], "__version__", "")
+    return (
+        f"import sys, types; top = types.ModuleType({name!r}); top.__path__, top.__version__ = {path!r}, {version!r}; "
+        f"sys.modules[{name!r}] = top; from {__name__} import main; main({dtype!r})"
+    )
 
 
 def is_possible() -> bool:

@@ -10,11 +10,13 @@ from . import build, fork_safety, host
 from .config import WORKSPACE_SLOTS, BlockConfig, choose, compiled_for
 from .config_words import (
     BACKWARD,
+    DERIVATIVE,
     FUNCTIONS,
     GEMM,
     MICROKERNEL,
     PACK_PATCH_ROWS,
     PACK_PATCH_STEPS,
+    STORE,
     STORE_WIDE,
     config_words,
 )
@@ -22,10 +24,12 @@ from .once import Once
 
 workspace = (ctypes.c_int64 * (1 + 3 * WORKSPACE_SLOTS))()
 parallel_for = ctypes.c_int64()  # the address of the thread pool's function, 0: one thread computes all
-_gemms: dict[BlockConfig, Once[tuple[int, int]]] = {}  # the GEMM and the gradient of activations
-_drivers: dict[str, Once[tuple[int, int]]] = {}  # by instruction set, likewise
+_gemms: dict[BlockConfig, Once[int]] = {}
+_drivers: dict[str, Once[int]] = {}  # by instruction set
 _addresses: dict[str, Once[int]] = {}
 _patches: dict[BlockConfig, Once[None]] = {}  # what packs the patches of convolutions
+_activations: dict[BlockConfig, Once[int]] = {}  # what stores with activations, and the gradient of those
+_derivatives: dict[str, Once[int]] = {}  # its driver, by instruction set
 _words: dict[BlockConfig, ctypes.Array[ctypes.c_int64]] = {}
 _kept: list[object] = []  # loaded code, for the life of the process
 
@@ -80,7 +84,7 @@ def _address(dtype: str) -> int:
 
 def gemm_address(block: BlockConfig) -> int:
     """Address of the driver for ``block``, compiled or loaded at the first call; RuntimeError where that failed."""
-    return _gemms.setdefault(block, Once(functools.partial(_load, block))).result()[0]
+    return _gemms.setdefault(block, Once(functools.partial(_load, block))).result()
 
 
 def patches_address(block: BlockConfig) -> int:
@@ -93,22 +97,29 @@ def patches_address(block: BlockConfig) -> int:
 def load_all(block: BlockConfig) -> None:
     """Compile or load everything for ``block``."""
     patches_address(block)
+    activations_address(block)
+
+
+def activations_address(block: BlockConfig) -> int:
+    """As ``gemm_address``, with what stores results with activations."""
+    derivative_address(block)
+    return gemm_address(block)
 
 
 def derivative_address(block: BlockConfig) -> int:
-    """Likewise of the gradient of activations."""
-    return _gemms.setdefault(block, Once(functools.partial(_load, block))).result()[1]
+    """Address of the gradient of activations."""
+    gemm_address(block)
+    return _activations.setdefault(block, Once(functools.partial(_load_activations, block))).result()
 
 
-def _load(block: BlockConfig) -> tuple[int, int]:
+def _load(block: BlockConfig) -> int:
     def kernels() -> build.Kernels:
         from .dtype_kernels import make_kernels
 
         return make_kernels(compiled)
 
     compiled, words = compiled_for(block), config_words(block)
-    drivers = _drivers.setdefault(block.isa, Once(functools.partial(_load_driver, block.isa))).result()
-    words[GEMM], words[BACKWARD] = drivers
+    words[GEMM] = _drivers.setdefault(block.isa, Once(functools.partial(_load_driver, block.isa))).result()
     symbols = {"matmul_grad_config": ctypes.addressof(words)}
     loaded = build.load(repr(compiled), block.name, kernels, host.machine(block.isa), symbols)
     for at, function in enumerate(FUNCTIONS, MICROKERNEL):
@@ -117,7 +128,7 @@ def _load(block: BlockConfig) -> tuple[int, int]:
         words[STORE_WIDE] = loaded.address(f"{block.name}_store_wide")
     _kept.append(loaded)
     _words[block] = words
-    return loaded.address(block.name), loaded.address(f"{block.name}_backward")
+    return loaded.address(block.name)
 
 
 def _load_patches(block: BlockConfig) -> None:
@@ -133,17 +144,49 @@ def _load_patches(block: BlockConfig) -> None:
     _kept.append(loaded)
 
 
-def _load_driver(isa: str) -> tuple[int, int]:
-    """Addresses of the drivers of all dtypes."""
+def _load_activations(block: BlockConfig) -> int:
+    """The words of ``block`` get what stores with activations in the place of what does without."""
 
     def kernels() -> build.Kernels:
-        from . import derivative, gemm
+        from .dtype_kernels import make_activation_kernels
 
-        return {**gemm.KERNELS, **derivative.KERNELS}
+        return make_activation_kernels(compiled)
+
+    compiled, words, name = compiled_for(block), _words[block], f"{block.name}_activations"
+    words[BACKWARD] = _derivatives.setdefault(block.isa, Once(functools.partial(_load_derivative, block.isa))).result()
+    symbols = {"matmul_grad_config": ctypes.addressof(words)}
+    loaded = build.load(f"activations {compiled!r}", name, kernels, host.machine(block.isa), symbols)
+    words[DERIVATIVE], words[STORE] = (loaded.address(f"{block.name}_{part}") for part in ("derivative", "store"))
+    if block.accumulates_wider:
+        words[STORE_WIDE] = loaded.address(f"{block.name}_store_wide")
+    _kept.append(loaded)
+    return loaded.address(f"{block.name}_backward")
+
+
+def _load_driver(isa: str) -> int:
+    """Address of the driver of all dtypes."""
+
+    def kernels() -> build.Kernels:
+        from .gemm import KERNELS
+
+        return KERNELS
 
     loaded = build.load("gemm", "gemm", kernels, host.machine(isa), _symbols())
     _kept.append(loaded)
-    return loaded.address("matmul_grad_gemm"), loaded.address("matmul_grad_derivative")
+    return loaded.address("matmul_grad_gemm")
+
+
+def _load_derivative(isa: str) -> int:
+    """Likewise of the gradients of activations."""
+
+    def kernels() -> build.Kernels:
+        from .derivative import KERNELS
+
+        return KERNELS
+
+    loaded = build.load("derivative", "derivative", kernels, host.machine(isa), _symbols())
+    _kept.append(loaded)
+    return loaded.address("matmul_grad_derivative")
 
 
 def _forked() -> None:

@@ -22,25 +22,35 @@ CONFIG = "matmul_grad_config"
 
 
 def make_kernels(config: BlockConfig) -> dict[str, str]:
-    """IR by C name: the entries ``config.name`` and ``…_backward``, and each of ``config_words.FUNCTIONS``.
+    """IR by C name: the entry ``config.name``, and each of ``config_words.FUNCTIONS``, without activations.
 
     Of a dtype of 16 bits also what stores results in float32.
     """
     operand, name = operand_of(config), config.name
     rows = tile_sizes(config.mr)
-    wide = {f"{name}_store_wide": store_ir(f"{name}_store_wide", config, config.accumulator)}
+    wide = {f"{name}_store_wide": store_ir(f"{name}_store_wide", config, config.accumulator, activates=False)}
     return {
         name: entry_ir(name, GEMM),
-        f"{name}_backward": entry_ir(f"{name}_backward", BACKWARD),
         f"{name}_microkernel": microkernel_ir(f"{name}_microkernel", operand.vector, rows, tile_sizes(config.vectors)),
         f"{name}_transposed": transposed_ir(f"{name}_transposed", operand, rows),
         f"{name}_row": row_ir(f"{name}_row", operand),
         f"{name}_pack_steps": pack_steps_ir(f"{name}_pack_steps", operand),
         f"{name}_pack_rows": pack_rows_ir(f"{name}_pack_rows", operand),
         f"{name}_add": add_ir(f"{name}_add", operand),
+        f"{name}_store": store_ir(f"{name}_store", config, config.dtype, activates=False),
+        **(wide if config.accumulates_wider else {}),
+    }
+
+
+def make_activation_kernels(config: BlockConfig) -> dict[str, str]:
+    """Likewise what stores with activations, and their gradients, with the entry ``…_backward``."""
+    name = config.name
+    wide = {f"{name}_store_wide": store_ir(f"{name}_store_wide", config, config.accumulator)}
+    return {
         f"{name}_store": store_ir(f"{name}_store", config, config.dtype),
         **(wide if config.accumulates_wider else {}),
         f"{name}_derivative": derivative_ir(f"{name}_derivative", config),
+        f"{name}_backward": entry_ir(f"{name}_backward", BACKWARD),
     }
 
 

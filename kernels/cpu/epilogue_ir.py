@@ -30,7 +30,7 @@ def add_ir(name: str, operand: Operand) -> str:
     return function_ir(name, ADD_ARGUMENTS, emit)
 
 
-def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
+def store_ir(name: str, config: BlockConfig, dtype: str, activates: bool = True) -> str:
     """IR of ``void name(m, n, partials, row_lanes, c, c_rs, c_cs, alpha, source, s_rs, s_cs, beta, activation, …)``.
 
     The last two are pre and gate.
@@ -39,7 +39,8 @@ def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
 
     where C, pre, gate and source are of ``dtype``, partials are lanes, ``row_lanes`` a row, and alpha and beta the bits
     of a float64. Nothing is added where source is 0; only C is stored where pre is 0; where gate is not 0, C is
-    round(activation(gate[i, j]) · t). An activation has a separate loop over each row; t stays in the partials.
+    round(activation(gate[i, j]) · t). An activation has a separate loop over each row; t stays in the partials. Those
+    are most of the function, and left out unless it ``activates``: then it takes an activation of 0 alone.
     """
     # an element a lane, also where the k-loop has two
     operand = Operand(Vector(config.accumulator, config.lanes, config.fused), dtype)
@@ -50,7 +51,7 @@ def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
         alpha, beta = (_splat_bits(builder, operand.vector, bits) for bits in (alpha, beta))
         adds = builder.icmp_signed("!=", source, I64(0))
         adjacent = builder.icmp_signed("==", c_cs, I64(1))
-        activates = builder.icmp_signed("!=", activation, I64(0))
+        is_activated = builder.icmp_signed("!=", activation, I64(0))
         gated = builder.icmp_signed("!=", gate, I64(0))
 
         def row(i):
@@ -76,7 +77,10 @@ def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
                     with none:
                         plain = builder.block
                 result = _either(builder, (total, added), (value, plain))
-                with builder.if_else(activates) as (more, done):
+                if not activates:
+                    write(result, c, j, count)
+                    return
+                with builder.if_else(is_activated) as (more, done):
                     with more:
                         operand.vector.store(builder, result, at)
                         with builder.if_then(builder.icmp_signed("!=", pre, I64(0))):
@@ -99,7 +103,8 @@ def store_ir(name: str, config: BlockConfig, dtype: str) -> str:
                 each_vector(builder, n, lanes, one_vector)
 
             each_vector(builder, n, lanes, add_source)
-            cases(builder, activation, FORWARD, activate)
+            if activates:
+                cases(builder, activation, FORWARD, activate)
 
         each(builder, m, 1, row)
 

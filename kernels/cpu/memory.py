@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .build import declare
+from .front_end import jit as jit
 from .simd import I8, I64, POINTER
 
 INT64 = types.int64
-
-
-def jit(function: Callable) -> Callable:
-    """Compile ``function`` as part of a kernel; no division or index of it may raise."""
-    return njit(function, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
@@ -180,7 +174,6 @@ def stack_words(count: int) -> Callable[[], int]:
 
 def symbol(name: str) -> Callable[[], int]:
     """Intrinsic ``()``: the address that the linker gives to ``name``."""
-    declare(name)
 
     @intrinsic
     def address(typingctx):

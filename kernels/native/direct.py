@@ -61,7 +61,7 @@ def multiply(
     the chains of k may be added to it one after the other.
     """
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
-    call = CALL(driver.gemm_address(block))
+    call = CALL(driver.activations_address(block) if epilogue.activation else driver.gemm_address(block))
     operands = (x for tensor in (a, b, out) for x in (_address(tensor, tensor is out), *tensor.stride()[-2:]))
     args = (ctypes.c_int64 * GEMM_ARGS)(m, n, k, *operands)
     args[BATCH], args[ALPHA], args[BETA] = 1, _bits(epilogue.alpha), _bits(epilogue.beta)

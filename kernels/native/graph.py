@@ -72,10 +72,9 @@ def reason() -> str:
     return _reasons[0] if _reasons else ""
 
 
-def prepare() -> bool:
-    """Look up what ``ENTRIES`` need before they are registered; False where this torch lacks it."""
+def prepare() -> None:
+    """Look up what ``ENTRIES`` need before they are registered; ``reason`` tells where this torch lacks it."""
     _reasons.extend(filter(None, [_prepare()]))
-    return not _reasons
 
 
 def _prepare() -> str:

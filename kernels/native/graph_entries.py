@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from numba.core import types
+
 from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS, ONE
 from ..cpu.memory import call_address, get, jit, put, stack_words, text
 from .broadcast import linked_matmul
@@ -44,8 +46,6 @@ from .own_entries import (
     delete_all,
     delete_operands,
     is_without_modes,
-    linked_record,
-    linked_record_any,
 )
 from .state import (
     ADD,
@@ -88,6 +88,8 @@ from .torch_c_api import (
 )
 from .torch_layout import FIRST_HOOK, HAS_DTYPE, NEXT_HOOK
 
+linked_record = types.ExternalFunction("matmul_grad_record", OWN_SIGNATURE)
+linked_record_any = types.ExternalFunction("matmul_grad_record_any", OWN_SIGNATURE)
 call_hooks, call_grad_dtype = call_address(1), call_address(1)
 call_redispatch, call_with_bias, call_add = call_address(4), call_address(5), call_address(4)
 args_words = stack_words(GEMM_ARGS)

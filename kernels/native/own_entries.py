@@ -38,6 +38,8 @@ from .state import (
     PLAIN_KEYS,
     PYTHON_KEY,
     RECORD,
+    RECORD_ANY,
+    RECORD_PRODUCT,
     STRICT,
 )
 from .torch_c_api import (
@@ -61,9 +63,7 @@ ENTRY_SIGNATURE = types.void(INT64, INT64, INT64)
 OWN_SIGNATURE = INT64(INT64, INT64, INT64)
 
 linked_own = types.ExternalFunction("matmul_grad_own", OWN_SIGNATURE)
-linked_record = types.ExternalFunction("matmul_grad_record", OWN_SIGNATURE)
-linked_record_any = types.ExternalFunction("matmul_grad_record_any", OWN_SIGNATURE)
-call_key_excluded = call_address(1)
+call_key_excluded, call_record = call_address(1), call_address(3)
 args_words = stack_words(GEMM_ARGS)
 
 
@@ -154,6 +154,12 @@ def is_without_modes():
 
 
 @jit
+def is_recorded(which, stack, count, kind):
+    """Whether compiled code, at a word of the state, has computed the product with its graph."""
+    return get(state(), RECORD) != 0 and call_record(get(state(), which), stack, count, kind) != 0
+
+
+@jit
 def is_autocast():
     return call_key_excluded(get(state(), KEY_EXCLUDED), get(state(), AUTOCAST_KEY)) & 0xFF == 0
 
@@ -167,7 +173,7 @@ def make_autograd_entry(op: Op) -> Callable:
     def entry(stack, inputs, outputs):
         if is_direct(stack, tensors, get(state(), PLAIN_KEYS)):
             linked(stack, inputs, outputs)
-        elif get(state(), RECORD) == 0 or linked_record(stack, kind, has_addend) == 0:
+        elif not is_recorded(RECORD_PRODUCT, stack, kind, has_addend):
             forward_to(stack, in_python())
 
     return entry
@@ -216,7 +222,7 @@ def make_composed_autograd_entry(op: Op) -> Callable:
         has_bias = bias_of(stack, inputs) != 0
         if is_direct(stack, 2, plain) and (not has_bias or is_direct(get(stack, 2), 1, plain)):
             linked(stack, inputs, outputs)
-        elif get(state(), RECORD) == 0 or linked_record_any(stack, inputs, is_linear) == 0:
+        elif not is_recorded(RECORD_ANY, stack, inputs, is_linear):
             forward_to(stack, in_python())
 
     return entry

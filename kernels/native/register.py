@@ -6,6 +6,7 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -25,10 +26,13 @@ from .state import (
     PLAIN_KEYS,
     PYTHON_KEY,
     RAISE,
+    RECORD_ANY,
+    RECORD_PRODUCT,
 )
 from .state import words as state
 
 _lock = fork_safe_lock()
+_own: list[build.Loaded] = []  # the entries of products, once they are registered
 _kept: list[object] = []  # what native code points at, for the life of the process
 
 
@@ -81,6 +85,13 @@ def load_own_entries() -> build.Loaded:
     return load_entries("own_entries", _entries, linked | more)
 
 
+def load_gradient_entries(own: build.Loaded) -> build.Loaded:
+    """The entries of backward, and of products that are recorded for it; they call those of products, ``own``."""
+    linked = symbols(torch_layout.MANGLED)
+    called = {name: own.address(name) for name in ("matmul_grad_compute", "matmul_grad_multiply_batches")}
+    return load_entries("gradient_entries", _gradient_entries, linked | called)
+
+
 def register() -> None:
     """Put the compiled entries under the operators of ``matmul_grad`` for the keys CPU and AutogradCPU.
 
@@ -88,13 +99,25 @@ def register() -> None:
     """
     with _lock:
         loaded = load_own_entries()
-        for name in (*(op.name for op in (*OWN, *COMPOSED)), "mm_backward"):
+        _own.append(loaded)
+        for name in (op.name for op in (*OWN, *COMPOSED)):
             _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
-        if graph.prepare():
+        graph.prepare()
+        python_functions.install(loaded.address)
+
+
+def register_gradients() -> None:
+    """Likewise those of ``mm_backward``, and of what ``graph.py`` needs: after ``register``, where backward is near."""
+    with _lock:
+        loaded = load_gradient_entries(*_own)
+        _implement("mm_backward", "CPU", loaded.address("matmul_grad_mm_backward"))
+        _implement("mm_backward", "AutogradCPU", loaded.address("matmul_grad_mm_backward_autograd"))
+        if not graph.reason():
+            state[RECORD_PRODUCT] = loaded.address("matmul_grad_record")
+            state[RECORD_ANY] = loaded.address("matmul_grad_record_any")
             for (namespace, name, key), entry in graph.ENTRIES.items():
                 _implement(name, key, loaded.address(entry), namespace)
-        python_functions.install(loaded.address)
 
 
 def compile_first_gemm_beside() -> None:
@@ -104,9 +127,19 @@ def compile_first_gemm_beside() -> None:
 
 def _entries() -> build.Kernels:
     compile_first_gemm_beside()
-    from . import backward_entries, broadcast, call, gradients, graph_entries, own_entries, python_entries
+    from . import broadcast, call, own_entries, python_entries
 
-    modules = (call, broadcast, gradients, own_entries, backward_entries, graph_entries, python_entries)
+    return _of(call, broadcast, own_entries, python_entries)
+
+
+def _gradient_entries() -> build.Kernels:
+    from . import backward_entries, gradients, graph_entries
+
+    return _of(gradients, backward_entries, graph_entries)
+
+
+def _of(*modules: Any) -> build.Kernels:
+    """All kernels of some modules."""
     sets = [module.KERNELS for module in modules]
     names = list(itertools.chain.from_iterable(sets))
     if len(names) != len(set(names)):

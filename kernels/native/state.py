@@ -6,6 +6,7 @@ RAISE         address of torch's handle of the operator that raises the pending 
 PYTHON_KEY    the dispatch key of Python modes; two more that may be on between autograd and CPU
 KEYS_AT       which word of a TensorImpl holds its dispatch keys, PLAIN_KEYS what is in that of an ordinary tensor
 RECORD        1 where products are recorded by C++ nodes of torch, ``graph.py``; what that needs:
+RECORD_PRODUCT, RECORD_ANY  addresses of ``record`` and ``record_any`` of ``graph_entries.py``
 RECORD_KEYS   the dispatch keys with which aten's operators are called
 MATMUL … ADDMM  addresses of what takes them: aten::matmul, aten::linear, aten::mkldnn_linear
 HOOKS         that of the one whose result holds the hooks of saved tensors, KEY_EXCLUDED that of the one that
@@ -31,7 +32,8 @@ from .op_table import ABOVE_AUTOGRAD, OPS, OVERLOADS
 
 STRICT, ABI_VERSION, RAISE, PYTHON_KEY, FUNCTORCH_KEY, FUNCTIONALIZE_KEY, KEYS_AT, PLAIN_KEYS = range(8)
 RECORD, RECORD_KEYS, MATMUL, LINEAR, ADDMM, HOOKS, KEY_EXCLUDED, AUTOCAST_KEY, ADD, SCALE, GRAD_DTYPE = range(8, 19)
-TAGS = GRAD_DTYPE + 1
+RECORD_PRODUCT, RECORD_ANY = GRAD_DTYPE + 1, GRAD_DTYPE + 2
+TAGS = RECORD_ANY + 1
 TAG_OF_B, TAG_OF_VECTOR, TAG_OF_BATCHES = 4, 8, 9
 TAG_COUNT, TAG_RANK = 10, 3
 GEMMS = TAGS + TAG_COUNT

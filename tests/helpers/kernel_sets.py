@@ -13,7 +13,7 @@ import matmul_grad
 from matmul_grad.kernels.cpu import build, driver, host, levels, object_file, prebuilt
 
 NATIVE = "matmul_grad.kernels.native"
-SLOWEST = (("own_entries", NATIVE), ("gemm", prebuilt.__package__))
+SLOWEST = (("own_entries", NATIVE), ("gradient_entries", NATIVE), ("gemm", prebuilt.__package__))
 
 
 def as_wheel(folder: Path) -> str:
@@ -49,7 +49,7 @@ def copy_cache(folder: Path, *dtypes: str) -> None:
 
 def _path(name: str, package: str) -> Path:
     """In the cache, where it has been compiled now."""
-    matmul_grad.mm(torch.ones(2, 2), torch.ones(2, 2))
+    matmul_grad.mm(torch.ones(2, 2), torch.ones(2, 2, requires_grad=True))
     path = build.object_path(name, name, host.machine(host.cpu().isa), package)
     assert path is not None and path.exists(), path
     return path

@@ -18,7 +18,7 @@ from matmul_grad.testing import integers
 
 HERE = [level.name for level in levels.fitting(host.machine(host.cpu().isa))]
 FOLDER = "matmul_grad/kernels/cpu/objects/"
-SETS = {"own_entries", "aten_entries", "cuda_entries"}
+SETS = {"own_entries", "gradient_entries", "aten_entries", "cuda_entries"}
 runs_avx2 = pytest.mark.skipif("avx2" not in HERE, reason="the objects are for Linux on x86-64 with AVX2")
 
 # Prints the bits of a product and its gradients. A second import of the name fails, as if Numba were not installed.
@@ -86,7 +86,8 @@ def test_wheel_is_for_linux_on_x86_and_any_python(wheel: Path) -> None:
         expected = base64.urlsafe_b64encode(hashlib.sha256(files[name]).digest()).rstrip(b"=").decode()
         assert (digest, size) == (f"sha256={expected}", str(len(files[name]))), name
     objects = {name.removeprefix(FOLDER).rsplit("-", 1)[0] for name in files if name.startswith(FOLDER)}
-    assert objects == SETS | {"gemm", "sgemm_avx2_6x16", "sgemm_avx2_6x16_patches"}
+    dtype = "sgemm_avx2_6x16"
+    assert objects == SETS | {"gemm", "derivative", dtype, f"{dtype}_activations", f"{dtype}_patches"}
 
 
 @runs_avx2
@@ -148,21 +149,20 @@ def test_wheel_of_all_levels(built: Built, tmp_path: Path) -> None:
 
 
 # Prints the hash of an object for a level, compiled where the CPU seems to be another. Arguments: the folder of the
-# package `cpu`, the tool, the level, and the name of the CPU.
+# package `cpu`, the level, and the name of the CPU.
 COMPILE = """
-import hashlib, os, runpy, sys
+import hashlib, sys
 import llvmlite.binding as llvm
 class Features(dict):
     def flatten(self, sort=True):
         return ",".join("+" + name for name in self)
-if sys.argv[4:]:
-    llvm.get_host_cpu_name = lambda: sys.argv[4]
+if sys.argv[3:]:
+    llvm.get_host_cpu_name = lambda: sys.argv[3]
     llvm.get_host_cpu_features = lambda: Features.fromkeys(("avx", "avx2", "avx512f", "avx512vl", "avx512bw"))
 sys.path.insert(0, sys.argv[1])
 from cpu import build, levels
 from cpu.numba_settings import needed_settings
-(level,) = (level for level in levels.LEVELS if level.name == sys.argv[3])
-runpy.run_path(sys.argv[2])["set_cpu_of_numba"](level.machine)
+(level,) = (level for level in levels.LEVELS if level.name == sys.argv[2])
 with needed_settings():
     from numba.core import types
     from cpu.memory import INT64, get, put
@@ -179,7 +179,7 @@ with needed_settings():
 @pytest.mark.skipif(host.is_arm(), reason="LLVM is told another x86-64 CPU than the one at hand")
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
 def test_objects_do_not_depend_on_the_cpu_that_makes_them(level: str, tmp_path: Path) -> None:
-    arguments = [str(ROOT / "kernels"), str(ROOT / "tools" / "add_objects.py"), level]
+    arguments = [str(ROOT / "kernels"), level]
     here, there = (
         run(sys.executable, "-B", "-c", COMPILE, *arguments, *cpu, cwd=tmp_path) for cpu in ((), ("znver4",))
     )

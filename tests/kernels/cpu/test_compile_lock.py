@@ -209,6 +209,16 @@ def test_operators_and_gemm_are_compiled_side_by_side(tmp_path: Path) -> None:
     assert len(list(cache.glob("*.o"))) == len(list(cache.iterdir())) > 1
 
 
+def test_second_process_needs_no_torch(tmp_path: Path) -> None:
+    """It finds the objects under the names that this process gives them, and so compiles nothing here."""
+    copy_cache(tmp_path / "cache", "float32")
+    kept = {path.name for path in (tmp_path / "cache").iterdir()}
+    without = "import sys\nsys.modules['torch'] = sys.modules['numba'] = None\n"
+    done = processes.run(without + compile_beside.program("float32"), MATMUL_GRAD_CACHE=str(tmp_path / "cache"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == kept
+
+
 @pytest.mark.parametrize("lacks", ["core", "Python", "folder", "locks", "frozen"])
 def test_no_second_process_where_it_would_not_help(lacks: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compile_beside, "_started", [])

@@ -10,7 +10,7 @@ from blocks import DTYPES
 
 from matmul_grad.kernels.cpu import config, config_words, driver, gemm, host
 from matmul_grad.kernels.cpu.config import TILES, BlockConfig, Cpu, choose, compiled_for
-from matmul_grad.kernels.cpu.dtype_kernels import make_kernels
+from matmul_grad.kernels.cpu.dtype_kernels import make_activation_kernels, make_kernels
 
 CASES = list(itertools.product(DTYPES, TILES))
 
@@ -19,9 +19,12 @@ CASES = list(itertools.product(DTYPES, TILES))
 def test_a_dtype_adds_no_function_for_numba(dtype: str, isa: str) -> None:
     block = choose(dtype, Cpu(isa, bf16_dot=isa == "avx512"))
     kernels = make_kernels(block)
-    functions = (*config_words.FUNCTIONS, "backward", *["store_wide"] * block.accumulates_wider)
-    assert set(kernels) == {block.name, *(f"{block.name}_{function}" for function in functions)}
-    assert all(isinstance(text, str) and f'@"{name}"' in text for name, text in kernels.items())
+    wide = ["store_wide"] * block.accumulates_wider
+    assert set(kernels) == {block.name, *(f"{block.name}_{function}" for function in (*config_words.FUNCTIONS, *wide))}
+    activations = make_activation_kernels(block)
+    assert set(activations) == {f"{block.name}_{function}" for function in ("store", *wide, "derivative", "backward")}
+    for name, text in (*kernels.items(), *activations.items()):
+        assert isinstance(text, str) and f'@"{name}"' in text
 
 
 def test_drivers_of_all_dtypes_are_one() -> None:
@@ -38,6 +41,7 @@ def test_what_compiled_code_depends_on_is_no_word(dtype: str, isa: str) -> None:
     block = choose(dtype, Cpu(isa, bf16_dot=isa == "avx512"))
     compiled = compiled_for(block)
     assert make_kernels(compiled) == make_kernels(block)
+    assert make_activation_kernels(compiled) == make_activation_kernels(block)
     for field in dataclasses.fields(BlockConfig):
         if getattr(compiled, field.name) == getattr(block, field.name):
             continue
