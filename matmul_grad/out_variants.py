@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import fallback, strict_mode
-from .autograd import is_plain
+from .dispatch_state import is_plain
 from .ops import accelerated, can_be_added, compute, const_data_ptr, has_work, require_storage
 from .out_dtype import call as call_with_dtype
 from .scalars import real_scales
