@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .functional import linear
 from .kernels.cpu.gemm_args import BY_RESULT
 from .ops import accelerated, compute, require_storage
 from .vmap import Dims, in_front
+from .weight_gradients import Layer, is_direct, layer_of, record
 
 ARGUMENTS = "(Tensor? self, Tensor? gate_self, Tensor mat1, Tensor mat2, Tensor gate, str activation)"
 Input = Tensor | None
@@ -76,7 +78,10 @@ def gated_linear(
     if not (fits and all(alike(input, x) for x in operands) and _are_rows(weight.shape[0], bias, gate_bias)):
         return BY_TORCH[activation](linear(input, gate_weight, gate_bias)) * linear(input, weight, bias)
     rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    result: Tensor = _addmm_gated(bias, gate_bias, rows, weight.t(), gate_weight.t(), activation)
+    found = _gated_to_parameters(rows, (weight, bias), (gate_weight, gate_bias), activation)
+    result: Tensor = (
+        _addmm_gated(bias, gate_bias, rows, weight.t(), gate_weight.t(), activation) if found is None else found
+    )
     return result if input.dim() == 2 else fallback.unsafe_view(result, (*input.shape[:-1], weight.shape[0]))
 
 
@@ -250,6 +255,32 @@ def _gradients_autograd(grad: Tensor, pre: Tensor, value: Tensor, activation: st
     with _below_autograd():
         both: tuple[Tensor, Tensor] = _gated_gradients(grad, pre, value, activation)
     return both
+
+
+def _gated_to_parameters(
+    rows: Tensor, layer: tuple[Tensor, Input], gate: tuple[Tensor, Input], activation: str
+) -> Tensor | None:
+    """``gated_linear`` whose weight gradients are stored as they are kept; None where none is kept in float32."""
+    found = [layer_of(rows, *each, False) if is_direct(rows, *each) else None for each in (layer, gate)]
+    kept = next((each for each in found if each is not None), None)
+    if kept is None:
+        return None
+    rows = kept[0]
+    halves = [each[1] if each else _cast(*one, rows.dtype) for one, each in zip((layer, gate), found)]
+    (weight, bias), (gate_weight, gate_bias) = ((half.weight, half.bias) for half in halves)
+    with _below_autograd():
+        result, pre, value = _addmm_gated_kept(bias, gate_bias, rows, weight.t(), gate_weight.t(), activation)
+    nodes = [
+        record(rows, *one, replace(half, computed=computed))
+        if each
+        else record_argument(half.bias, rows, half.weight.t(), computed)
+        for one, each, half, computed in zip((layer, gate), found, halves, (value, pre))
+    ]
+    return _record_gated(nodes[1], nodes[0], result, activation)
+
+
+def _cast(weight: Tensor, bias: Input, dtype: torch.dtype) -> Layer:
+    return Layer(weight.to(dtype), None if bias is None else bias.to(dtype), False)
 
 
 # --- vmap -----------------------------------------------------------------------------------------------------------
