@@ -185,6 +185,8 @@ def record(input: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> 
 
 def is_direct(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the gradient of a layer's weight is kept in float32, and nothing but autograd follows the product."""
+    if torch.compiler.is_compiling():  # Dynamo cannot ask in which dtype a gradient is kept
+        return False
     if torch._C._len_torch_function_stack() or type(weight) not in PLAIN or not is_kept_in_float32(weight):
         return False
     return _is_followed_by_autograd_alone(input, weight, bias)

@@ -112,7 +112,8 @@ def test_gated_layers(case: str, dtype: torch.dtype) -> None:
     a, grad = (integers(M, K, dtype, 1).sign() * 31).requires_grad_(), integers(M, N, dtype, 3).sign()
     weight, gate = integers(N, K, dtype, 2).sign() * 0, integers(N, K, dtype, 5).sign() * 0
     weight[:, 0], gate[:, 0], shift = 1, 1, torch.full((N,), 64.0, dtype=dtype)
-    leaves = [kept_wide(x) if case not in other else x.requires_grad_() for x, other in ((weight, "gate"), (gate, "value"))]
+    pairs = (weight, "gate"), (gate, "value")
+    leaves = [x.requires_grad_() if case == other else kept_wide(x) for x, other in pairs]
     if case == "gate-frozen":
         leaves = [weight.requires_grad_(False), leaves[1]]
     bias, gate_bias = kept_wide(shift), shift.clone().requires_grad_()
