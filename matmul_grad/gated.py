@@ -123,9 +123,9 @@ def _forward(self: Input, gate_self: Input, mat1: Tensor, mat2: Tensor, gate: Te
     operands = self, gate_self, mat1, mat2, gate
     if not _supported(*operands):
         return addmm_gated_by_torch(*operands, activation)
+    if is_on_gpu(mat1):
+        return _on_gpu(*operands, activation, keep=False)[0]
     pre = compute(mat1, gate, gate_self)
-    if mat1.is_cuda:
-        return BY_TORCH[activation](pre) * compute(mat1, mat2, self)
     return _multiply_into(pre, self, mat1, mat2, activation, pre, None)
 
 
@@ -136,12 +136,32 @@ def _forward_and_keep(*arguments: Any) -> Three:
     self, gate_self, mat1, mat2, gate = operands
     if not _supported(*operands):
         pre, value = _arguments(argument_by_torch, *operands)
-    elif mat1.is_cuda:
-        pre, value = compute(mat1, gate, gate_self), compute(mat1, mat2, self)
-    else:
-        pre = compute(mat1, gate, gate_self)
-        value, out = torch.empty_like(pre), torch.empty_like(pre)
-        return _multiply_into(out, self, mat1, mat2, activation, pre, value), pre, value
+        return BY_TORCH[activation](pre) * value, pre, value
+    if is_on_gpu(mat1):
+        return _on_gpu(self, gate_self, mat1, mat2, gate, activation, keep=True)
+    pre = compute(mat1, gate, gate_self)
+    value, out = torch.empty_like(pre), torch.empty_like(pre)
+    return _multiply_into(out, self, mat1, mat2, activation, pre, value), pre, value
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _on_gpu(
+    self: Input, gate_self: Input, mat1: Tensor, mat2: Tensor, gate: Tensor, activation: str, *, keep: bool
+) -> Any:
+    """C, and with ``keep`` P and S: in one launch, or of two products where those are predicted to be faster."""
+    from .kernels.gpu import gated, launch
+
+    require_storage(mat1, mat2, gate, *(x for x in (self, gate_self) if x is not None))
+    try:
+        found = gated.product(gated.Gated(mat1, mat2, gate, self, gate_self, activation, keep))
+        if found is not None:
+            return found
+    except launch.CannotBuild:
+        strict_mode.note_fallback(mat1, mat2)
+    pre, value = compute(mat1, gate, gate_self), compute(mat1, mat2, self)
     return BY_TORCH[activation](pre) * value, pre, value
 
 
