@@ -108,6 +108,20 @@ def test_bits_depend_on_neither_layout_nor_threads(dtype: torch.dtype, striding:
     assert_same_bits(found, product_of_ones(grad))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 20_000])
+def test_few_rows_and_chunks_that_threads_share(rows: int) -> None:
+    grad, before = normal(rows, 3, WIDE, 4), torch.get_num_threads()
+    given = [normal(*shape, WIDE, seed).requires_grad_() for seed, shape in enumerate(((rows, 2), (3, 2)))]
+    bias = torch.zeros(3, requires_grad=True)
+    try:
+        torch.set_num_threads(2)
+        _, dweight, dbias = torch.autograd.grad(matmul_grad.linear(*given, bias), (*given, bias), grad)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(dbias, product_of_ones(grad))
+    assert_same_bits(dweight, matmul_grad.mm(grad.t(), given[0].detach()))
+
+
 @pytest.mark.parametrize("name", ["linear", "addmm"])
 @pytest.mark.parametrize("striding", ["expanded_rows", "expanded_columns", "expanded"])
 def test_expanded_gradients(striding: str, name: str) -> None:
