@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from .dispatch_state import is_plain
 from .gradient_dtypes import NARROW, NEITHER, WIDE, product_in
@@ -72,8 +71,8 @@ def addend_gradient(grad: Tensor, shape: Sequence[int], kept: torch.dtype) -> Te
 
 
 def _is_row(grad: Tensor, shape: Sequence[int]) -> bool:
-    """Whether ``shape`` is one row of the matrix ``grad``, which has elements on a CPU."""
-    if type(grad) is not Tensor or grad.dim() != 2 or is_dynamo_compiling() or grad.device.type != "cpu":
+    """Whether ``shape`` is one row of the matrix ``grad``, which has elements on a CPU, and nothing follows it."""
+    if grad.dim() != 2 or grad.device.type != "cpu" or not is_plain(grad):
         return False
     is_row = len(shape) > 0 and shape[-1] == grad.shape[1] == math.prod(shape)
     return is_row and grad.shape != shape and grad.numel() > 0
@@ -88,7 +87,7 @@ def _one(dtype: torch.dtype) -> Tensor:
 def _wide_product(ones: Tensor, grad: Tensor) -> Tensor | None:
     """Of 16 bits, in float32; None where these kernels do not compute it."""
     row = ones.unsqueeze(0)
-    if grad.dtype not in NARROW or not is_plain(grad) or not accelerated(row, grad):
+    if grad.dtype not in NARROW or not accelerated(row, grad):
         return None
     return compute(row, grad, out=grad.new_empty((1, grad.shape[1]), dtype=WIDE))[0]
 
