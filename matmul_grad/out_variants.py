@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import fallback, strict_mode
-from .autograd import is_plain
+from .dispatch_state import is_plain
 from .ops import accelerated, can_be_added, compiled, compute, const_data_ptr, has_work, require_storage
 from .out_dtype import call as call_with_dtype
 from .scalars import real_scales
