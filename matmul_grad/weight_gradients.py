@@ -26,7 +26,7 @@ from .autocast import DEVICES
 from .autograd import _below_autograd, _Node, is_plain
 from .fallback import PLAIN, is_needed_to_compose
 from .gradient_dtypes import NARROW, is_kept_in_float32, product_in
-from .gradients import is_column_major
+from .gradients import flattened, is_column_major
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native.torch_layout import is_autograd_compiled
 from .ops import DTYPES, accelerated, accumulate, compute, product
@@ -74,14 +74,14 @@ class Linear(_Node):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = flattened(grad, 1)
         dinput, dweight, dbias = None, None, None
         if needs_input:
             dinput = product(rows, _differentiable(ctx, weight)).view(ctx.shape)
         if needs_bias:
             dbias = rows.sum(0, dtype=ctx.kept_bias)
         if needs_weight:
-            dweight = _weight_gradient(ctx, rows, input.reshape(-1, input.shape[-1]))
+            dweight = _weight_gradient(ctx, rows, flattened(input, 1))
         return dinput, dweight, dbias, None
 
 
