@@ -32,7 +32,7 @@ from .autograd import (
 )
 from .flops import count_flops
 from .gradient_dtypes import kept_dtype
-from .gradients import addend_gradient
+from .gradients import addend_gradient, flattened
 from .kernels.cpu.gemm_args import BY_RESULT
 from .ops import (
     DTYPES,
@@ -336,10 +336,10 @@ def _rule_and_keep(info: Any, in_dims: Dims, self: Any, mat1: Tensor, mat2: Tens
 
 
 def _gradient_rule(info: Any, in_dims: Dims, grad: Tensor, kept: Tensor, activation: str) -> tuple[Tensor, int]:
-    both = (in_front(x, dim, info.batch_size, 2) for x, dim in zip((grad, kept), in_dims))
-    rows = (x.expand(info.batch_size, *x.shape[1:]).flatten(0, 1) for x in both)
-    result = _activation_gradient(*rows, activation)
-    return result.unflatten(0, (info.batch_size, -1)), 0
+    front = (in_front(x, dim, info.batch_size, 2) for x, dim in zip((grad, kept), in_dims))
+    items = [x.expand(info.batch_size, *x.shape[1:]) for x in front]
+    result = _activation_gradient(*(x.flatten(0, 1) for x in items), activation)
+    return result.unflatten(0, items[0].shape[:2]), 0
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
@@ -380,7 +380,7 @@ autocast.register_operator("addmm_activation")
 
 def linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """``linear`` of operands that ``functional.linear`` has found to fit."""
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    rows = flattened(input, 1)
     result = _addmm_activation(bias, rows, weight.t(), activation)
     return (
         result

@@ -14,6 +14,7 @@ from .activations import in_two_nodes, linear_activation
 from .api import mm
 from .broadcast import broadcast_product, is_broadcastable
 from .fallback import alike, unsafe_view
+from .gradients import flattened
 from .ops import COMPOSED_SCHEMAS, DTYPES, by_compiled_code, compiled, eager, library, native_status
 from .out_variants import copy_to, is_left_to_torch, write_compiled
 from .weight_gradients import is_direct, layer_of, record
@@ -109,7 +110,7 @@ def linear_to_parameters(
     if activation is None:
         return record(input, weight, bias, layer)
     require_name(activation)
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    rows = flattened(input, 1)
     result = in_two_nodes(
         layer.bias, rows, layer.weight.t(), activation, lambda s: record(rows, weight, bias, replace(layer, computed=s))
     )

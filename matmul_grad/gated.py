@@ -26,6 +26,7 @@ from .autograd import _below_autograd, _Node, may_have_tangents, with_graph
 from .fallback import alike
 from .flops import count_flops
 from .functional import linear
+from .gradients import flattened
 from .kernels.cpu.gemm_args import BY_RESULT
 from .ops import accelerated, compute, require_storage
 from .vmap import Dims, in_front
@@ -77,7 +78,7 @@ def gated_linear(
     fits = not composes and input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
     if not (fits and all(alike(input, x) for x in operands) and _are_rows(weight.shape[0], bias, gate_bias)):
         return BY_TORCH[activation](linear(input, gate_weight, gate_bias)) * linear(input, weight, bias)
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    rows = flattened(input, 1)
     found = _gated_to_parameters(rows, (weight, bias), (gate_weight, gate_bias), activation)
     result: Tensor = (
         _addmm_gated(bias, gate_bias, rows, weight.t(), gate_weight.t(), activation) if found is None else found
@@ -329,9 +330,9 @@ def _rule(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Tensor, int]:
 def _gradients_rule(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     *three, activation = arguments
     front = (in_front(x, dim, info.batch_size, 2) for x, dim in zip(three, in_dims))
-    rows = (x.expand(info.batch_size, *x.shape[1:]).flatten(0, 1) for x in front)
-    both = _gated_gradients(*rows, activation)
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in both), (0, 0)
+    items = [x.expand(info.batch_size, *x.shape[1:]) for x in front]
+    both = _gated_gradients(*(x.flatten(0, 1) for x in items), activation)
+    return tuple(x.unflatten(0, items[0].shape[:2]) for x in both), (0, 0)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

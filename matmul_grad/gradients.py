@@ -93,8 +93,11 @@ def _wide_product(ones: Tensor, grad: Tensor) -> Tensor | None:
 
 
 def flattened(x: Tensor, kept: int) -> Tensor:
-    """With one dimension before the last ``kept`` ones. The older vmap has a rule of reshape and none of flatten."""
-    return x if x.dim() == kept + 1 else x.reshape(-1, *x.shape[-kept:])
+    """With one dimension before the last ``kept`` ones, one of which may be empty, so that -1 would be ambiguous.
+
+    The older vmap has a rule of reshape and none of flatten.
+    """
+    return x if x.dim() == kept + 1 else x.reshape(math.prod(x.shape[:-kept]), *x.shape[-kept:])
 
 
 def recorded_gradients(

@@ -28,7 +28,7 @@ from .autograd import _below_autograd, _Node
 from .dispatch_state import is_plain
 from .fallback import PLAIN, is_needed_to_compose
 from .gradient_dtypes import NARROW, WIDE, is_kept_in_float32, kept_dtype, product_in
-from .gradients import addend_gradient, is_column_major
+from .gradients import addend_gradient, flattened, is_column_major
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native.torch_layout import is_autograd_compiled
 from .ops import DTYPES, accelerated, accumulate, compute, product
@@ -75,14 +75,14 @@ class Linear(_Node):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = flattened(grad, 1)
         dinput, dweight, dbias = None, None, None
         if needs_input:
             dinput = product(rows, _differentiable(ctx, weight)).view(ctx.shape)
         if needs_bias:
             dbias = addend_gradient(rows, rows.shape[1:], ctx.kept_bias)
         if needs_weight:
-            dweight = _weight_gradient(ctx, rows, input.reshape(-1, input.shape[-1]))
+            dweight = _weight_gradient(ctx, rows, flattened(input, 1))
         return dinput, dweight, dbias, None
 
 
