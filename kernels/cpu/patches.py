@@ -15,6 +15,7 @@ from .config import BlockConfig
 from .operand import Operand, operand_of
 from .pack import element_at
 from .patch_runs import (
+    Image,
     Room,
     Run,
     X,
@@ -31,10 +32,11 @@ from .patch_runs import (
     slot,
 )
 from .patches_args import DIMENSIONS
-from .simd import I1, I32, I64, choose, each, function_ir, repeat, repeat_to
+from .simd import I1, I32, I64, POINTER, choose, each, function_ir, repeat, repeat_to
 
 PATCH_STEPS_ARGUMENTS, PATCH_ROWS_ARGUMENTS = 6, 6
-ROWS = 64  # at a time, for which a run is found once
+ROWS = 256  # at a time, for which a run is found once
+FEW_PIXELS = 64  # of an outer index, up to which those of the next one are fetched ahead
 
 
 def make_kernels(config: BlockConfig) -> dict[str, str]:
@@ -98,51 +100,90 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
         steps = operand.of_steps
         image, room = read_image(builder, steps, patches), Room(builder, steps, ROWS)
         first, step = indices_of(builder, operand, source)
+        ahead = _bytes_ahead(builder, image)
 
         def some_rows(i):
-            left, begin = builder.sub(rows, i), builder.mul(i, stride)
+            left = builder.sub(rows, i)
             count = builder.select(builder.icmp_signed("<", left, I64(ROWS)), left, I64(ROWS))
             _set_others(builder, image, image.free, builder.add(first, i), count, count, room)
-
-            def at(i):
-                lane = operand.vector.at(builder, target, builder.add(begin, builder.mul(i, stride)))
-                return builder.ptrtoint(lane, I64)
+            begin = operand.vector.at(builder, target, builder.mul(i, stride))
+            block = _Rows(operand, image, room, begin, stride, ahead)
 
             if operand.k_per_lane == 2:  # as in a panel; after an even number of steps there is room, too
                 last = builder.lshr(k, I64(1))
-                each(
-                    builder, count, 1, lambda i: builder.store(I32(0), operand.vector.at(builder, at(i), last), align=4)
-                )
+
+                def clear(i):
+                    builder.store(I32(0), operand.vector.at(builder, block.row(builder, i), last), align=4)
+
+                each(builder, count, 1, clear)
 
             def some_pixels(p, run, exist, inside):
-                def row(i):
-                    operand.store_in_row(builder, _read_other(builder, image, room, run, i, exist, inside), at(i), p)
-
-                each(builder, count, 1, row)
+                each(builder, count, 1, lambda i: block.pack_pixels(builder, i, p, run, exist, inside))
 
             def pixels_apart(p, run, exist):
-                distance = distance_of(builder, image, image.k)
                 whole = builder.icmp_signed(">", exist, I64(image.lanes))
                 lanes = builder.select(whole, I64(image.lanes), exist)
+                distance = distance_of(builder, image, image.k)
 
-                def row(i):
-                    other = builder.load(slot(builder, room.other_offsets, i, I64), typ=I64)
-                    first = builder.add(run.origins[0], other)
+                def element(lane):  # of all rows one after the other: a loop over a few lanes would be all overhead
+                    first, at = builder.add(run.origins[0], builder.mul(lane, distance)), builder.add(p, lane)
+                    each(builder, count, 1, lambda i: block.pack_element(builder, i, at, first))
 
-                    def element(lane):
-                        place = builder.add(first, builder.mul(lane, distance))
-                        value = steps.read(builder, element_at(builder, operand, image.address, place), I64(1))
-                        operand.store_one_in_row(builder, value, at(i), builder.add(p, lane))
-
-                    each(builder, lanes, 1, element)
-
-                each(builder, count, 1, row)
+                each(builder, lanes, 1, element)
 
             _rows_of_pixels(builder, image, room, step, k, some_pixels, pixels_apart)
 
         each(builder, rows, ROWS, some_rows)
 
     return function_ir(name, PATCH_ROWS_ARGUMENTS, emit)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a block of A, ``stride`` lanes apart from ``target`` on, whose digits are in ``room``.
+
+    ahead: the distance, in bytes, of what follows in memory, which is fetched while a row is read.
+    """
+
+    operand: Operand
+    image: Image
+    room: Room
+    target: ir.Value
+    stride: ir.Value
+    ahead: ir.Value
+
+    def row(self, builder: ir.IRBuilder, i: ir.Value) -> ir.Value:
+        """Address of row i."""
+        return builder.ptrtoint(self.operand.vector.at(builder, self.target, builder.mul(i, self.stride)), I64)
+
+    def pack_pixels(self, builder, i, p, run, exist, inside):
+        """Steps of k from ``p`` on of row i: those of a run."""
+        if inside:
+            self._place(builder, i, run.origins[0])
+        value = _read_other(builder, self.image, self.room, run, i, exist, inside)
+        self.operand.store_in_row(builder, value, self.row(builder, i), p)
+
+    def pack_element(self, builder, i, p, first):
+        """Step ``p`` of row i: one element."""
+        value = self.image.operand.read(builder, self._place(builder, i, first), I64(1))
+        self.operand.store_one_in_row(builder, value, self.row(builder, i), p)
+
+    def _place(self, builder, i, first):
+        """Address of element ``first`` of row i."""
+        other = builder.load(slot(builder, self.room.other_offsets, i, I64), typ=I64)
+        place = element_at(builder, self.operand, self.image.address, builder.add(first, other))
+        self.operand.vector.prefetch(builder, builder.inttoptr(builder.add(place, self.ahead), POINTER))
+        return place
+
+
+def _bytes_ahead(builder: ir.IRBuilder, image: Image) -> ir.Value:
+    """From a row's pixels to those of its next outer index, where that has few; else 0.
+
+    Few pixels of many rows are adjacent in memory, those of the next index are pages apart: no hardware follows.
+    """
+    pixels = builder.mul(builder.mul(*image.k.extents[:X]), image.k.extents[X])
+    is_short = builder.icmp_signed("<=", pixels, I64(FEW_PIXELS))
+    return builder.select(is_short, builder.mul(image.k.outer, I64(image.operand.size)), I64(0))
 
 
 def _pack_wide(builder, image, room, panel, free, k):

@@ -137,7 +137,7 @@ def filter_of(w: View, rows: int, groups: int, phase: Sequence[Phase] = ()) -> O
     kernel, channels, distances = w.sizes[2:], w.sizes[0] // groups, w.strides[2:]
     taps = [x.taps for x in phase] if phase else kernel
     count, along, across = math.prod(taps), w.strides[rows], w.strides[1 - rows]
-    if count == 1:
+    if count == 1 and (math.prod(kernel) == 1 or 1 in (along, across)):
         first = sum([x.tap * distance for x, distance in zip(phase, distances)])
         return Operand(w.address + first * w.item, along, across, channels * w.strides[0])
     whole, group = list(taps) == list(kernel), channels * (count * p.K_STRIDE if rows else p.FREE_STRIDE)

@@ -1,6 +1,7 @@
 """Convolutions by the driver: exact, on every instruction set, without reading padding, and with bits of their own."""
 
 import ctypes
+import dataclasses
 import itertools
 import mmap
 import random
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from matmul_grad.kernels.cpu import driver
 from matmul_grad.kernels.cpu.config import BlockConfig
+from matmul_grad.kernels.cpu.patches import ROWS
 from matmul_grad.kernels.native import convolution, direct
 from matmul_grad.testing import assert_same_bits, integers
 
@@ -96,6 +98,22 @@ def test_results_and_gradients_are_exact(block: BlockConfig) -> None:
         bias = drawn((x_shape[1],), dtype, 4)
         added = (dx + bias.double().view(-1, *[1] * (x.dim() - 2))).to(dtype)
         assert torch.equal(convolution.input_gradient(grad, w, x.shape, *geometry, bias), added), what
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_more_rows_of_the_filter_than_are_packed_at_a_time(
+    dtype: torch.dtype, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of A has so many with 2 MiB of L2."""
+    chosen = driver.config(str(dtype).removeprefix("torch."))
+    chosen = dataclasses.replace(chosen, mc=(ROWS // chosen.mr + 2) * chosen.mr)
+    assert chosen.mc > ROWS
+    monkeypatch.setattr(convolution, "_driver", lambda dtype: direct.CALL(driver.patches_address(chosen)))
+    x, w = drawn((2, chosen.mc, 4, 4), dtype, 1), drawn((5, chosen.mc, 3, 3), dtype, 2)
+    geometry: Geometry = ([stride, stride], [1, 1], [1, 1], 1)
+    _, grad, dx, _ = reference(x, w, geometry)
+    assert torch.equal(convolution.input_gradient(grad, w, x.shape, *geometry), dx.to(dtype))
 
 
 def spread(t: Tensor) -> Tensor:
