@@ -1,8 +1,7 @@
 """Packing of operands that are patches of an image: panels as in pack.py, of elements found by digits.
 
-Vectors lie along the index that counts pixels. Along columns of B they are stored as they are: which lanes exist
-depends on the tap alone, so it is computed once for all channels. Along k they are transposed for B, and stored as they
-are for A; none crosses the end of a row of the image.
+Vectors lie along the index that counts pixels. Along columns of B they are stored as they are (patch_columns.py). Along
+k they are transposed for B, and stored as they are for A; none crosses the end of a row of the image.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from llvmlite import ir
 from .config import BlockConfig
 from .operand import Operand, operand_of
 from .pack import element_at
+from .patch_columns import TAPS, Panel, pack_columns
 from .patch_runs import (
     Image,
+    Line,
     Room,
     Run,
     X,
@@ -24,15 +25,14 @@ from .patch_runs import (
     following,
     indices_of,
     is_inside,
-    line_of,
+    lanes_inside,
     read_image,
     read_line,
-    run_from,
     run_in_row,
+    set_others,
     slot,
 )
-from .patches_args import DIMENSIONS
-from .simd import I1, I32, I64, POINTER, choose, each, function_ir, repeat, repeat_to
+from .simd import I1, I32, I64, POINTER, choose, each, function_ir, repeat_to
 
 PATCH_STEPS_ARGUMENTS, PATCH_ROWS_ARGUMENTS = 6, 6
 ROWS = 256  # at a time, for which a run is found once
@@ -48,27 +48,6 @@ def make_kernels(config: BlockConfig) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A column panel of B: its first lane, and lanes from one row to the next."""
-
-    operand: Operand
-    address: ir.Value
-    width: ir.Value
-
-    def store(self, builder: ir.IRBuilder, value: ir.Value, step: ir.Value, column: ir.Value) -> None:
-        at = builder.ptrtoint(self.operand.vector.at(builder, self.address, column), I64)
-        self.operand.store_step(builder, value, at, self.width, step)
-
-    def clear(self, builder: ir.IRBuilder, row: ir.Value) -> None:
-        """Of an odd number of steps the last pair has one: the other is 0."""
-        vector, first = self.operand.vector, builder.mul(row, self.width)
-        each(
-            builder, self.width, vector.lanes,
-            lambda j: vector.store(builder, vector.zero(), vector.at(builder, self.address, builder.add(first, j))),
-        )  # fmt: skip
-
-
 def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
     """IR of ``void name(target, width, source, k, exist, patches)``: rows are steps of k, as of ``pack_steps``.
 
@@ -77,7 +56,10 @@ def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
 
     def emit(builder, target, width_, source, k, exist, patches):
         steps = operand.of_steps
-        image, room = read_image(builder, steps, patches), Room(builder, steps, width)
+        image, room = (
+            read_image(builder, steps, patches),
+            Room(builder, steps, max(width, TAPS), width // steps.vector.lanes),
+        )
         panel = Panel(operand, target, width_)
         if operand.k_per_lane == 2:
             with builder.if_then(builder.trunc(k, I1)):
@@ -88,7 +70,7 @@ def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
             with deep:
                 _pack_transposed(builder, image, room, panel, (first, exist), (step, k))
             with wide:
-                _pack_wide(builder, image, room, panel, (first, exist), (step, k))
+                pack_columns(builder, image, room, panel, (first, exist), (step, k))
 
     return function_ir(name, PATCH_STEPS_ARGUMENTS, emit)
 
@@ -105,7 +87,7 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
         def some_rows(i):
             left = builder.sub(rows, i)
             count = builder.select(builder.icmp_signed("<", left, I64(ROWS)), left, I64(ROWS))
-            _set_others(builder, image, image.free, builder.add(first, i), count, count, room)
+            set_others(builder, image, image.free, builder.add(first, i), count, count, room)
             begin = operand.vector.at(builder, target, builder.mul(i, stride))
             block = _Rows(operand, image, room, begin, stride, ahead)
 
@@ -186,36 +168,6 @@ def _bytes_ahead(builder: ir.IRBuilder, image: Image) -> ir.Value:
     return builder.select(is_short, builder.mul(image.k.outer, I64(image.operand.size)), I64(0))
 
 
-def _pack_wide(builder, image, room, panel, free, k):
-    """Vectors along the free index, a tap after the other, all channels of each."""
-    (first, exist), (step, steps) = free, k
-    taps = builder.mul(*image.k.extents[:2])
-    taps = builder.mul(taps, image.k.extents[X])
-    end, last = builder.add(step, steps), builder.sub(taps, I64(1))
-
-    def vector(j):
-        run = run_from(builder, image, image.free, builder.add(first, j), room)
-        count = builder.sub(exist, j)
-
-        def tap(t: ir.Value, digits: list[ir.Value]) -> list[ir.Value]:
-            coordinates = [builder.mul(digit, by) for digit, by in zip(digits[1:], image.k.steps, strict=True)]
-            line = line_of(builder, image, room, run, [builder.trunc(x, I32) for x in coordinates], count)
-            offset, before = image.offset(builder, coordinates), builder.sub(last, t)
-            begin, stop = (builder.udiv(builder.add(p, before), taps) for p in (step, end))
-
-            def channel(c):
-                row = builder.sub(builder.add(builder.mul(c, taps), t), step)
-                at = builder.add(offset, builder.mul(c, image.k.outer))
-                panel.store(builder, read_line(builder, image, room, line, at), row, j)
-
-            each(builder, stop, 1, channel, begin)
-            return following(builder, image.k, digits)
-
-        repeat(builder, I64(0), taps, 1, [I64(0)] * (1 + DIMENSIONS), tap)
-
-    each(builder, panel.width, image.lanes, vector)
-
-
 def _pack_transposed(builder, image, room, panel, free, k):
     """Vectors along k, transposed: some pixels after the other, all columns of each.
 
@@ -223,7 +175,7 @@ def _pack_transposed(builder, image, room, panel, free, k):
     """
     (first, exist), (step, steps) = free, k
     vector, lanes = image.operand.vector, image.lanes
-    _set_others(builder, image, image.free, first, panel.width, exist, room)
+    set_others(builder, image, image.free, first, panel.width, exist, room)
 
     def some_pixels(p, run, count, inside):
         def columns(j):
@@ -252,7 +204,7 @@ def _rows_of_pixels(builder, image, room, step, k, emit, emit_apart=None):
 
         def vector(v):
             digits = [*outer, builder.add(x, v)]
-            *coordinates, one, other, origin, _, scattered = run_in_row(builder, image, image.k, digits, room)
+            *coordinates, one, other, origin, _, scattered = run_in_row(builder, image, image.k, digits, room.offsets)
             second = builder.icmp_signed("==", distance, I64(2))
             run = Run(coordinates, room.offsets, [one, other], [origin, origin], scattered, second)
             count = builder.sub(length, v)
@@ -282,22 +234,6 @@ def _rows_of_pixels(builder, image, room, step, k, emit, emit_apart=None):
     repeat_to(builder, I64(0), k, digits_of(builder, image.k, step), row)
 
 
-def _set_others(builder, image, side, first, count, exist, room):
-    """For ``count`` indices of a side: what they add to coordinates and to offsets. From ``exist`` on, as the last."""
-
-    def one(at: ir.Value, digits: list[ir.Value]) -> list[ir.Value]:
-        coordinates = [builder.mul(digit, by) for digit, by in zip(digits[1:], side.steps, strict=True)]
-        for coordinate, array in zip(coordinates, room.other_taps, strict=True):
-            builder.store(builder.trunc(coordinate, I32), slot(builder, array, at, I32))
-        offset = builder.add(builder.mul(digits[0], side.outer), image.offset(builder, coordinates))
-        builder.store(offset, slot(builder, room.other_offsets, at, I64))
-        is_last = builder.icmp_signed(">=", builder.add(at, I64(1)), exist)
-        then = following(builder, side, digits)
-        return [builder.select(is_last, old, new) for old, new in zip(digits, then, strict=True)]
-
-    repeat(builder, I64(0), count, 1, digits_of(builder, side, first), one)
-
-
 def _read_other(builder, image, room, run, at, count, inside):
     """The vector of a run for index ``at`` of those of ``_set_others``; lanes from ``count`` on are 0."""
     offset = builder.load(slot(builder, room.other_offsets, at, I64), typ=I64)
@@ -307,5 +243,5 @@ def _read_other(builder, image, room, run, at, count, inside):
         read = image.operand.read
         return choose(builder, whole, lambda: [read(builder, place)], lambda: [read(builder, place, count)])[0]
     taps = [builder.load(slot(builder, array, at, I32), typ=I32) for array in room.other_taps]
-    line = line_of(builder, image, room, run, taps, count)
-    return read_line(builder, image, room, line, offset)
+    exists = lanes_inside(builder, image, run, image.operand.vector.mask(builder, count), taps)
+    return read_line(builder, image, room, Line(run, exists), offset)
