@@ -16,6 +16,7 @@ from matmul_grad.kernels.cpu import driver
 from matmul_grad.kernels.cpu.config import BlockConfig
 from matmul_grad.kernels.cpu.patches import ROWS
 from matmul_grad.kernels.native import convolution, direct
+from matmul_grad.kernels.native.convolution_plan import REMEMBERED
 from matmul_grad.testing import assert_same_bits, integers
 
 PAGE = mmap.PAGESIZE
@@ -178,6 +179,21 @@ def test_bits_do_not_depend_on_batch_image_layout_or_threads(dtype: torch.dtype)
             assert_same_bits(one, grads[2:])
         finally:
             torch.set_num_threads(threads)
+
+
+def test_plans_are_few_and_hold_no_address() -> None:
+    """The second call of a shape reads its plan, with other tensors."""
+    plans = (convolution.forward_plan, convolution.input_gradient_plan, convolution.weight_gradient_plan)
+    geometry: Geometry = ([2, 2], [1, 1], [1, 1], 1)
+    before = [plan.cache_info().hits for plan in plans]
+    for seed in (1, 2):
+        x, w = drawn((2, 3, 9, 7), torch.float32, seed), drawn((4, 3, 3, 3), torch.float32, seed + 2)
+        y, grad, dx, dw = reference(x, w, geometry)
+        assert torch.equal(convolution.forward(x, w, None, *geometry), y.float())
+        assert torch.equal(convolution.input_gradient(grad, w, x.shape, *geometry), dx.float())
+        assert torch.equal(convolution.weight_gradient(grad, x, w.shape, *geometry), dw.float())
+    assert all(plan.cache_info().hits > hits for plan, hits in zip(plans, before, strict=True))
+    assert all(plan.cache_info().maxsize == REMEMBERED for plan in plans)
 
 
 def test_more_pixels_than_an_address_can_tell_are_left_to_torch() -> None:
