@@ -247,7 +247,19 @@ CASES: dict[str, Callable[[], None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = {
+    *(
+        "exact-bf16-NNT-none",
+        "exact-fp32-TTC-rows",
+        "exact-fp64-SSS-column",
+        "tma-fp16-TTN-none",
+        "tma-bf16-TNN-column",
+    ),
+    *("activation-gelu_tanh", "activation-tanh", "activation-relu", "operator-fp64", "wide"),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_interpreted(case: str, interpreter: CaseProcess) -> None:
     assert_no_complaint(interpreter.complaint(case))
 
