@@ -118,7 +118,10 @@ def to_module(kernels: Kernels, machine: Machine, symbols: Iterable[str]) -> llv
             value.linkage = "internal"
     target = machine.llvm()
     module.triple, module.data_layout = machine.triple, str(target.target_data)
-    builder = llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options(speed_level=3))
+    options = llvm.create_pipeline_tuning_options(speed_level=2 if seen else 3)
+    if seen:  # loops of Numba's functions run a few times: unrolled and vectorised they take longer to compile alone
+        options.loop_unrolling = options.loop_vectorization = False
+    builder = llvm.create_pass_builder(target, options)
     builder.getModulePassManager().run(module, builder)
     missing = {
         value.name for value in (*module.functions, *module.global_variables)

@@ -15,6 +15,7 @@ from numba.core import types
 from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS
 from ..cpu.memory import INT64, bits_of, call_address, fetch_increment, get, jit, put, stack_words, text
 from .call import DTYPE, HANDLE, IN_PLACE, NEW, OUT, RUN, UNSUPPORTED, linked_compute, set_tensors, tensor_words
+from .call_out import linked_compute_out
 from .graph_entries import is_kept_otherwise, is_ordinary
 from .op_table import ABOVE_AUTOGRAD, OVERLOADS, op_of
 from .own_entries import is_error, is_without_modes, raise_for
@@ -113,7 +114,10 @@ def multiply(operator_handle, keys, stack, overload, operator, kind, has_addend,
         has_scales = number(slots + 3 * SLOT, args + 8 * BETA) and number(slots + 4 * SLOT, args + 8 * ALPHA)
     out = 0 if result == NEW else slots if result == IN_PLACE else end - SLOT
     set_tensors(tensors, a, a + SLOT, source, out)
-    outcome = linked_compute(tensors, args, kind, result, has_scales, returned)
+    if result == NEW:
+        outcome = linked_compute(tensors, args, kind, has_scales, returned)
+    else:
+        outcome = linked_compute_out(tensors, args, kind, result, has_scales, returned)
     if outcome == RUN:
         count(operator, get(returned, DTYPE), ACCELERATED)
         put_on_stack(slots, stack, has_addend, result, get(returned, HANDLE))

@@ -36,7 +36,6 @@ from ..cpu.gemm_args import (
 )
 from ..cpu.memory import INT64, call_address, get, jit, number_of, put, stack_words
 from ..cpu.schedule import set_plain_store
-from .aliasing import are_dense, is_non_overlapping, is_result, overlap, repeats_an_element, share_storage
 from .op_table import BATCHES, MATRICES, MATVEC
 from .state import DTYPE_CODES, INTERRUPTED, NOT_ACCELERATED
 from .torch_c_api import (
@@ -44,7 +43,6 @@ from .torch_c_api import (
     DIM,
     INFO,
     STORAGE_BYTES,
-    copy_,
     delete_tensor,
     describe,
     driver_of,
@@ -53,9 +51,7 @@ from .torch_c_api import (
     get_mutable_data,
     is_within_storage,
     locate,
-    locate_to_write,
     out_param,
-    resize_output,
     size,
     stride,
     threads,
@@ -65,7 +61,6 @@ from .torch_c_api import (
 # multiply or an argument is wrong. UNSUPPORTED: likewise, an error under strict(). FREED, OUT_OF_BOUNDS: a
 # storage does not hold its tensor. PENDING: a Python exception is pending.
 RUN, FALLBACK, UNSUPPORTED, FREED, OUT_OF_BOUNDS, PENDING = range(6)
-TEMPORARY = PENDING + 1  # as RUN, into new memory first
 
 NEW, OUT, IN_PLACE = range(3)  # where the result goes
 
@@ -76,7 +71,7 @@ A_TENSOR, B_TENSOR, SOURCE_TENSOR, OUT_TENSOR = range(4)  # addresses; 0 where t
 TENSORS = 4
 HANDLE, DTYPE = range(2)  # of the result: the handle of a NEW one, torch's code of the dtype
 
-COMPUTE_SIGNATURE = INT64(*[INT64] * 6)
+COMPUTE_SIGNATURE = INT64(*[INT64] * 5)
 linked_compute = types.ExternalFunction("matmul_grad_compute", COMPUTE_SIGNATURE)
 call_gemm = call_address(3)
 shape_words = stack_words(6)
@@ -178,26 +173,6 @@ def write_result_shape(args, target, kind):
 
 
 @jit
-def has_result_shape(args, info, kind):
-    """Whether a tensor has the sizes of the result."""
-    if get(info, DIM) != kind:
-        return False
-    if kind == BATCHES and size(info, 0) != get(args, BATCH):
-        return False
-    if kind >= MATRICES and size(info, kind - 1) != get(args, N):
-        return False
-    return kind == 0 or size(info, kind - 1 if kind == MATVEC else kind - 2) == get(args, M)
-
-
-@jit
-def set_result(args, info, kind):
-    put(args, C, get(info, DATA))
-    put(args, C_BS, stride(info, 0) if kind == BATCHES else 0)
-    put(args, C_RS, stride(info, kind - 2) if kind >= MATRICES else stride(info, 0) if kind == MATVEC else 1)
-    put(args, C_CS, stride(info, kind - 1) if kind >= MATRICES else 1)
-
-
-@jit
 def allocate(args, dtype, kind):
     """A handle of a new contiguous result; 0 where torch has no memory for it."""
     sizes, handle, at = shape_words(), out_param(), out_param()
@@ -258,50 +233,6 @@ def check(a, b, source, infos, args, kind, has_scales):
 
 
 @jit
-def resize(out, args, kind):
-    sizes = shape_words()
-    write_result_shape(args, sizes, kind)
-    resize_output(out, sizes, kind)
-
-
-@jit
-def check_out(a, b, source, out, infos, args, kind, result):
-    """The outcome of a call that writes to ``out``; it is resized, with torch's warning, where its sizes differ.
-
-    Resizing moves a storage. Where an operand shares it the outcome is TEMPORARY: ``out`` is resized after the product.
-    """
-    info, item = infos + INFO_OUT, item_size(dtype_of(infos + INFO_A))
-    if not describe(out, info) or dtype_of(info) != dtype_of(infos + INFO_A):
-        return FALLBACK
-    if not has_result_shape(args, info, kind):
-        if result != OUT:
-            return FALLBACK
-        shared = share_storage(out, info, a, infos + INFO_A, item)
-        shared |= share_storage(out, info, b, infos + INFO_B, item)
-        if source != 0:
-            shared |= share_storage(out, info, source, infos + INFO_SOURCE, item)
-        if shared:
-            return TEMPORARY
-        resize(out, args, kind)
-        describe(out, info)
-    outcome = bounds_outcome(info, item)
-    if outcome == RUN:
-        if not locate_to_write(out, info):
-            return FALLBACK
-        set_result(args, info, kind)
-    return outcome
-
-
-@jit
-def outcome_for_torch(outcome, out, info, args, kind):
-    """The outcome of a fallback: PyTorch's kernel writes to ``out`` without checking its storage."""
-    if outcome in (FALLBACK, UNSUPPORTED) and describe(out, info) and has_result_shape(args, info, kind):
-        bounds = bounds_outcome(info, item_size(dtype_of(info)))
-        return outcome if bounds == RUN else bounds
-    return outcome
-
-
-@jit
 def locate_operands(a, b, source, infos, args, kind):
     """Set the addresses of operands and addend. They are read last, as preparing ``out`` may have moved them.
 
@@ -322,23 +253,6 @@ def locate_operands(a, b, source, infos, args, kind):
 
 
 @jit
-def choose_target(infos, args):
-    """OUT, or NEW where that would overwrite what is read; -1 where PyTorch's kernel takes the call.
-
-    That is where elements of the result overlap each other, and where PyTorch has an error: it overlaps an addend, and
-    both are dense.
-    """
-    info, source, item = infos + INFO_OUT, infos + INFO_SOURCE, item_size(dtype_of(infos + INFO_A))
-    if repeats_an_element(info):
-        return -1
-    if get(args, SOURCE) != 0 and not is_result(args) and overlap(info, source, item):
-        return -1 if are_dense(info, source) else NEW
-    if overlap(info, infos + INFO_A, item) or overlap(info, infos + INFO_B, item):
-        return NEW
-    return OUT if is_non_overlapping(info) else -1
-
-
-@jit
 def set_tensors(tensors, a, b, source, out):
     put(tensors, A_TENSOR, a)
     put(tensors, B_TENSOR, b)
@@ -346,52 +260,47 @@ def set_tensors(tensors, a, b, source, out):
     put(tensors, OUT_TENSOR, out)
 
 
-def compute(tensors, args, kind, result, has_scales, returned):
-    """Compute a product if these kernels support it.
+@jit
+def begin(tensors, infos, args, kind, has_scales, returned):
+    """``check``; whatever the outcome, DTYPE is known, and M and N are -1 where the operands do not fit."""
+    put(returned, DTYPE, 0)
+    put(args, M, -1)
+    put(args, N, -1)
+    a, b, source = get(tensors, A_TENSOR), get(tensors, B_TENSOR), get(tensors, SOURCE_TENSOR)
+    outcome = check(a, b, source, infos, args, kind, has_scales)
+    put(returned, DTYPE, dtype_of(infos + INFO_A))
+    return outcome
 
-    tensors   A_TENSOR … OUT_TENSOR
+
+@jit
+def multiply_into_new(args, dtype, kind, returned):
+    """The product in new memory; RUN, or UNSUPPORTED where there is none."""
+    handle = allocate(args, dtype, kind)
+    if handle == 0:
+        return UNSUPPORTED
+    put(returned, HANDLE, handle)
+    if call_gemm(driver_of(dtype), args, 1, threads()) == 0:
+        return RUN
+    delete_tensor(handle)
+    return UNSUPPORTED
+
+
+def compute(tensors, args, kind, has_scales, returned):
+    """Compute a product in new memory if these kernels support it.
+
+    tensors   A_TENSOR … SOURCE_TENSOR
     args      BETA and ALPHA where there is a source
     returned  receives HANDLE and DTYPE
     returns   the outcome
     """
     infos = infos_words()
-    a, b = get(tensors, A_TENSOR), get(tensors, B_TENSOR)
-    source, out = get(tensors, SOURCE_TENSOR), get(tensors, OUT_TENSOR)
-    put(returned, DTYPE, 0)
-    put(args, M, -1)  # unknown until the operands have been checked
-    put(args, N, -1)
-    outcome = check(a, b, source, infos, args, kind, has_scales)
-    dtype = dtype_of(infos + INFO_A)
-    put(returned, DTYPE, dtype)
+    outcome = begin(tensors, infos, args, kind, has_scales, returned)
     if outcome != RUN:
-        return outcome if result == NEW else outcome_for_torch(outcome, out, infos + INFO_OUT, args, kind)
-    target = result
-    if result != NEW:
-        outcome = check_out(a, b, source, out, infos, args, kind, result)
-        if outcome not in (RUN, TEMPORARY):
-            return outcome
+        return outcome
+    a, b, source = get(tensors, A_TENSOR), get(tensors, B_TENSOR), get(tensors, SOURCE_TENSOR)
     if not locate_operands(a, b, source, infos, args, kind):
         return FALLBACK
-    if outcome == TEMPORARY:
-        target = NEW
-    elif result != NEW:
-        target = choose_target(infos, args)
-        if target < 0:
-            return UNSUPPORTED
-    handle = 0
-    if target == NEW:
-        handle = allocate(args, dtype, kind)
-        if handle == 0:
-            return UNSUPPORTED
-    put(returned, HANDLE, handle)
-    done = call_gemm(driver_of(dtype), args, 1, threads()) == 0
-    if done and outcome == TEMPORARY:
-        resize(out, args, kind)
-    if done and target == NEW and result != NEW:
-        done = copy_(out, handle, 0) == 0
-    if target == NEW and (not done or result != NEW):
-        delete_tensor(handle)
-    return RUN if done else UNSUPPORTED
+    return multiply_into_new(args, dtype_of(infos + INFO_A), kind, returned)
 
 
 KERNELS = {"matmul_grad_compute": (compute, COMPUTE_SIGNATURE)}

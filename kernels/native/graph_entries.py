@@ -29,7 +29,6 @@ from .call import (
     FLOAT32,
     FLOAT64,
     HANDLE,
-    NEW,
     RUN,
     item_size,
     linked_compute,
@@ -353,7 +352,7 @@ def addmm(stack, inputs, outputs):
     put(args, BETA, ONE)
     put(args, ALPHA, ONE)
     set_tensors(tensors, get(stack, 0), get(stack, 1), bias_of(stack, inputs), 0)
-    done = linked_compute(tensors, args, rank_of(get(stack, 0)), NEW, 1, returned) == RUN
+    done = linked_compute(tensors, args, rank_of(get(stack, 0)), 1, returned) == RUN
     result = get(returned, HANDLE) if done else undefined()
     delete_operands(stack, inputs)
     put(stack, 0, result)

@@ -134,9 +134,9 @@ _loaded = Once(_load_entries)
 
 def _entries() -> build.Kernels:
     register.compile_first_gemm_beside()
-    from . import aten_entries, call
+    from . import aten_entries, call, call_out
 
-    return call.KERNELS | aten_entries.KERNELS
+    return call.KERNELS | call_out.KERNELS | aten_entries.KERNELS
 
 
 def _present_kernel(overload: str) -> KernelFunction:

@@ -17,7 +17,6 @@ from .broadcast import linked_matmul
 from .call import (
     FREED,
     HANDLE,
-    NEW,
     OUT_OF_BOUNDS,
     PENDING,
     RUN,
@@ -100,7 +99,7 @@ def own(stack, kind, has_addend):
         put(args, BETA, get(stack, 3))
         put(args, ALPHA, get(stack, 4))
     set_tensors(tensors, a, b, source, 0)
-    outcome = linked_compute(tensors, args, kind, NEW, 1, returned)
+    outcome = linked_compute(tensors, args, kind, 1, returned)
     if outcome != RUN and not is_error(outcome):
         return 0
     delete_all(stack, 2 + has_addend)

@@ -15,7 +15,11 @@ from numba.core import types
 from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS
 from ..cpu.memory import INT64, bits_of, get, jit, put, stack_words, symbol
 from .broadcast import linked_matmul
+<<<<<<< HEAD
 from .call import HANDLE, IN_PLACE, NEW, RUN, linked_compute, set_tensors, tensor_words
+=======
+from .call import HANDLE, RUN, linked_compute, set_tensors, tensor_words
+>>>>>>> first
 from .op_table import BATCHES, DOT, LINEAR, MATMUL, MATRICES, MATVEC
 from .python_functions import (
     AUTOCAST_KEY,
@@ -133,8 +137,13 @@ def compute(kind, a, b, source, out, args, returned):
     if kind > BATCHES:
         return linked_matmul(a, b, source, kind - MATMUL, returned)
     tensors = tensor_words()
+<<<<<<< HEAD
     set_tensors(tensors, a, b, source, out)
     return linked_compute(tensors, args, kind, NEW if out == 0 else IN_PLACE, 1, returned)
+=======
+    set_tensors(tensors, a, b, source, 0)
+    return linked_compute(tensors, args, kind, 1, returned)
+>>>>>>> first
 
 
 @jit

@@ -239,6 +239,7 @@ build.load("small", "small", kernels, host.machine(host.cpu().isa), {{}})
 assert gc.isenabled()
 (path,) = build.cache_folder().glob("small-*.o")
 print(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+assert {first!r} or "numba.np.linalg" not in sys.modules, "what Numba has for arrays, and SciPy with it"
 from numba import config
 assert config.DISABLE_JIT == int(os.environ.get("NUMBA_DISABLE_JIT", "0"))
 assert config.OPT == int(os.environ.get("NUMBA_OPT", "3"))
