@@ -6,6 +6,7 @@ k they are transposed for B, and stored as they are for A; none crosses the end 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -26,16 +27,20 @@ from .patch_runs import (
     indices_of,
     is_inside,
     lanes_inside,
+    place_of,
     read_image,
     read_line,
+    read_masked,
+    read_seconds,
     run_in_row,
     set_others,
     slot,
 )
-from .simd import I1, I32, I64, POINTER, choose, each, function_ir, repeat_to
+from .simd import I1, I32, I64, POINTER, choose, each, function_ir, repeat_to, splat
 
 PATCH_STEPS_ARGUMENTS, PATCH_ROWS_ARGUMENTS = 6, 6
 ROWS = 256  # at a time, for which a run is found once
+FAR = -(1 << 30)  # from any coordinate to one outside
 FEW_PIXELS = 64  # of an outer index, up to which those of the next one are fetched ahead
 
 
@@ -56,10 +61,8 @@ def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
 
     def emit(builder, target, width_, source, k, exist, patches):
         steps = operand.of_steps
-        image, room = (
-            read_image(builder, steps, patches),
-            Room(builder, steps, max(width, TAPS), width // steps.vector.lanes),
-        )
+        image = read_image(builder, steps, patches)
+        room = Room(builder, steps, max(width, TAPS), width // steps.vector.lanes)
         panel = Panel(operand, target, width_)
         if operand.k_per_lane == 2:
             with builder.if_then(builder.trunc(k, I1)):
@@ -99,8 +102,8 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
 
                 each(builder, count, 1, clear)
 
-            def some_pixels(p, run, exist, inside):
-                each(builder, count, 1, lambda i: block.pack_pixels(builder, i, p, run, exist, inside))
+            def some_pixels(p, run, exist, read):
+                each(builder, count, 1, lambda i: block.pack_pixels(builder, i, p, run, exist, read))
 
             def pixels_apart(p, run, exist):
                 whole = builder.icmp_signed(">", exist, I64(image.lanes))
@@ -138,11 +141,11 @@ class _Rows:
         """Address of row i."""
         return builder.ptrtoint(self.operand.vector.at(builder, self.target, builder.mul(i, self.stride)), I64)
 
-    def pack_pixels(self, builder, i, p, run, exist, inside):
+    def pack_pixels(self, builder, i, p, run, exist, read):
         """Steps of k from ``p`` on of row i: those of a run."""
-        if inside:
+        if read is _read_inside:
             self._place(builder, i, run.origins[0])
-        value = _read_other(builder, self.image, self.room, run, i, exist, inside)
+        value = read(builder, self.image, self.room, run, i, exist)
         self.operand.store_in_row(builder, value, self.row(builder, i), p)
 
     def pack_element(self, builder, i, p, first):
@@ -177,10 +180,20 @@ def _pack_transposed(builder, image, room, panel, free, k):
     vector, lanes = image.operand.vector, image.lanes
     set_others(builder, image, image.free, first, panel.width, exist, room)
 
-    def some_pixels(p, run, count, inside):
+    kept = builder.alloca(vector.type, lanes)
+
+    def some_pixels(p, run, count, read):
         def columns(j):
-            read = [_read_other(builder, image, room, run, builder.add(j, I64(i)), count, inside) for i in range(lanes)]
-            for i, row in enumerate(vector.transpose(builder, read)):
+            def one(i):
+                value = read(builder, image, room, run, builder.add(j, i), count)
+                vector.store(builder, value, vector.at(builder, kept, builder.mul(i, I64(lanes))))
+
+            if read is _read_any:  # which is long
+                each(builder, lanes, 1, one)
+                columns = [vector.load(builder, vector.at(builder, kept, i * lanes)) for i in range(lanes)]
+            else:
+                columns = [read(builder, image, room, run, builder.add(j, I64(i)), count) for i in range(lanes)]
+            for i, row in enumerate(vector.transpose(builder, columns)):
                 with builder.if_then(builder.icmp_signed("<", I64(i), count), likely=True):
                     panel.store(builder, row, builder.add(p, I64(i)), j)
 
@@ -190,10 +203,11 @@ def _pack_transposed(builder, image, room, panel, free, k):
 
 
 def _rows_of_pixels(builder, image, room, step, k, emit, emit_apart=None):
-    """``emit(p, run, count, inside)`` for vectors along k, steps p to p + count of ``k`` from ``step`` on.
+    """``emit(p, run, count, read)`` for vectors along k, steps p to p + count of ``k`` from ``step`` on.
 
-    None crosses the end of a row of the image. inside: whether no digits of the free index lead out of the image.
-    ``emit_apart(p, run, count)``, where it is there, for those inside whose elements are not adjacent.
+    None crosses the end of a row of the image. read: the function that reads one, by where it lies.
+    ``emit_apart(p, run, count)``, where it is there, for those inside the image, whatever digits of the free index are
+    added, whose elements are not adjacent.
     """
     extent, distance = image.k.extents[X], distance_of(builder, image, image.k)
 
@@ -210,22 +224,25 @@ def _rows_of_pixels(builder, image, room, step, k, emit, emit_apart=None):
             count = builder.sub(length, v)
             at, adjacent = builder.add(p, v), builder.icmp_signed("==", distance, I64(1))
 
-            def inside_or_not(inside):
-                with builder.if_else(builder.and_(adjacent, inside)) as (together, other):
-                    with together:
-                        emit(at, run, count, True)
-                    with other:
-                        emit(at, run, count, False)
+            def by(read):
+                return lambda: emit(at, run, count, read)
+
+            def outside():
+                if emit_apart is not None or not image.operand.has_masks:
+                    emit(at, run, count, _read_any)
+                    return
+                seconds = functools.partial(_either, builder, second, by(_read_seconds), by(_read_any))
+                _either(builder, adjacent, by(_read_masked), seconds)
+
+            def inside_or_not():
+                _either(builder, builder.and_(adjacent, inside), by(_read_inside), outside)
 
             inside = is_inside(builder, image, image.free, run, count)
             if emit_apart is None:
-                inside_or_not(inside)
+                inside_or_not()
                 return
-            with builder.if_else(builder.and_(inside, builder.not_(adjacent))) as (apart, other):
-                with apart:
-                    emit_apart(at, run, count)
-                with other:
-                    inside_or_not(inside)
+            apart = builder.and_(inside, builder.not_(adjacent))
+            _either(builder, apart, lambda: emit_apart(at, run, count), inside_or_not)
 
         each(builder, length, image.lanes, vector)
         last = [*outer, builder.sub(extent, I64(1))]
@@ -234,14 +251,51 @@ def _rows_of_pixels(builder, image, room, step, k, emit, emit_apart=None):
     repeat_to(builder, I64(0), k, digits_of(builder, image.k, step), row)
 
 
-def _read_other(builder, image, room, run, at, count, inside):
-    """The vector of a run for index ``at`` of those of ``_set_others``; lanes from ``count`` on are 0."""
-    offset = builder.load(slot(builder, room.other_offsets, at, I64), typ=I64)
-    if inside:
-        place = element_at(builder, image.operand, image.address, builder.add(run.origins[0], offset))
-        whole = builder.icmp_signed(">=", count, I64(image.lanes))
-        read = image.operand.read
-        return choose(builder, whole, lambda: [read(builder, place)], lambda: [read(builder, place, count)])[0]
+def _either(builder, condition, then, otherwise):
+    with builder.if_else(condition) as (one, other):
+        with one:
+            then()
+        with other:
+            otherwise()
+
+
+# The vector of a run for index ``at`` of those of ``set_others``; lanes from ``count`` on are 0.
+
+
+def _read_inside(builder, image, room, run, at, count):
+    """Of adjacent elements, none of which is outside of the image."""
+    read, place = image.operand.read, place_of(builder, image, run.origins[0], _offset(builder, room, at))
+    whole = builder.icmp_signed(">=", count, I64(image.lanes))
+    return choose(builder, whole, lambda: [read(builder, place)], lambda: [read(builder, place, count)])[0]
+
+
+def _read_masked(builder, image, room, run, at, count):
+    """Of adjacent elements."""
+    exists = _inside_row(builder, image, room, run, at, count)
+    return read_masked(builder, image, run.origins[0], _offset(builder, room, at), exists)
+
+
+def _read_seconds(builder, image, room, run, at, count):
+    """Of every second element of a row."""
+    exists = _inside_row(builder, image, room, run, at, count)
+    return read_seconds(builder, image, run.origins[0], _offset(builder, room, at), exists)
+
+
+def _read_any(builder, image, room, run, at, count):
     taps = [builder.load(slot(builder, array, at, I32), typ=I32) for array in room.other_taps]
     exists = lanes_inside(builder, image, run, image.operand.vector.mask(builder, count), taps)
-    return read_line(builder, image, room, Line(run, exists), offset)
+    return read_line(builder, image, room, Line(run, exists), _offset(builder, room, at))
+
+
+def _offset(builder, room, at):
+    return builder.load(slot(builder, room.other_offsets, at, I64), typ=I64)
+
+
+def _inside_row(builder, image, room, run, at, count):
+    """``lanes_inside`` for a run in one row: z and y are numbers, and where one is outside x is put outside too."""
+    *others, x = [builder.load(slot(builder, array, at, I32), typ=I32) for array in room.other_taps]
+    for coordinate, tap, size in zip(run.coordinates, others, image.sizes):
+        coordinate, size = (builder.extract_element(v, I32(0)) for v in (coordinate, size))
+        x = builder.select(builder.icmp_unsigned("<", builder.add(coordinate, tap), size), x, I32(FAR))
+    at = builder.add(run.coordinates[X], splat(builder, x, image.lanes))
+    return builder.and_(image.operand.vector.mask(builder, count), builder.icmp_unsigned("<", at, image.sizes[X]))
