@@ -128,14 +128,14 @@ def test_state_after_an_interrupt_is_reported_by_info() -> None:
     assert printed == "True\n"
 
 
-@pytest.mark.parametrize("switch", ["aten_override_grouped.GroupedOverride()", "aten_override_cuda.CudaOverride('CPU')"])
+@pytest.mark.parametrize("switch", ["grouped.GroupedOverride()", "cuda.CudaOverride('CPU')"])
 def test_interrupt_at_any_line_of_the_registration(switch: str) -> None:
     """Whichever line of it, or of torch.library, does not run: the kernels can be put there, and taken away, again."""
     assert_runs(
         f"""
-        from matmul_grad import aten_override_cuda, aten_override_grouped
+        from matmul_grad import aten_override_cuda as cuda, aten_override_grouped as grouped
         from matmul_grad.kernels.native.op_table import OVERLOADS
-        FILES = aten_override_cuda.__file__, aten_override_grouped.__file__, torch.library.__file__
+        FILES = cuda.__file__, grouped.__file__, torch.library.__file__
         switch = {switch}
 
         class Interrupt(BaseException):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_warnings import PROFILER
 
 import matmul_grad
 from matmul_grad import ops
@@ -22,7 +23,6 @@ from matmul_grad.kernels.native.python_functions import NAMES, functions
 from matmul_grad.testing import assert_same_bits, integers
 
 F32 = torch.float32
-PROFILER = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.11
 DEPRECATED = pytest.mark.filterwarnings(
     *(f"ignore:`torch.jit.:{kind}" for kind in ("DeprecationWarning", "FutureWarning"))
 )
