@@ -38,26 +38,34 @@ class CudaOverride:
 
     def install(self) -> None:
         """Install the kernels, for all of OVERLOADS or, where that fails, for none."""
-        library = torch.library.Library("aten", "IMPL")
+        library = new_registrations()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, that a kernel is overridden
                 for name in OVERLOADS:
                     torch_impl = torch.library.get_kernel(f"aten::{name}", self.key)
-                    library.impl(name, make_kernel(name, torch_impl), self.key, with_keyset=True)
+                    library.impl(name, self.key, make_kernel(name, torch_impl), True)
                 above = f"Autograd{self.key}"
                 for name in ABOVE_AUTOGRAD:
                     kernel = aten_override_kept.make_kernel(name, torch.library.get_kernel(f"aten::{name}", above))
-                    library.impl(name, kernel, above, with_keyset=True)
+                    library.impl(name, above, kernel, True)
         except BaseException:
-            library._destroy()
+            library.reset()
             raise
         self._library = library
 
     def uninstall(self) -> None:
         """Remove them: what ``install`` found is there again."""
-        library, self._library = self._library, None
-        library._destroy()
+        self._library = None
+
+
+def new_registrations() -> Any:
+    """Kernels of aten's operators, until nothing refers to it: ``impl(name, key, kernel, with_keyset)`` puts one there.
+
+    ``torch.library.Library`` also keeps a list in Python, by which it refuses a second kernel of one operator. An
+    interrupt can leave a kernel in it that is gone, and then no other can be registered in this process.
+    """
+    return torch._C._dispatch_library("IMPL", "aten", "", __file__)
 
 
 def make_kernel(overload: str, torch_impl: Any) -> Callable[..., Tensor]:

@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from . import fallback, strict_mode
 from .dispatch_state import is_plain
-from .ops import accelerated, can_be_added, compiled, compute, const_data_ptr, has_work, require_storage
+from .ops import accelerated, can_be_added, compiled, compute, const_data_ptr, has_work, outs_status, require_storage
 from .out_dtype import call as call_with_dtype
 from .scalars import real_scales
 
@@ -58,6 +58,12 @@ def write_compiled(name: str, operands: Operands, scales: Scales, out: Tensor) -
         return False
     mark_written(out)
     return True
+
+
+def expect_more(out: Tensor) -> None:
+    """After a product into ``out`` in Python, have compiled code write the next ones."""
+    if out.device.type == "cpu":
+        outs_status()
 
 
 def _with_dtype(
@@ -107,6 +113,7 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
         return copy_to(compute(mat1, mat2, input, **scales), out)
     elif _is_non_overlapping(out):
         compute(mat1, mat2, input, out=out, **scales)
+        expect_more(out)
         return mark_written(out)
     require_storage(*operands, out)
     strict_mode.note_fallback(mat1, mat2)

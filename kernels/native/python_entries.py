@@ -15,11 +15,7 @@ from numba.core import types
 from ..cpu.gemm_args import ALPHA, BETA, GEMM_ARGS
 from ..cpu.memory import INT64, bits_of, get, jit, put, stack_words, symbol
 from .broadcast import linked_matmul
-<<<<<<< HEAD
-from .call import HANDLE, IN_PLACE, NEW, RUN, linked_compute, set_tensors, tensor_words
-=======
 from .call import HANDLE, RUN, linked_compute, set_tensors, tensor_words
->>>>>>> first
 from .op_table import BATCHES, DOT, LINEAR, MATMUL, MATRICES, MATVEC
 from .python_functions import (
     AUTOCAST_KEY,
@@ -27,9 +23,7 @@ from .python_functions import (
     INFERENCE_KEYS,
     INT,
     MODE_KEYS,
-    NAMES,
     NOTHING,
-    OUT,
     PARAMETER,
     PLAIN_KEYS,
     TENSOR,
@@ -50,7 +44,7 @@ from .torch_c_api import (
 )
 
 PYTHON_SIGNATURE = INT64(INT64, INT64, INT64)
-CALL_SIGNATURE = INT64(*[INT64] * 5)
+CALL_SIGNATURE = INT64(*[INT64] * 4)
 LONG = 2**18  # multiplications from which on other Python threads may run meanwhile: 64³, 6 µs on Zen 3
 EXACT = 2.0**53  # integers below are float64, and none beyond is rounded to one below
 
@@ -132,80 +126,65 @@ def set_scale(args, which, number):
 
 
 @jit
-def compute(kind, a, b, source, out, args, returned):
-    """The outcome. An ``out`` of other sizes, which is to be resized, is left to the way through the dispatcher."""
+def compute(kind, a, b, source, args, returned):
+    """The outcome."""
     if kind > BATCHES:
         return linked_matmul(a, b, source, kind - MATMUL, returned)
     tensors = tensor_words()
-<<<<<<< HEAD
-    set_tensors(tensors, a, b, source, out)
-    return linked_compute(tensors, args, kind, NEW if out == 0 else IN_PLACE, 1, returned)
-=======
     set_tensors(tensors, a, b, source, 0)
     return linked_compute(tensors, args, kind, 1, returned)
->>>>>>> first
 
 
 @jit
-def product(kind, a, b, source, out, args, returned):
-    """Whether the product is computed: in ``out``, or a new tensor whose handle is in ``returned``."""
+def product(kind, a, b, source, args):
+    """The result as a new Python object; 0 where these kernels do not compute it."""
     # Loading kernels may raise, so the way through the dispatcher does that.
     if a == 0 or b == 0 or not has_driver(read_dtype(a)) or is_followed():
-        return False
+        return 0
+    returned = out_param()
     if multiplications(a, b) < LONG:
-        outcome = compute(kind, a, b, source, out, args, returned)
+        outcome = compute(kind, a, b, source, args, returned)
     else:
         thread = save_thread()
-        outcome = compute(kind, a, b, source, out, args, returned)
+        outcome = compute(kind, a, b, source, args, returned)
         restore_thread(thread)
-    return outcome == RUN
-
-
-@jit
-def new_object(handle):
+    if outcome != RUN:
+        return 0
+    handle = get(returned, HANDLE)
     result = wrap(handle)
     delete_tensor(handle)
     return result
 
 
-def call(objects, count, kind, has_addend, has_out):
-    """``f(a, b)``, ``f(input, a, b, beta, alpha)``; of LINEAR ``f(a, weight, bias or None)``; each with ``out`` behind.
-
-    Returns the result, or None if it is not computed.
-    """
-    args, returned, source, out, result, known = args_words(), out_param(), 0, 0, get(table(), NOTHING), True
-    if has_out != 0:
-        count -= 1
-        out = tensor_of(get(objects, count)) if count > 0 else 0
-        known = out != 0
+def call(objects, count, kind, has_addend):
+    """``f(a, b)``, ``f(input, a, b, beta, alpha)``; of LINEAR ``f(a, weight, bias or None)``. None if not computed."""
+    args, source, result, known = args_words(), 0, 0, True
     if kind == LINEAR:
         known = count == 3
         if known and get(objects, 2) != get(table(), NOTHING):
             source = tensor_of(get(objects, 2))
             known = source != 0
     elif has_addend != 0:
-        known = (
-            known and count == 5 and set_scale(args, BETA, get(objects, 3)) and set_scale(args, ALPHA, get(objects, 4))
-        )
+        known = count == 5 and set_scale(args, BETA, get(objects, 3)) and set_scale(args, ALPHA, get(objects, 4))
         if known:
             source = tensor_of(get(objects, 0))
             known = source != 0
     else:
-        known = known and count == 2
-    first = objects + 8 * has_addend
-    if known and product(kind, tensor_of(get(first, 0)), tensor_of(get(first, 1)), source, out, args, returned):
-        if has_out == 0:
-            return new_object(get(returned, HANDLE))
-        result = get(objects, count)
-    increment(result)
+        known = count == 2
+    if known:
+        first = objects + 8 * has_addend
+        result = product(kind, tensor_of(get(first, 0)), tensor_of(get(first, 1)), source, args)
+    if result == 0:
+        result = get(table(), NOTHING)
+        increment(result)
     return result
 
 
-def make_entry(kind: int, has_addend: int, has_out: int) -> Callable:
+def make_entry(kind: int, has_addend: int) -> Callable:
     """A function of CPython for a kind of product."""
 
     def entry(module, objects, count):
-        return linked_call(objects, count, kind, has_addend, has_out)
+        return linked_call(objects, count, kind, has_addend)
 
     return entry
 
@@ -223,8 +202,5 @@ KINDS = {
 }
 KERNELS: dict[str, tuple[Callable, object]] = {
     "matmul_grad_python_call": (call, CALL_SIGNATURE),
-    **{
-        entry_name(name): (make_entry(*KINDS[name.removesuffix(OUT)], name.endswith(OUT)), PYTHON_SIGNATURE)
-        for name in NAMES
-    },
+    **{entry_name(name): (make_entry(*kind), PYTHON_SIGNATURE) for name, kind in KINDS.items()},
 }

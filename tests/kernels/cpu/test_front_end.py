@@ -1,4 +1,4 @@
-"""Numba's front end: compiled functions return what Python does, raise nothing, and are no more than they have to be."""
+"""Numba's front end: compiled functions return what Python does, raise nothing, and are no more than needed."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import blocks
 import pytest
 import torch
 from torch import Tensor
+from torch_warnings import PROFILER
 
 from matmul_grad.kernels.cpu import driver
 from matmul_grad.kernels.cpu.config import BlockConfig
@@ -203,6 +204,7 @@ def test_more_pixels_than_an_address_can_tell_are_left_to_torch() -> None:
     assert not convolution.supports(filter, pixel.expand(2, 1, convolution.MOST_PIXELS))
 
 
+@PROFILER
 def test_nothing_but_the_result_is_allocated() -> None:
     x, w = torch.randn(2, 16, 24, 24), torch.randn(16, 16, 3, 3)
     geometry: Geometry = ([2, 2], [1, 1], [1, 1], 1)

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_warnings import PROFILER
 
 import matmul_grad
 from matmul_grad import ops, out_variants, vectors
 from matmul_grad.kernels.native import python_functions, torch_layout
-from matmul_grad.kernels.native.python_functions import NAMES, WITH_OUT, functions
+from matmul_grad.kernels.native.python_functions import NAMES, OUT_NAMES, WITH_OUT, functions
 from matmul_grad.testing import assert_same_bits, integers
 
 F32 = torch.float32
-PROFILER = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.11
 DEPRECATED = pytest.mark.filterwarnings(
     *(f"ignore:`torch.jit.:{kind}" for kind in ("DeprecationWarning", "FutureWarning"))
 )
@@ -43,6 +43,8 @@ def loaded() -> Iterator[None]:
     for dtype in (x.values[0] for x in EVERY):
         matmul_grad.mm(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype))
     assert functions.mm(torch.ones(2, 2), torch.ones(2, 2)) is not None
+    matmul_grad.mm(torch.ones(2, 2), torch.ones(2, 2), out=torch.empty(2, 2))
+    assert functions.mm_out(torch.ones(2, 2), torch.ones(2, 2), torch.empty(2, 2)) is not None
     yield
 
 
@@ -222,7 +224,7 @@ def taken(a: Tensor, b: Tensor) -> set[str]:
     return {name for name, result in calls(a, b).items() if result is not None}
 
 
-ALL = {*NAMES, "linear with bias"}
+ALL = {*NAMES, *OUT_NAMES, "linear with bias"}
 Pair = tuple[Tensor, Tensor]
 
 
@@ -377,7 +379,7 @@ def test_numbers_that_float64_does_not_hold_are_not_taken(number: Any) -> None:
 
 def test_calls_with_other_arguments_are_not_taken() -> None:
     a, b = pair()
-    for name in NAMES:
+    for name in (*NAMES, *OUT_NAMES):
         for count in (0, 1, 4, 6):  # of two-dimensional tensors
             assert getattr(functions, name)(*[a] * count) is None
     assert functions.matmul(torch.ones([1] * 17), b) is functions.matmul(torch.ones(()), b) is None
@@ -428,11 +430,11 @@ def test_other_threads_run_during_a_long_product() -> None:
 
 
 def test_without_what_it_needs_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {name: getattr(functions, name) for name in NAMES}
+    before = dict(vars(functions))
     monkeypatch.setattr(torch_layout, "tensor_offset", lambda: 0)
     python_functions.uninstall()
     try:
-        assert not python_functions.install(lambda name: 1)
+        assert not python_functions.install(lambda name: 1, NAMES)
         a, b = pair()
         assert taken(a, b) == set()
         assert_exact(matmul_grad.mm(a, b), exact(a, b))
