@@ -22,8 +22,9 @@ LAYOUTS = ("NN", "NT", "TN")
 SUITES = ("quick", *(name for name in SETS if name != "deepseek"), "all")
 OPERATOR, INVARIANT = "operator", "invariant"  # modes: the registered operators themselves; the batch-invariant mode
 # Operations a second of the slower of two backends on one thread of Zen 4: to weigh what is left to do.
-PACE = {"f32": 60e9, "f64": 30e9, "bf16": 100e9, "f16": 6e9}
-SCALAR_PACE = 2e9  # of torch in 16 bits without AVX-512, measured on AVX2: 1.3e9 to 3e9
+PACE = {"f32": 60e9, "f64": 30e9, "bf16": 100e9, "f16": 100e9}
+WIDENED_PACE = 6e9  # of torch in bf16 with AVX-512 that does not multiply it (Zen 4)
+SCALAR_PACE = 2e9  # of torch in 16 bits by a loop: AVX2 1.3e9 to 3e9, f16 on Zen 5 2e9 at 512³ and 0.3e9 at 2048³
 # On a GPU, by name: a dtype, and the precision of its products.
 NUMBERS = {
     "bf16": ("bf16", "ieee"), "f16": ("f16", "ieee"), "f32": ("f32", "ieee"), "tf32": ("f32", "tf32"),
@@ -111,16 +112,17 @@ class Workload:
 
 
 def pace(dtype: str, features: Mapping[str, bool]) -> float:
-    """PACE on a CPU that has these ``features``, by LLVM's names; bf16 that it cannot multiply is as slow as f16.
+    """PACE on a CPU that has these ``features``, by LLVM's names, or what torch reaches in 16 bits without them.
 
     >>> pace("bf16", {"avx512f": True, "avx512bf16": True}), pace("bf16", {"avx2": True})
     (100000000000.0, 2000000000.0)
+    >>> pace("f16", {"avx512f": True, "avx512bf16": True})
+    2000000000.0
     """
-    if dtype not in ("bf16", "f16"):
+    multiplied = {"bf16": "avx512bf16", "f16": "avx512fp16"}.get(dtype)
+    if multiplied is None or features.get(multiplied):
         return PACE[dtype]
-    if not features.get("avx512f"):
-        return SCALAR_PACE
-    return PACE[dtype if features.get("avx512bf16") else "f16"]
+    return WIDENED_PACE if dtype == "bf16" and features.get("avx512f") else SCALAR_PACE
 
 
 def flops(m: int, n: int, k: int, product: str) -> int:

@@ -31,6 +31,8 @@ from .autograd import (
     with_graph,
 )
 from .flops import count_flops
+from .gradient_dtypes import kept_dtype
+from .gradients import addend_gradient, flattened
 from .kernels.cpu.gemm_args import BY_RESULT
 from .ops import (
     DTYPES,
@@ -137,6 +139,11 @@ def _fake_gradient(grad: Tensor, kept: Tensor, activation: str) -> Tensor:
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
+def shape_and_dtype(input: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    """Of the gradient of what is added."""
+    return None if input is None else (input.shape, kept_dtype(input))
+
+
 class AddmmActivation(_Node):
     """``addmm_activation`` as a node of the graph: its result, and for an activation that needs it S."""
 
@@ -144,7 +151,7 @@ class AddmmActivation(_Node):
     def forward(ctx: Any, input: Tensor | None, self: Tensor, mat2: Tensor, activation: str) -> Any:
         _, needs_self, needs_mat2, _ = ctx.needs_input_grad
         ctx.set_materialize_grads(False)
-        ctx.activation, ctx.input_shape = activation, None if input is None else input.shape
+        ctx.activation, ctx.input = activation, shape_and_dtype(input)
         by_result = activation in BY_RESULT
         operator = _addmm_activation if by_result else _addmm_activation_kept
         levels = torch._C._are_functorch_transforms_active()
@@ -166,7 +173,7 @@ class AddmmActivation(_Node):
             return None, None, None, None
         total = sum(terms[1:], terms[0])
         needs_input, *needs = ctx.needs_input_grad[:3]
-        dinput = total.sum_to_size(ctx.input_shape) if needs_input else None
+        dinput = addend_gradient(total, *ctx.input) if needs_input else None
         dself, dmat2 = fused_gradients(total, self, mat2, (needs[0], needs[1]), ctx.column_major)
         return dinput, dself, dmat2, None
 
@@ -193,14 +200,14 @@ class Argument(_Node):
     def forward(ctx: Any, input: Tensor | None, self: Tensor, mat2: Tensor, pre: Tensor) -> Tensor:
         _, needs_self, needs_mat2, _ = ctx.needs_input_grad
         save_operands(ctx, self, mat2, needs_self, needs_mat2)
-        ctx.input_shape = None if input is None else input.shape
+        ctx.input = shape_and_dtype(input)
         return pre.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         self, mat2 = ctx.saved_tensors
         needs_input, *needs = ctx.needs_input_grad[:3]
-        dinput = grad.sum_to_size(ctx.input_shape) if needs_input else None
+        dinput = addend_gradient(grad, *ctx.input) if needs_input else None
         return dinput, *fused_gradients(grad, self, mat2, (needs[0], needs[1]), ctx.column_major), None
 
 
@@ -329,10 +336,10 @@ def _rule_and_keep(info: Any, in_dims: Dims, self: Any, mat1: Tensor, mat2: Tens
 
 
 def _gradient_rule(info: Any, in_dims: Dims, grad: Tensor, kept: Tensor, activation: str) -> tuple[Tensor, int]:
-    both = (in_front(x, dim, info.batch_size, 2) for x, dim in zip((grad, kept), in_dims))
-    rows = (x.expand(info.batch_size, *x.shape[1:]).flatten(0, 1) for x in both)
-    result = _activation_gradient(*rows, activation)
-    return result.unflatten(0, (info.batch_size, -1)), 0
+    front = (in_front(x, dim, info.batch_size, 2) for x, dim in zip((grad, kept), in_dims))
+    items = [x.expand(info.batch_size, *x.shape[1:]) for x in front]
+    result = _activation_gradient(*(x.flatten(0, 1) for x in items), activation)
+    return result.unflatten(0, items[0].shape[:2]), 0
 
 
 # --- registration ---------------------------------------------------------------------------------------------------
@@ -373,7 +380,7 @@ autocast.register_operator("addmm_activation")
 
 def linear_activation(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """``linear`` of operands that ``functional.linear`` has found to fit."""
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    rows = flattened(input, 1)
     result = _addmm_activation(bias, rows, weight.t(), activation)
     return (
         result

@@ -2,7 +2,7 @@
 
 Only the kernels under aten's keys CPU and CUDA change. Whatever reaches them, from torch.nn, einsum, PyTorch's
 backward formulas or compiled code, runs on the kernels of this package; all that lies above those keys stays torch's,
-but linear layers whose weight gradient is kept in float32.
+but the products of operands of 16 bits whose gradient is kept in float32.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def enable() -> None:
     child process, which takes some seconds; a torch that does not pass is refused by a RuntimeError with what
     failed, and nothing has changed. CPU and CUDA are independent: a warning names the one that stays torch's. On a CPU
     torch.nn.functional.grouped_mm runs on these kernels too, of float64 and of any strides, gradients' among them.
-    The weight gradient of a linear layer that keeps it in float32 (``weight.grad_dtype``) is not rounded to 16 bits.
+    A gradient that a leaf keeps in float32 (``grad_dtype``) is not rounded to 16 bits: of linear layers, mm and addmm.
 
     >>> import torch, matmul_grad
     >>> matmul_grad.enable()

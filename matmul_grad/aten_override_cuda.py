@@ -1,7 +1,7 @@
 """The switch on CUDA: aten's own products, by kernels in Python that launch those of this package.
 
-As on CPU only the kernels under one key change, and that of linear under autograd. Unsupported calls fall back to the
-kernels that PyTorch has there, with the arguments as they came: the same results, the same errors.
+As on CPU only the kernels under one key change, and those of ABOVE_AUTOGRAD under autograd. Unsupported calls fall back
+to the kernels that PyTorch has there, with the arguments as they came: the same results, the same errors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import aten_override_kept, strict_mode
 from .kernels.cpu.fork_safety import fork_safe_lock
-from .kernels.native.op_table import DOT, MATRICES, MATVEC, OVERLOADS, op_of
+from .kernels.native.op_table import ABOVE_AUTOGRAD, DOT, MATRICES, MATVEC, OVERLOADS, op_of
 from .ops import accelerated, are_scales, can_be_added, compute, has_work
 from .out_variants import can_write
 
@@ -38,25 +38,34 @@ class CudaOverride:
 
     def install(self) -> None:
         """Install the kernels, for all of OVERLOADS or, where that fails, for none."""
-        library = torch.library.Library("aten", "IMPL")
+        library = new_registrations()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, that a kernel is overridden
                 for name in OVERLOADS:
                     torch_impl = torch.library.get_kernel(f"aten::{name}", self.key)
-                    library.impl(name, make_kernel(name, torch_impl), self.key, with_keyset=True)
+                    library.impl(name, self.key, make_kernel(name, torch_impl), True)
                 above = f"Autograd{self.key}"
-                linear = aten_override_kept.make_kernel(torch.library.get_kernel("aten::linear", above))
-                library.impl("linear", linear, above, with_keyset=True)
+                for name in ABOVE_AUTOGRAD:
+                    kernel = aten_override_kept.make_kernel(name, torch.library.get_kernel(f"aten::{name}", above))
+                    library.impl(name, above, kernel, True)
         except BaseException:
-            library._destroy()
+            library.reset()
             raise
         self._library = library
 
     def uninstall(self) -> None:
         """Remove them: what ``install`` found is there again."""
-        library, self._library = self._library, None
-        library._destroy()
+        self._library = None
+
+
+def new_registrations() -> Any:
+    """Kernels of aten's operators, until nothing refers to it: ``impl(name, key, kernel, with_keyset)`` puts one there.
+
+    ``torch.library.Library`` also keeps a list in Python, by which it refuses a second kernel of one operator. An
+    interrupt can leave a kernel in it that is gone, and then no other can be registered in this process.
+    """
+    return torch._C._dispatch_library("IMPL", "aten", "", __file__)
 
 
 def make_kernel(overload: str, torch_impl: Any) -> Callable[..., Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import strict_mode
-from .aten_override_cuda import count
+from .aten_override_cuda import count, new_registrations
 from .grouped import forward, is_computed
 from .grouped_shapes import are_groups, is_grouped_product
 
@@ -31,12 +31,12 @@ class GroupedOverride:
     def install(self) -> None:
         """Nothing where this torch has no such operator, or not as it is known."""
         if self._library is None and hasattr(torch.ops.aten, NAME):
-            library = torch.library.Library("aten", "IMPL")
+            library = new_registrations()
             try:
                 self._torch_impl = torch.library.get_kernel(f"aten::{NAME}", "CPU")
-                library.impl(NAME, self._kernel, "CPU", with_keyset=True)
+                library.impl(NAME, "CPU", self._kernel, True)
             except BaseException:
-                library._destroy()
+                library.reset()
                 raise
             self._library = library
         self._is_on = True
@@ -44,9 +44,8 @@ class GroupedOverride:
     def uninstall(self, for_good: bool) -> None:
         """Remove it, or leave it there to call torch's."""
         self._is_on = False
-        if for_good and self._library is not None:
-            library, self._library = self._library, None
-            library._destroy()
+        if for_good:
+            self._library = None
 
     def _kernel(
         self,

@@ -25,9 +25,10 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from . import cuda, strict_mode
+from .dispatch_state import is_plain
 from .fallback import PLAIN
-from .gradient_dtypes import NEITHER, is_kept_in_float32
-from .gradients import OF_ATEN, gradients, is_column_major
+from .gradient_dtypes import NEITHER, is_kept_in_float32, kept_dtype
+from .gradients import OF_ATEN, addend_gradient, gradients, is_column_major
 from .ops import (
     DTYPES,
     SCHEMAS,
@@ -154,7 +155,7 @@ class Addmm(_Node):
     def forward(ctx: Any, input: Tensor, self: Tensor, mat2: Tensor, beta: float, alpha: float) -> Tensor:
         _, needs_self, needs_mat2, *_ = ctx.needs_input_grad
         save_operands(ctx, self, mat2, needs_self, needs_mat2)
-        ctx.input_shape, ctx.beta, ctx.alpha = input.shape, beta, alpha
+        ctx.input_shape, ctx.kept_input, ctx.beta, ctx.alpha = input.shape, kept_dtype(input), beta, alpha
         ctx.in_float32 = is_kept_in_float32(self), is_kept_in_float32(mat2)
         if may_have_tangents():
             ctx.save_for_forward(self, mat2)
@@ -167,7 +168,9 @@ class Addmm(_Node):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         self, mat2 = ctx.saved_tensors
         needs_input, *needs = ctx.needs_input_grad[:3]
-        dinput = scaled(grad, ctx.beta).sum_to_size(ctx.input_shape) if needs_input else None
+        dinput = None
+        if needs_input:
+            dinput = addend_gradient(scaled(grad, ctx.beta), ctx.input_shape, ctx.kept_input)
         both = fused_gradients(grad, self, mat2, tuple(needs), ctx.column_major, ctx.in_float32)
         dself, dmat2 = (None if one is None else scaled(one, ctx.alpha) for one in both)
         return dinput, dself, dmat2, None, None
@@ -308,21 +311,6 @@ def mm_backward(
         if both is not None:
             return both
     return gradients(grad, self, mat2, (output_mask[0], output_mask[1]))
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether their memory holds their elements, and nobody follows what is done with them.
-
-    No negative view and no tensor of zeros without memory; no graph, tangent, transform, Python mode or subclass.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and all(type(x) is Tensor and not x.is_neg() and not x._is_zerotensor() for x in tensors)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 for name in SCHEMAS:

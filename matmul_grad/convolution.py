@@ -37,7 +37,7 @@ def conv1d(
                 one channel a group, and bfloat16 on CPUs with instructions for it; float32 on CUDA follows
                 torch.backends.cudnn.conv.fp32_precision
     aliasing    the result is new memory
-    rounding    as ``mm``
+    rounding    as ``mm``; the gradient of a 16-bit filter that is kept in float32 (``grad_dtype``) is not rounded
     errors      torch.nn.functional.conv1d's
     determinism an element depends on its window, its filter and their order alone: not on the batch or the size
     source      docs/design.md, "Convolutions"; kernels/native/convolution.py, kernels/gpu/convolution.py

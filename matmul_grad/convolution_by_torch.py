@@ -32,11 +32,19 @@ def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: 
 
 
 def weight_gradient(
-    grad: Tensor, input: Tensor, weight_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+    grad: Tensor,
+    input: Tensor,
+    weight_size: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The gradient of the filter of a convolution of ``input``, from that of its result.
 
-    A result that has less pixels than the convolution gives is the input of a transposed one.
+    A result that has less pixels than the convolution gives is the input of a transposed one. With another
+    ``out_dtype`` it is converted, and so rounded before.
     """
     geometry = untransposed(stride, padding, dilation, groups)
     weight = input.new_empty(1).expand(list(weight_size))
@@ -44,4 +52,4 @@ def weight_gradient(
     if any(more >= step for more, step in zip(back.output_padding, geometry.stride)):
         grad, input, geometry = input, grad, back
     result: Tensor = _backward(grad, input, weight, None, *geometry, [False, True, False])[1]
-    return result.contiguous()
+    return result.contiguous().to(out_dtype or result.dtype)

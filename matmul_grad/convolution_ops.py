@@ -6,7 +6,7 @@ The gradient of X is the convolution of dY by the same filter, transposed where 
 The gradient of W has an operator of its own, whose two derivatives are convolutions again:
 
     dX = Wᵀ ∗ dY        convolution, with the other ``transposed``
-    dW = dY ⋆ X         convolution_weight_gradient; of a transposed convolution X ⋆ dY
+    dW = dY ⋆ X         convolution_weight_gradient; of a transposed convolution X ⋆ dY; in float32 where that is kept
     d(dY) = dW ∗ X,  d(X) = dWᵀ ∗ dY
 """
 
@@ -22,18 +22,21 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import autocast, convolution_by_torch, sharding, strict_mode
+from . import autocast, convolution_by_torch, convolution_direct, convolution_shapes, sharding, strict_mode
 from .autograd import _below_autograd, _Node, is_seen_below_autograd, may_have_tangents, outer_levels_record, with_graph
 from .convolution_by_torch import memory_format_of
 from .convolution_shapes import Geometry, Sizes, channels, fits, fits_gradient, pixels, untransposed
 from .dispatch_state import is_idle
 from .flops import count_flops
+from .gradient_dtypes import is_kept_in_float32
 from .ops import DTYPES, NAMESPACE, TAGS, eager, library, require_storage
+from .out_dtype import WIDE, require_wide
 
 WINDOW = "SymInt[] stride, SymInt[] padding, SymInt[] dilation"
 TRANSPOSED = "bool transposed, SymInt[] output_padding"
 SCHEMA = f"(Tensor input, Tensor weight, Tensor? bias, {WINDOW}, {TRANSPOSED}, SymInt groups)"
-GRADIENT_SCHEMA = f"(Tensor grad, Tensor input, SymInt[] weight_size, {WINDOW}, SymInt groups)"
+OUT_DTYPE = "ScalarType? out_dtype=None"
+GRADIENT_SCHEMA = f"(Tensor grad, Tensor input, SymInt[] weight_size, {WINDOW}, SymInt groups, {OUT_DTYPE})"
 MOST_STEPS = 1 << 27  # of k: what an address of the CPU's kernels holds beside the pixels of a batch
 
 
@@ -52,21 +55,24 @@ def convolve_fitting(input: Tensor, weight: Tensor, bias: Tensor | None, geometr
         result: Tensor = operator(input, weight, bias, *geometry)
         return result
     if _is_recorded(input, weight, bias):
-        return with_graph(_record, input, weight, bias, geometry)
+        kernels = _supported(input, weight, weight.shape, geometry) if input.is_cpu and input.shape[0] else None
+        return with_graph(_record, input, weight, bias, geometry, kernels)
     with _below_autograd():
         return _fitting(input, weight, bias, geometry)
 
 
-def weight_gradient(grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry) -> Tensor:
+def weight_gradient(
+    grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """The differentiable operator, for the filter of a convolution or of a transposed one."""
     if geometry.transposed:
         grad, input, geometry = input, grad, geometry.plain()
     if is_idle(grad, input) and is_one_kind(grad, input):
         if _is_recorded(grad, input):
-            return with_graph(_record_gradient, grad, input, tuple(weight_size), geometry)
+            return with_graph(_record_gradient, grad, input, tuple(weight_size), geometry, out_dtype)
         with _below_autograd():
-            return _gradient_fitting(grad, input, weight_size, geometry)
-    result: Tensor = _weight_gradient(grad, input, list(weight_size), *geometry[:3], geometry.groups)
+            return _gradient_fitting(grad, input, weight_size, geometry, out_dtype)
+    result: Tensor = _weight_gradient(grad, input, list(weight_size), *geometry[:3], geometry.groups, out_dtype)
     return result
 
 
@@ -76,14 +82,7 @@ def input_gradient(grad: Tensor, weight: Tensor, input_size: Sizes, geometry: Ge
     That is where ``output_padding`` of a transposed convolution, which may reach the dilation, reaches the stride.
     """
     result = convolve(grad, weight, None, geometry.gradient(grad.shape, weight.shape, input_size))
-    return _cut(result, input_size)
-
-
-def _cut(tensor: Tensor, size: Sizes) -> Tensor:
-    for dim in range(2, tensor.dim()):
-        if tensor.shape[dim] != size[dim]:
-            tensor = tensor.narrow(dim, 0, size[dim])
-    return tensor
+    return convolution_direct.cut(result, input_size)
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -163,16 +162,19 @@ def _by_kernels(kernels: Any, input: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def _gradient(grad: Tensor, input: Tensor, weight_size: Sizes, *arguments: Any) -> Tensor:
-    geometry = untransposed(*arguments)
+    window, out_dtype = _with_out_dtype(grad, arguments)
+    geometry = untransposed(*window)
     if not is_one_kind(grad, input) or not fits_gradient(grad.shape, input.shape, weight_size, geometry):
         strict_mode.note_fallback(grad, input)
-        return convolution_by_torch.weight_gradient(grad, input, weight_size, *arguments)
-    return _gradient_fitting(grad, input, weight_size, geometry)
+        return convolution_by_torch.weight_gradient(grad, input, weight_size, *(*window, out_dtype))
+    return _gradient_fitting(grad, input, weight_size, geometry, out_dtype)
 
 
-def _gradient_fitting(grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry) -> Tensor:
+def _gradient_fitting(
+    grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry, out_dtype: torch.dtype | None
+) -> Tensor:
     """``_gradient`` of operands that fit and are of one kind."""
-    arguments = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    arguments = geometry.stride, geometry.padding, geometry.dilation, geometry.groups, out_dtype
     if grad.shape[0] and (kernels := _supported(grad, input, weight_size, geometry)) is not None:
         require_storage(grad, input)
         try:
@@ -180,6 +182,15 @@ def _gradient_fitting(grad: Tensor, input: Tensor, weight_size: Sizes, geometry:
         except _failure(kernels):
             strict_mode.note_fallback(grad, input)
     return convolution_by_torch.weight_gradient(grad, input, weight_size, *arguments)
+
+
+def _with_out_dtype(grad: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, torch.dtype | None]:
+    """(stride, padding, dilation, groups) and the dtype, which the dispatcher leaves out where it is None."""
+    out_dtype = arguments[4] if len(arguments) > 4 else None
+    if out_dtype in (None, grad.dtype):
+        return arguments[:4], None
+    require_wide(grad, out_dtype)
+    return arguments[:4], out_dtype
 
 
 def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
@@ -190,8 +201,8 @@ def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments
     )
 
 
-def _fake_gradient(grad: Tensor, input: Tensor, weight_size: Sizes, *_: Any) -> Tensor:
-    return grad.new_empty(list(weight_size))
+def _fake_gradient(grad: Tensor, input: Tensor, weight_size: Sizes, *arguments: Any) -> Tensor:
+    return grad.new_empty(list(weight_size), dtype=_with_out_dtype(grad, arguments)[-1])
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------
@@ -217,16 +228,28 @@ def _compute(operator: Any, kernel: Callable[..., Tensor], one: Tensor, other: T
         return (operator if seen else kernel)(one, other, *others)
 
 
+def _kept_dtype(x: Tensor | None) -> torch.dtype | None:
+    """Of the gradient, where that is not the operand's."""
+    return WIDE if x is not None and is_kept_in_float32(x) else None
+
+
 class Convolution(_Node):
     """``convolution`` as a node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, kernels: Any = None
+    ) -> Tensor:
+        """kernels: those of the CPU, where they support the operands and nothing follows the call."""
         needs_input, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
-        ctx.sizes, ctx.geometry = (input.shape, weight.shape), geometry
+        ctx.sizes, ctx.geometry, ctx.kernels = (input.shape, weight.shape), geometry, kernels
+        ctx.kept, ctx.kept_bias = _kept_dtype(weight), _kept_dtype(bias)
         if may_have_tangents():
             ctx.save_for_forward(input, weight)
+        elif kernels is not None:
+            require_storage(input, weight, *(() if bias is None else (bias,)))
+            return _by_kernels(kernels, input, weight, bias, geometry)
         if not torch._C._are_functorch_transforms_active():
             return _compute(_convolution, _forward, input, weight, bias, *geometry)
         with outer_levels_record():
@@ -236,15 +259,23 @@ class Convolution(_Node):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         input_size, weight_size = ctx.sizes
-        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        with _as_recorded():
-            dinput = input_gradient(grad, weight, input_size, ctx.geometry) if needs_input else None
-            dweight = weight_gradient(grad, input, weight_size, ctx.geometry) if needs_weight else None
-        dbias = grad.sum([0, *range(2, grad.dim())]) if needs_bias else None
-        return dinput, dweight, dbias, None
+        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        dinput = dweight = None
+        if convolution_direct.is_direct(ctx.kernels, grad, input, weight):
+            ours, kernels = convolution_direct, ctx.kernels
+            if needs_input:
+                dinput = ours.input_gradient(kernels, grad, weight, input_size, ctx.geometry)
+            if needs_weight:
+                dweight = ours.weight_gradient(kernels, grad, input, weight_size, ctx.geometry, ctx.kept)
+        else:
+            with _as_recorded():
+                dinput = input_gradient(grad, weight, input_size, ctx.geometry) if needs_input else None
+                dweight = weight_gradient(grad, input, weight_size, ctx.geometry, ctx.kept) if needs_weight else None
+        dbias = grad.sum([0, *range(2, grad.dim())], dtype=ctx.kept_bias) if needs_bias else None
+        return dinput, dweight, dbias, None, None
 
     @staticmethod
-    def jvp(ctx: Any, dinput: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, _: Any) -> Tensor:
+    def jvp(ctx: Any, dinput: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: Any) -> Tensor:
         """dY = W ∗ dX + dW ∗ X + dbias"""
         input, weight = ctx.saved_tensors
         with _outer_levels(), _as_recorded():
@@ -262,34 +293,42 @@ class WeightGradient(_Node):
     """``convolution_weight_gradient`` as a node of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry) -> Tensor:
+    def forward(
+        ctx: Any, grad: Tensor, input: Tensor, weight_size: Sizes, geometry: Geometry, out_dtype: torch.dtype | None
+    ) -> Tensor:
         needs_grad, needs_input, *_ = ctx.needs_input_grad
         ctx.save_for_backward(grad if needs_input else None, input if needs_grad else None)
         ctx.sizes, ctx.geometry, ctx.weight_size = (grad.shape, input.shape), geometry, weight_size
+        ctx.dtype, ctx.out_dtype = grad.dtype, out_dtype
         if may_have_tangents():
             ctx.save_for_forward(grad, input)
         if not torch._C._are_functorch_transforms_active():
-            arguments = *geometry[:3], geometry.groups
+            arguments = *geometry[:3], geometry.groups, out_dtype
             return _compute(_weight_gradient, _gradient, grad, input, weight_size, *arguments)
         with outer_levels_record():
-            return weight_gradient(grad, input, weight_size, geometry)
+            return weight_gradient(grad, input, weight_size, geometry, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, dweight: Tensor) -> tuple[Tensor | None, ...]:
+        """Where dW has float32, in float32, and rounded once."""
         grad, input = ctx.saved_tensors
-        grad_size, input_size = ctx.sizes
+        (grad_size, input_size), geometry, dgrad, dinput = ctx.sizes, ctx.geometry, None, None
         with _as_recorded():
-            dgrad = _cut(convolve(input, dweight, None, ctx.geometry), grad_size) if ctx.needs_input_grad[0] else None
-            dinput = input_gradient(grad, dweight, input_size, ctx.geometry) if ctx.needs_input_grad[1] else None
-        return dgrad, dinput, None, None
+            if ctx.needs_input_grad[0]:
+                dgrad = convolve(input.to(dweight.dtype), dweight, None, geometry)
+                dgrad = convolution_direct.cut(dgrad, grad_size).to(ctx.dtype)
+            if ctx.needs_input_grad[1]:
+                dinput = input_gradient(grad.to(dweight.dtype), dweight, input_size, geometry).to(ctx.dtype)
+        return dgrad, dinput, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, dgrad: Tensor | None, dinput: Tensor | None, *_: Any) -> Tensor:
         grad, input = ctx.saved_tensors
+        arguments = ctx.weight_size, ctx.geometry, ctx.out_dtype
         with _outer_levels(), _as_recorded():
-            terms = [] if dgrad is None else [weight_gradient(dgrad, input, ctx.weight_size, ctx.geometry)]
+            terms = [] if dgrad is None else [weight_gradient(dgrad, input, *arguments)]
             if dinput is not None:
-                terms.append(weight_gradient(grad, dinput, ctx.weight_size, ctx.geometry))
+                terms.append(weight_gradient(grad, dinput, *arguments))
             return sum(terms[1:], terms[0])
 
 
@@ -320,44 +359,34 @@ def _autograd(input: Tensor, weight: Tensor, bias: Tensor | None, *arguments: An
 def _gradient_autograd(grad: Tensor, input: Tensor, weight_size: Sizes, *arguments: Any) -> Tensor:
     if not _is_recorded(grad, input):
         return _compute(_weight_gradient, _gradient, grad, input, weight_size, *arguments)
+    window, out_dtype = _with_out_dtype(grad, arguments)
     if not is_one_kind(grad, input):
         strict_mode.note_fallback(grad, input)
-        return convolution_by_torch.weight_gradient(grad, input, weight_size, *arguments)
-    return with_graph(_record_gradient, grad, input, tuple(weight_size), untransposed(*arguments))
+        return convolution_by_torch.weight_gradient(grad, input, weight_size, *(*window, out_dtype))
+    return with_graph(_record_gradient, grad, input, tuple(weight_size), untransposed(*window), out_dtype)
 
 
-# --- FLOPs, registration --------------------------------------------------------------------------------------------
+# --- registration --------------------------------------------------------------------------------------------------
 
 
-def _flops(input: Sizes, weight: Sizes, _: Any, *arguments: Any) -> int:
-    """2 for each tap of each pixel of the side that has the filter's columns: a transposed one's input."""
-    geometry = Geometry(*arguments)
-    side = input[2:] if geometry.transposed else pixels(input, weight, geometry)
-    return 2 * input[0] * math.prod(weight) * math.prod(side)
-
-
-def _flops_of_gradient(grad: Sizes, _: Any, weight_size: Sizes, *__: Any) -> int:
-    return 2 * grad[0] * math.prod(weight_size) * math.prod(grad[2:])
-
-
-def _register(name: str, schema: str, kernels: tuple[Callable[..., Any], ...], flops: Callable[..., int]) -> Any:
+def _register(name: str, schema: str, kernels: tuple[Callable[..., Any], ...], count: Callable[..., int]) -> Any:
     """kernels: of every device, of Autograd and of tracing."""
     kernel, recorded, fake = kernels
     library.define(f"{name}{schema} -> Tensor", tags=TAGS)
     library.impl(name, kernel, "CompositeExplicitAutograd")
     library.impl(name, recorded, "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
-    count_flops(getattr(torch.ops.matmul_grad, name), flops)
+    count_flops(getattr(torch.ops.matmul_grad, name), count)
     return getattr(torch.ops.matmul_grad, name).default
 
 
-_convolution = _register("convolution", SCHEMA, (_forward, _autograd, _fake_forward), _flops)
+_convolution = _register("convolution", SCHEMA, (_forward, _autograd, _fake_forward), convolution_shapes.flops)
 _eager_convolution = eager(_convolution)
 _weight_gradient = _register(
     "convolution_weight_gradient",
     GRADIENT_SCHEMA,
     (_gradient, _gradient_autograd, _fake_gradient),
-    _flops_of_gradient,
+    convolution_shapes.flops_of_gradient,
 )
 for device, key in autocast.DEVICES.items():
     library.impl("convolution", autocast.make_cast("convolution", device), key)

@@ -9,8 +9,9 @@ in each dimension, where reach = dilation · (taps - 1). The second is the size 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Sizes = Sequence[int]
 
@@ -102,3 +103,14 @@ def fits_gradient(grad: Sizes, input: Sizes, weight: Sizes, geometry: Geometry) 
         return False
     back = geometry.gradient(grad, weight, input)
     return channels(weight, geometry)[0] == input[1] and fits(grad, weight, None, back)
+
+
+def flops(input: Sizes, weight: Sizes, _: Any, *arguments: Any) -> int:
+    """2 for each tap of each pixel of the side that has the filter's columns: a transposed one's input."""
+    geometry = Geometry(*arguments)
+    side = input[2:] if geometry.transposed else pixels(input, weight, geometry)
+    return 2 * input[0] * math.prod(weight) * math.prod(side)
+
+
+def flops_of_gradient(grad: Sizes, _: Any, weight_size: Sizes, *__: Any) -> int:
+    return 2 * grad[0] * math.prod(weight_size) * math.prod(grad[2:])

@@ -64,23 +64,23 @@ def rule(info: Any, in_dims: Dims, input: Tensor, weight: Tensor, bias: Any, *ar
 
 
 def gradient_rule(
-    info: Any, in_dims: Dims, grad: Tensor, input: Tensor, size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes,
-    groups: int,
-) -> tuple[Tensor, int]:  # fmt: skip
+    info: Any, in_dims: Dims, grad: Tensor, input: Tensor, size: Sizes, *arguments: Any
+) -> tuple[Tensor, int]:
     grad_dim, input_dim = in_dims[:2]
-    geometry, batch = untransposed(stride, padding, dilation, groups), info.batch_size
+    geometry, batch = untransposed(*arguments[:4]), info.batch_size
+    groups, out_dtype = geometry.groups, arguments[4] if len(arguments) > 4 else None
     rows, columns, *taps = size
     if input_dim is None and grad_dim is not None:
         pixels = _among_groups(grad.movedim(grad_dim, 0), groups, 1)
-        result = weight_gradient(pixels, input, [batch * rows, columns, *taps], geometry)
+        result = weight_gradient(pixels, input, [batch * rows, columns, *taps], geometry, out_dtype)
         return _from_groups(result, batch, groups, 0), 0
     if grad_dim is None and input_dim is not None:
         images = _among_groups(input.movedim(input_dim, 0), groups, 1)
-        result = weight_gradient(grad, images, [rows, batch * columns, *taps], geometry)
+        result = weight_gradient(grad, images, [rows, batch * columns, *taps], geometry, out_dtype)
         return result.unflatten(1, (batch, columns)).movedim(1, 0), 0
     pixels, images = (_side_by_side(x.movedim(dim or 0, 0)) for x, dim in ((grad, grad_dim), (input, input_dim)))
     more = geometry.with_groups(groups * batch)
-    result = weight_gradient(pixels, images, [batch * rows, columns, *taps], more)
+    result = weight_gradient(pixels, images, [batch * rows, columns, *taps], more, out_dtype)
     return result.unflatten(0, (batch, rows)), 0
 
 

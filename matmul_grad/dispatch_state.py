@@ -11,6 +11,7 @@ import threading
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
@@ -59,3 +60,18 @@ def is_idle(one: Tensor, other: Tensor, third: Tensor | None = None) -> bool:
         if type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor():
             return False
     return _has_callbacks is not None and not _has_callbacks()
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether their memory holds their elements, and nobody follows what is done with them.
+
+    No negative view and no tensor of zeros without memory; no graph, tangent, transform, Python mode or subclass.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(x) is Tensor and not x.is_neg() and not x._is_zerotensor() for x in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

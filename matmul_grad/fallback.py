@@ -60,6 +60,8 @@ def is_needed_to_compose(*operands: Any) -> bool:
 
 def is_sharded(x: Tensor) -> bool:
     """Whether it is a DTensor, or a result of its collectives: an operator without a rule for them takes none."""
+    if type(x) in PLAIN:  # Dynamo cannot follow the classes of a parameter
+        return False
     return any(base.__name__ in SHARDED and _is_part_of_torch(base) for base in type(x).__mro__)
 
 

@@ -14,8 +14,9 @@ from .activations import in_two_nodes, linear_activation
 from .api import mm
 from .broadcast import broadcast_product, is_broadcastable
 from .fallback import alike, unsafe_view
+from .gradients import flattened
 from .ops import COMPOSED_SCHEMAS, DTYPES, by_compiled_code, compiled, eager, library, native_status
-from .out_variants import copy_to, is_left_to_torch
+from .out_variants import copy_to, is_left_to_torch, write_compiled
 from .weight_gradients import is_direct, layer_of, record
 
 _mm = torch.ops.matmul_grad.mm.default
@@ -109,7 +110,7 @@ def linear_to_parameters(
     if activation is None:
         return record(input, weight, bias, layer)
     require_name(activation)
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    rows = flattened(input, 1)
     result = in_two_nodes(
         layer.bias, rows, layer.weight.t(), activation, lambda s: record(rows, weight, bias, replace(layer, computed=s))
     )
@@ -219,6 +220,8 @@ def _is_batch(tensor: Tensor) -> bool:
 
 
 def _matmul_out(input: Tensor, other: Tensor, out: Tensor) -> Tensor:
+    if write_compiled("mm", (input, other), {}, out):
+        return out
     if is_left_to_torch((input, other), out) or out.dtype != input.dtype or out.device != input.device:
         return torch.matmul(input, other, out=out)
     if input.dim() == other.dim() == 2:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from .autograd import _below_autograd, _Node, may_have_tangents, with_graph
 from .fallback import alike
 from .flops import count_flops
 from .functional import linear
+from .gradients import flattened
 from .kernels.cpu.gemm_args import BY_RESULT
 from .ops import accelerated, compute, require_storage
 from .vmap import Dims, in_front
+from .weight_gradients import Layer, is_direct, layer_of, record
 
 ARGUMENTS = "(Tensor? self, Tensor? gate_self, Tensor mat1, Tensor mat2, Tensor gate, str activation)"
 Input = Tensor | None
@@ -75,8 +78,11 @@ def gated_linear(
     fits = not composes and input.dim() > 0 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
     if not (fits and all(alike(input, x) for x in operands) and _are_rows(weight.shape[0], bias, gate_bias)):
         return BY_TORCH[activation](linear(input, gate_weight, gate_bias)) * linear(input, weight, bias)
-    rows = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    result: Tensor = _addmm_gated(bias, gate_bias, rows, weight.t(), gate_weight.t(), activation)
+    rows = flattened(input, 1)
+    found = _gated_to_parameters(rows, (weight, bias), (gate_weight, gate_bias), activation)
+    result: Tensor = (
+        _addmm_gated(bias, gate_bias, rows, weight.t(), gate_weight.t(), activation) if found is None else found
+    )
     return result if input.dim() == 2 else fallback.unsafe_view(result, (*input.shape[:-1], weight.shape[0]))
 
 
@@ -118,9 +124,9 @@ def _forward(self: Input, gate_self: Input, mat1: Tensor, mat2: Tensor, gate: Te
     operands = self, gate_self, mat1, mat2, gate
     if not _supported(*operands):
         return addmm_gated_by_torch(*operands, activation)
+    if is_on_gpu(mat1):
+        return _on_gpu(*operands, activation, keep=False)[0]
     pre = compute(mat1, gate, gate_self)
-    if mat1.is_cuda:
-        return BY_TORCH[activation](pre) * compute(mat1, mat2, self)
     return _multiply_into(pre, self, mat1, mat2, activation, pre, None)
 
 
@@ -131,12 +137,32 @@ def _forward_and_keep(*arguments: Any) -> Three:
     self, gate_self, mat1, mat2, gate = operands
     if not _supported(*operands):
         pre, value = _arguments(argument_by_torch, *operands)
-    elif mat1.is_cuda:
-        pre, value = compute(mat1, gate, gate_self), compute(mat1, mat2, self)
-    else:
-        pre = compute(mat1, gate, gate_self)
-        value, out = torch.empty_like(pre), torch.empty_like(pre)
-        return _multiply_into(out, self, mat1, mat2, activation, pre, value), pre, value
+        return BY_TORCH[activation](pre) * value, pre, value
+    if is_on_gpu(mat1):
+        return _on_gpu(self, gate_self, mat1, mat2, gate, activation, keep=True)
+    pre = compute(mat1, gate, gate_self)
+    value, out = torch.empty_like(pre), torch.empty_like(pre)
+    return _multiply_into(out, self, mat1, mat2, activation, pre, value), pre, value
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _on_gpu(
+    self: Input, gate_self: Input, mat1: Tensor, mat2: Tensor, gate: Tensor, activation: str, *, keep: bool
+) -> Any:
+    """C, and with ``keep`` P and S: in one launch, or of two products where those are predicted to be faster."""
+    from .kernels.gpu import gated, launch
+
+    require_storage(mat1, mat2, gate, *(x for x in (self, gate_self) if x is not None))
+    try:
+        found = gated.product(gated.Gated(mat1, mat2, gate, self, gate_self, activation, keep))
+        if found is not None:
+            return found
+    except launch.CannotBuild:
+        strict_mode.note_fallback(mat1, mat2)
+    pre, value = compute(mat1, gate, gate_self), compute(mat1, mat2, self)
     return BY_TORCH[activation](pre) * value, pre, value
 
 
@@ -252,6 +278,32 @@ def _gradients_autograd(grad: Tensor, pre: Tensor, value: Tensor, activation: st
     return both
 
 
+def _gated_to_parameters(
+    rows: Tensor, layer: tuple[Tensor, Input], gate: tuple[Tensor, Input], activation: str
+) -> Tensor | None:
+    """``gated_linear`` whose weight gradients are stored as they are kept; None where none is kept in float32."""
+    found = [layer_of(rows, *each, False) if is_direct(rows, *each) else None for each in (layer, gate)]
+    kept = next((each for each in found if each is not None), None)
+    if kept is None:
+        return None
+    rows = kept[0]
+    halves = [each[1] if each else _cast(*one, rows.dtype) for one, each in zip((layer, gate), found)]
+    (weight, bias), (gate_weight, gate_bias) = ((half.weight, half.bias) for half in halves)
+    with _below_autograd():
+        result, pre, value = _addmm_gated_kept(bias, gate_bias, rows, weight.t(), gate_weight.t(), activation)
+    nodes = [
+        record(rows, *one, replace(half, computed=computed))
+        if each
+        else record_argument(half.bias, rows, half.weight.t(), computed)
+        for one, each, half, computed in zip((layer, gate), found, halves, (value, pre))
+    ]
+    return _record_gated(nodes[1], nodes[0], result, activation)
+
+
+def _cast(weight: Tensor, bias: Input, dtype: torch.dtype) -> Layer:
+    return Layer(weight.to(dtype), None if bias is None else bias.to(dtype), False)
+
+
 # --- vmap -----------------------------------------------------------------------------------------------------------
 
 
@@ -278,9 +330,9 @@ def _rule(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Tensor, int]:
 def _gradients_rule(info: Any, in_dims: Dims, *arguments: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     *three, activation = arguments
     front = (in_front(x, dim, info.batch_size, 2) for x, dim in zip(three, in_dims))
-    rows = (x.expand(info.batch_size, *x.shape[1:]).flatten(0, 1) for x in front)
-    both = _gated_gradients(*rows, activation)
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in both), (0, 0)
+    items = [x.expand(info.batch_size, *x.shape[1:]) for x in front]
+    both = _gated_gradients(*(x.flatten(0, 1) for x in items), activation)
+    return tuple(x.unflatten(0, items[0].shape[:2]) for x in both), (0, 0)
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

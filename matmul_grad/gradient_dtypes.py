@@ -12,6 +12,7 @@ from torch import Tensor
 from .ops import product
 
 NARROW = (torch.bfloat16, torch.float16)
+WIDE = torch.float32
 NEITHER = (False, False)
 
 
@@ -27,7 +28,12 @@ def is_kept_in_float32(x: Tensor) -> bool:
     """
     if x.dtype not in NARROW or not x.requires_grad or not x.is_leaf:
         return False
-    return getattr(x, "grad_dtype", None) == torch.float32
+    return getattr(x, "grad_dtype", None) == WIDE
+
+
+def kept_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of its gradient: float32 of a leaf that ``is_kept_in_float32``, else its own."""
+    return WIDE if is_kept_in_float32(x) else x.dtype
 
 
 def product_in(a: Tensor, b: Tensor, in_float32: bool) -> Tensor:
@@ -36,5 +42,5 @@ def product_in(a: Tensor, b: Tensor, in_float32: bool) -> Tensor:
         return product(a, b)
     operators = torch.ops.matmul_grad
     operator = operators.bmm_dtype if a.dim() == 3 else operators.mm_dtype
-    result: Tensor = operator.default(a, b, torch.float32)
+    result: Tensor = operator.default(a, b, WIDE)
     return result

@@ -2,17 +2,23 @@
 
 dA = dC · Bᵀ      dgrad
 dB = Aᵀ · dC      wgrad
+dbias = 1ᵀ · dC   of a row that was added
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .gradient_dtypes import NEITHER, product_in
-from .ops import TAG_OF_B, TAG_OF_BATCHES, TAG_OF_VECTOR, TAG_RANK
+from .dispatch_state import is_plain
+from .gradient_dtypes import NARROW, NEITHER, WIDE, product_in
+from .kernels.native.torch_layout import without_modes
+from .ops import TAG_OF_B, TAG_OF_BATCHES, TAG_OF_VECTOR, TAG_RANK, accelerated, compiled, compute
 
 
 def transposed(matrix: Tensor) -> Tensor:
@@ -50,9 +56,48 @@ def gradients(
     return dgrad, wgrad
 
 
+def addend_gradient(grad: Tensor, shape: Sequence[int], kept: torch.dtype) -> Tensor:
+    """``grad`` summed to the sizes of what was added to a product; ``kept`` is its dtype, or float32 of 16 bits.
+
+    Of a row, as a bias is, the sums are the product 1ᵀ · grad on a CPU, where nothing follows it: added in the order of
+    every product, and rounded once. Elsewhere they are torch's.
+    """
+    if _is_row(grad, shape):
+        ones = _one(grad.dtype).expand(grad.shape[0])
+        sums = compiled.matmul(ones, grad) if kept == grad.dtype else _wide_product(ones, grad)
+        if sums is not None:
+            return sums if len(shape) == 1 else sums.view(shape)
+    return grad.to(kept).sum_to_size(shape)
+
+
+def _is_row(grad: Tensor, shape: Sequence[int]) -> bool:
+    """Whether ``shape`` is one row of the matrix ``grad``, which has elements on a CPU, and nothing follows it."""
+    if grad.dim() != 2 or grad.device.type != "cpu" or not is_plain(grad):
+        return False
+    is_row = len(shape) > 0 and shape[-1] == grad.shape[1] == math.prod(shape)
+    return is_row and grad.shape != shape and grad.numel() > 0
+
+
+@functools.cache
+def _one(dtype: torch.dtype) -> Tensor:
+    with without_modes():
+        return torch.ones((), dtype=dtype, device="cpu")
+
+
+def _wide_product(ones: Tensor, grad: Tensor) -> Tensor | None:
+    """Of 16 bits, in float32; None where these kernels do not compute it."""
+    row = ones.unsqueeze(0)
+    if grad.dtype not in NARROW or not accelerated(row, grad):
+        return None
+    return compute(row, grad, out=grad.new_empty((1, grad.shape[1]), dtype=WIDE))[0]
+
+
 def flattened(x: Tensor, kept: int) -> Tensor:
-    """With one dimension before the last ``kept`` ones. The older vmap has a rule of reshape and none of flatten."""
-    return x if x.dim() == kept + 1 else x.reshape(-1, *x.shape[-kept:])
+    """With one dimension before the last ``kept`` ones, one of which may be empty, so that -1 would be ambiguous.
+
+    The older vmap has a rule of reshape and none of flatten.
+    """
+    return x if x.dim() == kept + 1 else x.reshape(math.prod(x.shape[:-kept]), *x.shape[-kept:])
 
 
 def recorded_gradients(

@@ -17,6 +17,7 @@ available, the Python kernels call the same drivers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from math import inf
@@ -90,19 +91,25 @@ def gradients_status() -> str:
     return native_status() or _native_gradients.result()
 
 
-def _register_native_gradients() -> str:
+def outs_status() -> str:
+    """Likewise of those that write to ``out``."""
+    return native_status() or _native_outs.result()
+
+
+def _register_more(name: str, consequence: str) -> str:
     from .kernels.cpu import build
     from .kernels.native import register
 
     try:
-        register.register_gradients()
+        getattr(register, name)()
     except Exception as error:
-        build.notify(f"CPU gradients run through Python, their compiled entries cannot be loaded: {error!r}")
+        build.notify(f"{consequence}, their compiled entries cannot be loaded: {error!r}")
         return str(error) or type(error).__name__
     return ""
 
 
-_native_gradients = Once(_register_native_gradients)
+_native_gradients = Once(functools.partial(_register_more, "register_gradients", "CPU gradients run through Python"))
+_native_outs = Once(functools.partial(_register_more, "register_outs", "products with out= run through Python"))
 
 
 def rank_of(name: str) -> int:

@@ -94,7 +94,7 @@ def make_kernel(name: str) -> Callable[..., Tensor]:
 
     def kernel(*arguments: Any, **scales: Any) -> Tensor:
         input, mat1, mat2, out_dtype = _operands(name, arguments)
-        _require_dtype(mat1, out_dtype)
+        require_wide(mat1, out_dtype)
         fits = input is None or (input.dtype in (mat1.dtype, WIDE) and _expands(input, mat1, mat2))
         supported = mat1.dim() == rank_of(name) and fits and accelerated(mat1, mat2)
         if not supported or not has_work(mat1, mat2, **scales):
@@ -112,7 +112,7 @@ def make_kernel(name: str) -> Callable[..., Tensor]:
     return kernel
 
 
-def _require_dtype(mat: Tensor, out_dtype: torch.dtype) -> None:
+def require_wide(mat: Tensor, out_dtype: torch.dtype) -> None:
     if out_dtype != WIDE or mat.dtype not in NARROW:
         raise RuntimeError(WRONG)
 
@@ -120,7 +120,7 @@ def _require_dtype(mat: Tensor, out_dtype: torch.dtype) -> None:
 def make_fake(name: str) -> Callable[..., Tensor]:
     def fake(*arguments: Any, **scales: Any) -> Tensor:
         input, mat1, mat2, out_dtype = _operands(name, arguments)
-        _require_dtype(mat1, out_dtype)
+        require_wide(mat1, out_dtype)
         return _raise_or_shape(name, input, mat1, mat2, scales).to(WIDE)
 
     return fake
@@ -178,7 +178,7 @@ def make_autograd_kernel(name: str) -> Callable[..., Tensor]:
         if not (torch.is_grad_enabled() and needed) and not may_have_tangents():
             with _below_autograd():
                 return operator_of(name)(*arguments, **scales)
-        _require_dtype(mat1, out_dtype)
+        require_wide(mat1, out_dtype)
         return with_graph(_record, input, mat1, mat2, scales.get("beta", 1.0), scales.get("alpha", 1.0))
 
     return kernel

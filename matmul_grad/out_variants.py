@@ -1,5 +1,6 @@
 """``out=``: a result in memory that the caller has. Nothing is resized or written before the outcome is known.
 
+by compiled code          an ordinary ``out`` of the right shape, of ordinary operands
 written in place          ``out`` has the shape and shares no memory with the matrices; it may be what is added
 by a temporary            ``out`` is to be resized, or shares memory with an operand: the result is copied
 torch's error             ``out`` and what is added are dense and overlap in part
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from . import fallback, strict_mode
-from .autograd import is_plain
-from .ops import accelerated, can_be_added, compute, const_data_ptr, has_work, require_storage
+from .dispatch_state import is_plain
+from .ops import accelerated, can_be_added, compiled, compute, const_data_ptr, has_work, outs_status, require_storage
 from .out_dtype import call as call_with_dtype
 from .scalars import real_scales
 
@@ -33,6 +35,8 @@ def run_with_out(
     elements share memory with each other; scales that are no real numbers; and an ``out_dtype`` on CUDA. Raises
     RuntimeError where a storage holds fewer elements than its tensor has.
     """
+    if out is not None and out_dtype is None and write_compiled(name, operands, scales, out):
+        return out
     if not is_left_to_torch(operands, out):
         if isinstance(out_dtype, torch.dtype):
             result = _with_dtype(name, operands, scales, out_dtype, out)
@@ -46,6 +50,20 @@ def run_with_out(
                 return result
     more = {key: value for key, value in (("out_dtype", out_dtype), ("out", out)) if value is not None}
     return getattr(torch, name)(*operands, **non_default(scales), **more)
+
+
+def write_compiled(name: str, operands: Operands, scales: Scales, out: Tensor) -> bool:
+    """Whether compiled code has written the product to ``out``: an ordinary one, of the right shape."""
+    if is_dynamo_compiling() or getattr(compiled, f"{name}_out")(*operands, *scales.values(), out) is None:
+        return False
+    mark_written(out)
+    return True
+
+
+def expect_more(out: Tensor) -> None:
+    """After a product into ``out`` in Python, have compiled code write the next ones."""
+    if out.device.type == "cpu":
+        outs_status()
 
 
 def _with_dtype(
@@ -95,6 +113,7 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
         return copy_to(compute(mat1, mat2, input, **scales), out)
     elif _is_non_overlapping(out):
         compute(mat1, mat2, input, out=out, **scales)
+        expect_more(out)
         return mark_written(out)
     require_storage(*operands, out)
     strict_mode.note_fallback(mat1, mat2)

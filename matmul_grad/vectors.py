@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from . import fallback, strict_mode
 from .fallback import alike, unsafe_view
 from .ops import DTYPES, are_too_large, compiled, eager
-from .out_variants import copy_to, is_left_to_torch, non_default, repeats_an_element
+from .out_variants import copy_to, expect_more, is_left_to_torch, non_default, repeats_an_element, write_compiled
 from .scalars import real_scales
 
 _mm = torch.ops.matmul_grad.mm.default
@@ -194,13 +194,18 @@ def _own_autocast(x: Tensor) -> Any:
 
 
 def _run_with_out(function: Any, operands: tuple[Tensor, ...], scales: dict[str, Any], out: Tensor) -> Tensor:
-    """A vector in new memory and then in ``out``."""
-    torch_impl = getattr(torch, function.__name__)
+    """By compiled code in ``out``, or a vector in new memory and then in ``out``."""
+    name = function.__name__
+    if write_compiled("dot" if name == "vdot" else name, operands, scales, out):  # of real numbers they are the same
+        return out
+    torch_impl = getattr(torch, name)
     if is_left_to_torch(operands, out) or out.dtype != operands[0].dtype or out.device != operands[0].device:
         return torch_impl(*operands, **non_default(scales), out=out)
     if repeats_an_element(out):  # torch.mv writes to it unseen
         fallback.require_storages(*operands, *([out] if out.shape == operands[-2].shape[:-1] else []))
         strict_mode.note_fallback(*operands[-2:])
         return torch_impl(*operands, **non_default(scales), out=out)
+    if out.dtype in DTYPES:
+        expect_more(out)
     with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=
         return copy_to(function(*operands, **scales), out)

@@ -37,7 +37,7 @@ def steps() -> list[tuple[str, Callable[[], object]]]:
         block = driver.config(dtype)
         return block.name, lambda: driver.load_all(block)
 
-    return [("operator", ops.gradients_status), *map(gemm, machine.cpu_dtypes())]
+    return [("operator", ops.gradients_status), ("out", ops.outs_status), *map(gemm, machine.cpu_dtypes())]
 
 
 def compiled() -> Iterator[tuple[str, float]]:

@@ -2,6 +2,7 @@
 
     C  = A · Wᵀ + bias
     dW = dCᵀ · A            stored in float32 where the weight's gradient is kept in float32
+    dbias = 1ᵀ · dC         likewise
     G += dCᵀ · A            with ``accumulate``, in the product, where G is ``weight.main_grad`` or ``weight.grad``
 
 Other layers are ``mm`` of the transposed weight, whose gradient passes through a view and is rounded to the dtype of
@@ -23,16 +24,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .autocast import DEVICES
-from .autograd import _below_autograd, _Node, is_plain
+from .autograd import _below_autograd, _Node
+from .dispatch_state import is_plain
 from .fallback import PLAIN, is_needed_to_compose
-from .gradient_dtypes import NARROW, is_kept_in_float32, product_in
-from .gradients import is_column_major
+from .gradient_dtypes import NARROW, WIDE, is_kept_in_float32, kept_dtype, product_in
+from .gradients import addend_gradient, flattened, is_column_major
 from .kernels.cpu.fork_safety import fork_safe_lock
 from .kernels.native.torch_layout import is_autograd_compiled
 from .ops import DTYPES, accelerated, accumulate, compute, product
 from .out_variants import can_write, mark_written
 
-WIDE = torch.float32
 # Threads that run backward at the same time add to one gradient in turn.
 _locks = [fork_safe_lock() for _ in range(16)]
 
@@ -63,7 +64,7 @@ class Linear(_Node):
         ctx.original = (weight, weight._version) if is_cast and needs_input else None
         ctx.accumulate, ctx.shape = layer.accumulate, input.shape
         ctx.column_major = is_column_major(weight)
-        ctx.kept, ctx.kept_bias = (None if x is None else _kept_dtype(x) for x in (weight, bias))
+        ctx.kept, ctx.kept_bias = (None if x is None else kept_dtype(x) for x in (weight, bias))
         if layer.computed is not None:
             return layer.computed.detach()
         with _below_autograd():
@@ -74,19 +75,15 @@ class Linear(_Node):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = flattened(grad, 1)
         dinput, dweight, dbias = None, None, None
         if needs_input:
             dinput = product(rows, _differentiable(ctx, weight)).view(ctx.shape)
         if needs_bias:
-            dbias = rows.sum(0, dtype=ctx.kept_bias)
+            dbias = addend_gradient(rows, rows.shape[1:], ctx.kept_bias)
         if needs_weight:
-            dweight = _weight_gradient(ctx, rows, input.reshape(-1, input.shape[-1]))
+            dweight = _weight_gradient(ctx, rows, flattened(input, 1))
         return dinput, dweight, dbias, None
-
-
-def _kept_dtype(x: Tensor) -> torch.dtype:
-    return WIDE if is_kept_in_float32(x) else x.dtype
 
 
 def _differentiable(ctx: Any, weight: Tensor) -> Tensor:
@@ -155,7 +152,7 @@ def _add(weight: Tensor, rows: Tensor, input: Tensor) -> bool:
 
 def _set_first(weight: Tensor, rows: Tensor, input: Tensor, dtype: torch.dtype) -> bool:
     """Make the first gradient on a CPU, where threads may run backward at the same time; elsewhere torch stores it."""
-    if weight.device.type != "cpu" or dtype != _kept_dtype(weight):
+    if weight.device.type != "cpu" or dtype != kept_dtype(weight):
         return False
     out = (
         torch.empty_like(weight, dtype=dtype)
@@ -188,6 +185,8 @@ def record(input: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer) -> 
 
 def is_direct(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the gradient of a layer's weight is kept in float32, and nothing but autograd follows the product."""
+    if torch.compiler.is_compiling():  # Dynamo cannot ask in which dtype a gradient is kept
+        return False
     if torch._C._len_torch_function_stack() or type(weight) not in PLAIN or not is_kept_in_float32(weight):
         return False
     return _is_followed_by_autograd_alone(input, weight, bias)

@@ -89,6 +89,7 @@ def load_all(dtypes: Sequence[str]) -> None:
     from matmul_grad.kernels.native import override_cpu, register
 
     register.load_gradient_entries(register.load_own_entries())
+    register.load_out_entries()
     override_cpu.load()
     register.load_cuda({f"matmul_grad_cuda_{name}": 0 for name in (*cuda.DRIVER, "stream")})
     for dtype in dtypes:

@@ -49,9 +49,10 @@ DIRECT_PANELS = 2  # column panels of C that share an element of A
 # One row of C reads B in the order of memory where a row of B has so many bytes (Zen 3, from memory: 0.9 of the speed
 # of register tiles at 2048, 1.1 to 1.4 at 3072, 1.5 to 1.8 at 12288), and always where elements are converted.
 SEQUENTIAL_BYTES = 2560
-# Products of few steps of k store C row by row, where a row has so many bytes (Zen 3, from memory: 1.2 to 2.8 times the
-# speed of register tiles, which store pieces of rows; 0.7 at 512 bytes).
+# Products of few lanes along k store C row by row, where a row has so many bytes (Zen 3, from memory: 1.2 to 2.8 times
+# the speed of register tiles, which store pieces of rows; 0.7 at 512 bytes).
 OUTER_STEPS, OUTER_BYTES = 2, 1024
+OUTER_LANES = 1 << 16  # of sums that are kept there until they are stored
 TRANSPOSED_C_VECTORS = 0.75  # C is computed as its transpose where that has at most so many times the vectors
 
 # Multiply-adds of one more thread that repay waking it (about 2 µs, Zen 4).

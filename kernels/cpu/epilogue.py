@@ -11,7 +11,7 @@ t can be stored beside the result, for backward.
 
 from __future__ import annotations
 
-from .config import PARTIAL_COLUMNS
+from .config import OUTER_LANES, PARTIAL_COLUMNS
 from .config_words import ADD, CHUNK, LANE_BYTES, LANES, MR, PARTIAL_LANES, SIZE, STORE, STORE_WIDE, THREAD_BYTES
 from .epilogue_ir import ADD_ARGUMENTS, STORE_ARGUMENTS
 from .gemm_args import (
@@ -38,6 +38,7 @@ from .gemm_args import (
 )
 from .memory import call_kernel, ceil_div, copy_words, floor_div, get, jit, put
 from .patches_args import RUN_EXTENT, RUN_OUTER, RUN_SOURCE, RUN_STRIDE
+from .row import has_few_steps
 from .schedule import (
     K_CHUNKS,
     PARTIALS,
@@ -60,6 +61,8 @@ def multiply_with_epilogue(config, args, work):
     block, mr = args_words(), get(config, MR)
     m, n, room = get(args, M), get(args, N), get(config, PARTIAL_LANES)
     lanes_here = room if get(args, K) > get(config, CHUNK) else 2 * room
+    if has_few_steps(config, args):
+        lanes_here = min(lanes_here, OUTER_LANES)
     row_lanes = min(round_lanes(config, n), PARTIAL_COLUMNS, floor_div(lanes_here, mr) & -get(config, LANES))
     tall = floor_div(floor_div(lanes_here, row_lanes), mr) * mr
     for row in range(ceil_div(m, tall)):

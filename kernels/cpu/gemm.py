@@ -4,7 +4,7 @@ C is cut into rectangles, one or more a thread, and each is a product of its own
 nothing but the operands and wait for each other once. Where C is small and k is long, the blocks are chunks of k.
 
 The three products of a matmul and its gradients are this one function on other strides; a backward pass is two of
-them in one call, and so is a batch.
+them in one call, with the sums of a bias three, and so is a batch.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def task(begin, end, schedule):
     index = fetch_increment(schedule, NEXT)
     while index < get(schedule, BLOCKS):
         args = schedule + 8 * HEADER
-        if index >= block_count(args):
+        while index >= block_count(args):
             index, args = index - block_count(args), args + 8 * PLANNED_ARGS
         copy_words(block, args, PLANNED_ARGS)
         blocks, item = blocks_per_item(block), index
@@ -166,7 +166,7 @@ def plan(config, args, threads):
 def gemm(config, products, count, threads):
     """0, or 1 when memory ran out.
 
-    C = alpha · (A · B) + beta · source      for each of one or two products, a batch, or groups; see gemm_args.py
+    C = alpha · (A · B) + beta · source      for each of one to three products, a batch, or groups; see gemm_args.py
 
     shapes      a (m, k), b (k, n), c and source (m, n); every size ≥ 0, and k > 0 unless ``set_dense_c`` set c
     strides     elements, any for a, b, source (0 and overlapping too), any for c that keep its elements apart

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .config import ALIASED, OUTER_BYTES, OUTER_STEPS, PAD
+from .config import ALIASED, PAD
 from .config_words import (
     A_LANES,
     ALIASED_ROWS,
@@ -48,7 +48,7 @@ from .memory import call_kernel, ceil_div, floor_div, get, jit
 from .microkernel import ARGUMENTS, WIDE
 from .pack import PACK_ROWS_ARGUMENTS, PACK_STEPS_ARGUMENTS
 from .patches import PATCH_ROWS_ARGUMENTS, PATCH_STEPS_ARGUMENTS
-from .row import multiply_rows
+from .row import has_few_steps, multiply_rows, rows_are_in_order
 from .schedule import BY_COLUMNS, BY_ROWS, CHAIN, PACKED, lanes_along_k, plan_k, round_lanes
 from .transposed import TRANSPOSED_ARGUMENTS
 
@@ -86,9 +86,7 @@ def multiply(config, args, work):
     """C = A·B on this thread, or C += A·B where ACCUMULATE is set, for at most a chunk of k; C holds lanes."""
     n, nr = get(args, N), get(config, NR)
     sequential = n * get(config, SIZE) >= get(config, SEQUENTIAL_BYTES) or get(config, CONVERTS) != 0
-    outer = get(args, K) <= OUTER_STEPS and n * get(config, SIZE) >= OUTER_BYTES
-    by_rows = get(args, B_CS) == 1 and get(args, A_PATCHES) == 0
-    if by_rows and (outer or (get(args, M) == 1 and sequential)):
+    if has_few_steps(config, args) or (get(args, M) == 1 and sequential and rows_are_in_order(args)):
         multiply_rows(config, args, work)
         return
     b_access, first, columns = choose_b_access(config, args), 0, n

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from llvmlite import ir
 
 from .config import SIZES, BlockConfig
-from .simd import I1, I16, I32, I64, REGISTERS, Vector
+from .simd import I1, I16, I32, I64, REGISTERS, Vector, choose
 
 
 def operand_of(config: BlockConfig) -> Operand:
@@ -101,17 +101,24 @@ class Operand:
             yield builder.bitcast(high, self.vector.type)
 
     def interleave(
-        self, builder: ir.IRBuilder, low: ir.Value, high: ir.Value, count: ir.Value | None, has_high: ir.Value
+        self,
+        builder: ir.IRBuilder,
+        low: ir.Value,
+        high: ir.Value,
+        count: ir.Value | None,
+        has_high: ir.Value | None = None,
     ) -> ir.Value:
-        """Lanes of pairs from two rows: elements of ``low`` below those of ``high``, 0 unless ``has_high``."""
-        vector = self.vector
-        stored, wide = self._stored(vector.lanes), ir.VectorType(I32, vector.lanes)
-        present = I64(vector.lanes) if count is None else count
-        low_half = builder.zext(self._load(builder, stored, low, count), wide)
-        high_count = builder.select(has_high, present, I64(0))
-        high_half = builder.zext(self._load(builder, stored, high, high_count), wide)
-        high_half = builder.shl(high_half, ir.Constant(wide, [I32(16)] * vector.lanes))
-        return builder.bitcast(builder.or_(low_half, high_half), vector.type)
+        """Lanes of pairs from two rows: elements of ``low`` below those of ``high``, 0 where ``has_high`` is false."""
+        stored, wide = self._stored(self.vector.lanes), ir.VectorType(I32, self.vector.lanes)
+
+        def pairs() -> list[ir.Value]:
+            halves = builder.zext(self._load(builder, stored, high, count), wide)
+            halves = builder.shl(halves, ir.Constant(wide, [I32(16)] * self.vector.lanes))
+            return [builder.or_(lows, halves)]
+
+        lows = builder.zext(self._load(builder, stored, low, count), wide)
+        (lanes,) = pairs() if has_high is None else choose(builder, has_high, pairs, lambda: [lows])
+        return builder.bitcast(lanes, self.vector.type)
 
     @property
     def of_steps(self) -> Operand:

@@ -27,7 +27,7 @@ from .patches_args import (
     START,
     STRIDE,
 )
-from .simd import I8, I32, I64, POINTER, choose, each, repeat, splat
+from .simd import I1, I8, I32, I64, POINTER, choose, each, repeat, splat
 
 X = DIMENSIONS - 1
 
@@ -84,30 +84,62 @@ class Run:
 
 @dataclass(frozen=True)
 class Line:
-    """A run with one value of the other side's digits: the masks of its pieces, and what can be read without one."""
+    """A run with one value of the other side's digits, and the mask of the lanes that exist."""
 
     run: Run
-    masks: list[ir.Value]
-    whole: ir.Value  # all lanes, from the first piece
-    whole_second: ir.Value  # all lanes, every second element
-    exists: ir.Value  # address of a byte a lane
+    exists: ir.Value
 
 
 class Room:
-    """Arrays on the stack of a function."""
+    """Arrays on the stack of a function: for ``runs`` runs, and for ``others`` indices of the other side."""
 
-    def __init__(self, builder: ir.IRBuilder, operand: Operand, others: int) -> None:
+    def __init__(self, builder: ir.IRBuilder, operand: Operand, others: int, runs: int = 1) -> None:
         def array(kind: ir.Type, count: int) -> ir.Value:
             return builder.inttoptr(builder.ptrtoint(builder.alloca(kind, count), I64), POINTER)
 
-        lanes = operand.vector.lanes
-        self.coordinates = [array(I32, lanes) for _ in range(DIMENSIONS)]
-        self.offsets, self.exists = array(I64, lanes), array(I8, lanes)
+        lanes, self.runs, bits = operand.vector.lanes, runs, ir.IntType(operand.vector.lanes)
+        self.coordinates = [array(I32, lanes * runs) for _ in range(DIMENSIONS)]
+        self.offsets, self.exists = array(I64, lanes * runs), array(I8, lanes)
+        self.pieces, self.origins = ([array(kind, runs) for _ in range(2)] for kind in (bits, I64))
+        self.scattered = array(I8, runs)
         self.elements, zero = scratch(builder, operand), array(I64, 1)
         builder.store(I64(0), zero)
         self.zero = builder.ptrtoint(zero, I64)
         self.other_taps = [array(I32, others) for _ in range(DIMENSIONS)]
         self.other_offsets = array(I64, others)
+        self.other_masks = array(bits, others * runs)
+
+    def keep(self, builder: ir.IRBuilder, index: ir.Value, run: Run) -> None:
+        """Of as many runs as there is room for."""
+        first = builder.mul(index, I64(run.coordinates[0].type.count))
+        for coordinate, array in zip(run.coordinates, self.coordinates, strict=True):
+            builder.store(coordinate, slot(builder, array, first, I32), align=4)
+        for mask, array in zip(run.pieces, self.pieces, strict=True):
+            keep_mask(builder, array, index, mask)
+        for origin, array in zip(run.origins, self.origins, strict=True):
+            builder.store(origin, slot(builder, array, index, I64))
+        builder.store(builder.zext(run.scattered, I8), slot(builder, self.scattered, index, I8))
+
+    def kept(self, builder: ir.IRBuilder, index: ir.Value, lanes: int, every_second: ir.Value) -> Run:
+        first = builder.mul(index, I64(lanes))
+        coordinates = [
+            builder.load(slot(builder, array, first, I32), typ=ir.VectorType(I32, lanes), align=4)
+            for array in self.coordinates
+        ]
+        pieces = [kept_mask(builder, array, index, lanes) for array in self.pieces]
+        origins = [builder.load(slot(builder, array, index, I64), typ=I64) for array in self.origins]
+        scattered = builder.trunc(builder.load(slot(builder, self.scattered, index, I8), typ=I8), I1)
+        return Run(coordinates, slot(builder, self.offsets, first, I64), pieces, origins, scattered, every_second)
+
+
+def keep_mask(builder: ir.IRBuilder, array: ir.Value, index: ir.Value, mask: ir.Value) -> None:
+    bits = ir.IntType(mask.type.count)
+    builder.store(builder.bitcast(mask, bits), slot(builder, array, index, bits))
+
+
+def kept_mask(builder: ir.IRBuilder, array: ir.Value, index: ir.Value, lanes: int) -> ir.Value:
+    bits = ir.IntType(lanes)
+    return builder.bitcast(builder.load(slot(builder, array, index, bits), typ=bits), ir.VectorType(I1, lanes))
 
 
 def read_image(builder: ir.IRBuilder, operand: Operand, patches: ir.Value) -> Image:
@@ -157,18 +189,22 @@ def slot(builder: ir.IRBuilder, array: ir.Value, index: ir.Value, kind: ir.Type)
     return builder.gep(array, [index], source_etype=kind)
 
 
-def run_from(builder: ir.IRBuilder, image: Image, side: Side, first: ir.Value, room: Room) -> Run:
-    """The run of ``lanes`` indices of a side from ``first`` on."""
-    digits = digits_of(builder, side, first)
+def run_from(
+    builder: ir.IRBuilder, image: Image, side: Side, first: ir.Value, room: Room, index: ir.Value | None = None
+) -> Run:
+    """The run of ``lanes`` indices of a side from ``first`` on, which is number ``index`` of those that are kept."""
+    digits, kept = digits_of(builder, side, first), builder.mul(index or I64(0), I64(image.lanes))
+    offsets = slot(builder, room.offsets, kept, I64)
+    arrays = [slot(builder, array, kept, I32) for array in room.coordinates]
     in_row = builder.icmp_signed("<=", builder.add(digits[-1], I64(image.lanes)), side.extents[X])
     *coordinates, one, other, origin, second, scattered = choose(
         builder,
         in_row,
-        lambda: run_in_row(builder, image, side, digits, room),
-        lambda: _run_across_rows(builder, image, side, digits, room),
+        lambda: run_in_row(builder, image, side, digits, offsets),
+        lambda: _run_across_rows(builder, image, side, digits, (arrays, offsets)),
     )
-    every_second = builder.and_(in_row, builder.icmp_signed("==", distance_of(builder, image, side), I64(2)))
-    return Run(coordinates, room.offsets, [one, other], [origin, second], scattered, every_second)
+    every_second = builder.icmp_signed("==", distance_of(builder, image, side), I64(2))
+    return Run(coordinates, offsets, [one, other], [origin, second], scattered, every_second)
 
 
 def distance_of(builder: ir.IRBuilder, image: Image, side: Side) -> ir.Value:
@@ -183,33 +219,39 @@ def _coordinates(builder: ir.IRBuilder, image: Image, side: Side, digits: list[i
     ]
 
 
-def run_in_row(builder, image, side, digits, room):
+def run_in_row(builder, image, side, digits, offsets):
     """A run whose x alone counts."""
     lanes, distance = image.lanes, distance_of(builder, image, side)
     coordinates = _coordinates(builder, image, side, digits)
     offset = builder.add(builder.mul(digits[0], side.outer), image.offset(builder, coordinates))
     wide, narrow = (ir.Constant(ir.VectorType(kind, lanes), [kind(i) for i in range(lanes)]) for kind in (I64, I32))
     steps = builder.mul(wide, splat(builder, distance, lanes))
-    builder.store(builder.add(splat(builder, offset, lanes), steps), room.offsets, align=8)
+    builder.store(builder.add(splat(builder, offset, lanes), steps), offsets, align=8)
     vectors = [splat(builder, builder.trunc(coordinate, I32), lanes) for coordinate in coordinates]
     x_steps = builder.mul(narrow, splat(builder, builder.trunc(side.steps[X], I32), lanes))
     vectors[X] = builder.add(vectors[X], x_steps)
-    adjacent = builder.icmp_signed("==", distance, I64(1))
-    none = ir.Constant(ir.VectorType(ir.IntType(1), lanes), None)
-    return [*vectors, splat(builder, adjacent, lanes), none, offset, offset, builder.not_(adjacent)]
+    is_piece = _is_piece(builder, distance)
+    none = ir.Constant(ir.VectorType(I1, lanes), None)
+    return [*vectors, splat(builder, is_piece, lanes), none, offset, offset, builder.not_(is_piece)]
 
 
-def _run_across_rows(builder, image, side, digits, room):
+def _is_piece(builder: ir.IRBuilder, distance: ir.Value) -> ir.Value:
+    """Whether elements at this distance are read as vectors."""
+    return builder.or_(*[builder.icmp_signed("==", distance, I64(one)) for one in (1, 2)])
+
+
+def _run_across_rows(builder, image, side, digits, kept):
     """A run whose digits carry."""
+    (arrays, offsets), distance = kept, distance_of(builder, image, side)
 
     def lane(at: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
         second, pieces, *digits = state
         coordinates = _coordinates(builder, image, side, digits)
-        for coordinate, array in zip(coordinates, room.coordinates, strict=True):
+        for coordinate, array in zip(coordinates, arrays, strict=True):
             builder.store(builder.trunc(coordinate, I32), slot(builder, array, at, I32))
         offset = builder.add(builder.mul(digits[0], side.outer), image.offset(builder, coordinates))
-        builder.store(offset, slot(builder, room.offsets, at, I64))
-        origin, first = builder.sub(offset, at), builder.load(room.offsets, typ=I64)
+        builder.store(offset, slot(builder, offsets, at, I64))
+        origin, first = builder.sub(offset, builder.mul(at, distance)), builder.load(offsets, typ=I64)
         is_one = builder.icmp_signed("==", pieces, I64(1))
         is_new = builder.or_(is_one, builder.icmp_signed("!=", origin, second))
         is_new = builder.and_(is_new, builder.icmp_signed("!=", origin, first))
@@ -219,29 +261,28 @@ def _run_across_rows(builder, image, side, digits, room):
     lanes, wide, narrow = image.lanes, ir.VectorType(I64, image.lanes), ir.VectorType(I32, image.lanes)
     _, state = repeat(builder, I64(0), I64(lanes), 1, [I64(0), I64(1), *digits], lane)
     second, pieces, *_ = state
-    origin = builder.load(room.offsets, typ=I64)
+    origin = builder.load(offsets, typ=I64)
     second = builder.select(builder.icmp_signed("==", pieces, I64(1)), origin, second)
-    numbers = ir.Constant(wide, [I64(i) for i in range(lanes)])
-    origins = builder.sub(builder.load(room.offsets, typ=wide, align=8), numbers)
+    numbers = builder.mul(ir.Constant(wide, [I64(i) for i in range(lanes)]), splat(builder, distance, lanes))
+    origins = builder.sub(builder.load(offsets, typ=wide, align=8), numbers)
+    is_piece = _is_piece(builder, distance)
     one = builder.icmp_signed("==", origins, splat(builder, origin, lanes))
+    one = builder.and_(one, splat(builder, is_piece, lanes))
     other = builder.and_(builder.not_(one), builder.icmp_signed("==", origins, splat(builder, second, lanes)))
-    coordinates = [builder.load(array, typ=narrow, align=4) for array in room.coordinates]
-    return [*coordinates, one, other, origin, second, builder.icmp_signed(">", pieces, I64(2))]
+    coordinates = [builder.load(array, typ=narrow, align=4) for array in arrays]
+    apart = builder.or_(builder.icmp_signed(">", pieces, I64(2)), builder.not_(is_piece))
+    return [*coordinates, one, other, origin, second, apart]
 
 
-def line_of(builder: ir.IRBuilder, image: Image, room: Room, run: Run, taps: list[ir.Value], count: ir.Value) -> Line:
-    """The run where the other side adds ``taps``, int32, to the coordinates; lanes from ``count`` on do not exist."""
-    mask = image.operand.vector.mask(builder, count)
+def lanes_inside(builder: ir.IRBuilder, image: Image, run: Run, exists: ir.Value, taps: list[ir.Value]) -> ir.Value:
+    """Of the lanes in the mask ``exists`` those that lie in the image where the other side adds ``taps``, int32."""
     for coordinate, tap, size in zip(run.coordinates, taps, image.sizes, strict=True):
         at = builder.add(coordinate, splat(builder, tap, image.lanes))
-        mask = builder.and_(mask, builder.icmp_unsigned("<", at, size))
-    masks = [builder.and_(mask, piece) for piece in run.pieces]
-    builder.store(builder.zext(mask, ir.VectorType(I8, image.lanes)), room.exists, align=1)
-    whole_second = builder.and_(run.every_second, _all(builder, mask))
-    return Line(run, masks, _all(builder, masks[0]), whole_second, room.exists)
+        exists = builder.and_(exists, builder.icmp_unsigned("<", at, size))
+    return exists
 
 
-def _all(builder: ir.IRBuilder, mask: ir.Value) -> ir.Value:
+def all_of(builder: ir.IRBuilder, mask: ir.Value) -> ir.Value:
     bits = ir.IntType(mask.type.count)
     return builder.icmp_signed("==", builder.bitcast(mask, bits), bits(-1))
 
@@ -249,43 +290,76 @@ def _all(builder: ir.IRBuilder, mask: ir.Value) -> ir.Value:
 def read_line(builder: ir.IRBuilder, image: Image, room: Room, line: Line, offset: ir.Value) -> ir.Value:
     """One vector of lanes; those that do not exist are 0. The other side adds ``offset`` elements."""
     operand, run = image.operand, line.run
-    places = [element_at(builder, operand, image.address, builder.add(origin, offset)) for origin in run.origins]
+    masks = [builder.and_(line.exists, piece) for piece in run.pieces]
+
+    def either(seconds, adjacent) -> list[ir.Value]:
+        return choose(builder, run.every_second, lambda: [seconds()], lambda: [adjacent()])
 
     def whole() -> list[ir.Value]:
-        return [operand.read(builder, places[0])]
+        return either(
+            lambda: read_seconds(builder, image, run.origins[0], offset),
+            lambda: operand.read(builder, place_of(builder, image, run.origins[0], offset)),
+        )
 
-    def pieces() -> list[ir.Value]:
-        one, other = (operand.read_masked(builder, at, mask) for at, mask in zip(places, line.masks, strict=True))
-        return [builder.select(line.masks[1], other, one)]
+    def pieces(read) -> ir.Value:
+        one, other = (read(builder, image, origin, offset, mask) for origin, mask in zip(run.origins, masks))
+        return builder.select(masks[1], other, one)
 
     def gathered() -> list[ir.Value]:
-        element = ir.IntType(8 * operand.size)
-
-        def lane(at: ir.Value) -> None:
-            elements = builder.add(builder.load(slot(builder, run.offsets, at, I64), typ=I64), offset)
-            exists = builder.icmp_signed("!=", builder.load(slot(builder, line.exists, at, I8), typ=I8), I8(0))
-            address = builder.select(exists, element_at(builder, operand, image.address, elements), room.zero)
-            value = builder.load(builder.inttoptr(address, POINTER), typ=element, align=operand.size)
-            to = element_at(builder, operand, room.elements, at)
-            builder.store(value, builder.inttoptr(to, POINTER), align=operand.size)
-
-        each(builder, image.lanes, 1, lane)
-        return [operand.read(builder, room.elements)]
-
-    def seconds() -> list[ir.Value]:
-        """Between two elements of a row, memory can be read."""
-        lanes = image.lanes
-        low = operand.read(builder, places[0])
-        high = operand.read(builder, element_at(builder, operand, places[0], I64(lanes - 1)))
-        even = [I32(2 * i if 2 * i < lanes else 2 * i + 1) for i in range(lanes)]
-        return [builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, lanes), even))]
+        return [_gather(builder, image, room, line, offset)]
 
     def partial() -> list[ir.Value]:
         if not operand.has_masks:  # a branch an element
             return gathered()
-        return choose(builder, run.scattered, gathered, pieces)
+        in_pieces = lambda: either(lambda: pieces(read_seconds), lambda: pieces(read_masked))  # noqa: E731
+        return choose(builder, run.scattered, gathered, in_pieces)
 
-    return choose(builder, line.whole, whole, lambda: choose(builder, line.whole_second, seconds, partial))[0]
+    return choose(builder, all_of(builder, masks[0]), whole, partial)[0]
+
+
+def place_of(builder: ir.IRBuilder, image: Image, origin: ir.Value, offset: ir.Value) -> ir.Value:
+    """Address of lane 0 of a piece."""
+    return element_at(builder, image.operand, image.address, builder.add(origin, offset))
+
+
+def read_masked(builder, image, origin, offset, mask):
+    """The adjacent elements of a piece that are in the mask."""
+    return image.operand.read_masked(builder, place_of(builder, image, origin, offset), mask)
+
+
+def read_seconds(builder, image, origin, offset, mask=None):
+    """Every second element of a piece, or those that are in the mask: between two of a row, memory can be read."""
+    operand, lanes, first = image.operand, image.lanes, place_of(builder, image, origin, offset)
+    last = element_at(builder, operand, first, I64(lanes - 1))
+
+    def shuffled(one: ir.Value, other: ir.Value, indices: list[int]) -> ir.Value:
+        return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(I32, lanes), [I32(i) for i in indices]))
+
+    if mask is None:
+        low, high = operand.read(builder, first), operand.read(builder, last)
+    else:
+        none = ir.Constant(mask.type, None)
+        low_mask = shuffled(mask, none, [i // 2 if i % 2 == 0 else lanes for i in range(lanes)])
+        high_mask = shuffled(mask, none, [(lanes + i) // 2 if i % 2 else lanes for i in range(lanes)])
+        low, high = operand.read_masked(builder, first, low_mask), operand.read_masked(builder, last, high_mask)
+    return shuffled(low, high, [2 * i if 2 * i < lanes else 2 * i + 1 for i in range(lanes)])
+
+
+def _gather(builder, image, room, line, offset):
+    """``read_line``, element by element."""
+    operand, element = image.operand, ir.IntType(8 * image.operand.size)
+    builder.store(builder.zext(line.exists, ir.VectorType(I8, image.lanes)), room.exists, align=1)
+
+    def lane(at: ir.Value) -> None:
+        elements = builder.add(builder.load(slot(builder, line.run.offsets, at, I64), typ=I64), offset)
+        exists = builder.icmp_signed("!=", builder.load(slot(builder, room.exists, at, I8), typ=I8), I8(0))
+        address = builder.select(exists, element_at(builder, operand, image.address, elements), room.zero)
+        value = builder.load(builder.inttoptr(address, POINTER), typ=element, align=operand.size)
+        to = element_at(builder, operand, room.elements, at)
+        builder.store(value, builder.inttoptr(to, POINTER), align=operand.size)
+
+    each(builder, image.lanes, 1, lane)
+    return operand.read(builder, room.elements)
 
 
 def is_inside(builder, image, other, run, count):
@@ -297,4 +371,20 @@ def is_inside(builder, image, other, run, count):
         for tap in (I32(0), builder.trunc(reach, I32)):
             at = builder.add(run.coordinates[d], splat(builder, tap, image.lanes))
             mask = builder.and_(mask, builder.icmp_unsigned("<", at, image.sizes[d]))
-    return _all(builder, builder.or_(mask, missing))
+    return all_of(builder, builder.or_(mask, missing))
+
+
+def set_others(builder, image, side, first, count, exist, room):
+    """For ``count`` indices of a side: what they add to coordinates and to offsets. From ``exist`` on, as the last."""
+
+    def one(at: ir.Value, digits: list[ir.Value]) -> list[ir.Value]:
+        coordinates = [builder.mul(digit, by) for digit, by in zip(digits[1:], side.steps, strict=True)]
+        for coordinate, array in zip(coordinates, room.other_taps, strict=True):
+            builder.store(builder.trunc(coordinate, I32), slot(builder, array, at, I32))
+        offset = builder.add(builder.mul(digits[0], side.outer), image.offset(builder, coordinates))
+        builder.store(offset, slot(builder, room.other_offsets, at, I64))
+        is_last = builder.icmp_signed(">=", builder.add(at, I64(1)), exist)
+        then = following(builder, side, digits)
+        return [builder.select(is_last, old, new) for old, new in zip(digits, then, strict=True)]
+
+    repeat(builder, I64(0), count, 1, digits_of(builder, side, first), one)

@@ -1,12 +1,12 @@
 """Packing of operands that are patches of an image: panels as in pack.py, of elements found by digits.
 
-Vectors lie along the index that counts pixels. Along columns of B they are stored as they are: which lanes exist
-depends on the tap alone, so it is computed once for all channels. Along k they are transposed for B, and stored as they
-are for A; none crosses the end of a row of the image.
+Vectors lie along the index that counts pixels. Along columns of B they are stored as they are (patch_columns.py). Along
+k they are transposed for B, and stored as they are for A; none crosses the end of a row of the image.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -14,7 +14,10 @@ from llvmlite import ir
 from .config import BlockConfig
 from .operand import Operand, operand_of
 from .pack import element_at
+from .patch_columns import TAPS, Panel, pack_columns
 from .patch_runs import (
+    Image,
+    Line,
     Room,
     Run,
     X,
@@ -23,18 +26,22 @@ from .patch_runs import (
     following,
     indices_of,
     is_inside,
-    line_of,
+    lanes_inside,
+    place_of,
     read_image,
     read_line,
-    run_from,
+    read_masked,
+    read_seconds,
     run_in_row,
+    set_others,
     slot,
 )
-from .patches_args import DIMENSIONS
-from .simd import I1, I32, I64, choose, each, function_ir, repeat, repeat_to
+from .simd import I1, I32, I64, POINTER, choose, each, function_ir, repeat_to, splat
 
 PATCH_STEPS_ARGUMENTS, PATCH_ROWS_ARGUMENTS = 6, 6
-ROWS = 64  # at a time, for which a run is found once
+ROWS = 256  # at a time, for which a run is found once
+FAR = -(1 << 30)  # from any coordinate to one outside
+FEW_PIXELS = 64  # of an outer index, up to which those of the next one are fetched ahead
 
 
 def make_kernels(config: BlockConfig) -> dict[str, str]:
@@ -46,27 +53,6 @@ def make_kernels(config: BlockConfig) -> dict[str, str]:
     }
 
 
-@dataclass(frozen=True)
-class Panel:
-    """A column panel of B: its first lane, and lanes from one row to the next."""
-
-    operand: Operand
-    address: ir.Value
-    width: ir.Value
-
-    def store(self, builder: ir.IRBuilder, value: ir.Value, step: ir.Value, column: ir.Value) -> None:
-        at = builder.ptrtoint(self.operand.vector.at(builder, self.address, column), I64)
-        self.operand.store_step(builder, value, at, self.width, step)
-
-    def clear(self, builder: ir.IRBuilder, row: ir.Value) -> None:
-        """Of an odd number of steps the last pair has one: the other is 0."""
-        vector, first = self.operand.vector, builder.mul(row, self.width)
-        each(
-            builder, self.width, vector.lanes,
-            lambda j: vector.store(builder, vector.zero(), vector.at(builder, self.address, builder.add(first, j))),
-        )  # fmt: skip
-
-
 def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
     """IR of ``void name(target, width, source, k, exist, patches)``: rows are steps of k, as of ``pack_steps``.
 
@@ -75,7 +61,8 @@ def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
 
     def emit(builder, target, width_, source, k, exist, patches):
         steps = operand.of_steps
-        image, room = read_image(builder, steps, patches), Room(builder, steps, width)
+        image = read_image(builder, steps, patches)
+        room = Room(builder, steps, max(width, TAPS), width // steps.vector.lanes)
         panel = Panel(operand, target, width_)
         if operand.k_per_lane == 2:
             with builder.if_then(builder.trunc(k, I1)):
@@ -86,7 +73,7 @@ def patch_steps_ir(name: str, operand: Operand, width: int) -> str:
             with deep:
                 _pack_transposed(builder, image, room, panel, (first, exist), (step, k))
             with wide:
-                _pack_wide(builder, image, room, panel, (first, exist), (step, k))
+                pack_columns(builder, image, room, panel, (first, exist), (step, k))
 
     return function_ir(name, PATCH_STEPS_ARGUMENTS, emit)
 
@@ -98,45 +85,36 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
         steps = operand.of_steps
         image, room = read_image(builder, steps, patches), Room(builder, steps, ROWS)
         first, step = indices_of(builder, operand, source)
+        ahead = _bytes_ahead(builder, image)
 
         def some_rows(i):
-            left, begin = builder.sub(rows, i), builder.mul(i, stride)
+            left = builder.sub(rows, i)
             count = builder.select(builder.icmp_signed("<", left, I64(ROWS)), left, I64(ROWS))
-            _set_others(builder, image, image.free, builder.add(first, i), count, count, room)
-
-            def at(i):
-                lane = operand.vector.at(builder, target, builder.add(begin, builder.mul(i, stride)))
-                return builder.ptrtoint(lane, I64)
+            set_others(builder, image, image.free, builder.add(first, i), count, count, room)
+            begin = operand.vector.at(builder, target, builder.mul(i, stride))
+            block = _Rows(operand, image, room, begin, stride, ahead)
 
             if operand.k_per_lane == 2:  # as in a panel; after an even number of steps there is room, too
                 last = builder.lshr(k, I64(1))
-                each(
-                    builder, count, 1, lambda i: builder.store(I32(0), operand.vector.at(builder, at(i), last), align=4)
-                )
 
-            def some_pixels(p, run, exist, inside):
-                def row(i):
-                    operand.store_in_row(builder, _read_other(builder, image, room, run, i, exist, inside), at(i), p)
+                def clear(i):
+                    builder.store(I32(0), operand.vector.at(builder, block.row(builder, i), last), align=4)
 
-                each(builder, count, 1, row)
+                each(builder, count, 1, clear)
+
+            def some_pixels(p, run, exist, read):
+                each(builder, count, 1, lambda i: block.pack_pixels(builder, i, p, run, exist, read))
 
             def pixels_apart(p, run, exist):
-                distance = distance_of(builder, image, image.k)
                 whole = builder.icmp_signed(">", exist, I64(image.lanes))
                 lanes = builder.select(whole, I64(image.lanes), exist)
+                distance = distance_of(builder, image, image.k)
 
-                def row(i):
-                    other = builder.load(slot(builder, room.other_offsets, i, I64), typ=I64)
-                    first = builder.add(run.origins[0], other)
+                def element(lane):  # of all rows one after the other: a loop over a few lanes would be all overhead
+                    first, at = builder.add(run.origins[0], builder.mul(lane, distance)), builder.add(p, lane)
+                    each(builder, count, 1, lambda i: block.pack_element(builder, i, at, first))
 
-                    def element(lane):
-                        place = builder.add(first, builder.mul(lane, distance))
-                        value = steps.read(builder, element_at(builder, operand, image.address, place), I64(1))
-                        operand.store_one_in_row(builder, value, at(i), builder.add(p, lane))
-
-                    each(builder, lanes, 1, element)
-
-                each(builder, count, 1, row)
+                each(builder, lanes, 1, element)
 
             _rows_of_pixels(builder, image, room, step, k, some_pixels, pixels_apart)
 
@@ -145,34 +123,52 @@ def patch_rows_ir(name: str, operand: Operand) -> str:
     return function_ir(name, PATCH_ROWS_ARGUMENTS, emit)
 
 
-def _pack_wide(builder, image, room, panel, free, k):
-    """Vectors along the free index, a tap after the other, all channels of each."""
-    (first, exist), (step, steps) = free, k
-    taps = builder.mul(*image.k.extents[:2])
-    taps = builder.mul(taps, image.k.extents[X])
-    end, last = builder.add(step, steps), builder.sub(taps, I64(1))
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a block of A, ``stride`` lanes apart from ``target`` on, whose digits are in ``room``.
 
-    def vector(j):
-        run = run_from(builder, image, image.free, builder.add(first, j), room)
-        count = builder.sub(exist, j)
+    ahead: the distance, in bytes, of what follows in memory, which is fetched while a row is read.
+    """
 
-        def tap(t: ir.Value, digits: list[ir.Value]) -> list[ir.Value]:
-            coordinates = [builder.mul(digit, by) for digit, by in zip(digits[1:], image.k.steps, strict=True)]
-            line = line_of(builder, image, room, run, [builder.trunc(x, I32) for x in coordinates], count)
-            offset, before = image.offset(builder, coordinates), builder.sub(last, t)
-            begin, stop = (builder.udiv(builder.add(p, before), taps) for p in (step, end))
+    operand: Operand
+    image: Image
+    room: Room
+    target: ir.Value
+    stride: ir.Value
+    ahead: ir.Value
 
-            def channel(c):
-                row = builder.sub(builder.add(builder.mul(c, taps), t), step)
-                at = builder.add(offset, builder.mul(c, image.k.outer))
-                panel.store(builder, read_line(builder, image, room, line, at), row, j)
+    def row(self, builder: ir.IRBuilder, i: ir.Value) -> ir.Value:
+        """Address of row i."""
+        return builder.ptrtoint(self.operand.vector.at(builder, self.target, builder.mul(i, self.stride)), I64)
 
-            each(builder, stop, 1, channel, begin)
-            return following(builder, image.k, digits)
+    def pack_pixels(self, builder, i, p, run, exist, read):
+        """Steps of k from ``p`` on of row i: those of a run."""
+        if read is _read_inside:
+            self._place(builder, i, run.origins[0])
+        value = read(builder, self.image, self.room, run, i, exist)
+        self.operand.store_in_row(builder, value, self.row(builder, i), p)
 
-        repeat(builder, I64(0), taps, 1, [I64(0)] * (1 + DIMENSIONS), tap)
+    def pack_element(self, builder, i, p, first):
+        """Step ``p`` of row i: one element."""
+        value = self.image.operand.read(builder, self._place(builder, i, first), I64(1))
+        self.operand.store_one_in_row(builder, value, self.row(builder, i), p)
 
-    each(builder, panel.width, image.lanes, vector)
+    def _place(self, builder, i, first):
+        """Address of element ``first`` of row i."""
+        other = builder.load(slot(builder, self.room.other_offsets, i, I64), typ=I64)
+        place = element_at(builder, self.operand, self.image.address, builder.add(first, other))
+        self.operand.vector.prefetch(builder, builder.inttoptr(builder.add(place, self.ahead), POINTER))
+        return place
+
+
+def _bytes_ahead(builder: ir.IRBuilder, image: Image) -> ir.Value:
+    """From a row's pixels to those of its next outer index, where that has few; else 0.
+
+    Few pixels of many rows are adjacent in memory, those of the next index are pages apart: no hardware follows.
+    """
+    pixels = builder.mul(builder.mul(*image.k.extents[:X]), image.k.extents[X])
+    is_short = builder.icmp_signed("<=", pixels, I64(FEW_PIXELS))
+    return builder.select(is_short, builder.mul(image.k.outer, I64(image.operand.size)), I64(0))
 
 
 def _pack_transposed(builder, image, room, panel, free, k):
@@ -182,12 +178,22 @@ def _pack_transposed(builder, image, room, panel, free, k):
     """
     (first, exist), (step, steps) = free, k
     vector, lanes = image.operand.vector, image.lanes
-    _set_others(builder, image, image.free, first, panel.width, exist, room)
+    set_others(builder, image, image.free, first, panel.width, exist, room)
 
-    def some_pixels(p, run, count, inside):
+    kept = builder.alloca(vector.type, lanes)
+
+    def some_pixels(p, run, count, read):
         def columns(j):
-            read = [_read_other(builder, image, room, run, builder.add(j, I64(i)), count, inside) for i in range(lanes)]
-            for i, row in enumerate(vector.transpose(builder, read)):
+            def one(i):
+                value = read(builder, image, room, run, builder.add(j, i), count)
+                vector.store(builder, value, vector.at(builder, kept, builder.mul(i, I64(lanes))))
+
+            if read is _read_any:  # which is long
+                each(builder, lanes, 1, one)
+                columns = [vector.load(builder, vector.at(builder, kept, i * lanes)) for i in range(lanes)]
+            else:
+                columns = [read(builder, image, room, run, builder.add(j, I64(i)), count) for i in range(lanes)]
+            for i, row in enumerate(vector.transpose(builder, columns)):
                 with builder.if_then(builder.icmp_signed("<", I64(i), count), likely=True):
                     panel.store(builder, row, builder.add(p, I64(i)), j)
 
@@ -197,10 +203,11 @@ def _pack_transposed(builder, image, room, panel, free, k):
 
 
 def _rows_of_pixels(builder, image, room, step, k, emit, emit_apart=None):
-    """``emit(p, run, count, inside)`` for vectors along k, steps p to p + count of ``k`` from ``step`` on.
+    """``emit(p, run, count, read)`` for vectors along k, steps p to p + count of ``k`` from ``step`` on.
 
-    None crosses the end of a row of the image. inside: whether no digits of the free index lead out of the image.
-    ``emit_apart(p, run, count)``, where it is there, for those inside whose elements are not adjacent.
+    None crosses the end of a row of the image. read: the function that reads one, by where it lies.
+    ``emit_apart(p, run, count)``, where it is there, for those inside the image, whatever digits of the free index are
+    added, whose elements are not adjacent.
     """
     extent, distance = image.k.extents[X], distance_of(builder, image, image.k)
 
@@ -211,28 +218,31 @@ def _rows_of_pixels(builder, image, room, step, k, emit, emit_apart=None):
 
         def vector(v):
             digits = [*outer, builder.add(x, v)]
-            *coordinates, one, other, origin, _, scattered = run_in_row(builder, image, image.k, digits, room)
+            *coordinates, one, other, origin, _, scattered = run_in_row(builder, image, image.k, digits, room.offsets)
             second = builder.icmp_signed("==", distance, I64(2))
             run = Run(coordinates, room.offsets, [one, other], [origin, origin], scattered, second)
             count = builder.sub(length, v)
             at, adjacent = builder.add(p, v), builder.icmp_signed("==", distance, I64(1))
 
-            def inside_or_not(inside):
-                with builder.if_else(builder.and_(adjacent, inside)) as (together, other):
-                    with together:
-                        emit(at, run, count, True)
-                    with other:
-                        emit(at, run, count, False)
+            def by(read):
+                return lambda: emit(at, run, count, read)
+
+            def outside():
+                if emit_apart is not None or not image.operand.has_masks:
+                    emit(at, run, count, _read_any)
+                    return
+                seconds = functools.partial(_either, builder, second, by(_read_seconds), by(_read_any))
+                _either(builder, adjacent, by(_read_masked), seconds)
+
+            def inside_or_not():
+                _either(builder, builder.and_(adjacent, inside), by(_read_inside), outside)
 
             inside = is_inside(builder, image, image.free, run, count)
             if emit_apart is None:
-                inside_or_not(inside)
+                inside_or_not()
                 return
-            with builder.if_else(builder.and_(inside, builder.not_(adjacent))) as (apart, other):
-                with apart:
-                    emit_apart(at, run, count)
-                with other:
-                    inside_or_not(inside)
+            apart = builder.and_(inside, builder.not_(adjacent))
+            _either(builder, apart, lambda: emit_apart(at, run, count), inside_or_not)
 
         each(builder, length, image.lanes, vector)
         last = [*outer, builder.sub(extent, I64(1))]
@@ -241,30 +251,51 @@ def _rows_of_pixels(builder, image, room, step, k, emit, emit_apart=None):
     repeat_to(builder, I64(0), k, digits_of(builder, image.k, step), row)
 
 
-def _set_others(builder, image, side, first, count, exist, room):
-    """For ``count`` indices of a side: what they add to coordinates and to offsets. From ``exist`` on, as the last."""
-
-    def one(at: ir.Value, digits: list[ir.Value]) -> list[ir.Value]:
-        coordinates = [builder.mul(digit, by) for digit, by in zip(digits[1:], side.steps, strict=True)]
-        for coordinate, array in zip(coordinates, room.other_taps, strict=True):
-            builder.store(builder.trunc(coordinate, I32), slot(builder, array, at, I32))
-        offset = builder.add(builder.mul(digits[0], side.outer), image.offset(builder, coordinates))
-        builder.store(offset, slot(builder, room.other_offsets, at, I64))
-        is_last = builder.icmp_signed(">=", builder.add(at, I64(1)), exist)
-        then = following(builder, side, digits)
-        return [builder.select(is_last, old, new) for old, new in zip(digits, then, strict=True)]
-
-    repeat(builder, I64(0), count, 1, digits_of(builder, side, first), one)
+def _either(builder, condition, then, otherwise):
+    with builder.if_else(condition) as (one, other):
+        with one:
+            then()
+        with other:
+            otherwise()
 
 
-def _read_other(builder, image, room, run, at, count, inside):
-    """The vector of a run for index ``at`` of those of ``_set_others``; lanes from ``count`` on are 0."""
-    offset = builder.load(slot(builder, room.other_offsets, at, I64), typ=I64)
-    if inside:
-        place = element_at(builder, image.operand, image.address, builder.add(run.origins[0], offset))
-        whole = builder.icmp_signed(">=", count, I64(image.lanes))
-        read = image.operand.read
-        return choose(builder, whole, lambda: [read(builder, place)], lambda: [read(builder, place, count)])[0]
+# The vector of a run for index ``at`` of those of ``set_others``; lanes from ``count`` on are 0.
+
+
+def _read_inside(builder, image, room, run, at, count):
+    """Of adjacent elements, none of which is outside of the image."""
+    read, place = image.operand.read, place_of(builder, image, run.origins[0], _offset(builder, room, at))
+    whole = builder.icmp_signed(">=", count, I64(image.lanes))
+    return choose(builder, whole, lambda: [read(builder, place)], lambda: [read(builder, place, count)])[0]
+
+
+def _read_masked(builder, image, room, run, at, count):
+    """Of adjacent elements."""
+    exists = _inside_row(builder, image, room, run, at, count)
+    return read_masked(builder, image, run.origins[0], _offset(builder, room, at), exists)
+
+
+def _read_seconds(builder, image, room, run, at, count):
+    """Of every second element of a row."""
+    exists = _inside_row(builder, image, room, run, at, count)
+    return read_seconds(builder, image, run.origins[0], _offset(builder, room, at), exists)
+
+
+def _read_any(builder, image, room, run, at, count):
     taps = [builder.load(slot(builder, array, at, I32), typ=I32) for array in room.other_taps]
-    line = line_of(builder, image, room, run, taps, count)
-    return read_line(builder, image, room, line, offset)
+    exists = lanes_inside(builder, image, run, image.operand.vector.mask(builder, count), taps)
+    return read_line(builder, image, room, Line(run, exists), _offset(builder, room, at))
+
+
+def _offset(builder, room, at):
+    return builder.load(slot(builder, room.other_offsets, at, I64), typ=I64)
+
+
+def _inside_row(builder, image, room, run, at, count):
+    """``lanes_inside`` for a run in one row: z and y are numbers, and where one is outside x is put outside too."""
+    *others, x = [builder.load(slot(builder, array, at, I32), typ=I32) for array in room.other_taps]
+    for coordinate, tap, size in zip(run.coordinates, others, image.sizes):
+        coordinate, size = (builder.extract_element(v, I32(0)) for v in (coordinate, size))
+        x = builder.select(builder.icmp_unsigned("<", builder.add(coordinate, tap), size), x, I32(FAR))
+    at = builder.add(run.coordinates[X], splat(builder, x, image.lanes))
+    return builder.and_(image.operand.vector.mask(builder, count), builder.icmp_unsigned("<", at, image.sizes[X]))

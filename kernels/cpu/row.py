@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from .config_words import B_OFFSET, KC, LANE_BYTES, PACK_ROWS, ROW, ROW_COLUMNS, SIZE
-from .gemm_args import A_CS, A_RS, ACCUMULATE, B_RS, C_RS, A, B, C, K, M, N
+from .config import OUTER_BYTES, OUTER_STEPS
+from .config_words import B_OFFSET, KC, LANE_BYTES, PACK_ROWS, PAIRS, ROW, ROW_COLUMNS, SIZE
+from .gemm_args import A_CS, A_PATCHES, A_RS, ACCUMULATE, B_CS, B_RS, C_RS, A, B, C, K, M, N
 from .memory import call_kernel, ceil_div, get, jit
 from .microkernel import adds_to_c, chain_length, store_edge, store_full
 from .operand import Operand
@@ -28,6 +29,9 @@ from .simd import I64, function_ir, repeat
 
 STEPS = 8  # steps of k (or pairs) at a time: a load and a store of the sums for so many multiply-adds
 VECTORS = 4  # of C at a time: enough to hide the latency of multiply-adds
+# The same where C has one step or two: a burst of four stores of 64 bytes wrote to memory at half the speed of one, two
+# or eight (Zen 5, 16 MiB of float32, its two or more results beyond L3: 0.47 and 0.82 of the speed of torch.mm).
+VECTORS_OF_FEW_STEPS = 2
 
 
 class RowArguments(NamedTuple):
@@ -52,13 +56,13 @@ call_row, call_pack_rows = call_kernel(ROW_ARGUMENTS), call_kernel(PACK_ROWS_ARG
 class _Steps:
     """A few steps of k: their elements of A, splat, and their rows of B.
 
-    has_high: whether the second step of each pair exists. begins, ends: whether they are the first and the last steps
-    of a chain. adds: whether the chain is added to C, and not stored there.
+    has_high: whether the second step of a pair exists, where it may not. begins, ends: whether they are the first and
+    the last steps of a chain. adds: whether the chain is added to C, and not stored there.
     """
 
     x: list[ir.Value]
     rows: list[ir.Value]
-    has_high: list[ir.Value]
+    has_high: ir.Value | None
     begins: ir.Value
     ends: ir.Value
     adds: ir.Value
@@ -96,7 +100,9 @@ def _multiply_chains(builder, operand, arguments):
 
             return body
 
-        q, _ = repeat(builder, I64(0), builder.and_(length, I64(-STEPS)), STEPS, [], some_steps(STEPS))
+        whole = builder.sub(builder.sdiv(arguments.k, per_lane), p)  # all steps but that of half a pair
+        whole = builder.select(builder.icmp_signed("<", whole, length), whole, length)
+        q, _ = repeat(builder, I64(0), builder.and_(whole, I64(-STEPS)), STEPS, [], some_steps(STEPS))
         repeat(builder, q, length, 1, [], some_steps(1))
         return []
 
@@ -109,12 +115,12 @@ def _locate(builder, operand, arguments, at, conditions):
     row_bytes = builder.mul(arguments.b_rs, I64(operand.size))
     x = [vector.broadcast(builder, vector.at(builder, arguments.a, step)) for step in at]
     rows = [builder.add(arguments.b, builder.mul(step, row_bytes)) for step in k]
-    has_high = [builder.icmp_signed("<", builder.add(step, I64(1)), arguments.k) for step in k]
+    has_high = builder.icmp_signed("<", builder.add(k[0], I64(1)), arguments.k) if len(k) == 1 else None
     return _Steps(x, rows, has_high, *conditions)
 
 
 def _add_steps(builder, operand, arguments, steps):
-    """All columns: VECTORS at a time, then one, then what is less than one."""
+    """All columns: some vectors at a time, then one, then what is less than one."""
     lanes, columns = operand.vector.lanes, arguments.columns
     whole = builder.and_(columns, I64(-lanes))
 
@@ -125,8 +131,8 @@ def _add_steps(builder, operand, arguments, steps):
 
         return body
 
-    many = VECTORS * lanes
-    j, _ = repeat(builder, I64(0), builder.and_(columns, I64(-many)), many, [], vectors(VECTORS))
+    count = VECTORS if len(steps.x) == STEPS else VECTORS_OF_FEW_STEPS
+    j, _ = repeat(builder, I64(0), builder.and_(columns, I64(-count * lanes)), count * lanes, [], vectors(count))
     repeat(builder, j, whole, lanes, [], vectors(1))
     with builder.if_then(builder.icmp_signed("<", whole, columns)):
         _add_to_vectors(builder, operand, arguments, steps, [whole], builder.sub(columns, whole))
@@ -138,13 +144,13 @@ def _add_to_vectors(builder, operand, arguments, steps, at, count=None):
     places = [vector.at(builder, arguments.sums, j) for j in at]
     acc = [builder.select(steps.begins, vector.zero(), vector.load(builder, place)) for place in places]
     row_bytes = builder.mul(arguments.b_rs, I64(operand.size))
-    for x, row, has_high in zip(steps.x, steps.rows, steps.has_high, strict=True):
+    for x, row in zip(steps.x, steps.rows, strict=True):
         for v, j in enumerate(at):
             source = builder.add(row, builder.mul(j, I64(operand.size)))
             if operand.k_per_lane == 1:
                 value = operand.read(builder, source, count)
             else:
-                value = operand.interleave(builder, source, builder.add(source, row_bytes), count, has_high)
+                value = operand.interleave(builder, source, builder.add(source, row_bytes), count, steps.has_high)
             acc[v] = vector.fma(builder, x, value, acc[v])
     with builder.if_else(steps.ends) as (end, more):
         with end:
@@ -156,6 +162,19 @@ def _add_to_vectors(builder, operand, arguments, steps, at, count=None):
         with more:
             for place, value in zip(places, acc, strict=True):
                 vector.store(builder, value, place)
+
+
+@jit
+def has_few_steps(config, args):
+    """Whether C is computed row by row since rows of B are too few to repay more reads of them than one."""
+    lanes = (get(args, K) + get(config, PAIRS)) >> get(config, PAIRS)
+    return lanes <= OUTER_STEPS and get(args, N) * get(config, SIZE) >= OUTER_BYTES and rows_are_in_order(args)
+
+
+@jit
+def rows_are_in_order(args):
+    """Whether the elements of a row of B are adjacent, and A has strides."""
+    return get(args, B_CS) == 1 and get(args, A_PATCHES) == 0
 
 
 @jit

@@ -1,6 +1,6 @@
 """The state that the threads of one call share: int64 on the caller's stack. How the work is cut into blocks.
 
-A call is one product, a batch of them, or the two of a backward pass: a header, and then the arguments and the plan of
+A call is one product, a batch of them, or those of a backward pass: a header, and then the arguments and the plan of
 each product. A block is a rectangle of one C, or all of it over one chunk of k: a smaller product, with arguments of
 its own.
 """
@@ -69,7 +69,7 @@ PLANNED_ARGS = GEMM_ARGS + 6
 NEXT, BLOCKS, WORK, CONFIG, CORES = range(5)
 CORE_WORDS = 16
 HEADER = CORES + CORE_WORDS
-MAX_PRODUCTS = 2  # in one call
+MAX_PRODUCTS = 3  # in one call
 
 PACKED, BY_ROWS, BY_COLUMNS = range(3)  # how an operand is read
 

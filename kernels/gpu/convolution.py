@@ -94,15 +94,17 @@ def weight_gradient(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """dW[o, c, t] = sum over (s, y) of dY[s, o, y] * X[s, c, y * stride - padding + t * dilation]; contiguous.
 
+    Dtypes: the result may have float32 of 16-bit operands, by ``out_dtype``: the sum itself.
     Determinism: the sum may be cut into parts, by the shapes alone, which are added in order; not where
     `matmul_grad.deterministic(batch_invariant=True)` holds. Memory: the result, and at most 32 MiB of parts.
     All else as `forward`, the sum over (s, y).
     """
     conv = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
-    return _run(weight_gradient_product, conv, (input, grad, grad.new_empty(tuple(weight_size))), None)
+    return _run(weight_gradient_product, conv, (input, grad, grad.new_empty(tuple(weight_size), dtype=out_dtype)), None)
 
 
 def new_image(like: Tensor, size: Sequence[int]) -> Tensor:
@@ -134,7 +136,7 @@ def _run(product: Product, conv: Convolution, tensors: tuple[Tensor, Tensor, Ten
         return c.zero_() if bias is None else c.copy_(bias.view(1, -1, *[1] * (c.dim() - 2)).expand_as(c))
     bias = None if bias is None else bias.contiguous()
     layouts = [(x.shape, x.stride(), x.data_ptr() % 16) for x in (*tensors, *([] if bias is None else [bias]))]
-    key = (product.__name__, conv, *layouts, a.dtype, a.get_device(), precision, settings.invariant)
+    key = (product.__name__, conv, *layouts, a.dtype, c.dtype, a.get_device(), precision, settings.invariant)
     launch = cached_launch(key, lambda: _make_launch(product, conv, tensors, precision, bias is not None))
     named: dict[str, Any] = {"a": a, "b": b}
     if bias is not None:

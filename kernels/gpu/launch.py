@@ -144,7 +144,7 @@ def run_kernels(launch: Launch, tensors: dict[str, Any], result: Tensor) -> Tens
         tensors["work"] = result.new_empty(launch.workspace, dtype=launch.workspace_dtype)
     if INTERPRETED and result.dtype == torch.bfloat16:
         # The interpreter truncates on the way to bfloat16, where a GPU rounds to nearest even.
-        rounded = {name: tensors[name] for name in ("c", "pre") if tensors.get(name) is not None}
+        rounded = {name: tensors[name] for name in ("c", "pre", "value") if tensors.get(name) is not None}
         for name, x in rounded.items():
             tensors[name] = torch.empty_strided(x.shape, x.stride(), dtype=torch.float32)
         _run(launch.runners, tensors, result)

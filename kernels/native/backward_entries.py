@@ -7,7 +7,8 @@
 
 torch has the last three for nested tensors and tensors of oneDNN, so nothing is overridden for the CPU. Each entry
 computes by ``gradients.py`` where nothing follows the backward, and calls the operator in Python anywhere else. The
-gradient of what is added is ``grad`` itself: autograd's engine sums it to the sizes of what was expanded.
+gradient of a linear layer's bias is one more product of the same call. That of what is added elsewhere is ``grad``
+itself: what was expanded is not known here, and autograd's engine sums to its sizes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from numba.core import types
 
 from ..cpu.memory import get, jit, put, text
-from .gradients import BATCHED, COLUMN, DONE, LINEAR, NEEDS_A, NEEDS_B, RAISED, VECTOR, linked_gradients
+from .gradients import BATCHED, COLUMN, DONE, LINEAR, NEEDS_A, NEEDS_B, NEEDS_SUMS, RAISED, VECTOR, linked_gradients
 from .own_entries import ENTRY_SIGNATURE, delete_all, is_autocast, is_direct
 from .state import PLAIN_KEYS, TAG_OF_B, TAG_OF_VECTOR, TAG_RANK
 from .torch_c_api import (
@@ -158,23 +159,26 @@ def one_gradient(stack, tag):
 
 @jit
 def three_gradients(stack, form):
-    """Gradients of A and B, and ``grad`` as that of what is added; the outcome."""
+    """Gradients of A and B, and of what is added: the sums of a bias, or ``grad``; the outcome."""
     returned, grad, mask = out_param(), get(stack, 1), get(stack, 3)
     outcome, is_added = DONE, is_in_mask(mask, 2)
     form |= needs_of(mask)
-    put(returned, 0, 0)
-    put(returned, 1, 0)
-    if form & (NEEDS_A | NEEDS_B) != 0:
+    if is_added and form & LINEAR != 0:
+        form |= NEEDS_SUMS
+    for index in range(3):
+        put(returned, index, 0)
+    if form & (NEEDS_A | NEEDS_B | NEEDS_SUMS) != 0:
         outcome = linked_gradients(grad, get(stack, 0), get(stack, 2), form, returned)
     if outcome == DONE:
         delete_tensor(get(stack, 0))
         delete_tensor(get(stack, 2))
         delete_list(mask)
-        if not is_added:
+        sums = get(returned, 2)
+        if sums != 0 or not is_added:
             delete_tensor(grad)
         put(stack, 0, required(get(returned, 0)))
         put(stack, 1, required(get(returned, 1)))
-        put(stack, 2, grad if is_added else undefined())
+        put(stack, 2, sums if sums != 0 else grad if is_added else undefined())
     return outcome
 
 

@@ -1,6 +1,6 @@
 """The operands of a convolution as the driver reads and writes them: matrices, or patches of an image.
 
-Sizes and strides are read from a tensor once; all else is arithmetic on them. See kernels/cpu/patches_args.py.
+Arithmetic on sizes and strides. See kernels/cpu/patches_args.py.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from ..cpu import patches_args as p
-from .torch_layout import const_data_ptr
 
 Sizes = Sequence[int]
 WORD = "q"  # an array of int64, which is made in a sixth of the time that ctypes takes
@@ -103,11 +100,9 @@ class Operand(NamedTuple):
     patches: array[int] | None = None
 
 
-def view_of(tensor: Tensor, is_written: bool = False) -> View:
-    """A copy-on-write storage is copied only where it is written."""
-    address, sizes, strides = tensor.data_ptr() if is_written else const_data_ptr(tensor), tensor.shape, tensor.stride()
-    dense = 1 if tensor.is_contiguous() else one_stride(sizes, strides)
-    return View(address, tensor.element_size(), sizes, strides, dense)
+def view_of(sizes: Sizes, strides: Sizes, item: int) -> View:
+    """Of a whole tensor; addresses are relative to its own."""
+    return View(0, item, sizes, strides, one_stride(sizes, strides))
 
 
 def part_of(whole: View, phase: Sequence[Phase]) -> View:
@@ -137,7 +132,7 @@ def filter_of(w: View, rows: int, groups: int, phase: Sequence[Phase] = ()) -> O
     kernel, channels, distances = w.sizes[2:], w.sizes[0] // groups, w.strides[2:]
     taps = [x.taps for x in phase] if phase else kernel
     count, along, across = math.prod(taps), w.strides[rows], w.strides[1 - rows]
-    if count == 1:
+    if count == 1 and (math.prod(kernel) == 1 or 1 in (along, across)):
         first = sum([x.tap * distance for x, distance in zip(phase, distances)])
         return Operand(w.address + first * w.item, along, across, channels * w.strides[0])
     whole, group = list(taps) == list(kernel), channels * (count * p.K_STRIDE if rows else p.FREE_STRIDE)
@@ -175,15 +170,19 @@ def one_stride(sizes: Sizes, strides: Sizes) -> int | None:
 
 
 class Result(NamedTuple):
-    """As the driver writes it: strides of rows and columns; what is added, by rows; runs of both, or None."""
+    """As the driver writes it: strides of rows and columns; whether something is added, by rows; runs of both, or None.
+
+    is_wide: whether it has float32 of 16-bit operands.
+    """
 
     address: int
     row: int
     column: int
-    source: int = 0
+    has_source: bool = False
     source_row: int = 0
     columns: array[int] | None = None
     rows: array[int] | None = None
+    is_wide: bool = False
 
 
 class Batch(NamedTuple):

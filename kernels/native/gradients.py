@@ -1,6 +1,6 @@
-"""The gradients of a product, for compiled code: one call of the driver for both.
+"""The gradients of a product, for compiled code: one call of the driver for all.
 
-    C = A · B        dA = dC · Bᵀ        dB = Aᵀ · dC
+    C = A · B + bias        dA = dC · Bᵀ        dB = Aᵀ · dC        dbias = 1ᵀ · dC
 
 A has rank 2 or more. B is a matrix, a vector, the weight of a linear layer, which is Bᵀ, or has the batch of A. A batch
 that B lacks joins m; one that both have is the batch of the driver. Where it does not lie in memory as one dimension,
@@ -11,11 +11,30 @@ from __future__ import annotations
 
 from numba.core import types
 
-from ..cpu.gemm_args import A_BS, A_CS, A_RS, B_BS, B_CS, B_RS, BATCH, C_BS, C_CS, C_RS, GEMM_ARGS, A, B, C, K, M, N
+from ..cpu.gemm_args import (
+    A_BS,
+    A_CS,
+    A_RS,
+    B_BS,
+    B_CS,
+    B_RS,
+    BATCH,
+    C_BS,
+    C_CS,
+    C_RS,
+    GEMM_ARGS,
+    ONE,
+    A,
+    B,
+    C,
+    K,
+    M,
+    N,
+)
 from ..cpu.memory import INT64, call_address, get, jit, put, stack_words
 from ..cpu.schedule import MAX_PRODUCTS, set_dense_c
 from .broadcast import MOST
-from .call import item_size
+from .call import BFLOAT16, FLOAT16, FLOAT32, item_size
 from .state import INTERRUPTED, NOT_ACCELERATED
 from .torch_c_api import (
     DATA,
@@ -36,8 +55,8 @@ from .torch_c_api import (
 )
 
 # What is asked for: which gradients, whether B is given as Bᵀ; what B is, and whether the memory order of the operand
-# of a single gradient is column-major, where that operand is not at hand.
-NEEDS_A, NEEDS_B, LINEAR, VECTOR, BATCHED, COLUMN = (1 << bit for bit in range(6))
+# of a single gradient is column-major, where that operand is not at hand. NEEDS_SUMS: the gradient of a bias.
+NEEDS_A, NEEDS_B, LINEAR, VECTOR, BATCHED, COLUMN, NEEDS_SUMS = (1 << bit for bit in range(7))
 # An operand as a batch of matrices: sizes and strides in elements.
 ITEMS, ITEM_STEP, ROWS, ROW_STEP, COLUMNS, COLUMN_STEP = range(6)
 VIEW = 6
@@ -47,8 +66,9 @@ GRADIENTS_SIGNATURE = INT64(*[INT64] * 5)
 linked_gradients = types.ExternalFunction("matmul_grad_gradients", GRADIENTS_SIGNATURE)
 call_gemm = call_address(3)
 info_words = stack_words(3 * INFO)
-view_words = stack_words(3 * VIEW)
-pair_words = stack_words(MAX_PRODUCTS * GEMM_ARGS)
+view_words = stack_words(4 * VIEW)  # of dC, A, B, and a row of ones
+products_words = stack_words(MAX_PRODUCTS * GEMM_ARGS)
+one_word = stack_words(1)
 shape_words = stack_words(2 * MOST)
 
 
@@ -230,6 +250,24 @@ def set_product(args, view_a, data_a, swap_a, view_b, data_b, swap_b, out, is_co
 
 
 @jit
+def write_one(target, dtype):
+    """Write the number 1 in a dtype."""
+    one = 0x3F80 if dtype == BFLOAT16 else 0x3C00 if dtype == FLOAT16 else 0x3F800000 if dtype == FLOAT32 else ONE
+    put(target, 0, one)
+
+
+@jit
+def set_ones(view, count):
+    """A row of one element that is repeated, as a view."""
+    put(view, ITEMS, 1)
+    put(view, ITEM_STEP, 0)
+    put(view, ROWS, 1)
+    put(view, ROW_STEP, 0)
+    put(view, COLUMNS, count)
+    put(view, COLUMN_STEP, 0)
+
+
+@jit
 def delete_if(tensor):
     if tensor != 0:
         delete_tensor(tensor)
@@ -238,8 +276,8 @@ def delete_if(tensor):
 @jit
 def compute(driver, infos, views, form, columns, returned):
     """The gradients that are needed, in one call of the driver; False where memory ran out."""
-    view, view_a, view_b = views, views + 8 * VIEW, views + 16 * VIEW
-    dtype, args, count = dtype_of(infos), pair_words(), 0
+    view, view_a, view_b, ones = views, views + 8 * VIEW, views + 16 * VIEW, views + 24 * VIEW
+    dtype, args, count = dtype_of(infos), products_words(), 0
     if form & NEEDS_A != 0:
         grad_a = allocate_a(infos, views, form, columns & 1 != 0, dtype)
         if grad_a == 0:
@@ -256,6 +294,17 @@ def compute(driver, infos, views, form, columns, returned):
         a, is_column = get(infos + 8 * INFO, DATA), (columns & 2 != 0) != (form & LINEAR != 0)
         set_product(args + 8 * GEMM_ARGS * count, view_a, a, 1, view, get(infos, DATA), 0, grad_b, is_column)
         count += 1
+    if form & NEEDS_SUMS != 0:
+        shape, one = shape_words(), one_word()
+        put(shape, 0, get(view, COLUMNS))
+        sums = allocate(shape, 1, False, dtype)
+        if sums == 0:
+            return False
+        put(returned, 2, sums)
+        write_one(one, dtype)
+        set_ones(ones, get(view, ROWS))
+        set_product(args + 8 * GEMM_ARGS * count, ones, one, 0, view, get(infos, DATA), 0, sums, False)
+        count += 1
     return call_gemm(driver, args, count, threads()) == 0
 
 
@@ -266,14 +315,18 @@ def gradients(grad, a, b, form, returned):
     strides     any whose batch is one dimension
     dtypes      one for all, with a kernel
     aliasing    results are new memory, in the memory order of their operands, as in PyTorch
-    returns     DONE, with handles in ``returned``, 0 for what is not needed; IN_PYTHON; RAISED: an error is pending
+    rounding    as the driver's: the sums of a bias are the product of a row of ones and grad, k = m
+    returns     DONE, with handles in ``returned``, 0 for what is not needed: of A, of B, and (n) of a bias; IN_PYTHON;
+                RAISED: an error is pending
 
-    ``a`` or ``b`` is 0 where only the other one is used. Then ``form`` has what is needed of it.
+    ``a`` or ``b`` is 0 where only the other one is used. Then ``form`` has what is needed of it. Of a batch there are
+    no sums.
     """
     infos, views, columns = info_words(), view_words(), 0
     info_a, info_b = infos + 8 * INFO, infos + 16 * INFO
     put(returned, 0, 0)
     put(returned, 1, 0)
+    put(returned, 2, 0)
     if not read(grad, infos) or (a != 0 and not read(a, info_a)) or (b != 0 and not read(b, info_b)):
         return IN_PYTHON
     if a != 0 and b != 0:
@@ -300,6 +353,7 @@ def gradients(grad, a, b, form, returned):
         return DONE
     delete_if(get(returned, 0))
     delete_if(get(returned, 1))
+    delete_if(get(returned, 2))
     return IN_PYTHON
 
 

@@ -133,6 +133,12 @@ def is_recordable(a, b):
 
 
 @jit
+def is_addend(tensor):
+    """Whether compiled code may record what is added to a product: its gradient is a sum in its own dtype."""
+    return is_ordinary(tensor) and not is_kept_otherwise(tensor)
+
+
+@jit
 def checked(handle):
     """A handle, or 0 of an undefined tensor, which is what the kernels here return for what they do not compute."""
     if is_tensor(handle):
@@ -257,7 +263,7 @@ def record(stack, kind, has_addend):
         return 0
     if has_addend == 0:
         handle = record_product(a, b, 0)
-    elif get(stack, 3) != ONE or get(stack, 4) != ONE or not is_ordinary(get(stack, 0)):
+    elif get(stack, 3) != ONE or get(stack, 4) != ONE or not is_addend(get(stack, 0)):
         return 0
     elif is_needed(a) and is_needed(b):
         handle = record_with_bias(ADDMM, a, b, get(stack, 0))
@@ -277,7 +283,7 @@ def record_any(stack, inputs, is_linear):
         return 0
     if bias == 0:
         handle = record_product(a, b, is_linear)
-    elif rank_of(bias) != 1 or not is_ordinary(bias):
+    elif rank_of(bias) != 1 or not is_addend(bias):
         return 0
     elif is_needed(a) and is_needed(b):
         handle = record_with_bias(LINEAR, a, b, bias)

@@ -53,7 +53,7 @@ OWN = tuple(op for op in OPS if op.schema is not None and op.kind <= BATCHES)
 COMPOSED = tuple(op for op in OPS if op.kind > BATCHES)  # of OWN, where one compiled call does not compute them
 OVERLOADS = tuple(overload for op in OPS for overload in op.overloads)
 # Of aten, what the override looks at above autograd too: how many arguments, and the place of the first matrix.
-ABOVE_AUTOGRAD = {"linear": (3, 0)}
+ABOVE_AUTOGRAD = {"linear": (3, 0), "mm": (2, 0), "addmm": (5, 1)}
 
 
 def op_of(overload: str) -> Op:

@@ -1,8 +1,9 @@
 """Products as functions of CPython, without torch's dispatcher: for ordinary tensors, where nothing follows a call.
 
-``functions.mm(a, b)`` is compiled code that reads the tensors in the Python objects, computes and returns a tensor. It
-returns None, and has done nothing, for any other call: the caller then takes the way through the dispatcher. So do all
-calls until the kernels are loaded, and where CPython or torch lacks what this needs.
+``functions.mm(a, b)`` is compiled code that reads the tensors in the Python objects, computes and returns a tensor;
+``functions.mm_out(a, b, out)`` writes to ``out``, of the right sizes, and returns it: its version is the caller's.
+They return None, and have done nothing, for any other call: the caller then takes the way through the dispatcher. So do
+all calls until the kernels are loaded, and where CPython or torch lacks what this needs.
 
 TENSOR, PARAMETER       addresses of the two types of Python objects that are tensors and nothing else
 TENSOR_AT               bytes from such an object to the tensor in it
@@ -39,7 +40,10 @@ MODES = (
     "DeferredInit",
     "TESTING_ONLY_GenericMode",
 )
-NAMES = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "matmul", "linear")
+OUT = "_out"  # the same with a tensor behind the other arguments, which is written and returned
+WITH_OUT = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot")
+NAMES = (*WITH_OUT, "matmul", "linear")
+OUT_NAMES = tuple(name + OUT for name in WITH_OUT)
 CPYTHON = (
     "Py_IncRef",
     "PyEval_SaveThread",
@@ -58,7 +62,7 @@ def _returns_none(*operands: Any) -> None:
     return None
 
 
-functions = SimpleNamespace(**dict.fromkeys(NAMES, _returns_none))
+functions = SimpleNamespace(**dict.fromkeys((*NAMES, *OUT_NAMES), _returns_none))
 
 
 class Method(ctypes.Structure):
@@ -73,7 +77,7 @@ class Method(ctypes.Structure):
 
 
 def entry_name(name: str) -> str:
-    """C name of the compiled code of one of NAMES."""
+    """C name of the compiled code of one of the functions."""
     return f"matmul_grad_python_{name}"
 
 
@@ -85,12 +89,12 @@ def symbols() -> dict[str, int]:
     return {**found, "matmul_grad_python": ctypes.addressof(words)}
 
 
-def install(address: Callable[[str], int]) -> bool:
+def install(address: Callable[[str], int], names: tuple[str, ...]) -> bool:
     """Make ``functions`` of compiled code; False where CPython or torch is not as it needs."""
     if sysconfig.get_config_var("Py_GIL_DISABLED") or not all(symbols().values()) or not _fill():
         return False
     make = ctypes.PYFUNCTYPE(ctypes.py_object, *[ctypes.c_void_p] * 4)(("PyCMethod_New", ctypes.pythonapi))
-    for name in NAMES:
+    for name in names:
         method = Method(name.encode(), address(entry_name(name)), METH_FASTCALL, None)
         _kept.append(method)
         setattr(functions, name, make(ctypes.addressof(method), None, None, None))
@@ -99,7 +103,7 @@ def install(address: Callable[[str], int]) -> bool:
 
 def uninstall() -> None:
     """Back to ``functions`` that return None."""
-    for name in NAMES:
+    for name in (*NAMES, *OUT_NAMES):
         setattr(functions, name, _returns_none)
 
 

@@ -79,10 +79,19 @@ def load_entries(name: str, kernels: Callable[[], build.Kernels], linked: Mappin
 
 def load_own_entries() -> build.Loaded:
     """The entries of the operators of ``matmul_grad`` and of the functions of CPython."""
+    return load_entries("own_entries", _entries, symbols_of_python())
+
+
+def load_out_entries() -> build.Loaded:
+    """The entries of the functions of CPython that write to ``out``."""
+    return load_entries("out_entries", _out_entries, symbols_of_python())
+
+
+def symbols_of_python() -> dict[str, int]:
+    """``symbols``, and those of the functions of CPython. What is missing stands for something that is never called."""
     linked = symbols(torch_layout.MANGLED)
-    # What is missing stands for something that is never called.
     more = {name: address or linked["matmul_grad_state"] for name, address in python_functions.symbols().items()}
-    return load_entries("own_entries", _entries, linked | more)
+    return linked | more
 
 
 def load_gradient_entries(own: build.Loaded) -> build.Loaded:
@@ -104,7 +113,16 @@ def register() -> None:
             _implement(name, "CPU", loaded.address(f"matmul_grad_{name}"))
             _implement(name, "AutogradCPU", loaded.address(f"matmul_grad_{name}_autograd"))
         graph.prepare()
-        python_functions.install(loaded.address)
+        python_functions.install(loaded.address, python_functions.NAMES)
+
+
+def register_outs() -> None:
+    """Make the functions of CPython that write to ``out``: after ``register``, where there is one.
+
+    Raises Unavailable as ``symbols`` does.
+    """
+    with _lock:
+        python_functions.install(load_out_entries().address, python_functions.OUT_NAMES)
 
 
 def register_gradients() -> None:
@@ -136,6 +154,12 @@ def _gradient_entries() -> build.Kernels:
     from . import backward_entries, gradients, graph_entries
 
     return _of(gradients, backward_entries, graph_entries)
+
+
+def _out_entries() -> build.Kernels:
+    from . import call_out, python_out_entries
+
+    return _of(call_out, python_out_entries)
 
 
 def _of(*modules: Any) -> build.Kernels:

@@ -223,7 +223,8 @@ def test_page(gpu_row: Any, result: Any) -> None:
     ("dtype", "features", "pace"),
     [
         ("f32", (), 60e9), ("bf16", (), 2e9), ("f16", (), 2e9), ("bf16", ("avx512f",), 6e9),
-        ("f16", ("avx512f",), 6e9), ("bf16", ("avx512f", "avx512bf16"), 100e9),
+        ("f16", ("avx512f", "avx512bf16"), 2e9), ("bf16", ("avx512f", "avx512bf16"), 100e9),
+        ("f16", ("avx512f", "avx512fp16"), 100e9),
     ],
 )  # fmt: skip
 def test_time_of_sixteen_bits_depends_on_the_instruction_set(

@@ -55,9 +55,10 @@ class Work:
 
     def _counting(self, start: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(start)
-        def counted(*arguments: Any, **named: Any) -> Any:
-            self._add("compilations")
-            return start(*arguments, **named)
+        def counted(handler: Any, compiled: Any) -> Any:
+            if compiled.callback_trigger.name == "DYNAMO":  # a backward compiled late is not where a cache holds it
+                self._add("compilations")
+            return start(handler, compiled)
 
         return counted
 

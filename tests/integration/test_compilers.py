@@ -14,6 +14,7 @@ from limits import scaled
 from switch import accelerated
 from torch import Tensor, nn
 from torch._inductor import config
+from torch_warnings import PROFILER
 
 import matmul_grad
 from matmul_grad.testing import assert_same_bits, integers, normal
@@ -24,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*"),
     pytest.mark.filterwarnings("ignore:TypedStorage:UserWarning"),
+    PROFILER,
 ]
 
 

@@ -104,13 +104,32 @@ def test_threads_add_in_turn() -> None:
     assert_exact(made.weight.grad, 20 * threads * exact())
 
 
+@needs_grad_dtype
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_code_computes_each_gradient(added: list[bool]) -> None:
+@pytest.mark.parametrize("dtype", [WIDE, BF16], ids=str)
+def test_compiled_code_computes_each_gradient(dtype: torch.dtype, added: list[bool]) -> None:
+    """Rounded to the dtype of the weight, as torch's; AccumulateGrad adds it to what was added in the product."""
+    made = layer(dtype, WIDE if dtype == BF16 else None)
+    compiled, seen, expected = torch.compile(made, fullgraph=True, backend="aot_eager"), [], exact(dtype) * 0
+    made.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.clone()))
+    for step, (a, grad) in enumerate(zip(*(x.chunk(PARTS) for x in batch(dtype)), strict=True)):
+        sums = grad.double().t() @ a.double()
+        (made if step == 1 else compiled)(a).backward(grad)
+        expected += sums if step == 1 else sums.to(dtype).double()
+        assert_exact(seen[step], expected)
+    assert made.weight.grad is not None and made.weight.grad.dtype == WIDE
+    assert_exact(made.weight.grad, expected)
+    assert added == [True] and len(seen) == PARTS
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_code_leaves_main_grad_to_the_trainer() -> None:
+    """Its hook adds what is in ``grad`` where the layer has not: ``grad_added_to_main_grad`` tells."""
     made = layer()
-    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
-    train(compiled)
+    made.weight.main_grad, made.weight.grad_added_to_main_grad = torch.zeros(N, K), False
+    train(torch.compile(made, fullgraph=True, backend="aot_eager"))
     assert_exact(made.weight.grad, exact())
-    assert added == []
+    assert not made.weight.grad_added_to_main_grad and not made.weight.main_grad.any()
 
 
 def test_modes_and_transforms(added: list[bool]) -> None:

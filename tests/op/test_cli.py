@@ -209,7 +209,8 @@ assert check_products.dtypes("cpu") == ["f32", "f64", "bf16"]
 def test_commands_on_a_cpu_without_conversions_of_float16(command: list[str]) -> None:
     environment = os.environ | {"MATMUL_GRAD_ISA": "generic"}
     done = subprocess.run([*MAIN, *command], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
+    told = [line for line in done.stderr.splitlines() if "compiling CPU kernels" not in line]  # where none are kept yet
+    assert (done.returncode, told) == (0, [])
     assert "float16 falls back to torch" in done.stdout
     assert command == ["warmup"] or "generic of " in done.stdout
 

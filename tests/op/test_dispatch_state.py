@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_warnings import PROFILER
 
 import matmul_grad
 from matmul_grad import dispatch_state
@@ -43,6 +44,7 @@ STATES: dict[str, Callable[[], Any]] = {
 }
 
 
+@PROFILER
 @pytest.mark.parametrize("name", STATES)
 def test_states_that_follow_a_call(name: str) -> None:
     x, w = operands()

@@ -47,6 +47,36 @@ def theirs(x: Tensor, w: Tensor, bias: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(torch.matmul(summed, b[0].t()).relu(), hidden.mT)
 
 
+MODULES: dict[str, Callable[..., nn.Module]] = {
+    "Linear": matmul_grad.Linear,
+    "activation": lambda m, n, dtype: matmul_grad.Linear(m, n, dtype=dtype, activation="gelu"),
+    "accumulate": lambda m, n, dtype: matmul_grad.Linear(m, n, dtype=dtype, activation="silu", accumulate=True),
+    "GatedLinear": matmul_grad.GatedLinear,
+    "converted": lambda m, n, dtype: matmul_grad.convert(nn.Linear(m, n, dtype=dtype), accumulate=True),
+    "out_dtype": lambda m, n, dtype: Wide(m, n, dtype=dtype),
+}
+
+
+class Wide(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return matmul_grad.mm(x, self.weight.t(), out_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_compile_to_one_graph(name: str, dtype: torch.dtype) -> None:
+    """Their parameters have a class of their own, and those of 16 bits a dtype in which their gradient is kept."""
+    module, x = MODULES[name](6, 5, dtype=dtype), normal(7, 6, dtype, 1)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    found = []
+    for call in (module, compiled):
+        module.zero_grad()
+        c = call(x)
+        c.float().square().sum().backward()
+        found.append((c, *(p.grad for p in module.parameters())))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize(("backend", "dynamic"), [("inductor", True), ("aot_eager", None)])
 def test_compiles_to_one_graph(backend: str, dynamic: bool | None) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)

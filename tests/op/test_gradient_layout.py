@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch_warnings import PROFILER
 
 import matmul_grad
 
@@ -105,7 +106,7 @@ def test_a_gradient_can_be_flattened(library: Any) -> None:
     assert torch.nn.utils.parameters_to_vector([gradient]).shape == (40,)
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")  # of torch 2.11, once
+@PROFILER
 def test_gradient_of_a_weight_is_not_copied() -> None:
     """AccumulateGrad keeps a gradient that lies as its parameter does, and copies any other one."""
     layer = matmul_grad.convert(torch.nn.Linear(64, 48))

@@ -105,6 +105,49 @@ def test_activations(activation: str, bias: bool) -> None:
         assert (added.grad - dargument.double().sum(0)).abs().max() <= 0.005 * exact.abs().max()
 
 
+@every_dtype
+@pytest.mark.parametrize("case", ["both", "value", "gate", "gate-frozen", "autocast"])
+def test_gated_layers(case: str, dtype: torch.dtype) -> None:
+    """relu of a gate that is positive: C = P · S, dP = dC · S, dS = dC · P, all of small integers."""
+    a, grad = (integers(M, K, dtype, 1).sign() * 31).requires_grad_(), integers(M, N, dtype, 3).sign()
+    weight, gate = integers(N, K, dtype, 2).sign() * 0, integers(N, K, dtype, 5).sign() * 0
+    weight[:, 0], gate[:, 0], shift = 1, 1, torch.full((N,), 64.0, dtype=dtype)
+    pairs = (weight, "gate"), (gate, "value")
+    leaves = [x.requires_grad_() if case == other else kept_wide(x) for x, other in pairs]
+    if case == "gate-frozen":
+        leaves = [weight.requires_grad_(False), leaves[1]]
+    bias, gate_bias = kept_wide(shift), shift.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=dtype, enabled=case == "autocast"):
+        x = a.float() if case == "autocast" else a
+        matmul_grad.gated_linear(x, *leaves, bias, gate_bias, "relu").backward(grad)
+    plain = [z.detach().double().requires_grad_() for z in (a, *leaves, bias, gate_bias)]
+    wide = nn.functional.linear(plain[0], plain[2], plain[4]) * nn.functional.linear(plain[0], plain[1], plain[3])
+    exact = torch.autograd.grad(wide, plain, grad.double())
+    for leaf, right in zip((a, *leaves, bias, gate_bias), exact, strict=True):
+        if leaf.requires_grad:
+            assert leaf.grad is not None
+            assert leaf.grad.dtype == (WIDE if getattr(leaf, "grad_dtype", dtype) == WIDE else dtype)
+            assert_same_bits(leaf.grad + 0.0, right.to(leaf.grad.dtype) + 0.0)
+    assert not torch.equal(exact[1].to(dtype).to(WIDE), exact[1].to(WIDE)), "the case is too easy"
+
+
+def test_gated_layers_have_second_derivatives() -> None:
+    a, weight, gate = normal(M, K, torch.bfloat16, 1), normal(N, K, torch.bfloat16, 2), normal(N, K, torch.bfloat16, 3)
+    leaves, wide = [kept_wide(x) for x in (weight, gate)], [x.double().requires_grad_() for x in (weight, gate)]
+
+    def second(x: Tensor, given: list[Tensor], function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(function(x, *given).square().mean(), given, create_graph=True)
+        return torch.autograd.grad(sum(one.double().square().sum() for one in first), given)
+
+    def plain(x: Tensor, w: Tensor, g: Tensor) -> Tensor:
+        return nn.functional.silu(x @ g.t()) * (x @ w.t())
+
+    found, expected = second(a, leaves, matmul_grad.gated_linear), second(a.double(), wide, plain)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == WIDE
+        assert (one.double() - other).abs().max() <= 0.05 * other.abs().max()
+
+
 @pytest.mark.parametrize("convert", [True, False], ids=["converted", "Linear"])
 def test_modules(convert: bool) -> None:
     module = matmul_grad.convert(nn.Linear(K, N, dtype=torch.bfloat16)) if convert else matmul_grad.Linear(

@@ -8,14 +8,14 @@ from switch import registrations, runs_on_ours
 
 import matmul_grad
 from matmul_grad import cli
-from matmul_grad.kernels.native.op_table import OVERLOADS
+from matmul_grad.kernels.native.op_table import ABOVE_AUTOGRAD, OVERLOADS
 
 pytestmark = pytest.mark.usefixtures("off_before_and_after")
 
 # --- on and off ----------------------------------------------------------------------------------------------
 
 
-def test_only_the_cpu_kernels_change_and_come_back() -> None:
+def test_only_these_kernels_change_and_come_back() -> None:
     before = registrations()
     matmul_grad.enable()
     during = registrations()
@@ -25,8 +25,10 @@ def test_only_the_cpu_kernels_change_and_come_back() -> None:
         *old, _ = before[name]
         *new, _ = during[name]
         changed = [line for line in new if line not in old]
-        assert [line.split(":")[0] for line in changed] == ["CPU", "CPU (inactive)"], changed
-        assert changed[0] == "CPU: registered at matmul_grad:0 :: (none) [ boxed ]"
+        above = ["AutogradCPU"] if name in ABOVE_AUTOGRAD else []
+        assert [line.split(":")[0] for line in changed] == ["CPU", "CPU (inactive)", *above], changed
+        for key, line in zip(("CPU", *above), (changed[0], *changed[2:]), strict=True):
+            assert line == f"{key}: registered at matmul_grad:0 :: (none) [ boxed ]"
 
 
 def test_enable_and_disable_may_be_called_again() -> None:

@@ -128,6 +128,64 @@ def test_state_after_an_interrupt_is_reported_by_info() -> None:
     assert printed == "True\n"
 
 
+@pytest.mark.parametrize("switch", ["grouped.GroupedOverride()", "cuda.CudaOverride('CPU')"])
+def test_interrupt_at_any_line_of_the_registration(switch: str) -> None:
+    """Whichever line of it, or of torch.library, does not run: the kernels can be put there, and taken away, again."""
+    assert_runs(
+        f"""
+        from matmul_grad import aten_override_cuda as cuda, aten_override_grouped as grouped
+        from matmul_grad.kernels.native.op_table import OVERLOADS
+        FILES = cuda.__file__, grouped.__file__, torch.library.__file__
+        switch = {switch}
+
+        class Interrupt(BaseException):
+            pass
+
+        def registered():
+            return [torch._C._dispatch_dump(f"aten::{{name}}") for name in ("_grouped_mm", "linear", *OVERLOADS)]
+
+        def uninstall():
+            switch.uninstall(*[True] * ("Grouped" in type(switch).__name__))
+
+        def interrupted(change, line):
+            def trace(frame, event, _):
+                nonlocal line
+                if frame.f_code.co_filename not in FILES:
+                    return None
+                line -= event == "line"
+                if line < 0:
+                    raise Interrupt
+                return trace
+            sys.settrace(trace)
+            try:
+                change()
+            except Interrupt:
+                return True
+            finally:
+                sys.settrace(None)
+            return False
+
+        before, lines = registered(), 0
+        for change in (switch.install, uninstall):
+            line = 0
+            while True:
+                if change is uninstall:
+                    switch.install()
+                again = interrupted(change, line)
+                if switch._library is None:
+                    switch.install()
+                assert registered() != before, (change, line)
+                uninstall()
+                assert registered() == before, (change, line)
+                if not again:
+                    break
+                line += 1
+            lines += line
+        assert lines >= 4, lines
+        """
+    )
+
+
 @linux
 def test_forked_child_inherits_the_override() -> None:
     assert_runs(

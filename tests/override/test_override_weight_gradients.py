@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
+from outcomes import assert_same_outcome, outcome
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,6 +68,63 @@ def test_gradients_are_not_rounded(name: str, switch: Callable[[], AbstractConte
     if name == "linear":
         with torch.no_grad(), switch():
             assert_same_bits(call(x, weight), c.detach())
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mm": torch.mm,
+    "matmul": lambda x, w: (x.view(3, -1, K) @ w).view(M, N),
+    "addmm": lambda x, w: torch.addmm(x.new_ones(N), x, w, beta=0.5),
+    "addmm-matrix": lambda x, w: torch.addmm(x.new_ones(M, N), x, w, beta=2),
+}
+
+
+@pytest.mark.parametrize("switch", [matmul_grad.enabled, as_on_cuda], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_gradients_of_products_are_not_rounded(name: str, switch: Callable[[], AbstractContextManager[None]]) -> None:
+    call = PRODUCTS[name]
+    x, grad = (integers(M, K, BF16, 1) * 31).requires_grad_(), integers(M, N, BF16, 3)
+    weight = leaf(K, N)
+    with switch():
+        c = call(x, weight)
+        c.backward(grad)
+    exact = (x.detach().double().t() @ grad.double()).to(WIDE)
+    assert weight.grad is not None and weight.grad.dtype == WIDE
+    assert_same_bits(weight.grad + 0.0, exact + 0.0)
+    assert not torch.equal(exact, exact.to(BF16).to(WIDE))
+    assert x.grad is not None
+    assert_same_bits(x.grad + 0.0, (grad @ weight.t()).detach() + 0.0)
+    with torch.no_grad(), switch():
+        assert_same_bits(call(x, weight), c.detach())
+
+
+def test_the_first_operand_may_keep_its_gradient() -> None:
+    first, w, grad = leaf(N, K), integers(K, M, BF16, 1) * 31, integers(N, M, BF16, 3)
+    with matmul_grad.enabled():
+        torch.mm(first, w).backward(grad)
+    assert first.grad is not None
+    assert_same_bits(first.grad + 0.0, (grad.double() @ w.double().t()).to(WIDE) + 0.0)
+
+
+@pytest.mark.parametrize("switch", [matmul_grad.enabled, as_on_cuda], ids=["cpu", "cuda"])
+def test_what_our_products_do_not_take_is_torch_s(switch: Callable[[], AbstractContextManager[None]]) -> None:
+    """Results, gradients and errors: nothing to multiply, other dtypes and shapes, numbers that are no float."""
+    x, weight, added = integers(M, K, BF16, 1), leaf(K, N), torch.ones(N, dtype=BF16)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: torch.mm(x.float(), weight),
+        lambda: torch.mm(x[:, 1:], weight),
+        lambda: torch.mm(x[0], weight),
+        lambda: torch.mm(x[:0], weight),
+        lambda: torch.addmm(added[1:], x, weight),
+        lambda: torch.addmm(added.float(), x, weight),
+        lambda: torch.addmm(added, x, weight, alpha=1j),
+        lambda: torch.addmm(added, x, weight, alpha=0),
+        lambda: torch.addmm(added, x, weight, beta=1e39),
+        lambda: torch.addmm(added, x[:, :0], weight[:0].detach().requires_grad_()),
+    ]
+    for call in calls:
+        expected = outcome(call)
+        with switch():
+            assert_same_outcome(outcome(call), expected)
 
 
 @pytest.mark.parametrize("keeps", [BF16, None], ids=str)

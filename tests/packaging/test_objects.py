@@ -18,7 +18,7 @@ from matmul_grad.testing import integers
 
 HERE = [level.name for level in levels.fitting(host.machine(host.cpu().isa))]
 FOLDER = "matmul_grad/kernels/cpu/objects/"
-SETS = {"own_entries", "gradient_entries", "aten_entries", "cuda_entries"}
+SETS = {"own_entries", "out_entries", "gradient_entries", "aten_entries", "cuda_entries"}
 runs_avx2 = pytest.mark.skipif("avx2" not in HERE, reason="the objects are for Linux on x86-64 with AVX2")
 
 # Prints the bits of a product and its gradients. A second import of the name fails, as if Numba were not installed.

@@ -1,11 +1,9 @@
-"""Epilogues, C = f(alpha * (A . B) + beta * source), under Triton's interpreter: no launch more, one rounding."""
+"""Epilogues, C = alpha * (A . B) + beta * source, under Triton's interpreter: no launch more, one rounding."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from case_process import CaseProcess, assert_no_complaint
+from epilogue_cases import launched, on, operands
 from gpu_cases import (
     DENSE,
     DTYPES,
@@ -20,33 +19,14 @@ from gpu_cases import (
     at_arch,
     embed,
     integers,
-    pointers,
     rows_alike,
     serve_cases,
     tile,
-    tma,
 )
 from torch import Tensor
 
 SCALES = ((1, 1), (-0.5, 2), (3, -1))  # beta and alpha: exact for integers
 SOME, REST = ((1, 1), (2, 1), (0.5, 2)), ((0, 1), (0, -1))
-
-
-@contextlib.contextmanager
-def launched(times: int) -> Iterator[None]:
-    """Every call takes so many launches, and no function of torch changes the result."""
-    from matmul_grad.kernels.gpu import launch
-
-    def run(runners: tuple, tensors: dict[str, Any], on: Tensor) -> None:
-        assert len(runners) == times, f"{len(runners)} launches"
-        real(runners, tensors, on)
-
-    real = launch._run
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_run", run)
-        for name in ("add_", "mul_", "add", "mul"):
-            patch.setattr(Tensor, name, None)
-        yield
 
 
 def sources(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -58,17 +38,6 @@ def sources(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         each = [integers(*shape[-2:], dtype, seed) for seed in range(8, 8 + shape[0])]
         found = [*found[3:6], torch.stack(each), torch.stack(each).mT.contiguous().mT, torch.stack(each)[:, :1]]
     return found
-
-
-def operands(m: int, n: int, k: int, dtype: str, layouts: str, batch: int = 0) -> tuple[Tensor, Tensor]:
-    """Contiguous, or transposed, or with canaries around them ("S"); a batch of them where asked."""
-    found = []
-    for letter, shape in zip(layouts, ((m, k), (k, n)), strict=True):
-        seeds = [ord(letter) + n + seed for seed in range(max(batch, 1))]
-        x = torch.stack([integers(*shape, DTYPES[dtype], seed) for seed in seeds])
-        x = x.mT.contiguous().mT if letter == "T" else x
-        found.append(x if batch else embed(x[0], "S") if letter == "S" else x[0])
-    return found[0], found[1]
 
 
 def check_epilogue(sizes: tuple, dtype: str, layouts: str, config: Any, arch: int = 80, batch: int = 0) -> None:
@@ -270,79 +239,6 @@ def check_addmm(dtype: str) -> None:
         assert_same_bits(own, (product + 2 * whole.double()).to(x.dtype))
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-    "tanh": torch.tanh,
-}
-
-
-def check_activation(sizes: tuple, dtype: str, config: Any, name: str = "gelu", arch: int = 90) -> None:
-    """Its argument exactly, and its result, into new memory and into canaries; the same bits with and without both."""
-    from matmul_grad.kernels.gpu import launch
-
-    a, b = operands(*sizes, dtype, "NT")
-    source = integers(1, sizes[1], a.dtype, 7)[0]
-    exact = 0.25 * (a.long() @ b.long()).double() + source.double()
-    want, eps = ACTIVATIONS[name](exact), torch.finfo(a.dtype).eps
-    spoilt = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
-    with at_arch(arch), launched(1 if config is None or config.split_k == 1 else 2):
-        got = launch.addmm(a, b, launch.Epilogue(0.25, 1, source, name), config=config)
-        layout = "N" if config is not None and config.path == "tma" else "T"
-        out, pre = (embed(torch.full_like(got, float("nan")), layout) for _ in range(2))
-        assert launch.addmm(a, b, launch.Epilogue(0.25, 1, source, name, pre), out, config=config) is out
-        assert_same_bits(pre, exact.to(a.dtype))
-        assert_same_bits(out, got)
-        for x in (out, pre):
-            assert x._base is not None
-            x.fill_(float("nan"))
-            assert bool(x._base.isnan().all()), "written outside of C"
-        special = spoilt.to(a.dtype).repeat(sizes[1])[: sizes[1]]
-        with np.errstate(invalid="ignore", over="ignore"):
-            odd = launch.addmm(torch.zeros_like(a), b, launch.Epilogue(1, 1, special, name), config=config)
-    exponent = exact**2 + exact.abs() ** 3 / 4  # what is rounded in it is a factor of the result
-    cancelled = exact.abs() * eps if dtype == "fp64" else 0
-    allowed = eps * (4 + exponent) * want.abs() + 4 * cancelled + torch.finfo(a.dtype).tiny
-    worst = (got.double() - want).abs() - allowed
-    assert bool((worst <= 0).all()), f"{name} {dtype}: {worst.max()}"
-    torch.testing.assert_close(odd[0], ACTIVATIONS[name](special.double()).to(a.dtype), equal_nan=True)
-
-
-def check_activation_arguments() -> None:
-    """A launch for each activation, and errors for what cannot be written or activated."""
-    from matmul_grad.kernels.gpu import launch
-
-    a, b = torch.full((8, 8), -0.5), torch.ones(8, 8)
-    found = [float(launch.addmm(a, b, launch.Epilogue(activation=name))[0, 0]) for name in ("relu", "tanh", "")]
-    assert found[0] == 0 and abs(found[1] - np.tanh(-4)) < 1e-6 and found[2] == -4
-    with pytest.raises(ValueError, match="must have the layout of the result"):
-        launch.addmm(a, b, launch.Epilogue(activation="relu", pre=torch.empty(8, 8).t()))
-    with pytest.raises(ValueError, match="nothing to activate"):
-        launch.addmm(a[:, :0], b[:0], launch.Epilogue(activation="relu"))
-
-
-def configs() -> dict[str, Any]:
-    return {
-        "pointers": tile(),
-        "pointers-90": pointers(),
-        "pointers-split": pointers(3),
-        "tma": tma(),
-        "tma-halves": tma(subtiles=2),
-        "tma-quarters": replace(tma(), block_n=256),
-        "tma-split": tma(3),
-    }
-
-
-def on(path: str, check: Callable[..., None], *arguments: Any, **named: Any) -> None:
-    check(*arguments, configs()[path], **named)
-
-
-def on_sizes(path: str, sizes: tuple, dtype: str, name: str = "gelu") -> None:
-    check_activation(sizes, dtype, None if path == "vector" else configs()[path], name)
-
-
 CASES: dict[str, Callable[[], None]] = {
     **{
         f"pointers-{dtype}-{layouts}": partial(on, "pointers", check_epilogue, (17, 19, 21), dtype, layouts)
@@ -408,21 +304,6 @@ CASES: dict[str, Callable[[], None]] = {
     "scales-split": partial(on, "pointers-split", check_scales, "fp64"),
     "scales-tma": partial(on, "tma-halves", check_scales, "fp16"),
     **{f"addmm-{dtype}": partial(check_addmm, dtype) for dtype in DTYPES},
-    **{f"activation-{name}": partial(on_sizes, "pointers", (9, 10, 11), "fp32", name) for name in ACTIVATIONS},
-    **{
-        f"activation-{path}-{dtype}": partial(on_sizes, path, sizes, dtype)
-        for path, dtype, sizes in (
-            ("pointers", "fp64", (9, 10, 11)),
-            ("pointers-split", "fp16", (72, 24, 232)),
-            ("tma", "bf16", (72, 40, 72)),
-            ("tma-halves", "fp16", (72, 40, 72)),
-            ("tma-halves", "fp16", (71, 39, 72)),
-            ("tma-quarters", "fp16", (71, 199, 24)),
-            ("tma-split", "fp16", (72, 24, 232)),
-            ("vector", "fp32", (70, 1, 40)),
-        )
-    },
-    "activation-arguments": check_activation_arguments,
     "wide": check_wide,
     "invariant": check_invariant,
     "empty": check_empty,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gpu_cases import DENSE, DTYPES, LAYOUTS, assert_same_bits, embed, embed_aligned, integers
 from torch import Tensor
+from torch_warnings import PROFILER
 
 import matmul_grad
 from matmul_grad.kernels.gpu import launch
@@ -197,6 +198,7 @@ def test_alpha_and_beta_keep_the_precision_of_the_accumulator(device: torch.devi
     assert bool((launch.addmm(a, b, launch.Epilogue(source=b[0])) == 258).all())  # 257 is no bfloat16
 
 
+@PROFILER
 def test_linear_with_a_bias_is_one_launch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = integers(64, 128, torch.bfloat16, 1, device), integers(96, 128, torch.bfloat16, 2, device)
     bias = integers(1, 96, torch.bfloat16, 3, device)[0]

@@ -36,6 +36,22 @@ def check_split(dtype: str) -> None:
         assert_exact(convolution.weight_gradient(grad, x, w.shape, *shared), want.to(x.dtype))
 
 
+def check_float32_of_16_bits(split: int) -> None:
+    """The gradient of a weight is the sums themselves, beside one in 16 bits from the same operands."""
+    from matmul_grad.kernels.gpu import convolution
+
+    choose_tile = convolution.choose_tile
+    size = 2, 2, 17, 16
+    x, grad = 999 * integers(size, "fp16", 1) + integers(size, "fp16", 3), integers((2, 3, 17, 16), "fp16", 2)
+    want = torch.nn.grad.conv2d_weight(x.double(), (3, 2, 3, 3), grad.double(), padding=1)
+    assert not torch.equal(want, want.half().double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "choose_tile", lambda *of: replace(choose_tile(*of), split_k=split))
+        for dtype in (torch.float16, torch.float32):
+            found = convolution.weight_gradient(grad, x, want.shape, (1, 1), (1, 1), (1, 1), 1, dtype)
+            assert_exact(found, want.to(dtype))
+
+
 def check_wide() -> None:
     """64-bit indices give the bits that 32-bit ones give."""
     from matmul_grad.kernels.gpu import convolution_plan, launch
@@ -178,6 +194,7 @@ def check_more_phases_than_programs() -> None:
 CASES: dict[str, Callable[[], None]] = {
     **{f"exact-{name}": partial(check_exact, name) for name in GEOMETRIES},
     **{f"split-{dtype}": partial(check_split, dtype) for dtype in ("fp64", "fp16")},
+    **{f"float32-{split}": partial(check_float32_of_16_bits, split) for split in (1, 2)},
     **{
         f"bits-{channels}-{stride}": partial(check_same_bits, channels, stride)
         for channels, stride in ((3, 2), (32, 1))

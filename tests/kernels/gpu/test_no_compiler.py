@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from matmul_grad import convolution_by_torch, convolution_ops, grouped, ops, strict
+from matmul_grad import convolution_by_torch, convolution_ops, gated, grouped, ops, strict
 from matmul_grad.kernels.gpu import convolution, launch, run
+from matmul_grad.kernels.gpu import gated as gated_kernels
 from matmul_grad.kernels.gpu import grouped as grouped_kernels
 from matmul_grad.kernels.gpu.arguments import PointerArg
 from matmul_grad.kernels.gpu.plan import Plan
@@ -145,3 +146,22 @@ def test_grouped_products_fall_back_to_a_loop(monkeypatch: pytest.MonkeyPatch) -
         with strict(), pytest.raises(RuntimeError, match=r"strict\(\)"):
             grouped.grouped_mm(a, b, offs=offs)
     assert len(tried) == 2
+
+
+def test_gated_products_fall_back_to_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those are torch's then; here they are computed on the CPU."""
+
+    def product(*_: Any) -> Any:
+        tried.append(True)
+        raise run.CannotBuild("no compiler")
+
+    tried: list[bool] = []
+    monkeypatch.setattr(gated_kernels, "product", product)
+    monkeypatch.setattr(gated, "is_on_gpu", lambda _: True)
+    x, weight, gate = (torch.randn(*shape) for shape in ((5, 4), (3, 4), (3, 4)))
+    expected = torch.nn.functional.silu(x @ gate.t()) * (x @ weight.t())
+    torch.testing.assert_close(gated.gated_linear(x, weight, gate), expected)
+    torch.testing.assert_close(gated.gated_linear(x, weight.requires_grad_(), gate), expected)
+    with strict(), pytest.raises(RuntimeError, match=r"strict\(\)"):
+        gated.gated_linear(x, weight, gate)
+    assert len(tried) == 3

@@ -1,6 +1,7 @@
 """Convolutions by the driver: exact, on every instruction set, without reading padding, and with bits of their own."""
 
 import ctypes
+import dataclasses
 import itertools
 import mmap
 import random
@@ -10,10 +11,13 @@ import blocks
 import pytest
 import torch
 from torch import Tensor
+from torch_warnings import PROFILER
 
 from matmul_grad.kernels.cpu import driver
 from matmul_grad.kernels.cpu.config import BlockConfig
+from matmul_grad.kernels.cpu.patches import ROWS
 from matmul_grad.kernels.native import convolution, direct
+from matmul_grad.kernels.native.convolution_plan import REMEMBERED
 from matmul_grad.testing import assert_same_bits, integers
 
 PAGE = mmap.PAGESIZE
@@ -98,6 +102,22 @@ def test_results_and_gradients_are_exact(block: BlockConfig) -> None:
         assert torch.equal(convolution.input_gradient(grad, w, x.shape, *geometry, bias), added), what
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_more_rows_of_the_filter_than_are_packed_at_a_time(
+    dtype: torch.dtype, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block of A has so many with 2 MiB of L2."""
+    chosen = driver.config(str(dtype).removeprefix("torch."))
+    chosen = dataclasses.replace(chosen, mc=(ROWS // chosen.mr + 2) * chosen.mr)
+    assert chosen.mc > ROWS
+    monkeypatch.setattr(convolution, "_driver", lambda dtype: direct.CALL(driver.patches_address(chosen)))
+    x, w = drawn((2, chosen.mc, 4, 4), dtype, 1), drawn((5, chosen.mc, 3, 3), dtype, 2)
+    geometry: Geometry = ([stride, stride], [1, 1], [1, 1], 1)
+    _, grad, dx, _ = reference(x, w, geometry)
+    assert torch.equal(convolution.input_gradient(grad, w, x.shape, *geometry), dx.to(dtype))
+
+
 def spread(t: Tensor) -> Tensor:
     whole = t.new_full([2 * size + 1 for size in t.shape], float("nan"))
     return whole[tuple(slice(1, None, 2) for _ in t.shape)].copy_(t)
@@ -162,6 +182,21 @@ def test_bits_do_not_depend_on_batch_image_layout_or_threads(dtype: torch.dtype)
             torch.set_num_threads(threads)
 
 
+def test_plans_are_few_and_hold_no_address() -> None:
+    """The second call of a shape reads its plan, with other tensors."""
+    plans = (convolution.forward_plan, convolution.input_gradient_plan, convolution.weight_gradient_plan)
+    geometry: Geometry = ([2, 2], [1, 1], [1, 1], 1)
+    before = [plan.cache_info().hits for plan in plans]
+    for seed in (1, 2):
+        x, w = drawn((2, 3, 9, 7), torch.float32, seed), drawn((4, 3, 3, 3), torch.float32, seed + 2)
+        y, grad, dx, dw = reference(x, w, geometry)
+        assert torch.equal(convolution.forward(x, w, None, *geometry), y.float())
+        assert torch.equal(convolution.input_gradient(grad, w, x.shape, *geometry), dx.float())
+        assert torch.equal(convolution.weight_gradient(grad, x, w.shape, *geometry), dw.float())
+    assert all(plan.cache_info().hits > hits for plan, hits in zip(plans, before, strict=True))
+    assert all(plan.cache_info().maxsize == REMEMBERED for plan in plans)
+
+
 def test_more_pixels_than_an_address_can_tell_are_left_to_torch() -> None:
     filter, pixel = torch.ones(1, 1, 3), torch.ones(())
     assert convolution.supports(pixel.expand(1, 1, convolution.MOST_PIXELS), filter)
@@ -169,6 +204,7 @@ def test_more_pixels_than_an_address_can_tell_are_left_to_torch() -> None:
     assert not convolution.supports(filter, pixel.expand(2, 1, convolution.MOST_PIXELS))
 
 
+@PROFILER
 def test_nothing_but_the_result_is_allocated() -> None:
     x, w = torch.randn(2, 16, 24, 24), torch.randn(16, 16, 3, 3)
     geometry: Geometry = ([2, 2], [1, 1], [1, 1], 1)

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch_warnings import PROFILER
 
 import matmul_grad
-from matmul_grad import ops
+from matmul_grad import ops, out_variants, vectors
 from matmul_grad.kernels.native import python_functions, torch_layout
-from matmul_grad.kernels.native.python_functions import NAMES, functions
+from matmul_grad.kernels.native.python_functions import NAMES, OUT_NAMES, WITH_OUT, functions
 from matmul_grad.testing import assert_same_bits, integers
 
 F32 = torch.float32
-PROFILER = pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # of torch 2.11
 DEPRECATED = pytest.mark.filterwarnings(
     *(f"ignore:`torch.jit.:{kind}" for kind in ("DeprecationWarning", "FutureWarning"))
 )
@@ -43,6 +43,8 @@ def loaded() -> Iterator[None]:
     for dtype in (x.values[0] for x in EVERY):
         matmul_grad.mm(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype))
     assert functions.mm(torch.ones(2, 2), torch.ones(2, 2)) is not None
+    matmul_grad.mm(torch.ones(2, 2), torch.ones(2, 2), out=torch.empty(2, 2))
+    assert functions.mm_out(torch.ones(2, 2), torch.ones(2, 2), torch.empty(2, 2)) is not None
     yield
 
 
@@ -134,13 +136,77 @@ def test_operators_and_functions_give_the_same_bits(name: str) -> None:
         assert_same_bits(c, operator(source, a, b, beta=beta, alpha=alpha))
 
 
+# --- into memory that the caller has -------------------------------------------------------------------------
+
+
+def arguments_of(name: str, dtype: torch.dtype) -> list[Any]:
+    """Of a product of 5 rows, 9 steps of k and 7 columns."""
+    batch = (3,) if "bmm" in name else ()
+    a, b = drawn((*batch, 5, 9), dtype, 1), drawn((*batch, 9, 7), dtype, 2)
+    matrices = [a[0], b[:, 0]] if name == "dot" else [a, b[:, 0]] if "mv" in name else [a, b]
+    return [drawn((1,), dtype, 3), *matrices, 2, -1] if "add" in name else matrices
+
+
+@pytest.mark.parametrize("name", WITH_OUT)
+@pytest.mark.parametrize("dtype", EVERY)
+def test_out_is_written_and_returned_and_nothing_beside_it(name: str, dtype: torch.dtype) -> None:
+    arguments = arguments_of(name, dtype)
+    expected = getattr(functions, name)(*arguments)
+    for how in LAYOUTS:
+        out = laid_out(torch.full_like(expected, float("nan")), how)
+        base = out if out._base is None else out._base
+        outside = int(base.isnan().sum()) - out.numel()
+        assert getattr(functions, name + "_out")(*arguments, out) is out
+        assert_exact(out, expected, how)
+        assert int(base.isnan().sum()) == outside, how
+    assert getattr(functions, name + "_out")(*arguments, torch.empty(2, 3, 4, 5, dtype=dtype)) is None
+
+
+@pytest.mark.parametrize("name", WITH_OUT)
+def test_public_functions_write_to_out_past_the_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    *operands, beta, alpha = arguments_of(name, F32) if "add" in name else [*arguments_of(name, F32), None, None]
+    scales = {} if beta is None else {"beta": beta, "alpha": alpha}
+    expected = getattr(matmul_grad, name)(*operands, **scales)
+    out = torch.zeros_like(expected)
+    version = out._version
+    monkeypatch.setattr(out_variants, "is_left_to_torch", lambda *_: pytest.fail("not by compiled code"))
+    monkeypatch.setattr(vectors, "is_left_to_torch", lambda *_: pytest.fail("not by compiled code"))
+    assert getattr(matmul_grad, name)(*operands, **scales, out=out) is out
+    assert_same_bits(out, expected)
+    assert out._version == version + 1
+
+
+def test_an_out_that_shares_memory_with_an_operand() -> None:
+    a, b = pair()
+    expected = functions.mm(a, b)
+    for written in (a.clone(), b.clone()):
+        operands = (written, b) if torch.equal(written, a) else (a, written)
+        assert functions.mm_out(*operands, written) is written
+        assert_exact(written, expected)
+    c = functions.addmm(a, a, b, 1, 1)
+    source = a.clone()
+    assert functions.addmm_out(source, a, b, 1, 1, source) is source
+    assert_exact(source, c)
+    assert functions.mm_out(a, b, torch.zeros(4, 1).expand(4, 4)) is None
+    assert functions.mm_out(a, b, torch.zeros(4, 4, requires_grad=True)) is None
+    assert functions.mm_out(a, b, torch.zeros(4, 4, dtype=torch.float64)) is None
+
+
 # --- what goes through the dispatcher ------------------------------------------------------------------------
 
 
 def calls(a: Tensor, b: Tensor) -> dict[str, Tensor | None]:
     """Every function of two matrices, or of their rows and columns."""
     bias, row, column = torch.ones(b.shape[-1], dtype=b.dtype), a[0], b[:, 0]
+    out = torch.zeros(a.shape[0], b.shape[-1])
     return {
+        "mm_out": functions.mm_out(a, b, out),
+        "bmm_out": functions.bmm_out(a.unsqueeze(0), b.unsqueeze(0), out.unsqueeze(0)),
+        "addmm_out": functions.addmm_out(bias, a, b, 1, 1, out),
+        "baddbmm_out": functions.baddbmm_out(bias, a.unsqueeze(0), b.unsqueeze(0), 1, 1, out.unsqueeze(0)),
+        "mv_out": functions.mv_out(a, column, out[0]),
+        "addmv_out": functions.addmv_out(bias[:1], a, column, 1, 1, out[0]),
+        "dot_out": functions.dot_out(row, column, out[0, 0]),
         "mm": functions.mm(a, b),
         "addmm": functions.addmm(bias, a, b, 1, 1),
         "matmul": functions.matmul(a, b),
@@ -158,7 +224,7 @@ def taken(a: Tensor, b: Tensor) -> set[str]:
     return {name for name, result in calls(a, b).items() if result is not None}
 
 
-ALL = {"mm", "addmm", "matmul", "linear", "linear with bias", "bmm", "baddbmm", "mv", "addmv", "dot"}
+ALL = {*NAMES, *OUT_NAMES, "linear with bias"}
 Pair = tuple[Tensor, Tensor]
 
 
@@ -313,7 +379,7 @@ def test_numbers_that_float64_does_not_hold_are_not_taken(number: Any) -> None:
 
 def test_calls_with_other_arguments_are_not_taken() -> None:
     a, b = pair()
-    for name in NAMES:
+    for name in (*NAMES, *OUT_NAMES):
         for count in (0, 1, 4, 6):  # of two-dimensional tensors
             assert getattr(functions, name)(*[a] * count) is None
     assert functions.matmul(torch.ones([1] * 17), b) is functions.matmul(torch.ones(()), b) is None
@@ -364,11 +430,11 @@ def test_other_threads_run_during_a_long_product() -> None:
 
 
 def test_without_what_it_needs_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {name: getattr(functions, name) for name in NAMES}
+    before = dict(vars(functions))
     monkeypatch.setattr(torch_layout, "tensor_offset", lambda: 0)
     python_functions.uninstall()
     try:
-        assert not python_functions.install(lambda name: 1)
+        assert not python_functions.install(lambda name: 1, NAMES)
         a, b = pair()
         assert taken(a, b) == set()
         assert_exact(matmul_grad.mm(a, b), exact(a, b))

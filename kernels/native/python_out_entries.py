@@ -1,0 +1,77 @@
+"""The compiled code of the functions of ``python_functions.py`` that write to ``out``. Beside ``python_entries.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from numba.core import types
+
+from ..cpu.gemm_args import ALPHA, BETA
+from ..cpu.memory import INT64, get, jit
+from .call import IN_PLACE, RUN, set_tensors, tensor_words
+from .call_out import linked_compute_out
+from .python_entries import (
+    KINDS,
+    LONG,
+    PYTHON_SIGNATURE,
+    args_words,
+    increment,
+    is_followed,
+    multiplications,
+    restore_thread,
+    save_thread,
+    set_scale,
+    table,
+    tensor_of,
+)
+from .python_functions import NOTHING, OUT, WITH_OUT, entry_name
+from .torch_c_api import has_driver, out_param, read_dtype
+
+CALL_SIGNATURE = INT64(*[INT64] * 4)
+linked_call = types.ExternalFunction("matmul_grad_python_call_out", CALL_SIGNATURE)
+
+
+@jit
+def is_written(kind, a, b, source, out, args):
+    """Whether the product is in ``out``, which has its sizes."""
+    # Loading kernels may raise, so the way through the dispatcher does that.
+    if a == 0 or b == 0 or out == 0 or not has_driver(read_dtype(a)) or is_followed():
+        return False
+    tensors, returned = tensor_words(), out_param()
+    set_tensors(tensors, a, b, source, out)
+    if multiplications(a, b) < LONG:
+        return linked_compute_out(tensors, args, kind, IN_PLACE, 1, returned) == RUN
+    thread = save_thread()
+    outcome = linked_compute_out(tensors, args, kind, IN_PLACE, 1, returned)
+    restore_thread(thread)
+    return outcome == RUN
+
+
+def call(objects, count, kind, has_addend):
+    """``f(a, b, out)``, ``f(input, a, b, beta, alpha, out)``: ``out``, or None if it is not written."""
+    args, source, result = args_words(), 0, get(table(), NOTHING)
+    known = count == 3 + 3 * has_addend
+    if known and has_addend != 0:
+        source = tensor_of(get(objects, 0))
+        known = set_scale(args, BETA, get(objects, 3)) and set_scale(args, ALPHA, get(objects, 4)) and source != 0
+    if known:
+        a, b = tensor_of(get(objects, has_addend)), tensor_of(get(objects, has_addend + 1))
+        if is_written(kind, a, b, source, tensor_of(get(objects, count - 1)), args):
+            result = get(objects, count - 1)
+    increment(result)
+    return result
+
+
+def make_entry(kind: int, has_addend: int) -> Callable:
+    """A function of CPython for a kind of product."""
+
+    def entry(module, objects, count):
+        return linked_call(objects, count, kind, has_addend)
+
+    return entry
+
+
+KERNELS: dict[str, tuple[Callable, object]] = {
+    "matmul_grad_python_call_out": (call, CALL_SIGNATURE),
+    **{entry_name(name + OUT): (make_entry(*KINDS[name]), PYTHON_SIGNATURE) for name in WITH_OUT},
+}
