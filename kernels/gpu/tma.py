@@ -43,6 +43,7 @@ def gemm_tma(
     items = tiles * SPLIT_K * batches if BATCHED else tiles * SPLIT_K
     scalars = (alpha_low, alpha_high, beta_low, beta_high)
     MAX_IMPRECISE: tl.constexpr = None if scales.a is None else IMPRECISE
+    ACTIVATION: tl.constexpr = STORE[1]  # Triton 3.6 cannot pass on an element of a tuple, a plain string there
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
         part = item // tiles
         row, col = tile_coords(item % tiles, tiles_m, tiles_n, GROUP_M)
@@ -64,9 +65,9 @@ def gemm_tma(
             c_part = Matrix(c.ptr + part.to(tl.int64) * c.batch, c.row, c.col, c.batch)
             if pre is not None:
                 pre_part = pre + part.to(tl.int64) * c.batch
-        if STORE[1] is not None:
+        if ACTIVATION is not None:
             activate_and_store(
-                acc, added, c_part, c_desc, pre_part, batch, row0, col0, m, n, scalars, STORE[1], BATCHED
+                acc, added, c_part, c_desc, pre_part, batch, row0, col0, m, n, scalars, ACTIVATION, BATCHED
             )  # fmt: skip
         elif c_desc is not None:
             acc = tile_epilogue(acc, added, row0, col0, m, n, scalars)
