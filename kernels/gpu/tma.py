@@ -43,9 +43,7 @@ def gemm_tma(
     items = tiles * SPLIT_K * batches if BATCHED else tiles * SPLIT_K
     scalars = (alpha_low, alpha_high, beta_low, beta_high)
     MAX_IMPRECISE: tl.constexpr = None if scales.a is None else IMPRECISE
-    ACTIVATION: tl.constexpr = STORE[
-        1
-    ]  # which Triton 3.6 cannot pass on: an element of a tuple is a plain string there
+    ACTIVATION: tl.constexpr = STORE[1]  # Triton 3.6 cannot pass on an element of a tuple, a plain string there
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
         part = item // tiles
         row, col = tile_coords(item % tiles, tiles_m, tiles_n, GROUP_M)
