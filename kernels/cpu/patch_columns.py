@@ -211,12 +211,12 @@ class _Rows:
         def tap(t):
             taps = [builder.load(slot(builder, array, t, I32), typ=I32) for array in room.other_taps]
             exists = lanes_inside(builder, image, run, image.operand.vector.mask(builder, exist), taps)
-            keep_mask(builder, room.other_masks, self._mask_at(builder, t, v), exists)
+            keep_mask(builder, room.other_masks, self._mask_at(builder, t, v), exists, room.mask)
 
         each(builder, self.count, 1, tap)
 
     def _mask(self, builder, t, v):
-        return kept_mask(builder, self.room.other_masks, self._mask_at(builder, t, v), self.image.lanes)
+        return kept_mask(builder, self.room.other_masks, self._mask_at(builder, t, v), self.room.mask)
 
     def _mask_at(self, builder, t, v):
         return builder.add(builder.mul(t, I64(self.room.runs)), v)

@@ -97,17 +97,17 @@ class Room:
         def array(kind: ir.Type, count: int) -> ir.Value:
             return builder.inttoptr(builder.ptrtoint(builder.alloca(kind, count), I64), POINTER)
 
-        lanes, self.runs, bits = operand.vector.lanes, runs, ir.IntType(operand.vector.lanes)
+        lanes, self.runs, self.mask = operand.vector.lanes, runs, mask_type(operand)
         self.coordinates = [array(I32, lanes * runs) for _ in range(DIMENSIONS)]
         self.offsets, self.exists = array(I64, lanes * runs), array(I8, lanes)
-        self.pieces, self.origins = ([array(kind, runs) for _ in range(2)] for kind in (bits, I64))
+        self.pieces, self.origins = ([array(kind, runs) for _ in range(2)] for kind in (self.mask, I64))
         self.scattered = array(I8, runs)
         self.elements, zero = scratch(builder, operand), array(I64, 1)
         builder.store(I64(0), zero)
         self.zero = builder.ptrtoint(zero, I64)
         self.other_taps = [array(I32, others) for _ in range(DIMENSIONS)]
         self.other_offsets = array(I64, others)
-        self.other_masks = array(bits, others * runs)
+        self.other_masks = array(self.mask, others * runs)
 
     def keep(self, builder: ir.IRBuilder, index: ir.Value, run: Run) -> None:
         """Of as many runs as there is room for."""
@@ -115,7 +115,7 @@ class Room:
         for coordinate, array in zip(run.coordinates, self.coordinates, strict=True):
             builder.store(coordinate, slot(builder, array, first, I32), align=4)
         for mask, array in zip(run.pieces, self.pieces, strict=True):
-            keep_mask(builder, array, index, mask)
+            keep_mask(builder, array, index, mask, self.mask)
         for origin, array in zip(run.origins, self.origins, strict=True):
             builder.store(origin, slot(builder, array, index, I64))
         builder.store(builder.zext(run.scattered, I8), slot(builder, self.scattered, index, I8))
@@ -126,20 +126,30 @@ class Room:
             builder.load(slot(builder, array, first, I32), typ=ir.VectorType(I32, lanes), align=4)
             for array in self.coordinates
         ]
-        pieces = [kept_mask(builder, array, index, lanes) for array in self.pieces]
+        pieces = [kept_mask(builder, array, index, self.mask) for array in self.pieces]
         origins = [builder.load(slot(builder, array, index, I64), typ=I64) for array in self.origins]
         scattered = builder.trunc(builder.load(slot(builder, self.scattered, index, I8), typ=I8), I1)
         return Run(coordinates, slot(builder, self.offsets, first, I64), pieces, origins, scattered, every_second)
 
 
-def keep_mask(builder: ir.IRBuilder, array: ir.Value, index: ir.Value, mask: ir.Value) -> None:
-    bits = ir.IntType(mask.type.count)
-    builder.store(builder.bitcast(mask, bits), slot(builder, array, index, bits))
+def mask_type(operand: Operand) -> ir.Type:
+    """What a mask is kept as: bits where registers hold those, else an integer a lane, from which LLVM makes one."""
+    vector = operand.vector
+    if vector.lanes * vector.size == 64:
+        return ir.IntType(vector.lanes)
+    return ir.VectorType(ir.IntType(8 * vector.size), vector.lanes)
 
 
-def kept_mask(builder: ir.IRBuilder, array: ir.Value, index: ir.Value, lanes: int) -> ir.Value:
-    bits = ir.IntType(lanes)
-    return builder.bitcast(builder.load(slot(builder, array, index, bits), typ=bits), ir.VectorType(I1, lanes))
+def keep_mask(builder: ir.IRBuilder, array: ir.Value, index: ir.Value, mask: ir.Value, kind: ir.Type) -> None:
+    kept = builder.sext(mask, kind) if isinstance(kind, ir.VectorType) else builder.bitcast(mask, kind)
+    builder.store(kept, slot(builder, array, index, kind))
+
+
+def kept_mask(builder: ir.IRBuilder, array: ir.Value, index: ir.Value, kind: ir.Type) -> ir.Value:
+    kept = builder.load(slot(builder, array, index, kind), typ=kind)
+    if isinstance(kind, ir.VectorType):
+        return builder.icmp_signed("<", kept, ir.Constant(kind, None))
+    return builder.bitcast(kept, ir.VectorType(I1, kind.width))
 
 
 def read_image(builder: ir.IRBuilder, operand: Operand, patches: ir.Value) -> Image:
