@@ -10,6 +10,7 @@ by torch                  the rest
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,8 +106,8 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
     input = inputs[0] if inputs else None
     if is_resized:
         return copy_to(compute(mat1, mat2, input, **scales), out)
-    overlaps_source = scales.get("beta") != 0 and _overlaps_source(out, inputs)
-    if overlaps_source and _are_dense(out, inputs[0].expand(out.shape)):
+    overlaps_source = scales.get("beta") != 0 and overlaps_addend(out, inputs)
+    if overlaps_source and are_dense(out, inputs[0].expand(out.shape)):
         pass  # torch's error
     elif not repeats_an_element(out) and (overlaps_source or _overlaps_any(out, mat1, mat2)):
         require_storage(out)
@@ -126,12 +127,19 @@ def non_default(scales: Scales) -> Scales:
 
 
 def is_left_to_torch(operands: Operands, out: Tensor | None) -> bool:
-    """Whether torch's function takes the call: the gate, or an ``out`` where a gradient or a transform follows."""
+    """Whether torch's function takes the call: the gate, or an ``out`` where a gradient or a transform follows.
+
+    An ``out`` that was made in inference mode may not be written elsewhere.
+    """
     tensors = operands if out is None else (*operands, out)
     if fallback.is_needed_to_compose(*tensors):
         return True
+    if out is None:
+        return False
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return out is not None and (recorded or torch._C._are_functorch_transforms_active())
+    if recorded or torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and out.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def copy_to(result: Tensor, out: Tensor) -> Tensor:
@@ -163,17 +171,17 @@ def mark_written(out: Tensor) -> Tensor:
 def can_write(out: Tensor, operands: Operands) -> bool:
     """Whether the elements of ``out`` overlap neither each other nor the operands; it may be what is added."""
     *inputs, mat1, mat2 = operands
-    return _is_non_overlapping(out) and not _overlaps_any(out, mat1, mat2) and not _overlaps_source(out, inputs)
+    return _is_non_overlapping(out) and not _overlaps_any(out, mat1, mat2) and not overlaps_addend(out, inputs)
 
 
-def _overlaps_source(out: Tensor, inputs: list[Tensor]) -> bool:
+def overlaps_addend(out: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether ``out`` shares memory with what is added, and is not the same elements."""
     start, strides = const_data_ptr(out), out.stride()
     others = [x for x in inputs if const_data_ptr(x) != start or x.expand(out.shape).stride() != strides]
     return bool(others) and _overlaps_any(out, *others)
 
 
-def _are_dense(*tensors: Tensor) -> bool:
+def are_dense(*tensors: Tensor) -> bool:
     """Whether torch detects that two tensors overlap: only where their elements fill the memory they span."""
     return all(torch.ops.aten.is_non_overlapping_and_dense(x) for x in tensors)
 

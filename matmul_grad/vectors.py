@@ -10,9 +10,19 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import fallback, strict_mode
+from .dispatch_state import is_plain
 from .fallback import alike, unsafe_view
 from .ops import DTYPES, are_too_large, compiled, eager
-from .out_variants import copy_to, expect_more, is_left_to_torch, non_default, repeats_an_element, write_compiled
+from .out_variants import (
+    are_dense,
+    copy_to,
+    expect_more,
+    is_left_to_torch,
+    non_default,
+    overlaps_addend,
+    repeats_an_element,
+    write_compiled,
+)
 from .scalars import real_scales
 
 _mm = torch.ops.matmul_grad.mm.default
@@ -201,6 +211,8 @@ def _run_with_out(function: Any, operands: tuple[Tensor, ...], scales: dict[str,
     torch_impl = getattr(torch, name)
     if is_left_to_torch(operands, out) or out.dtype != operands[0].dtype or out.device != operands[0].device:
         return torch_impl(*operands, **non_default(scales), out=out)
+    if _overlaps_densely(out, operands, scales):
+        return torch_impl(*operands, **non_default(scales), out=out)  # raises
     if repeats_an_element(out):  # torch.mv writes to it unseen
         fallback.require_storages(*operands, *([out] if out.shape == operands[-2].shape[:-1] else []))
         strict_mode.note_fallback(*operands[-2:])
@@ -209,3 +221,11 @@ def _run_with_out(function: Any, operands: tuple[Tensor, ...], scales: dict[str,
         expect_more(out)
     with torch.autocast(out.device.type, enabled=False):  # as for torch's with out=
         return copy_to(function(*operands, **scales), out)
+
+
+def _overlaps_densely(out: Tensor, operands: tuple[Tensor, ...], scales: dict[str, Any]) -> bool:
+    """Whether torch refuses to write to ``out``, since it and the vector that is added and read are dense and overlap."""
+    *inputs, one, _ = operands
+    if not inputs or inputs[0].shape != out.shape or out.shape != one.shape[:-1] or not is_plain(*operands, out):
+        return False
+    return scales["beta"] != 0 and overlaps_addend(out, inputs) and are_dense(out, *inputs)

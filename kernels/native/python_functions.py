@@ -9,6 +9,7 @@ TENSOR, PARAMETER       addresses of the two types of Python objects that are te
 TENSOR_AT               bytes from such an object to the tensor in it
 NOTHING, FLOAT, INT     addresses of None and of two types of numbers
 PLAIN_KEYS, INFERENCE_KEYS  the dispatch keys of an ordinary tensor, and of one made in inference mode
+VIEW_KEY                the dispatch key of the kernels that guard what is written, which inference mode leaves out
 AUTOCAST_KEY            the dispatch key that is excluded unless autocast is on
 MODE_KEYS …             dispatch keys of modes, tracers and transforms, 0 behind the last
 """
@@ -26,7 +27,8 @@ import torch
 
 from . import torch_layout
 
-TENSOR, PARAMETER, TENSOR_AT, NOTHING, FLOAT, INT, PLAIN_KEYS, INFERENCE_KEYS, AUTOCAST_KEY, MODE_KEYS = range(10)
+TENSOR, PARAMETER, TENSOR_AT, NOTHING, FLOAT, INT, PLAIN_KEYS, INFERENCE_KEYS = range(8)
+VIEW_KEY, AUTOCAST_KEY, MODE_KEYS = range(8, 11)
 # Keys that the state of a thread can put in front of autograd. FuncTorchDynamicLayerFrontMode is on with its back mode.
 MODES = (
     "Python",
@@ -122,6 +124,7 @@ def _fill() -> bool:
     words[TENSOR], words[PARAMETER] = id(torch.Tensor), id(torch.nn.Parameter)
     words[TENSOR_AT], (words[PLAIN_KEYS], words[INFERENCE_KEYS]) = at, keys
     words[NOTHING], words[FLOAT], words[INT] = id(None), id(float), id(int)
+    words[VIEW_KEY] = torch_layout.dispatch_key("ADInplaceOrView")
     words[AUTOCAST_KEY] = torch_layout.dispatch_key("AutocastCPU")
     for index, key in enumerate(modes):
         words[MODE_KEYS + index] = key

@@ -24,11 +24,21 @@ from .python_entries import (
     table,
     tensor_of,
 )
-from .python_functions import NOTHING, OUT, WITH_OUT, entry_name
-from .torch_c_api import has_driver, out_param, read_dtype
+from .python_functions import NOTHING, OUT, PLAIN_KEYS, VIEW_KEY, WITH_OUT, entry_name
+from .state import KEYS_AT
+from .torch_c_api import has_driver, key_included, out_param, read_dtype, state
 
 CALL_SIGNATURE = INT64(*[INT64] * 4)
 linked_call = types.ExternalFunction("matmul_grad_python_call_out", CALL_SIGNATURE)
+
+
+@jit
+def target_of(operand):
+    """``tensor_of`` what is to be written: one made in inference mode, in that mode alone."""
+    tensor = tensor_of(operand)
+    if tensor == 0 or key_included(get(table(), VIEW_KEY)) == 0:
+        return tensor
+    return tensor if get(get(tensor, 0), get(state(), KEYS_AT)) == get(table(), PLAIN_KEYS) else 0
 
 
 @jit
@@ -56,7 +66,7 @@ def call(objects, count, kind, has_addend):
         known = set_scale(args, BETA, get(objects, 3)) and set_scale(args, ALPHA, get(objects, 4)) and source != 0
     if known:
         a, b = tensor_of(get(objects, has_addend)), tensor_of(get(objects, has_addend + 1))
-        if is_written(kind, a, b, source, tensor_of(get(objects, count - 1)), args):
+        if is_written(kind, a, b, source, target_of(get(objects, count - 1)), args):
             result = get(objects, count - 1)
     increment(result)
     return result

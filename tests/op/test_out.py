@@ -172,6 +172,44 @@ def test_out_overlaps_a_matrix_and_an_input_that_is_not_read(name: str) -> None:
     assert_same_bits(out, expected)
 
 
+def test_out_overlaps_the_vector_that_is_added() -> None:
+    """As of matrices: torch refuses where both are dense and the vector is read."""
+    matrix, vector = integers(5, 6, torch.float32, 1), integers(6, 1, torch.float32, 2)[:, 0]
+    for source, target in ((slice(0, 5), slice(1, 6)), (slice(0, 10, 2), slice(1, 6)), (slice(0, 1), slice(0, 5))):
+        for beta in (0, 1):
+            base = integers(1, 20, torch.float32, 3)[0]
+            before, expected = base.clone(), torch.addmv(base[source], matrix, vector, beta=beta)
+            given = outcome(matmul_grad.addmv, base[source], matrix, vector, beta=beta, out=base[target])
+            if beta and source == slice(0, 5):
+                assert given == outcome(torch.addmv, base[source], matrix, vector, out=base[target])
+                assert "single memory location" in given[1]
+                assert base.equal(before)
+            else:
+                assert_same_bits(given, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_out_that_was_made_in_inference_mode(name: str) -> None:
+    """torch writes to it nowhere else: nothing would tell autograd."""
+    operands = square("addmm" if name == "addmv" else name)
+    if name in ("mv", "addmv"):
+        operands = [x if index == len(operands) - 2 else x[0] for index, x in enumerate(operands)]
+    elif name in ("dot", "vdot"):
+        operands = [x[0] for x in operands]
+    expected = getattr(torch, name)(*operands)
+    for shape in (expected.shape, (0,)):
+        with torch.inference_mode():
+            out = torch.full(shape, 7.0)
+        for block in (contextlib.nullcontext, torch.no_grad):
+            with block():
+                errors = [outcome(getattr(home, name), *operands, out=out) for home in (matmul_grad, torch)]
+            assert errors[0] == errors[1]
+            assert "Inplace update to inference tensor" in errors[0][1]
+        with torch.inference_mode(), matmul_grad.strict():
+            assert quiet(getattr(matmul_grad, name), *operands, out=out.resize_(shape)) is out
+        assert_same_bits(out, expected)
+
+
 def test_bmm_of_a_batch_and_its_transpose_into_itself() -> None:
     q = torch.arange(10.0).view(2, 1, 5)
     expected = torch.bmm(q.clone(), q.clone().transpose(1, 2))

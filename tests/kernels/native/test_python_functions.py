@@ -252,6 +252,8 @@ def test_ordinary_tensors_are_taken() -> None:
         assert taken(a, b) == ALL
         c = functions.mm(a.clone(), b)
         assert c.is_inference()
+        assert functions.mm_out(a, b, c) is c
+    assert functions.mm_out(a, b, c) is None, "written where nothing would tell autograd"
     assert taken(c, b) == ALL
     assert not functions.mm(a, b).is_inference()
 
