@@ -224,7 +224,7 @@ def _run_with_out(function: Any, operands: tuple[Tensor, ...], scales: dict[str,
 
 
 def _overlaps_densely(out: Tensor, operands: tuple[Tensor, ...], scales: dict[str, Any]) -> bool:
-    """Whether torch refuses to write to ``out``, since it and the vector that is added and read are dense and overlap."""
+    """Whether torch refuses to write to ``out``: it and the vector that is added and read are dense and overlap."""
     *inputs, one, _ = operands
     if not inputs or inputs[0].shape != out.shape or out.shape != one.shape[:-1] or not is_plain(*operands, out):
         return False
