@@ -114,8 +114,9 @@ def _computed_by_kernels(name: str, operands: Operands, scales: dict[str, Any], 
         return copy_to(compute(mat1, mat2, input, **scales), out)
     elif _is_non_overlapping(out):
         compute(mat1, mat2, input, out=out, **scales)
-        expect_more(out)
-        return mark_written(out)
+        mark_written(out)
+        expect_more(out)  # last, since it may be interrupted
+        return out
     require_storage(*operands, out)
     strict_mode.note_fallback(mat1, mat2)
     return None

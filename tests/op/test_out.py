@@ -13,6 +13,7 @@ from outcomes import outcome
 from torch import Tensor
 
 import matmul_grad
+from matmul_grad import out_variants
 from matmul_grad.dispatch_state import is_plain
 from matmul_grad.testing import assert_same_bits, integers
 
@@ -208,6 +209,21 @@ def test_an_out_that_was_made_in_inference_mode(name: str) -> None:
         with torch.inference_mode(), matmul_grad.strict():
             assert quiet(getattr(matmul_grad, name), *operands, out=out.resize_(shape)) is out
         assert_same_bits(out, expected)
+
+
+def test_an_interrupt_after_the_product_leaves_out_marked_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first product with an out compiles what writes the next ones, for seconds."""
+
+    def interrupt(out: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(out_variants, "write_compiled", lambda *call: False)
+    monkeypatch.setattr(out_variants, "expect_more", interrupt)
+    out = torch.zeros(4, 4)
+    with pytest.raises(KeyboardInterrupt):
+        matmul_grad.mm(*square("mm"), out=out)
+    assert out.any()
+    assert out._version > 0
 
 
 def test_bmm_of_a_batch_and_its_transpose_into_itself() -> None:
