@@ -74,7 +74,7 @@ def addmv(
     shapes      input any that expands to (m), mat (m, k), vec (k) → (m); every size ≥ 0
     strides     as ``mm``
     dtypes      as ``addmm``; the rest is torch.addmv
-    aliasing    as ``mv``
+    aliasing    as ``mv``; ``out`` may be ``input``
     rounding    as ``addmm``
     errors      torch.addmv's
     determinism as ``mm``
@@ -224,7 +224,7 @@ def _run_with_out(function: Any, operands: tuple[Tensor, ...], scales: dict[str,
 
 
 def _overlaps_densely(out: Tensor, operands: tuple[Tensor, ...], scales: dict[str, Any]) -> bool:
-    """Whether torch refuses to write to ``out``: it and the vector that is added and read are dense and overlap."""
+    """Whether torch refuses to write to ``out``: it overlaps the vector that is added and read, and both are dense."""
     *inputs, one, _ = operands
     if not inputs or inputs[0].shape != out.shape or out.shape != one.shape[:-1] or not is_plain(*operands, out):
         return False
