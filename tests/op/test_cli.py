@@ -196,7 +196,7 @@ from matmul_grad.kernels.cpu import host
 host.cpu = lambda isa=None, found=host.cpu(): replace(found, has_fp16_convert=False)
 from matmul_grad import check_products, cli, warmup
 assert cli.main(["info"]) == 0
-assert [name[0] for name, _ in warmup.steps()] == ["o", "s", "d", "b"]
+assert [name[0] for name, _ in warmup.steps()] == ["o", "o", "s", "d", "b"]
 assert check_products.dtypes("cpu") == ["f32", "f64", "bf16"]
 """
     done = processes.run(code)
