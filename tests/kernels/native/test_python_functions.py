@@ -3,13 +3,14 @@
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from dtypes import EVERY
 from products import assert_exact, exact
+from python_function_cases import LAYOUTS, drawn, laid_out, load, pair
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -17,10 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_warnings import PROFILER
 
 import matmul_grad
-from matmul_grad import ops, out_variants, vectors
 from matmul_grad.kernels.native import python_functions, torch_layout
-from matmul_grad.kernels.native.python_functions import NAMES, OUT_NAMES, WITH_OUT, functions
-from matmul_grad.testing import assert_same_bits, integers
+from matmul_grad.kernels.native.python_functions import NAMES, OUT_NAMES, functions
+from matmul_grad.testing import assert_same_bits
 
 F32 = torch.float32
 DEPRECATED = pytest.mark.filterwarnings(
@@ -37,37 +37,8 @@ SIZES = [
 
 
 @pytest.fixture(autouse=True, scope="module")
-def loaded() -> Iterator[None]:
-    """The functions return None until the first call of a dtype has loaded its kernels."""
-    assert ops.native_status() == ""
-    for dtype in (x.values[0] for x in EVERY):
-        matmul_grad.mm(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype))
-    assert functions.mm(torch.ones(2, 2), torch.ones(2, 2)) is not None
-    matmul_grad.mm(torch.ones(2, 2), torch.ones(2, 2), out=torch.empty(2, 2))
-    assert functions.mm_out(torch.ones(2, 2), torch.ones(2, 2), torch.empty(2, 2)) is not None
-    yield
-
-
-def drawn(sizes: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    count = int(torch.Size(sizes).numel())
-    return integers(1, count, dtype, seed).reshape(sizes)
-
-
-def laid_out(x: Tensor, how: str) -> Tensor:
-    """The same values with other strides, between elements that are NaN."""
-    if how == "reversed":
-        order = tuple(reversed(range(x.dim())))
-        return x.permute(order).contiguous().permute(order)
-    if how == "sliced":
-        whole = x.new_full([2 * size + 1 for size in x.shape], float("nan"))
-        part = whole[tuple(slice(1, None, 2) for _ in x.shape)]
-        return part.copy_(x)
-    if how == "middle":  # as the heads of an attention
-        return x if x.dim() < 3 else x.transpose(0, -2).contiguous().transpose(0, -2)
-    return x
-
-
-LAYOUTS = ("plain", "reversed", "sliced", "middle")
+def loaded() -> None:
+    load()
 
 
 @pytest.mark.parametrize("dtype", EVERY)
@@ -136,62 +107,6 @@ def test_operators_and_functions_give_the_same_bits(name: str) -> None:
         assert_same_bits(c, operator(source, a, b, beta=beta, alpha=alpha))
 
 
-# --- into memory that the caller has -------------------------------------------------------------------------
-
-
-def arguments_of(name: str, dtype: torch.dtype) -> list[Any]:
-    """Of a product of 5 rows, 9 steps of k and 7 columns."""
-    batch = (3,) if "bmm" in name else ()
-    a, b = drawn((*batch, 5, 9), dtype, 1), drawn((*batch, 9, 7), dtype, 2)
-    matrices = [a[0], b[:, 0]] if name == "dot" else [a, b[:, 0]] if "mv" in name else [a, b]
-    return [drawn((1,), dtype, 3), *matrices, 2, -1] if "add" in name else matrices
-
-
-@pytest.mark.parametrize("name", WITH_OUT)
-@pytest.mark.parametrize("dtype", EVERY)
-def test_out_is_written_and_returned_and_nothing_beside_it(name: str, dtype: torch.dtype) -> None:
-    arguments = arguments_of(name, dtype)
-    expected = getattr(functions, name)(*arguments)
-    for how in LAYOUTS:
-        out = laid_out(torch.full_like(expected, float("nan")), how)
-        base = out if out._base is None else out._base
-        outside = int(base.isnan().sum()) - out.numel()
-        assert getattr(functions, name + "_out")(*arguments, out) is out
-        assert_exact(out, expected, how)
-        assert int(base.isnan().sum()) == outside, how
-    assert getattr(functions, name + "_out")(*arguments, torch.empty(2, 3, 4, 5, dtype=dtype)) is None
-
-
-@pytest.mark.parametrize("name", WITH_OUT)
-def test_public_functions_write_to_out_past_the_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    *operands, beta, alpha = arguments_of(name, F32) if "add" in name else [*arguments_of(name, F32), None, None]
-    scales = {} if beta is None else {"beta": beta, "alpha": alpha}
-    expected = getattr(matmul_grad, name)(*operands, **scales)
-    out = torch.zeros_like(expected)
-    version = out._version
-    monkeypatch.setattr(out_variants, "is_left_to_torch", lambda *_: pytest.fail("not by compiled code"))
-    monkeypatch.setattr(vectors, "is_left_to_torch", lambda *_: pytest.fail("not by compiled code"))
-    assert getattr(matmul_grad, name)(*operands, **scales, out=out) is out
-    assert_same_bits(out, expected)
-    assert out._version == version + 1
-
-
-def test_an_out_that_shares_memory_with_an_operand() -> None:
-    a, b = pair()
-    expected = functions.mm(a, b)
-    for written in (a.clone(), b.clone()):
-        operands = (written, b) if torch.equal(written, a) else (a, written)
-        assert functions.mm_out(*operands, written) is written
-        assert_exact(written, expected)
-    c = functions.addmm(a, a, b, 1, 1)
-    source = a.clone()
-    assert functions.addmm_out(source, a, b, 1, 1, source) is source
-    assert_exact(source, c)
-    assert functions.mm_out(a, b, torch.zeros(4, 1).expand(4, 4)) is None
-    assert functions.mm_out(a, b, torch.zeros(4, 4, requires_grad=True)) is None
-    assert functions.mm_out(a, b, torch.zeros(4, 4, dtype=torch.float64)) is None
-
-
 # --- what goes through the dispatcher ------------------------------------------------------------------------
 
 
@@ -225,7 +140,6 @@ def taken(a: Tensor, b: Tensor) -> set[str]:
 
 
 ALL = {*NAMES, *OUT_NAMES, "linear with bias"}
-Pair = tuple[Tensor, Tensor]
 
 
 class Operators(TorchDispatchMode):
@@ -236,10 +150,6 @@ class Operators(TorchDispatchMode):
 class Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
-
-
-def pair() -> Pair:
-    return integers(4, 4, F32, 1), integers(4, 4, F32, 2)
 
 
 def test_ordinary_tensors_are_taken() -> None:
