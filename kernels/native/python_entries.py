@@ -180,11 +180,11 @@ def call(objects, count, kind, has_addend):
     return result
 
 
-def make_entry(kind: int, has_addend: int) -> Callable:
-    """A function of CPython for a kind of product."""
+def make_entry(kind: int, has_addend: int, linked: types.ExternalFunction = linked_call) -> Callable:
+    """A function of CPython for a kind of product; ``linked`` is the compiled code that all of them share."""
 
     def entry(module, objects, count):
-        return linked_call(objects, count, kind, has_addend)
+        return linked(objects, count, kind, has_addend)
 
     return entry
 

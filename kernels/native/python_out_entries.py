@@ -17,6 +17,7 @@ from .python_entries import (
     args_words,
     increment,
     is_followed,
+    make_entry,
     multiplications,
     restore_thread,
     save_thread,
@@ -72,16 +73,7 @@ def call(objects, count, kind, has_addend):
     return result
 
 
-def make_entry(kind: int, has_addend: int) -> Callable:
-    """A function of CPython for a kind of product."""
-
-    def entry(module, objects, count):
-        return linked_call(objects, count, kind, has_addend)
-
-    return entry
-
-
 KERNELS: dict[str, tuple[Callable, object]] = {
     "matmul_grad_python_call_out": (call, CALL_SIGNATURE),
-    **{entry_name(name + OUT): (make_entry(*KINDS[name]), PYTHON_SIGNATURE) for name in WITH_OUT},
+    **{entry_name(name + OUT): (make_entry(*KINDS[name], linked_call), PYTHON_SIGNATURE) for name in WITH_OUT},
 }
